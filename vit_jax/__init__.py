@@ -1,0 +1,25 @@
+"""The Vision Transformer in JAX and Flax: train, fine-tune, evaluate, load in a notebook."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public names and where they live, imported at first use: `import vit_jax` touches no device.
+_PUBLIC = {
+    "VARIANTS": "vit_jax.models.config",
+    "ViT": "vit_jax.models.vit",
+    "ViTConfig": "vit_jax.models.config",
+    "create": "vit_jax.models.vit",
+    "load": "vit_jax.checkpoints.load",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vit_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

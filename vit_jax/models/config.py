@@ -1,0 +1,140 @@
+"""What a Vision Transformer is, as one frozen record, and the published variants as one table."""
+
+import dataclasses
+import re
+from typing import Any
+
+from vit_jax.errors import UserError, nearest
+
+# width, depth, mlp_dim, num_heads. L, B and H: paper, Table 1; Ti and S: DeiT and AugReg, Table 2;
+# g and G: "Scaling Vision Transformers", Table 2; mu: big_vision's smallest, for tests.
+VARIANTS = {
+    "mu": dict(width=32, depth=1, mlp_dim=128, num_heads=2),
+    "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
+    "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
+    "B": dict(width=768, depth=12, mlp_dim=3072, num_heads=12),
+    "L": dict(width=1024, depth=24, mlp_dim=4096, num_heads=16),
+    "H": dict(width=1280, depth=32, mlp_dim=5120, num_heads=16),
+    "g": dict(width=1408, depth=40, mlp_dim=6144, num_heads=16),
+    "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
+}
+
+CHOICES = {
+    "pool": ("token", "gap", "map"),
+    "position": ("learned", "sincos2d", "none"),
+    "gelu": ("tanh", "erf"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "attention": ("auto", "xla", "cudnn"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A plain Vision Transformer; sizes in pixels and channels, rates in [0, 1).
+
+    `pool` is what the head reads: the class token, the mean of the patch tokens (`gap`), or an
+    attention pooling head (`map`). `representation_size` is the width of the tanh layer before the
+    head (paper, section 3.1), None for none. `num_classes=0` is a model without a head, whose
+    output is the pooled representation. `dtype` is what the layers compute in; parameters are
+    always float32. `attention` and `scan` change how it is computed, never the parameters.
+
+    Raises:
+      UserError: a size that does not divide another, or a choice that does not exist.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    in_channels: int = 3
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    num_classes: int = 1000
+    pool: str = "token"
+    position: str = "learned"
+    representation_size: int | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    gelu: str = "tanh"
+    layernorm_eps: float = 1e-6
+    head_bias: float = 0.0
+    dtype: str = "float32"
+    attention: str = "auto"
+    scan: bool = True
+
+    def __post_init__(self):
+        for name in ("image_size", "patch_size"):
+            object.__setattr__(self, name, pair(getattr(self, name), name))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}"
+                )
+        for name in ("in_channels", "width", "depth", "mlp_dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        (h, w), (ph, pw) = self.image_size, self.patch_size
+        if h % ph or w % pw:
+            raise UserError(
+                f"an image of {h}x{w} pixels does not divide into patches of {ph}x{pw}: change "
+                f"model.image_size to a multiple of the patch, such as {max(h // ph, 1) * ph}x"
+                f"{max(w // pw, 1) * pw}, or the patch size"
+            )
+        if self.width % self.num_heads:
+            raise UserError(
+                f"model.width {self.width} does not divide into {self.num_heads} heads "
+                "(model.num_heads)"
+            )
+        if self.position == "sincos2d" and (self.width % 4 or self.width < 8):
+            raise UserError(f"position sincos2d needs a width of 8, 12, 16, ..., not {self.width}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return (
+            self.image_size[0] // self.patch_size[0],
+            self.image_size[1] // self.patch_size[1],
+        )
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token, where there is one."""
+        return int(self.pool == "token")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+def pair(value: Any, name: str) -> tuple[int, int]:
+    """Reads (h, w) from an int or a sequence of one or two ints; one number means square."""
+    sides = (value,) if isinstance(value, int) else tuple(value)
+    if len(sides) not in (1, 2) or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise UserError(f"model.{name} is {value!r}; expected one positive integer or (h, w)")
+    return (sides[0], sides[-1])
+
+
+def variant(name: str, **fields: Any) -> ViTConfig:
+    """Returns the config of a variant such as "B/16", "L/14" or "Ti/16x8", with `fields` changed.
+
+    Raises:
+      UserError: the name is not VARIANT/PATCH, or the variant or a field does not exist.
+    """
+    match = re.fullmatch(r"([^/]+)/(\d+)(?:x(\d+))?", name)
+    if not match:
+        raise UserError(f"model variant {name!r}: expected VARIANT/PATCH, such as B/16 or Ti/16x8")
+    size, ph, pw = match.groups()
+    if size not in VARIANTS:
+        raise UserError(f"model variant {name!r}: no variant {size!r}; {nearest(size, VARIANTS)}")
+    known = {f.name for f in dataclasses.fields(ViTConfig)}
+    for field in fields:
+        if field not in known:
+            raise UserError(f"unknown model field {field!r}; {nearest(field, known)}")
+    return ViTConfig(**{"patch_size": (int(ph), int(pw or ph)), **VARIANTS[size], **fields})

@@ -1,0 +1,243 @@
+"""The layers of a Vision Transformer; parameters float32, computation in `config.dtype`."""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from vit_jax.errors import UserError, nearest
+from vit_jax.models.config import ViTConfig
+
+CAPTURES = ("patches", "tokens", "attention", "encoded", "pooled", "pre_logits")
+
+
+class Taps:
+    """Collects the intermediates that a caller asked for by name; the others cost nothing."""
+
+    def __init__(self, names: Iterable[str] = ()):
+        self.names = frozenset((names,) if isinstance(names, str) else names)
+        self.values: dict[str, Array] = {}
+        for name in self.names - set(CAPTURES):
+            raise UserError(f"nothing named {name!r} to capture; {nearest(name, CAPTURES)}")
+
+    def __call__(self, name: str, value: Callable[[], Array]) -> None:
+        """Keeps `value()` under `name` if it was asked for."""
+        if name in self.names:
+            self.values[name] = value()
+
+
+def split_key(key: Key[Array, ""] | None, n: int) -> list[Key[Array, ""] | None]:
+    """Splits a key into n; no key gives n times None, which means deterministic everywhere."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+    """Zeroes a share `rate` of x and scales up the rest; identity without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def drop_path(
+    x: Float[Array, "b n d"], rate: float | Float[Array, ""], key: Key[Array, ""] | None
+) -> Float[Array, "b n d"]:
+    """Stochastic depth (arXiv 1603.09382): drops a whole residual branch, example by example."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def gelu(kind: str) -> Callable[[Array], Array]:
+    """`tanh` is Google's JAX default, `erf` the exact one of PyTorch."""
+    return functools.partial(nnx.gelu, approximate=kind == "tanh")
+
+
+def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # Two-pass variance: the fast one loses digits where the mean is large.
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=config.layernorm_eps,
+        dtype=jnp.dtype(config.dtype),
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+class PatchEmbed(nnx.Module):
+    """Cuts an image into patches and projects each one linearly (E in Eq. 1).
+
+    A convolution whose stride is its window, written as a reshape and one matrix product. The
+    kernel keeps the convolution's shape [ph pw c d] and initialisation (LeCun normal).
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (*config.patch_size, config.in_channels, config.width)
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(config.width))
+
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        (gh, gw), (ph, pw) = config.grid, config.patch_size
+        x = images.astype(dtype).reshape(-1, gh, ph, gw, pw, config.in_channels)
+        x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
+        return x.reshape(-1, gh * gw, config.width) + self.bias[...].astype(dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention (MSA in Eq. 2, appendix A) with one QKV kernel [d 3 heads head_dim].
+
+    Q, K and V are initialised one by one, as Google's code does: Xavier over the fused kernel
+    would give them a standard deviation of 0.0255 where theirs is 0.0361 (width 768).
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, heads, head_dim = config.width, config.num_heads, config.head_dim
+        xavier = nnx.initializers.xavier_uniform()
+        kernels = [xavier(rngs.params(), (d, d)).reshape(d, heads, head_dim) for _ in range(3)]
+        self.qkv = Affine(jnp.stack(kernels, axis=1), (3, heads, head_dim))
+        self.out = Affine(xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d), (d,))
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        taps: Taps | None = None,
+        *,
+        query: Float[Array, "b m d"] | None = None,
+    ) -> Float[Array, "b m d"]:
+        """Attends from x, or from `query`, to x."""
+        dtype = jnp.dtype(self.config.dtype)
+        kernel, bias = self.qkv.kernel[...].astype(dtype), self.qkv.bias[...].astype(dtype)
+        if query is None:
+            qkv = jnp.einsum("bnd,dthk->bnthk", x, kernel) + bias
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            q = jnp.einsum("bmd,dhk->bmhk", query, kernel[:, 0]) + bias[0]
+            kv = jnp.einsum("bnd,dthk->bnthk", x, kernel[:, 1:]) + bias[1:]
+            k, v = kv[:, :, 0], kv[:, :, 1]
+        if taps is not None:
+            taps("attention", lambda: attention_weights(q, k))
+        backend = attention_backend(self.config.attention, dtype.name, q.shape[-1], k.shape[1])
+        y = jax.nn.dot_product_attention(q, k, v, implementation=backend)
+        kernel, bias = self.out.kernel[...].astype(dtype), self.out.bias[...].astype(dtype)
+        return jnp.einsum("bmhk,hkd->bmd", y, kernel) + bias
+
+
+class Affine(nnx.Module):
+    """A kernel of any rank and its zero-initialised bias."""
+
+    def __init__(self, kernel: Float[Array, "..."], bias_shape: tuple[int, ...]):
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(bias_shape))
+
+
+def attention_weights(
+    q: Float[Array, "b m h k"], k: Float[Array, "b n h k"]
+) -> Float[Array, "b h m n"]:
+    """The softmax that a fused attention never writes to memory, computed beside it in float32."""
+    scores = jnp.einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+
+
+@functools.cache
+def attention_backend(wanted: str, dtype: str, head_dim: int, tokens: int) -> str:
+    """Chooses what `jax.nn.dot_product_attention` runs on; `auto` is cuDNN where it works.
+
+    cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
+    device at hand is found out by compiling a small gradient once.
+    """
+    if wanted != "auto":
+        return wanted
+    if jax.default_backend() != "gpu" or dtype == "float32" or head_dim % 8 or head_dim > 128:
+        return "xla"
+
+    def probe(q):
+        return jax.nn.dot_product_attention(q, q, q, implementation="cudnn").astype("float32").sum()
+
+    try:
+        shape = jax.ShapeDtypeStruct((1, tokens, 1, head_dim), dtype)
+        jax.jit(jax.grad(probe)).lower(shape).compile()
+    except Exception as error:  # noqa: BLE001  cuDNN and XLA raise many types
+        logging.warning("cuDNN attention is not available here, using XLA's: %s", error)
+        return "xla"
+    return "cudnn"
+
+
+class Mlp(nnx.Module):
+    """Two layers with a GELU between (Eq. 3); biases start at a spread of 1e-6, as in Google's."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        linear = functools.partial(
+            nnx.Linear,
+            dtype=jnp.dtype(config.dtype),
+            kernel_init=nnx.initializers.xavier_uniform(),
+            bias_init=nnx.initializers.normal(1e-6),
+            rngs=rngs,
+        )
+        self.fc1 = linear(config.width, config.mlp_dim)
+        self.fc2 = linear(config.mlp_dim, config.width)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b n d"]:
+        x = gelu(self.config.gelu)(self.fc1(x))
+        return self.fc2(dropout(x, self.config.dropout, key))
+
+
+class Block(nnx.Module):
+    """One pre-LN encoder block (Eq. 2 and 3).
+
+    Dropout follows every dense layer except the QKV projections (appendix B.1).
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.norm1 = layer_norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.norm2 = layer_norm(config, rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        *,
+        depth_fraction: float | Float[Array, ""] = 0.0,
+        key: Key[Array, ""] | None = None,
+        taps: Taps | None = None,
+    ) -> Float[Array, "b n d"]:
+        """`depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path."""
+        attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
+
+        def branch(y, dropout_key, path_key):
+            y = dropout(y, self.config.dropout, dropout_key)
+            if self.config.drop_path == 0:
+                return y
+            return drop_path(y, self.config.drop_path * depth_fraction, path_key)
+
+        x = x + branch(self.attention(self.norm1(x), taps), attention_key, path_keys[0])
+        x = x + branch(self.mlp(self.norm2(x), hidden_key), mlp_key, path_keys[1])
+        return x
+
+
+class AttentionPool(nnx.Module):
+    """Pools the tokens by attention from one learned query (`map`: big_vision's MAPHead)."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        xavier = nnx.initializers.xavier_uniform()
+        self.probe = nnx.Param(xavier(rngs.params(), (1, 1, config.width)))
+        self.attention = Attention(config, rngs=rngs)
+        self.norm = layer_norm(config, rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        y = self.attention(x, query=query)
+        return (y + self.mlp(self.norm(y)))[:, 0]

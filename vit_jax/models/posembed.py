@@ -1,0 +1,87 @@
+"""Position embeddings: the fixed 2D sine-cosine one, and resizing a learned one to a new grid."""
+
+import numpy as np
+import scipy.ndimage
+from jaxtyping import Float
+
+from vit_jax.errors import UserError, nearest
+
+RESIZE_METHODS = ("zoom", "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias")
+
+
+def resize(
+    embedding: Float[np.ndarray, "n d"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    num_prefix_tokens: int,
+    method: str = "zoom",
+) -> Float[np.ndarray, "m d"]:
+    """Interpolates a position embedding on its 2D grid (paper, section 3.2).
+
+    The first `num_prefix_tokens` rows (the class token) are kept as they are. Grids are (h, w), in
+    patches, and are never guessed from the number of rows.
+
+    Args:
+      method: `zoom` is the paper's, scipy.ndimage.zoom(order=1), which keeps the corners in place.
+        The others put sample centres at half pixels: `bilinear` and `bicubic` as in PyTorch's
+        interpolate (cubic a = -0.75, borders repeated), and with `_antialias` as in its
+        antialiased ones, Pillow's and jax.image.resize's (a = -0.5, weights renormalised).
+
+    Raises:
+      UserError: the rows do not fit old grid and prefix, or the method does not exist.
+    """
+    rows = num_prefix_tokens + old_grid[0] * old_grid[1]
+    if embedding.shape[0] != rows:
+        raise UserError(
+            f"a position embedding of {embedding.shape[0]} rows does not fit a grid of "
+            f"{old_grid[0]}x{old_grid[1]} and {num_prefix_tokens} prefix tokens ({rows} rows)"
+        )
+    if method not in RESIZE_METHODS:
+        raise UserError(f"position resize {method!r}: {nearest(method, RESIZE_METHODS)}")
+    if tuple(old_grid) == tuple(new_grid):
+        return embedding
+    prefix, grid = embedding[:num_prefix_tokens], embedding[num_prefix_tokens:]
+    grid = grid.reshape(*old_grid, -1)
+    if method == "zoom":
+        factors = (new_grid[0] / old_grid[0], new_grid[1] / old_grid[1], 1)
+        grid = scipy.ndimage.zoom(grid, factors, order=1)
+    else:
+        down = _resize_matrix(old_grid[0], new_grid[0], method)
+        across = _resize_matrix(old_grid[1], new_grid[1], method)
+        grid = np.einsum("ih,jw,hwd->ijd", down, across, grid.astype(np.float64), optimize=True)
+    grid = grid.reshape(new_grid[0] * new_grid[1], -1)
+    return np.concatenate([prefix, grid.astype(embedding.dtype)])
+
+
+def _resize_matrix(old: int, new: int, method: str) -> Float[np.ndarray, "new old"]:
+    """The weights of every old sample in every new one, along one side."""
+    antialias = method.endswith("_antialias")
+    cubic = method.startswith("bicubic")
+    a = -0.5 if antialias else -0.75
+    stretch = max(old / new, 1.0) if antialias else 1.0
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    # Two samples beyond each border, which the plain methods fold back onto the border's sample.
+    positions = np.arange(-2, old + 2)
+    x = np.abs(positions - centres[:, None]) / stretch
+    if cubic:
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        weights = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    else:
+        weights = np.maximum(1 - x, 0.0)
+    inside = weights[:, 2:-2].copy()
+    if not antialias:
+        inside[:, 0] += weights[:, :2].sum(axis=1)
+        inside[:, -1] += weights[:, -2:].sum(axis=1)
+    return inside / inside.sum(axis=1, keepdims=True)
+
+
+def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n {width}"]:
+    """Fixed 2D sine-cosine embedding, temperature 10,000 (MoCo v3; big_vision's `sincos2d`).
+
+    Channels are, in quarters: sin and cos of the column, sin and cos of the row.
+    """
+    y, x = np.mgrid[: grid[0], : grid[1]]
+    omega = 1.0 / 10_000.0 ** (np.arange(width // 4) / (width // 4 - 1))
+    y, x = (axis.reshape(-1, 1) * omega for axis in (y, x))
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
