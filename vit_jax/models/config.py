@@ -66,10 +66,9 @@ class ViTConfig:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, pair(getattr(self, name), name))
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}"
-                )
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"model.{name} is {value!r}: {nearest(value, choices)}")
         for name in ("in_channels", "width", "depth", "mlp_dim", "num_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")

@@ -1,16 +1,18 @@
 """The layers of a Vision Transformer; parameters float32, computation in `config.dtype`."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ViTConfig
+
+logger = logging.getLogger(__name__)
 
 CAPTURES = ("patches", "tokens", "attention", "encoded", "pooled", "pre_logits")
 
@@ -165,7 +167,7 @@ def attention_backend(wanted: str, dtype: str, head_dim: int, tokens: int) -> st
         shape = jax.ShapeDtypeStruct((1, tokens, 1, head_dim), dtype)
         jax.jit(jax.grad(probe)).lower(shape).compile()
     except Exception as error:  # noqa: BLE001  cuDNN and XLA raise many types
-        logging.warning("cuDNN attention is not available here, using XLA's: %s", error)
+        logger.warning("cuDNN attention is not available here, using XLA's: %s", error)
         return "xla"
     return "cudnn"
 

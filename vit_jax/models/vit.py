@@ -138,13 +138,28 @@ class ViT(nnx.Module):
         if self.config.scan:
             x, captured = jax.lax.scan(body, x, (stacked, jnp.arange(depth)))
         else:
-            layers_out = []
+            captured = []
             for index in range(depth):
-                x, values = body(x, (jax.tree.map(lambda p: p[index], stacked), index))
-                layers_out.append(values)
-            captured = jax.tree.map(lambda *values: jnp.stack(values), *layers_out)
+                x, values = body(x, (_layer(stacked, index), index))
+                captured.append(values)
+            captured = jax.tree.map(lambda *values: jnp.stack(values), *captured)
         taps.values.update(captured)
         return x
+
+
+def _layer(stacked: Any, index: int) -> Any:
+    return jax.tree.map(lambda parameter: parameter[index], stacked)
+
+
+def structure(config: ViTConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Returns what `nnx.merge` takes beside parameters, and their shapes; allocates nothing."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(shapes)
+
+
+def init_params(config: ViTConfig, seed: int) -> dict[str, Any]:
+    """Fresh parameters as a nested dict of arrays: those of `create(config, seed=seed)`."""
+    return nnx.to_pure_dict(nnx.state(create(config, seed=seed)))
 
 
 def create(name: str | ViTConfig = "B/16", *, seed: int = 0, **fields: Any) -> ViT:

@@ -1,0 +1,107 @@
+"""`python -m vit_jax COMMAND`: flags in, one function called, a sentence and an exit code out.
+
+Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 143 stopped by
+SIGTERM after saving.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import sys
+
+from vit_jax.errors import UserError, nearest
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def train(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Trains a model, or goes on with a run that was stopped."""
+    from vit_jax.analysis.plots import curves
+    from vit_jax.training import loop
+    from vit_jax.training.config import load_config
+
+    results = loop.train(load_config(args.config, overrides), args.workdir)
+    curves(args.workdir)
+    print(json.dumps(results))
+
+
+def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Evaluates a run, or any model on the splits of a config."""
+    from vit_jax.training.config import load_config
+    from vit_jax.training.evaluate import evaluate_run, read_config
+
+    if args.workdir:
+        if args.config or args.model or overrides:
+            raise UserError("give --workdir alone, or --model and --config")
+        config, model = read_config(args.workdir), args.workdir
+    elif args.model and args.config:
+        config, model = load_config(args.config, overrides), args.model
+    else:
+        raise UserError("give --workdir=RUN, or --model=RUN and --config=FILE")
+    print(json.dumps(evaluate_run(model, config)))
+
+
+def predict(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Names the likeliest classes of image files, one JSON object a line."""
+    from vit_jax.checkpoints.load import load
+
+    loaded = load(args.model)
+    for file, labels in zip(args.images, loaded.predict(args.images, args.topk), strict=True):
+        print(json.dumps({"file": file, "labels": labels}, ensure_ascii=False), flush=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vit_jax", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "train", help=train.__doc__, epilog="--config.KEY=VALUE changes any key of the config."
+    )
+    command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    command.add_argument("--workdir", required=True, help="the run folder; resumed if it exists")
+    command.set_defaults(function=train, takes_overrides=True)
+
+    command = commands.add_parser("evaluate", help=evaluate.__doc__)
+    command.add_argument("--workdir", help="a run folder, evaluated as its own config says")
+    command.add_argument("--model", help="a run folder, evaluated as --config says")
+    command.add_argument("--config", metavar="FILE.py[:ARGUMENT]")
+    command.set_defaults(function=evaluate, takes_overrides=True)
+
+    command = commands.add_parser("predict", help=predict.__doc__)
+    command.add_argument("--model", required=True, help="a run folder")
+    command.add_argument("--topk", type=int, default=5, help="classes to name (default 5)")
+    command.add_argument("images", nargs="+", metavar="IMAGE")
+    command.set_defaults(function=predict, takes_overrides=False)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args, rest = make_parser().parse_known_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("vit_jax").setLevel(logging.INFO)
+    try:
+        for flag in rest:
+            if not (args.takes_overrides and flag.startswith("--config.") and "=" in flag):
+                known = [f"--{name}" for name in vars(args) if name not in ("function",)]
+                raise UserError(f"unknown argument {flag!r}; {nearest(flag, known)}")
+        args.function(args, rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: {error}: make room or choose another place", file=sys.stderr)
+        return 2
+    except BaseException as error:
+        if type(error).__name__ != "Stopped":
+            raise
+        print(error, file=sys.stderr)
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

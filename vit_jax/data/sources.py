@@ -1,0 +1,150 @@
+"""Where examples come from: random access by index, opened by one string."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from vit_jax.errors import UserError, nearest
+
+
+class Source(Protocol):
+    """Random access to labelled images. `source[i]` depends on nothing but i.
+
+    `label_names[c]` is the name of class c; `fingerprint` changes when the examples do.
+    """
+
+    label_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns {"image": uint8 [h w c], "label": int}."""
+        ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images and labels in memory."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, " n"]
+    label_names: tuple[str, ...]
+
+    def __post_init__(self):
+        if len(self.images) != len(self.labels):
+            raise UserError(f"{len(self.images)} images but {len(self.labels)} labels")
+        if not len(self.images):
+            raise UserError("a source needs at least one example")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.label_names):
+            raise UserError(
+                f"labels from {low} to {high} do not fit {len(self.label_names)} class names"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.images.shape, self.label_names)).encode())
+        digest.update(np.ascontiguousarray(self.images))
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()[:16]
+
+
+# Shares of every class that the two held-out splits get; the rest is for training.
+_DIGITS_HELD_OUT = {"test": 0.2, "val": 0.1}
+
+
+def digits(argument: str, split: str) -> ArraySource:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey; splits `train`, `val` and `test`.
+
+    The split is stratified and fixed for good: drawn class by class from NumPy's legacy
+    generator, whose stream is frozen.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "the source digits needs scikit-learn, which ships the images: pip install "
+            "'vit_jax[demo]'"
+        ) from None
+    if argument:
+        raise UserError(f"the source digits takes no argument, found digits:{argument}")
+    _check_split("digits", split, ("train", "val", "test"))
+    bunch = load_digits()
+    random = np.random.RandomState(0)
+    chosen = []
+    for label in range(10):
+        members = random.permutation(np.flatnonzero(bunch.target == label))
+        ends = np.cumsum([round(len(members) * share) for share in _DIGITS_HELD_OUT.values()])
+        parts = dict(zip((*_DIGITS_HELD_OUT, "train"), np.split(members, ends), strict=True))
+        chosen.append(parts[split])
+    indices = np.sort(np.concatenate(chosen))
+    images = np.round(bunch.images[indices] * (255 / 16)).astype(np.uint8)
+    labels = bunch.target[indices].astype(np.int32)
+    return ArraySource(images[..., None], labels, tuple(str(name) for name in range(10)))
+
+
+def arrays(path: str, split: str) -> ArraySource:
+    """A `.npz` file with `SPLIT_images` (uint8 [n h w c] or [n h w]), `SPLIT_labels` (int [n]) and,
+    for names other than "0", "1", ..., `label_names` (strings [k])."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            contents = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"the source arrays:{path}: there is no such file") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"the source arrays:{path} is no readable .npz: {error}") from None
+    splits = [name.removesuffix("_images") for name in contents if name.endswith("_images")]
+    _check_split(f"arrays:{path}", split, splits)
+    images, labels = contents[f"{split}_images"], contents.get(f"{split}_labels")
+    if labels is None:
+        raise UserError(f"arrays:{path} holds {split}_images but no {split}_labels")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            f"arrays:{path}: {split}_images is {images.dtype} {list(images.shape)}; expected uint8 "
+            "[n h w c] or [n h w]"
+        )
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"arrays:{path}: {split}_labels is {labels.dtype} {list(labels.shape)}; expected "
+            "integers [n]"
+        )
+    names = contents.get("label_names")
+    if names is None:
+        # Over all splits, so that each of them counts the same classes.
+        every = [contents[f"{s}_labels"] for s in splits if f"{s}_labels" in contents]
+        names = range(1 + max(int(part.max(initial=-1)) for part in every))
+    images = images if images.ndim == 4 else images[..., None]
+    return ArraySource(images, labels.astype(np.int32), tuple(str(name) for name in names))
+
+
+SOURCES: dict[str, Callable[[str, str], Source]] = {"digits": digits, "arrays": arrays}
+
+
+def open_source(spec: str, split: str) -> Source:
+    """Opens `NAME` or `NAME:ARGUMENT`, such as "digits" or "arrays:/data/cells.npz".
+
+    Raises:
+      UserError: no such source, split or file, or a file of another form.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in SOURCES:
+        raise UserError(f"data source {spec!r}: no source {name!r}; {nearest(name, SOURCES)}")
+    return SOURCES[name](argument, split)
+
+
+def _check_split(source: str, split: str, known: Any) -> None:
+    if split not in known:
+        raise UserError(f"the source {source} has no split {split!r}; {nearest(split, known)}")

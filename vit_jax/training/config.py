@@ -1,0 +1,289 @@
+"""A config file's fields, typed: every key is known, or the nearest known one is named."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from flax.traverse_util import flatten_dict
+from ml_collections import config_flags
+
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.errors import UserError, nearest
+from vit_jax.models.config import ViTConfig, variant
+from vit_jax.training.objectives import Augment
+from vit_jax.training.optim import OptimConfig
+from vit_jax.training.sharding import MeshConfig
+
+DURATIONS = ("total_steps", "total_epochs", "total_examples")
+# What a run may be resumed with in another form; everything else decides what it computes.
+RESUMABLE = ("mesh", "data.workers", "data.threads", "log", "eval", "checkpoint")
+# What the `model` section may say; what it computes in is `precision`.
+MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
+    field.name: typing.get_origin(field.type) or field.type
+    for field in dataclasses.fields(ViTConfig)
+    if field.name != "dtype"
+}
+MODEL_KEYS["representation_size"] = int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """`every` steps the val split is evaluated (0: at the end only); in batches of `batch_size`."""
+
+    every: int = 0
+    batch_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """`every` steps a checkpoint is saved (0: at the end only), and the last `keep` are kept."""
+
+    every: int = 0
+    keep: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """`every` steps metrics are written, to metrics.jsonl and, if `tensorboard`, to its events."""
+
+    every: int = 50
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. `batch_size` is global; exactly one of the three durations is set.
+
+    `model` has `variant`, any field of ViTConfig, and for fine-tuning `head` (`fresh`, or `keep`
+    the checkpoint's where the classes agree) and `position_resize` (see models/posembed.py).
+    With `init_from`, what `model` leaves out is the checkpoint's.
+    """
+
+    batch_size: int
+    data: DataConfig
+    optim: OptimConfig
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    total_steps: int | None = None
+    total_epochs: float | None = None
+    total_examples: int | None = None
+    init_from: str | None = None
+    augment: Augment = dataclasses.field(default_factory=Augment)
+    objective: str = "softmax"
+    precision: str = "float32"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
+        given = [name for name in DURATIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"set exactly one of {', '.join(DURATIONS)}; found {' and '.join(given) or 'none'}"
+            )
+        for section, name in (("eval", "every"), ("checkpoint", "every"), ("log", "every")):
+            if getattr(getattr(self, section), name) < 0:
+                raise UserError(f"{section}.{name} is negative; it must be 0 or more steps")
+        if self.checkpoint.keep < 1:
+            raise UserError(f"checkpoint.keep is {self.checkpoint.keep}; it must be at least 1")
+        for name in self.model:
+            if name not in MODEL_KEYS:
+                raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
+
+    def steps(self, num_examples: int) -> int:
+        """The length of the run, where the training split has `num_examples`."""
+        examples = self.total_examples
+        if self.total_steps is not None:
+            steps = self.total_steps
+        elif self.total_epochs is not None:
+            steps = round(self.total_epochs * num_examples / self.batch_size)
+        else:
+            steps = round(examples / self.batch_size)
+        if steps < 1:
+            raise UserError(f"the run comes to {steps} steps; it must be at least 1")
+        return steps
+
+    def vit(self, base: ViTConfig | None, num_classes: int) -> ViTConfig:
+        """The model: `base` (the checkpoint's, where there is one) with what `model` says."""
+        fields = {k: v for k, v in self.model.items() if v is not None}
+        name = fields.pop("variant", None)
+        fields.pop("position_resize", None)
+        head = fields.pop("head", "fresh")
+        if head not in ("fresh", "keep"):
+            raise UserError(f"model.head is {head!r}; {nearest(head, ('fresh', 'keep'))}")
+        fields.setdefault("num_classes", num_classes)
+        fields["dtype"] = self.precision
+        if base is not None and (head == "fresh" or base.num_classes != fields["num_classes"]):
+            fields.setdefault("representation_size", None)
+        if name is not None:
+            return variant(name, **fields)
+        if base is None:
+            raise UserError("model.variant is not set: name one such as B/16, or an init_from")
+        return dataclasses.replace(base, **fields)
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file and applies `--config.KEY=VALUE` flags to it.
+
+    Args:
+      spec: `FILE.py` or `FILE.py:ARGUMENT`; the file has get_config, which the argument goes to.
+      overrides: flags for any key of the config, whether the file mentions it or not. One that
+        sets a duration clears the file's.
+
+    Raises:
+      UserError: no such file or key, a value of another type, or a config that is not consistent.
+    """
+    config = _run_config_file(spec)
+    names = [flag.removeprefix("--config.").partition("=")[0] for flag in overrides]
+    _fill(config, Config, names)
+    known = [name for name, _ in _leaves(config)]
+    for flag, name in zip(overrides, names, strict=True):
+        if name not in known:
+            raise UserError(f"unknown config key in {flag}; {nearest(name, known)}")
+    flag_values = flags.FlagValues()
+    argv = ["vit_jax", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
+    try:
+        flag_values(argv)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(f"a --config flag could not be read: {error}") from None
+    config = flag_values["config"].value
+    if any(name in DURATIONS for name in names):
+        for name in set(DURATIONS) - set(names):
+            config[name] = None
+    return unpack(Config, config)
+
+
+def _run_config_file(spec: str) -> ml_collections.ConfigDict:
+    path, _, argument = spec.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no config file {path!r} (--config={spec})")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
+    module.__spec__.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} is no config file: it has no function get_config")
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise UserError(f"{spec}: {error}") from None
+    return ml_collections.ConfigDict(config.to_dict(), type_safe=True)
+
+
+def _fill(config: ml_collections.ConfigDict, kind: Any, wanted: Sequence[str]) -> None:
+    """Adds what the file leaves out, as defaults and placeholders, so that flags can set it."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        inner = _not_none(hints[field.name])
+        here = [name.partition(".")[2] for name in wanted if name.split(".")[0] == field.name]
+        if field.name == "model":
+            if config.get("model") is None:
+                config.model = ml_collections.ConfigDict()
+            section = config.model
+            for name, value_type in MODEL_KEYS.items():
+                if section.get(name) is None:
+                    section[name] = ml_collections.config_dict.placeholder(value_type)
+        elif dataclasses.is_dataclass(inner):
+            if config.get(field.name) is None and (inner is hints[field.name] or any(here)):
+                config[field.name] = ml_collections.ConfigDict()
+            if config.get(field.name) is not None:
+                _fill(config[field.name], inner, here)
+        elif config.get(field.name) is None:
+            value_type = typing.get_origin(inner) or inner
+            config[field.name] = ml_collections.config_dict.placeholder(value_type)
+            if field.default not in (None, dataclasses.MISSING):
+                config[field.name] = field.default
+
+
+def _not_none(kind: Any) -> Any:
+    """Takes `X | None` to X."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
+    return kind
+
+
+def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def unpack(kind: Any, value: Any, path: str = "") -> Any:
+    """Turns a (nested) ConfigDict or dict into the dataclass `kind`, checking names and types.
+
+    Raises:
+      UserError: a key that no field has, a required one that is missing, a value of another type.
+    """
+    where = path or "the config"
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if value is None:
+        return None
+    kind = _not_none(kind)
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"config {where} is {value!r}; expected a section with keys")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in fields:
+                full = f"{path}.{key}".lstrip(".")
+                raise UserError(f"unknown config key {full}; {nearest(key, fields)}")
+        inner = {k: unpack(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
+        for name, field in fields.items():
+            default = (field.default, field.default_factory)
+            # A placeholder that nobody filled is None: the same as leaving the field out.
+            if inner.get(name) is None and default != (dataclasses.MISSING,) * 2:
+                if name in inner and field.default is not None:
+                    del inner[name]
+            elif inner.get(name) is None:
+                raise UserError(f"config {f'{path}.{name}'.lstrip('.')} is not set")
+        return kind(**inner)
+    if origin is tuple:
+        kinds, items = typing.get_args(kind), value if isinstance(value, (tuple, list)) else None
+        if items is None or len(items) != len(kinds):
+            raise UserError(f"config {where} is {value!r}; expected {len(kinds)} values")
+        return tuple(unpack(k, item, where) for k, item in zip(kinds, items, strict=True))
+    if origin is dict:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if value is not None and type(value) is not kind:
+        raise UserError(f"config {where} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+def to_json(config: Config) -> str:
+    """The whole config, defaults included, as `from_json` reads it."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> Config:
+    return unpack(Config, json.loads(text))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What keeps `new` from resuming a run of `old`: "optim.lr: 0.001 -> 0.01"."""
+    old_flat, new_flat = (
+        flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
+        for config in (old, new)
+    )
+    names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
+    return [
+        f"{name}: {old_flat.get(name)!r} -> {new_flat.get(name)!r}"
+        for name in names
+        if old_flat.get(name) != new_flat.get(name)
+        and not any(name == free or name.startswith(f"{free}.") for free in RESUMABLE)
+    ]

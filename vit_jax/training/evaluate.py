@@ -1,0 +1,106 @@
+"""Evaluation: every example once, whatever the batch size and the number of devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from vit_jax.checkpoints.load import read_model
+from vit_jax.data.pipeline import BatchReader, eval_batches
+from vit_jax.data.sources import open_source
+from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.models.vit import structure
+from vit_jax.training.config import Config, from_json
+from vit_jax.training.sharding import check_batch, local_rows, make_mesh, placement, to_devices
+from vit_jax.training.steps import make_eval_step
+
+EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+
+
+def evaluate(
+    eval_step: EvalStep,
+    params: Any,
+    read: BatchReader,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    threads: int = 2,
+) -> dict[str, float]:
+    """Returns the means over all examples of `read.source`: accuracy (top-1), top5 and loss.
+
+    Padding is masked; the sums of all batches are added on the host, and divided last.
+    """
+    with eval_batches(read, batch_size, rows=local_rows(batch_size, mesh), threads=threads) as it:
+        sums = [eval_step(params, to_devices(batch, batch_size, mesh)) for batch in it]
+    totals = {
+        name: np.sum([each[name] for each in jax.device_get(sums)], dtype=np.float64)
+        for name in sums[0]
+    }
+    count = totals.pop("count")
+    return {name: float(total / count) for name, total in totals.items()}
+
+
+def readers(
+    config: Config, preprocess: Preprocess, labels: tuple[str, ...]
+) -> dict[str, BatchReader]:
+    """Opens the val and test splits that the config has, as a model of `labels` reads them.
+
+    Raises:
+      UserError: a split has other classes than the model.
+    """
+    found = {}
+    for name in ("val", "test"):
+        split = getattr(config.data, name)
+        if split is None:
+            continue
+        source = open_source(split.source, split.split)
+        if len(source.label_names) != len(labels):
+            raise UserError(
+                f"data.{name} ({split.source}, {split.split}) has {len(source.label_names)} "
+                f"classes, the model {len(labels)}"
+            )
+        found[name] = BatchReader(source, split.preprocess(preprocess))
+    return found
+
+
+def read_config(workdir: str | epath.Path) -> Config:
+    """The config that a run folder was trained with."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} is no run folder: it has no config.json")
+    return from_json(path.read_text())
+
+
+def evaluate_run(path: str, config: Config) -> dict[str, float]:
+    """Evaluates the model of a run folder on the splits of `config`: {"val/accuracy": ..., ...}.
+
+    Raises:
+      UserError: no model there, no split to evaluate, or classes that do not agree.
+    """
+    record, params, step = read_model(path)
+    mesh = make_mesh(config.mesh)
+    batch_size = config.eval.batch_size or config.batch_size
+    check_batch(batch_size, 1, mesh)
+    graphdef, shapes = structure(record.config)
+    params = jax.device_put(params, placement(shapes, mesh))
+    eval_step = jax.jit(
+        make_eval_step(
+            graphdef,
+            record.preprocess,
+            num_classes=record.config.num_classes,
+            objective=config.objective,
+        )
+    )
+    results: dict[str, float] = {"step": step}
+    for name, read in readers(config, record.preprocess, record.labels).items():
+        values = evaluate(
+            eval_step, params, read, batch_size=batch_size, mesh=mesh, threads=config.data.threads
+        )
+        results |= {f"{name}/{key}": value for key, value in values.items()}
+    if len(results) == 1:
+        raise UserError("the config has neither data.val nor data.test to evaluate")
+    return results

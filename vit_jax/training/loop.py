@@ -1,0 +1,304 @@
+"""The training run: start or resume, step, log, evaluate, save, stop."""
+
+import collections
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from vit_jax.checkpoints.load import ModelRecord, Report, adapt, read_model
+from vit_jax.checkpoints.store import Store, lock, write_atomically
+from vit_jax.data.pipeline import Batch, BatchReader, train_batches
+from vit_jax.data.sources import Source, open_source
+from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError, nearest
+from vit_jax.models.vit import structure
+from vit_jax.training import objectives
+from vit_jax.training.config import Config, differences, to_json
+from vit_jax.training.evaluate import evaluate, read_config, readers
+from vit_jax.training.metrics import Clock, MetricsLog, Progress, read_metrics
+from vit_jax.training.optim import make_optimizer, make_schedule
+from vit_jax.training.sharding import check_batch, local_rows, make_mesh, to_devices
+from vit_jax.training.state import abstract_state, from_saved, make_state, to_saved
+from vit_jax.training.steps import make_eval_step, make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+def train(config: Config, workdir: str | epath.Path) -> dict[str, float]:
+    """Trains until the config's last step, going on from what `workdir` holds.
+
+    Returns:
+      The last value of every metric of the run, as in its metrics.jsonl.
+
+    Raises:
+      UserError: the config does not fit the data, the devices or the run in `workdir`; the loss
+        is no longer finite; or the disk is full. What was saved before is intact.
+      Stopped: SIGTERM came; the run has saved and can be started again.
+    """
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(workdir))
+        stop = stack.enter_context(sigterm())
+        store = Store(workdir, keep=config.checkpoint.keep)
+        stack.callback(store.close)
+        return _run(config, workdir, store, stop, stack)
+
+
+def _run(
+    config: Config,
+    workdir: epath.Path,
+    store: Store,
+    stop: Callable[[], bool],
+    stack: contextlib.ExitStack,
+) -> dict[str, float]:
+    source = open_source(config.data.train.source, config.data.train.split)
+    total_steps = config.steps(len(source))
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.optim.accumulate, mesh)
+    eval_batch = config.eval.batch_size or config.batch_size
+    check_batch(eval_batch, 1, mesh)
+    schedule = make_schedule(config.optim, total_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+
+    resume_step = store.newest()
+    record, params = _start(config, workdir, source, resume_step)
+    reads = readers(config, record.preprocess, record.labels)
+
+    abstract = abstract_state(record.config, optimizer, ema=config.optim.ema is not None, mesh=mesh)
+    if resume_step is None:
+        state = make_state(abstract, record.config, optimizer, seed=config.seed, params=params)
+        write_atomically(workdir / "config.json", to_json(config))
+        record.write(workdir)
+    else:
+        state = from_saved(store.restore(resume_step, to_saved(abstract)), abstract)
+        logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
+    start_step = resume_step or 0
+
+    graphdef, _ = structure(record.config)
+    num_classes = record.config.num_classes
+    train_step = jax.jit(
+        make_train_step(
+            graphdef,
+            optimizer,
+            schedule,
+            record.preprocess,
+            num_classes=num_classes,
+            objective=config.objective,
+            label_smoothing=config.augment.label_smoothing,
+            accumulate=config.optim.accumulate,
+            ema=config.optim.ema,
+            seed=config.seed,
+        ),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None),
+    )
+    eval_step = jax.jit(
+        make_eval_step(
+            graphdef, record.preprocess, num_classes=num_classes, objective=config.objective
+        )
+    )
+    batches = stack.enter_context(
+        train_batches(
+            BatchReader(
+                source,
+                config.data.train.preprocess(record.preprocess),
+                config.seed,
+                config.data.train.affine,
+                config.data.train.flip,
+            ),
+            config.batch_size,
+            start_step=start_step,
+            stop_step=total_steps,
+            rows=local_rows(config.batch_size, mesh),
+            workers=config.data.workers,
+            threads=config.data.threads,
+        )
+    )
+    log = MetricsLog(workdir, start_step, tensorboard=config.log.tensorboard)
+    stack.callback(log.close)
+    progress = Progress(start_step, total_steps, workdir.name)
+    stack.callback(progress.close)
+    clock = Clock()
+    # Steps whose metrics are still on the device; fetching them waits for the step to end.
+    pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+    def due(step: int, every: int) -> bool:
+        return step == total_steps or (every > 0 and step % every == 0)
+
+    def flush(entries: list[tuple[int, dict[str, jax.Array]]]) -> None:
+        for step, values in jax.device_get(entries):
+            if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+                raise UserError(_diverged(step, values, store))
+            if due(step, config.log.every):
+                line = {f"train/{name}": float(value) for name, value in values.items()}
+                line |= clock.read()
+                log.write(step, line)
+                progress.show(line)
+
+    def report(step: int, name: str) -> None:
+        weights = state.params if state.ema is None else state.ema
+        values = evaluate(
+            eval_step,
+            weights,
+            reads[name],
+            batch_size=eval_batch,
+            mesh=mesh,
+            threads=config.data.threads,
+        )
+        line = {f"{name}/{key}": value for key, value in values.items()}
+        log.write(step, line)
+        progress.show(line)
+
+    arriving = on_device(batches, config.batch_size, mesh)
+    for step in range(start_step + 1, total_steps + 1):
+        began = time.perf_counter()
+        batch = next(arriving)
+        clock.count(config.batch_size, time.perf_counter() - began)
+        state, metrics = train_step(state, batch)
+        # A log line is written once the step after it is on its way, so the device never waits.
+        if pending and due(pending[-1][0], config.log.every):
+            flush(pending)
+            pending = []
+        pending.append((step, metrics))
+        progress.update(step)
+
+        evaluating = due(step, config.eval.every)
+        saving = due(step, config.checkpoint.every) or stop()
+        if evaluating or saving:
+            flush(pending)
+            pending = []
+            began = time.perf_counter()
+            # Everything of this step is in metrics.jsonl before its checkpoint can exist.
+            if evaluating and "val" in reads:
+                report(step, "val")
+            if step == total_steps and "test" in reads:
+                report(step, "test")
+            if saving:
+                store.save(step, to_saved(state))
+            clock.pause(time.perf_counter() - began)
+        if stop() and step < total_steps:
+            store.wait()
+            raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
+    store.wait()
+    last: dict[str, float] = {}
+    for line in read_metrics(workdir):
+        last |= line
+    return last
+
+
+def _start(
+    config: Config, workdir: epath.Path, source: Source, resume_step: int | None
+) -> tuple[ModelRecord, Any | None]:
+    """Decides where the run starts; returns what its weights mean and, if not fresh, them.
+
+    In this order:
+      1. resume: this folder holds a whole checkpoint, and the config still says the same;
+      2. fine-tune: `init_from` names another model; its head is made anew (paper, B.1.1), its
+         position embeddings are resized (section 3.2), its preprocessing is inherited;
+      3. scratch.
+    """
+    if resume_step is not None:
+        changed = differences(read_config(workdir), config)
+        if changed:
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(changed)}): give its own "
+                "values to resume it, or name another --workdir"
+            )
+        record = ModelRecord.read(workdir)
+        if record.fingerprint != source.fingerprint:
+            raise UserError(
+                f"the data of {config.data.train.source} changed since {workdir} began "
+                f"(fingerprint {record.fingerprint} -> {source.fingerprint}): restore it, or name "
+                "another --workdir"
+            )
+        return record, None
+
+    if config.objective not in objectives.OBJECTIVES:
+        raise UserError(
+            f"objective {config.objective!r}: {nearest(config.objective, objectives.OBJECTIVES)}"
+        )
+    num_classes = len(source.label_names)
+    base = None
+    if config.init_from is not None:
+        base, old_params, step = read_model(config.init_from)
+    vit = config.vit(base and base.config, num_classes)
+    if vit.num_classes != num_classes:
+        raise UserError(
+            f"model.num_classes is {vit.num_classes}, but {config.data.train.source} has "
+            f"{num_classes} classes: leave model.num_classes out"
+        )
+    preprocess = base.preprocess if base else Preprocess(vit.image_size, vit.in_channels)
+    preprocess = config.data.train.preprocess(preprocess, vit.image_size)
+    record = ModelRecord(vit, preprocess, source.label_names, source.fingerprint, config.objective)
+    if base is None:
+        return record, None
+    params, fates = adapt(
+        old_params,
+        base.config,
+        vit,
+        head=config.model.get("head") or "fresh",
+        method=config.model.get("position_resize") or "zoom",
+        seed=config.seed,
+    )
+    _tell(f"{config.init_from} at step {step}", fates)
+    return record, params
+
+
+def _tell(origin: str, fates: Report) -> None:
+    """Logs, key by key, what was kept, resized, freshly made and dropped."""
+    logger.info("starting from %s: %d parameters", origin, len(fates))
+    for name, fate in fates:
+        logger.info("  %-32s %s", name, fate)
+
+
+def on_device(
+    batches: Iterable[Batch], batch_size: int, mesh: Mesh, ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields batches as global arrays, with `ahead` of them on their way to the devices."""
+    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for batch in batches:
+        queue.append(to_devices(batch, batch_size, mesh))
+        if len(queue) > ahead:
+            yield queue.popleft()
+    yield from queue
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM has come; a second one ends the process."""
+    came = False
+
+    def note(number, frame):
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _diverged(step: int, values: dict[str, Any], store: Store) -> str:
+    store.wait()
+    saved = store.steps()
+    kept = f"step {saved[-1]} is saved in {store.directory}" if saved else "nothing was saved yet"
+    return (
+        f"the loss is {values['loss']:.4g} and the gradient's norm {values['grad_norm']:.4g} at "
+        f"step {step}; {kept}. Lower optim.lr, set optim.grad_clip, or lengthen optim.warmup, in "
+        "another --workdir"
+    )

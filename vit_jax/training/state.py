@@ -1,0 +1,85 @@
+"""What a run carries from step to step, and its form on disk."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.vit import init_params
+from vit_jax.training.sharding import path_name, placement
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """`params` and `ema` are nested dicts by parameter name; `ema` is None where it is off."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def abstract_state(
+    config: ViTConfig, optimizer: optax.GradientTransformation, *, ema: bool, mesh: Mesh
+) -> TrainState:
+    """The state's shapes, types and places: what is made, jitted over and restored into."""
+    shapes = jax.eval_shape(lambda: _initial(init_params(config, 0), optimizer, ema))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        placement(shapes, mesh),
+    )
+
+
+def make_state(
+    abstract: TrainState,
+    config: ViTConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    params: Any | None = None,
+) -> TrainState:
+    """Returns the state before the first step, made in its place on the mesh.
+
+    Args:
+      params: where to start from, host arrays of the model's shapes; None starts fresh.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    ema = abstract.ema is not None
+    if params is None:
+        make = jax.jit(
+            lambda: _initial(init_params(config, seed), optimizer, ema), out_shardings=shardings
+        )
+        return make()
+    make = jax.jit(lambda params: _initial(params, optimizer, ema), out_shardings=shardings)
+    return make(jax.device_put(params, shardings.params))
+
+
+def _initial(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+    average = jax.tree.map(jnp.array, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+
+def to_saved(state: TrainState) -> dict[str, Any]:
+    """The state as plain dicts; the optimiser's arrays by path, whatever optax calls its tuples."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    saved = {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": {path_name(path): leaf for path, leaf in leaves},
+    }
+    return saved if state.ema is None else {**saved, "ema": state.ema}
+
+
+def from_saved(saved: dict[str, Any], like: TrainState) -> TrainState:
+    """The inverse of `to_saved`, in the structure of `like`."""
+    opt_state = jax.tree_util.tree_map_with_path(
+        lambda path, _: saved["opt_state"][path_name(path)], like.opt_state
+    )
+    return TrainState(saved["step"], saved["params"], opt_state, saved.get("ema"))

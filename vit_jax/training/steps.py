@@ -1,0 +1,129 @@
+"""One training step and one evaluation step: pure functions over a pytree of arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num
+
+from vit_jax.data.transforms import Preprocess
+from vit_jax.training import objectives
+from vit_jax.training.state import TrainState
+
+Batch = dict[str, Array]
+
+
+def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
+    """uint8 pixels are normalised here, on the device; floats already are."""
+    pixels = batch["image"]
+    return preprocess.normalise(pixels) if pixels.dtype == jnp.uint8 else pixels
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    preprocess: Preprocess,
+    *,
+    num_classes: int,
+    objective: str,
+    label_smoothing: float = 0.0,
+    accumulate: int = 1,
+    ema: float | None = None,
+    seed: int = 0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Returns (state, batch) -> (state, metrics), to be jitted with its state donated.
+
+    The metrics are scalars of this batch alone: loss, accuracy (top-1), grad_norm (before
+    clipping) and lr.
+    """
+    loss_of = objectives.OBJECTIVES[objective]
+
+    def loss_fn(params, batch, key, weight):
+        logits = nnx.merge(graphdef, params)(images(batch, preprocess), key=key)
+        targets = objectives.to_targets(batch["label"], num_classes, label_smoothing)
+        loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
+        hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
+        return loss, hits
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def train_step(state, batch):
+        # Randomness is a function of seed and step alone: nothing of it is stored.
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
+        if accumulate == 1:
+            (loss, hits), grads = grad_fn(state.params, batch, key, weight)
+        else:
+            loss, hits, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema
+        if ema is not None:
+            average = optax.incremental_update(params, state.ema, 1 - ema)
+        metrics = {
+            "loss": loss,
+            "accuracy": hits / weight,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    return train_step
+
+
+def accumulated(
+    grad_fn: Callable[..., Any],
+    params: Any,
+    batch: Batch,
+    key: Array,
+    weight: Float[Array, ""],
+    micro_batches: int,
+) -> tuple[Float[Array, ""], Int[Array, ""], Any]:
+    """Sums loss, hits and gradient (float32) over micro-batches, one after another.
+
+    Micro-batch i takes rows i, i + m, i + 2m, ...: each device cuts its own rows, none travel.
+    """
+
+    def interleave(x: Num[Array, "b ..."]):
+        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, inputs):
+        micro, index = inputs
+        (loss, hits), grads = grad_fn(params, micro, jax.random.fold_in(key, index), weight)
+        return jax.tree.map(jnp.add, total, (loss, hits, grads)), None
+
+    zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(
+        add, zeros, (jax.tree.map(interleave, batch), jnp.arange(micro_batches))
+    )
+    return total
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, preprocess: Preprocess, *, num_classes: int, objective: str
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """Returns (params, batch) -> sums over the batch's real examples; division comes last."""
+    loss_of = objectives.OBJECTIVES[objective]
+
+    def eval_step(params, batch):
+        logits = nnx.merge(graphdef, params)(images(batch, preprocess))
+        mask, targets = batch["mask"], objectives.to_targets(batch["label"], num_classes)
+        label = targets.argmax(-1)
+        # How many classes beat the right one; ties go to the lower index, as in argmax, and a
+        # NaN never wins.
+        right = jnp.take_along_axis(logits, label[:, None], axis=1)
+        index = jnp.arange(logits.shape[1])
+        loses = (logits < right) | ((logits == right) & (index >= label[:, None]))
+        rank = jnp.sum(~loses, axis=1)
+        return {
+            "count": mask.sum(),
+            "accuracy": jnp.sum((rank == 0) & mask),
+            "top5": jnp.sum((rank < 5) & mask),
+            "loss": jnp.sum(loss_of(logits, targets) * mask),
+        }
+
+    return eval_step
