@@ -20,43 +20,40 @@ def get_config(arg="pretrain"):
     config.seed = 0
     config.batch_size = 64
     config.total_steps = placeholder(int)
-    config.total_epochs = 100.0
+    config.total_epochs = 60.0
     config.total_examples = placeholder(int)
     config.init_from = placeholder(str)
 
     config.model = ConfigDict()
     config.model.variant = "mu/2"
     config.model.width = 64
-    config.model.depth = 6
+    config.model.depth = 4
     config.model.mlp_dim = 128
     config.model.num_heads = 4
     config.model.in_channels = 1
     config.model.image_size = (8, 8)
     config.model.representation_size = 64
-    config.model.dropout = 0.0
 
     config.data = ConfigDict()
     config.data.train = ConfigDict(dict(source="digits", split="train"))
-    config.data.train.affine = ConfigDict(
-        dict(degrees=12.0, translate=0.1, scale=(0.85, 1.15), shear=10.0)
-    )
+    config.data.train.affine = ConfigDict(dict(degrees=10.0, translate=0.06, scale=(0.9, 1.1)))
     config.data.val = ConfigDict(dict(source="digits", split="val"))
     config.data.test = ConfigDict(dict(source="digits", split="test"))
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"
-    config.optim.lr = 2e-3
+    config.optim.lr = 3e-3
     config.optim.schedule = "cosine"
     config.optim.warmup = 0.1
     config.optim.weight_decay = 0.1
     config.optim.grad_clip = 1.0
 
-    config.eval = ConfigDict(dict(every=500))
-    config.checkpoint = ConfigDict(dict(every=500, keep=1))
+    config.eval = ConfigDict(dict(every=200))
+    config.checkpoint = ConfigDict(dict(every=200, keep=1))
     config.log = ConfigDict(dict(every=50))
 
     if arg == "finetune":
         config.model = ConfigDict(dict(image_size=(16, 16)))
-        config.total_epochs = 20.0
+        config.total_epochs = 8.0
         config.optim.lr = 5e-4
     return config

@@ -1,17 +1,18 @@
 """Pictures; matplotlib comes with the `plot` extra."""
 
+import os
 from pathlib import Path
 
 from vit_jax.training.metrics import read_metrics
 
 
-def curves(workdir: str | Path) -> Path | None:
+def curves(workdir: str | os.PathLike) -> Path | None:
     """Draws a run's loss and accuracy into WORKDIR/curves.png; None where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    lines = read_metrics(str(workdir))
+    lines = read_metrics(workdir)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split in ("train", "val", "test"):

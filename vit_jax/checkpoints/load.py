@@ -6,7 +6,6 @@ the weights are those of its newest checkpoint.
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,8 +24,6 @@ from vit_jax.models import posembed
 from vit_jax.models.config import ViTConfig, pair
 from vit_jax.models.vit import ViT, init_params, structure
 
-logger = logging.getLogger(__name__)
-
 Report = list[tuple[str, str]]
 
 
@@ -40,19 +37,20 @@ class ModelRecord:
     fingerprint: str = ""
     objective: str = "softmax"
 
-    def write(self, workdir: epath.Path) -> None:
+    def write(self, workdir: epath.PathLike) -> None:
         """Writes WORKDIR/model/model.json. Grid and prefix tokens stand in it for other readers."""
         record = {
             **dataclasses.asdict(self),
             "grid": self.config.grid,
             "num_prefix_tokens": self.config.num_prefix_tokens,
         }
-        (workdir / "model").mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / "model" / "model.json", json.dumps(record, indent=1))
+        folder = epath.Path(workdir) / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "model.json", json.dumps(record, indent=1))
 
     @classmethod
-    def read(cls, workdir: epath.Path) -> "ModelRecord":
-        path = workdir / "model" / "model.json"
+    def read(cls, workdir: epath.PathLike) -> "ModelRecord":
+        path = epath.Path(workdir) / "model" / "model.json"
         try:
             record = json.loads(path.read_text())
             return cls(
@@ -115,7 +113,7 @@ class Loaded:
 
 
 def load(
-    path: str | os.PathLike,
+    path: epath.PathLike,
     *,
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
@@ -149,7 +147,7 @@ def load(
     return Loaded(model, config, preprocess, names, report, step, record.objective)
 
 
-def read_model(path: str | os.PathLike) -> tuple[ModelRecord, dict[str, Any], int]:
+def read_model(path: epath.PathLike) -> tuple[ModelRecord, dict[str, Any], int]:
     """Reads a run folder into its record, its parameters as NumPy arrays, and their step."""
     workdir = epath.Path(path)
     if not workdir.exists():
@@ -211,14 +209,11 @@ def adapt(
                 )
         else:
             if fresh is None:
-                fresh = flatten_dict(init_params(new, seed), sep="/")
+                fresh = flatten_dict(jax.jit(lambda: init_params(new, seed))(), sep="/")
             value, fate = np.asarray(fresh[name]), f"fresh {list(shape.shape)}"
         out[name] = value
         report.append((name, fate))
     report += [(name, "dropped") for name in flat_old if name not in flat_new]
-    for name, fate in report:
-        if fate != "kept":
-            logger.info("%s: %s", name, fate)
     return unflatten_dict(out, sep="/"), report
 
 

@@ -33,7 +33,7 @@ class Store:
     Saves run in the background, one at a time; an error of one is raised by the next call.
     """
 
-    def __init__(self, workdir: os.PathLike | str, *, keep: int = 1):
+    def __init__(self, workdir: epath.PathLike, *, keep: int = 1):
         self.directory = epath.Path(workdir) / "checkpoints"
         self.keep = keep
         self._orbax: ocp.AsyncCheckpointer | None = None
@@ -207,13 +207,13 @@ def write_atomically(path: epath.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(workdir: epath.Path) -> Iterator[None]:
+def lock(workdir: epath.PathLike) -> Iterator[None]:
     """Holds a run folder for this process; the operating system lets go of it when we are killed.
 
     Raises:
       UserError: another process holds it.
     """
-    with open(workdir / ".lock", "a+") as file:
+    with open(os.path.join(workdir, ".lock"), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

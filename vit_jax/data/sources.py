@@ -1,9 +1,10 @@
 """Where examples come from: random access by index, opened by one string."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -11,6 +12,7 @@ from jaxtyping import Int32, UInt8
 from vit_jax.errors import UserError, nearest
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to labelled images. `source[i]` depends on nothing but i.
 
@@ -54,7 +56,7 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((self.images.shape, self.label_names)).encode())
         digest.update(np.ascontiguousarray(self.images))

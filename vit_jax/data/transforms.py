@@ -38,7 +38,7 @@ def resize(image: Image, size: tuple[int, int], method: str) -> UInt8[np.ndarray
     return np.stack(channels, axis=-1)
 
 
-def to_channels(image: Image, channels: int) -> Image:
+def to_channels(image: Image, channels: int) -> UInt8[np.ndarray, "h w {channels}"]:
     """Grey to colour by repetition, colour to grey by luminance (ITU-R 601)."""
     if image.shape[2] == channels:
         return image
@@ -112,7 +112,7 @@ class Preprocess:
         if self.resize not in methods:
             raise UserError(f"data resize {self.resize!r}: {nearest(self.resize, methods)}")
 
-    def pixels(self, image: Image) -> Image:
+    def pixels(self, image: Image) -> UInt8[np.ndarray, "h2 w2 c2"]:
         """Brings an image to the model's size and channels, still uint8."""
         return resize(to_channels(image, self.in_channels), self.image_size, self.resize)
 

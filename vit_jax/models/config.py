@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from vit_jax.errors import UserError, nearest
@@ -23,7 +25,7 @@ CHOICES = {
     "pool": ("token", "gap", "map"),
     "position": ("learned", "sincos2d", "none"),
     "gelu": ("tanh", "erf"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn"),
 }
 
@@ -32,6 +34,7 @@ CHOICES = {
 class ViTConfig:
     """A plain Vision Transformer; sizes in pixels and channels, rates in [0, 1).
 
+    `image_size` and `patch_size` are kept as (h, w); one number means square.
     `pool` is what the head reads: the class token, the mean of the patch tokens (`gap`), or an
     attention pooling head (`map`). `representation_size` is the width of the tanh layer before the
     head (paper, section 3.1), None for none. `num_classes=0` is a model without a head, whose
@@ -42,8 +45,8 @@ class ViTConfig:
       UserError: a size that does not divide another, or a choice that does not exist.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    patch_size: tuple[int, int] = (16, 16)
+    image_size: int | Sequence[int] = (224, 224)
+    patch_size: int | Sequence[int] = (16, 16)
     in_channels: int = 3
     width: int = 768
     depth: int = 12
@@ -69,9 +72,13 @@ class ViTConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"model.{name} is {value!r}: {nearest(value, choices)}")
-        for name in ("in_channels", "width", "depth", "mlp_dim", "num_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
+        if self.representation_size is not None:
+            smallest["representation_size"] = 1
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"model.{name} is {value!r}; expected an integer from {least} up")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -114,10 +121,10 @@ class ViTConfig:
 
 def pair(value: Any, name: str) -> tuple[int, int]:
     """Reads (h, w) from an int or a sequence of one or two ints; one number means square."""
-    sides = (value,) if isinstance(value, int) else tuple(value)
-    if len(sides) not in (1, 2) or not all(isinstance(s, int) and s > 0 for s in sides):
+    sides = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(sides) not in (1, 2) or not all(isinstance(s, Integral) and s > 0 for s in sides):
         raise UserError(f"model.{name} is {value!r}; expected one positive integer or (h, w)")
-    return (sides[0], sides[-1])
+    return (int(sides[0]), int(sides[-1]))
 
 
 def variant(name: str, **fields: Any) -> ViTConfig:

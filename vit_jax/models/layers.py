@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -84,10 +85,10 @@ class PatchEmbed(nnx.Module):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(config.width))
 
-    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+    def __call__(self, images: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b n d"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         (gh, gw), (ph, pw) = config.grid, config.patch_size
-        x = images.astype(dtype).reshape(-1, gh, ph, gw, pw, config.in_channels)
+        x = jnp.asarray(images, dtype).reshape(-1, gh, ph, gw, pw, config.in_channels)
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         return x.reshape(-1, gh * gw, config.width) + self.bias[...].astype(dtype)
 

@@ -1,5 +1,6 @@
 """The Vision Transformer (arXiv 2010.11929), in forward order."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ class ViT(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "b h w c"],
+        images: Float[Array | np.ndarray, "b h w c"],
         *,
         key: Key[Array, ""] | None = None,
         capture: str | tuple[str, ...] = (),
@@ -158,8 +159,8 @@ def structure(config: ViTConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 
 def init_params(config: ViTConfig, seed: int) -> dict[str, Any]:
-    """Fresh parameters as a nested dict of arrays: those of `create(config, seed=seed)`."""
-    return nnx.to_pure_dict(nnx.state(create(config, seed=seed)))
+    """Fresh parameters as a nested dict of arrays, to be called inside `jax.jit`."""
+    return nnx.to_pure_dict(nnx.state(ViT(config, rngs=nnx.Rngs(params=seed))))
 
 
 def create(name: str | ViTConfig = "B/16", *, seed: int = 0, **fields: Any) -> ViT:
@@ -173,5 +174,9 @@ def create(name: str | ViTConfig = "B/16", *, seed: int = 0, **fields: Any) -> V
     Raises:
       UserError: no such variant or field, or sizes that do not fit together.
     """
-    config = variant(name, **fields) if isinstance(name, str) else name
-    return ViT(config, rngs=nnx.Rngs(params=seed))
+    if isinstance(name, str):
+        config = variant(name, **fields)
+    else:
+        config = dataclasses.replace(name, **fields)
+    params = jax.jit(lambda: init_params(config, seed))()  # one program, not one a parameter
+    return nnx.merge(structure(config)[0], params)

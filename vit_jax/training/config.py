@@ -26,11 +26,9 @@ DURATIONS = ("total_steps", "total_epochs", "total_examples")
 RESUMABLE = ("mesh", "data.workers", "data.threads", "log", "eval", "checkpoint")
 # What the `model` section may say; what it computes in is `precision`.
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
-    field.name: typing.get_origin(field.type) or field.type
-    for field in dataclasses.fields(ViTConfig)
-    if field.name != "dtype"
+    field.name: field.type for field in dataclasses.fields(ViTConfig) if field.name != "dtype"
 }
-MODEL_KEYS["representation_size"] = int
+MODEL_KEYS |= {"image_size": tuple, "patch_size": tuple, "representation_size": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Config:
 
     def vit(self, base: ViTConfig | None, num_classes: int) -> ViTConfig:
         """The model: `base` (the checkpoint's, where there is one) with what `model` says."""
-        fields = {k: v for k, v in self.model.items() if v is not None}
+        fields = dict(self.model)
         name = fields.pop("variant", None)
         fields.pop("position_resize", None)
         head = fields.pop("head", "fresh")
@@ -257,7 +255,9 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
             raise UserError(f"config {where} is {value!r}; expected {len(kinds)} values")
         return tuple(unpack(k, item, where) for k, item in zip(kinds, items, strict=True))
     if origin is dict:
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        return {
+            k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if v is not None
+        }
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if value is not None and type(value) is not kind:

@@ -53,8 +53,7 @@ def readers(
       UserError: a split has other classes than the model.
     """
     found = {}
-    for name in ("val", "test"):
-        split = getattr(config.data, name)
+    for name, split in {"val": config.data.val, "test": config.data.test}.items():
         if split is None:
             continue
         source = open_source(split.source, split.split)
@@ -67,7 +66,7 @@ def readers(
     return found
 
 
-def read_config(workdir: str | epath.Path) -> Config:
+def read_config(workdir: epath.PathLike) -> Config:
     """The config that a run folder was trained with."""
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
@@ -75,7 +74,7 @@ def read_config(workdir: str | epath.Path) -> Config:
     return from_json(path.read_text())
 
 
-def evaluate_run(path: str, config: Config) -> dict[str, float]:
+def evaluate_run(path: epath.PathLike, config: Config) -> dict[str, int | float]:
     """Evaluates the model of a run folder on the splits of `config`: {"val/accuracy": ..., ...}.
 
     Raises:
@@ -95,7 +94,7 @@ def evaluate_run(path: str, config: Config) -> dict[str, float]:
             objective=config.objective,
         )
     )
-    results: dict[str, float] = {"step": step}
+    results: dict[str, int | float] = {"step": step}
     for name, read in readers(config, record.preprocess, record.labels).items():
         values = evaluate(
             eval_step, params, read, batch_size=batch_size, mesh=mesh, threads=config.data.threads

@@ -36,7 +36,7 @@ class Stopped(Exception):
     """The run was asked to stop, and has saved."""
 
 
-def train(config: Config, workdir: str | epath.Path) -> dict[str, float]:
+def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     """Trains until the config's last step, going on from what `workdir` holds.
 
     Returns:
@@ -63,7 +63,7 @@ def _run(
     store: Store,
     stop: Callable[[], bool],
     stack: contextlib.ExitStack,
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     source = open_source(config.data.train.source, config.data.train.split)
     total_steps = config.steps(len(source))
     mesh = make_mesh(config.mesh)
@@ -146,7 +146,7 @@ def _run(
                 line = {f"train/{name}": float(value) for name, value in values.items()}
                 line |= clock.read()
                 log.write(step, line)
-                progress.show(line)
+                progress.show(step, line)
 
     def report(step: int, name: str) -> None:
         weights = state.params if state.ema is None else state.ema
@@ -160,7 +160,7 @@ def _run(
         )
         line = {f"{name}/{key}": value for key, value in values.items()}
         log.write(step, line)
-        progress.show(line)
+        progress.show(step, line)
 
     arriving = on_device(batches, config.batch_size, mesh)
     for step in range(start_step + 1, total_steps + 1):
@@ -193,7 +193,7 @@ def _run(
             store.wait()
             raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
     store.wait()
-    last: dict[str, float] = {}
+    last: dict[str, int | float] = {}
     for line in read_metrics(workdir):
         last |= line
     return last

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 TIMING_KEYS = ("images_per_second", "input_wait_fraction", "seconds")
 
 
-def read_metrics(workdir: epath.Path | str) -> list[dict[str, Any]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
     path = epath.Path(workdir) / "metrics.jsonl"
     lines = []
@@ -108,9 +108,10 @@ class Progress:
     def update(self, step: int) -> None:
         self._bar.update(step - self._bar.n)
 
-    def show(self, values: dict[str, float]) -> None:
+    def show(self, step: int, values: dict[str, float]) -> None:
         """Shows the latest values, as a postfix of the line or, with no terminal, in the log."""
         short = {
+            "test/accuracy": "test",
             "train/loss": "loss",
             "train/accuracy": "acc",
             "val/accuracy": "val",
@@ -118,7 +119,8 @@ class Progress:
         }
         shown = {short[k]: f"{v:.4g}" for k, v in values.items() if k in short}
         if self._bar.disable:
-            logger.info("%s", " ".join(f"{name} {value}" for name, value in shown.items()))
+            values = " ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info("step %d/%d %s", step, self._bar.total, values)
         else:
             self._bar.set_postfix(shown, refresh=False)
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import init_params
@@ -17,9 +16,13 @@ from vit_jax.training.sharding import path_name, placement
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """`params` and `ema` are nested dicts by parameter name; `ema` is None where it is off."""
+    """Arrays, or their shapes or shardings in the same structure.
 
-    step: Int[Array, ""]
+    `step` counts the steps done (int32 []); `params` and `ema` are nested dicts by parameter name,
+    `ema` None where it is off.
+    """
+
+    step: Any
     params: Any
     opt_state: Any
     ema: Any

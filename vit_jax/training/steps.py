@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Shaped
 
 from vit_jax.data.transforms import Preprocess
 from vit_jax.training import objectives
@@ -88,7 +88,7 @@ def accumulated(
     Micro-batch i takes rows i, i + m, i + 2m, ...: each device cuts its own rows, none travel.
     """
 
-    def interleave(x: Num[Array, "b ..."]):
+    def interleave(x: Shaped[Array, "b ..."]):
         return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, inputs):

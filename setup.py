@@ -1,0 +1,46 @@
+"""vit_jax: the Vision Transformer in JAX and Flax."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vit_jax",
+    version="0.1.0",
+    description="Vision Transformers in JAX: pre-train, fine-tune, evaluate, load in a notebook",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "etils[epath]>=1.12",
+        "flax>=0.12.4",
+        "grain>=0.2.15",
+        "jax>=0.10.0",
+        "jaxtyping>=0.3.2",
+        "ml-collections>=1.1.0",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.10",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "Pillow>=11.0",
+        "safetensors>=0.5",
+        "scipy>=1.14",
+        "simplejpeg>=1.8",
+        "tensorflow-datasets>=4.9.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "demo": ["scikit-learn>=1.5"],
+        "plot": ["matplotlib>=3.9"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "cuda": ["jax[cuda13]>=0.10.0"],
+        "tpu": ["jax[tpu]>=0.10.0"],
+        "gcs": ["gcsfs>=2024.6"],
+        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"],
+        "dev": ["pre-commit>=4.0", "ruff>=0.9"],
+    },
+)

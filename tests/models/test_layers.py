@@ -1,0 +1,148 @@
+"""Dropout, stochastic depth, LayerNorm and the choice of attention, each by itself."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vit_jax.models import layers
+from vit_jax.models.config import ViTConfig
+
+KEY = jax.random.key(7)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 6, 8)), jnp.float32)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.8])
+def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
+    x = X
+    y = np.asarray(layers.dropout(x, rate, KEY))
+    kept = y != 0
+    assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / x.size)
+    np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / (1 - rate), rtol=1e-6)
+    # Element by element: no axis is dropped as a whole.
+    for axis in range(3):
+        noise = np.sqrt(rate * (1 - rate) / x.shape[axis])
+        assert kept.mean(axis=axis).std() < 1.6 * noise
+
+
+def test_dropout_is_the_identity_without_a_key_or_rate():
+    x = X
+    assert layers.dropout(x, 0.5, None) is x
+    assert layers.dropout(x, 0.0, KEY) is x
+
+
+def test_dropout_depends_on_the_key_alone():
+    y = layers.dropout(X, 0.5, KEY)
+    np.testing.assert_array_equal(y, layers.dropout(X, 0.5, jax.random.key(7)))
+    assert (y != layers.dropout(X, 0.5, jax.random.key(8))).mean() > 0.4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dropping_keeps_the_dtype(dtype):
+    x = X.astype(dtype)
+    assert layers.dropout(x, 0.5, KEY).dtype == dtype
+    assert layers.drop_path(x, 0.5, KEY).dtype == dtype
+    assert layers.drop_path(x, jnp.float32(0.5), KEY).dtype == dtype
+
+
+def test_mean_over_many_keys_is_the_deterministic_value():
+    x, rate, n = X[:3], 0.3, 4000
+    keys = jax.random.split(KEY, n)
+    # A kept value is x / (1 - rate): the variance of one draw is x^2 rate / (1 - rate).
+    five_sigma = 5 * np.abs(x) * np.sqrt(rate / (1 - rate) / n)
+    drops = (layers.dropout, layers.drop_path)
+    draws = jax.jit(
+        jax.vmap(lambda key: [drop(x, rate, key) for drop in drops]),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )(keys)
+    for draw in draws:
+        assert (np.abs(draw.mean(axis=0) - x) < five_sigma).all()
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.6])
+@pytest.mark.parametrize("traced", [False, True])
+def test_drop_path_drops_whole_examples(rate, traced):
+    x = X
+    y = np.asarray(layers.drop_path(x, jnp.float32(rate) if traced else rate, KEY))
+    kept = (y != 0).any(axis=(1, 2))
+    assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / 2000)
+    np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / (1 - rate), rtol=1e-6)
+    np.testing.assert_array_equal(y[~kept], 0)
+
+
+def test_drop_path_is_the_identity_without_a_key_or_rate():
+    x = X
+    assert layers.drop_path(x, 0.5, None) is x
+    np.testing.assert_array_equal(layers.drop_path(x, 0.0, KEY), x)
+
+
+def test_layer_norm_keeps_its_digits_where_the_mean_is_large():
+    config = ViTConfig(width=64, num_heads=1)
+    x = 1e4 + X.reshape(-1, 64)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(axis=-1, keepdims=True)) / exact.std(axis=-1, keepdims=True)
+    # E[x^2] - E[x]^2 in float32 would be wrong by more than the variance itself.
+    y = layers.layer_norm(config, nnx.Rngs(0))(x)
+    np.testing.assert_allclose(y, exact, atol=2e-3)
+
+
+def test_auto_attention_on_cpu_is_xlas():
+    for dtype in ("float32", "bfloat16"):
+        assert layers.attention_backend("auto", dtype, 64, 197) == "xla"
+
+
+@pytest.mark.parametrize("wanted", ["xla", "cudnn"])
+def test_an_explicit_attention_reaches_jax(wanted, monkeypatch):
+    assert layers.attention_backend(wanted, "float32", 7, 3) == wanted
+    asked = []
+
+    def record(q, k, v, *, implementation):
+        asked.append(implementation)
+        return v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    config = ViTConfig(width=16, num_heads=2, attention=wanted)
+    attention = nnx.eval_shape(lambda: layers.Attention(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(attention)
+    x = jax.ShapeDtypeStruct((1, 5, 16), jnp.float32)
+    jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+    assert asked == [wanted]
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, tries",
+    [
+        ("bfloat16", 64, True),
+        ("float16", 128, True),
+        ("float32", 64, False),
+        ("bfloat16", 20, False),
+        ("bfloat16", 136, False),
+    ],
+)
+def test_auto_attention_falls_back_where_cudnn_does_not_work(
+    dtype, head_dim, tries, monkeypatch, caplog
+):
+    # A GPU in name only: whatever compiles for cuDNN here fails, and that is what auto catches.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    choose = layers.attention_backend.__wrapped__
+    with caplog.at_level(logging.WARNING):
+        assert choose("auto", dtype, head_dim, 197) == "xla"
+    assert ("cuDNN" in caplog.text) == tries
+
+
+def test_auto_attention_is_cudnns_where_it_compiles(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    probed = []
+
+    def fused(q, k, v, *, implementation):
+        probed.append((implementation, q.shape, q.dtype.name))
+        return q * k * v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    assert layers.attention_backend.__wrapped__("auto", "bfloat16", 64, 197) == "cudnn"
+    [(implementation, shape, dtype)] = set(probed)
+    assert (implementation, dtype) == ("cudnn", "bfloat16")
+    assert (shape[1], shape[3]) == (197, 64)

@@ -1,0 +1,160 @@
+"""The command line: results on stdout, mistakes as one sentence and exit code 2."""
+
+import json
+import pathlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import DIGITS, TINY
+
+from vit_jax.__main__ import main
+from vit_jax.checkpoints.store import lock
+from vit_jax.data.sources import open_source
+
+
+def fails(capsys, *argv):
+    """Runs a command that is a user's mistake; returns its one line."""
+    assert main([str(arg) for arg in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
+    return captured.err
+
+
+MISTAKES = {
+    "misspelt key": (["--config.optim.learning_rat=1"], r"unknown config key .*optim"),
+    "misspelt leaf": (["--config.optim.warmpu=1"], "did you mean 'optim.warmup'"),
+    "unknown section": (["--config.optimizer.lr=1"], "unknown config key"),
+    "unknown model field": (["--config.model.widht=8"], "did you mean 'model.width'"),
+    "wrong type": (["--config.batch_size=many"], "batch_size"),
+    "batch and devices": (["--config.batch_size=12"], "does not divide among 8 devices"),
+    "batch and micro-batches": (["--config.optim.accumulate=3"], "times 3 micro-batches"),
+    "image and patch": (["--config.model.image_size=9"], "9x9 pixels does not divide .* 2x2"),
+    "unknown variant": (["--config.model.variant=XL/2"], "no variant 'XL'"),
+    "no variant": (["--config.model.variant=B"], "expected VARIANT/PATCH"),
+    "missing init_from": (["--config.init_from=/nowhere"], "there is no '/nowhere'"),
+    "unknown source": (["--config.data.train.source=digit"], "did you mean 'digits'"),
+    "unknown split": (["--config.data.train.split=trian"], "did you mean 'train'"),
+    "unknown objective": (["--config.objective=softmaks"], "did you mean 'softmax'"),
+    "unknown optimiser": (["--config.optim.name=adamv"], "did you mean 'adam"),
+    "unknown precision": (["--config.precision=bf16"], "bfloat16"),
+    "mesh": (["--config.mesh.data=3"], "does not fit 8 devices"),
+    "warm-up": (["--config.optim.warmup=999"], "longer than the run"),
+    "two durations": (
+        ["--config.total_steps=1", "--config.total_epochs=1"],
+        "exactly one of .* found total_steps and total_epochs",
+    ),
+    "classes": (["--config.model.num_classes=7"], "num_classes is 7"),
+    "resize": (["--config.data.train.resize=cubic"], "resize 'cubic'"),
+    "no override": (["--batch_size=3"], "unknown argument '--batch_size=3'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(name, capsys, tmp_path):
+    overrides, message = MISTAKES[name]
+    pathlib.Path(tmp_path, "keep").write_text("mine")
+    err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={tmp_path}", *TINY, *overrides)
+    assert pytest.RaisesExc(ValueError, match=message).matches(ValueError(err)), err
+    assert {p.name for p in tmp_path.iterdir()} <= {"keep", ".lock"}
+
+
+def test_mistakes_about_the_config_file(capsys, tmp_path):
+    workdir = f"--workdir={tmp_path}"
+    err = fails(capsys, "train", "--config=configs/digit.py", workdir)
+    assert "there is no config file 'configs/digit.py'" in err
+    err = fails(capsys, "train", f"--config={DIGITS}:finetun", workdir)
+    assert "argument 'finetun'" in err
+    empty = tmp_path / "empty.py"
+    empty.write_text("x = 1\n")
+    assert "no function get_config" in fails(capsys, "train", f"--config={empty}", workdir)
+    unknown = tmp_path / "unknown.py"
+    unknown.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'batchsize': 3})\n"
+    )
+    err = fails(capsys, "train", f"--config={unknown}", workdir)
+    assert "unknown config key batchsize; did you mean 'batch_size'" in err
+
+
+def test_another_config_does_not_resume(capsys, tiny_run):
+    workdir, _ = tiny_run
+    before = (workdir / "config.json").read_text()
+    train = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *TINY]
+    err = fails(capsys, *train, "--config.optim.lr=0.5", "--config.seed=3")
+    assert "optim.lr: 0.003 -> 0.5" in err and "seed: 0 -> 3" in err
+    assert (workdir / "config.json").read_text() == before
+    # What decides nothing about the result may differ.
+    assert main([*train, "--config.log.every=7", "--config.data.threads=1"]) == 0
+
+
+def test_a_workdir_is_one_runs_at_a_time(capsys, tiny_run):
+    workdir, _ = tiny_run
+    with lock(workdir):
+        err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={workdir}", *TINY)
+    assert "is in use by process" in err
+
+
+def test_a_changed_data_set_does_not_resume(capsys, tmp_path):
+    file = tmp_path / "data.npz"
+    images = np.arange(64 * 8 * 8, dtype=np.uint8).reshape(64, 8, 8)
+    labels = np.arange(64) % 4
+    np.savez(file, train_images=images, train_labels=labels)
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    split = dict(source='arrays:" + str(file) + "', split='train')\n"
+        "    return ConfigDict(dict(batch_size=16, total_steps=2, data=dict(train=split),\n"
+        "        model=dict(variant='mu/4', image_size=(8, 8), in_channels=1),\n"
+        "        optim=dict(lr=1e-3)))\n"
+    )
+    train = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    assert main(train) == 0
+    capsys.readouterr()
+    images[3, 2, 1] ^= 1
+    np.savez(file, train_images=images, train_labels=labels)
+    assert "changed since" in fails(capsys, *train)
+
+
+def test_evaluate_prints_what_training_printed(capsys, tiny_run):
+    workdir, result = tiny_run
+    assert main(["evaluate", f"--workdir={workdir}"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["test/accuracy"] == result["test/accuracy"]
+    assert printed["val/loss"] == pytest.approx(result["val/loss"], rel=1e-6)
+    argv = ["evaluate", f"--model={workdir}", f"--config={DIGITS}", "--config.batch_size=16"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["test/accuracy"] == result["test/accuracy"]
+
+    assert "give --workdir" in fails(capsys, "evaluate")
+    assert "no run folder" in fails(capsys, "evaluate", "--workdir=/nowhere")
+
+
+def test_predict_names_the_classes_of_png_files(capsys, tiny_run, tmp_path):
+    source = open_source("digits", "test")
+    files = []
+    for index in range(3):
+        files.append(str(tmp_path / f"a digit {index} é.png"))
+        PIL.Image.fromarray(source.images[index, ..., 0]).save(files[-1])
+    assert main(["predict", f"--model={tiny_run[0]}", "--topk=3", *files]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == files
+    import vit_jax
+
+    vit = vit_jax.load(tiny_run[0])
+    for line, image in zip(lines, source.images, strict=False):
+        logits = np.asarray(vit.model(vit.preprocess(image)[None])[0], np.float64)
+        probabilities = np.exp(logits) / np.exp(logits).sum()
+        best = np.argsort(-probabilities)[:3]
+        assert [name for name, _ in line["labels"]] == [str(i) for i in best]
+        assert [p for _, p in line["labels"]] == pytest.approx(probabilities[best], rel=1e-4)
+
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no image")
+    predict = ["predict", f"--model={tiny_run[0]}"]
+    assert "no readable image" in fails(capsys, *predict, notes)
+    assert "there is no image file" in fails(capsys, *predict, tmp_path / "none.png")
+    assert "there is no '/nowhere'" in fails(capsys, "predict", "--model=/nowhere", files[0])
+    assert "no run folder" in fails(capsys, "predict", f"--model={tmp_path}", files[0])

@@ -1,0 +1,88 @@
+"""The rules of the house: imports run downward, nothing heavy at import, no config field unread."""
+
+import ast
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import typing
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "vit_jax"
+BELOW = {
+    "errors": set(),
+    "models": {"errors"},
+    "data": {"errors"},
+    "checkpoints": {"errors", "models", "data"},
+    "training": {"errors", "models", "data", "checkpoints"},
+    "analysis": {"errors", "models", "data", "checkpoints", "training"},
+    "launch": {"errors", "models", "data", "checkpoints", "training"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downward(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    names = [name.split(".") for name in imported(path)]
+    for name in names:
+        if name[0] == "vit_jax" and room in BELOW and len(name) > 1:
+            assert name[1] in BELOW[room] | {room}, f"{path} imports {'.'.join(name)}"
+        assert name[0] not in ("configs", "experiments", "tests"), f"{path} imports {name}"
+        if room == "data":
+            assert name[0] not in ("jax", "flax"), f"{path} imports jax"
+        if name[0] == "orbax":
+            assert path.name == "store.py", f"{path} imports orbax"
+
+
+def test_configs_import_nothing_of_ours():
+    for path in (ROOT / "configs").rglob("*.py"):
+        assert not any(name.startswith("vit_jax") for name in imported(path)), path
+
+
+def test_importing_the_package_starts_nothing():
+    code = (
+        "import sys, vit_jax; heavy = {'jax', 'grain', 'orbax', 'matplotlib', 'tensorflow'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        "vit_jax.ViT; vit_jax.VARIANTS; from jax._src import xla_bridge;"
+        "assert not xla_bridge._backends, 'a device was touched';"
+        "heavy.remove('jax'); assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def sections(kind):
+    """The config's dataclasses, the model's among them."""
+    yield kind
+    for hint in typing.get_type_hints(kind).values():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                yield from sections(part)
+
+
+def test_every_field_of_the_config_is_read_by_something():
+    from vit_jax.models.config import ViTConfig
+    from vit_jax.training.config import Config
+
+    read = {
+        node.attr
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # AXES and the checks of ranges read these by their names.
+    by_name = {"data", "fsdp", "tensor"}
+    for kind in {*sections(Config), ViTConfig}:
+        for field in dataclasses.fields(kind):
+            assert field.name in read | by_name, f"nothing reads {kind.__name__}.{field.name}"

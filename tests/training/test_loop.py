@@ -1,0 +1,194 @@
+"""The run as a whole: what it writes, how it starts, evaluates and stops."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import scipy.ndimage
+from conftest import DIGITS, TINY
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+import vit_jax
+from vit_jax.checkpoints.load import read_model
+from vit_jax.data.sources import open_source
+from vit_jax.errors import UserError
+from vit_jax.training.config import load_config
+from vit_jax.training.evaluate import evaluate_run, read_config
+from vit_jax.training.loop import train
+from vit_jax.training.metrics import read_metrics
+
+
+def config_of(*overrides, arg=""):
+    return load_config(DIGITS + arg, [*TINY, *overrides])
+
+
+def test_a_run_folder_has_what_was_promised(tiny_run):
+    workdir, result = tiny_run
+    assert {p.name for p in workdir.iterdir()} >= {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "model",
+        "tensorboard",
+    }
+    assert list((workdir / "tensorboard").glob("events.*"))
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["20", "24"]
+    record = json.loads((workdir / "model" / "model.json").read_text())
+    assert record["grid"] == [4, 4] and record["num_prefix_tokens"] == 1
+    assert record["labels"] == [str(i) for i in range(10)]
+    assert record["preprocess"]["mean"] == record["preprocess"]["std"] == 0.5
+    assert read_config(workdir) == config_of()
+
+    lines = read_metrics(workdir)
+    assert [x["step"] for x in lines if "train/loss" in x] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert [x["step"] for x in lines if "val/accuracy" in x] == [8, 16, 24]
+    assert [x["step"] for x in lines if "test/accuracy" in x] == [24]
+    assert result["test/accuracy"] == lines[-1]["test/accuracy"]
+    first = lines[0]
+    assert first["train/loss"] == pytest.approx(np.log(10), rel=0.1)  # a zero head knows nothing
+    assert 0 <= first["input_wait_fraction"] <= 1 and first["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("batch_size", [8, 64, 400])
+def test_evaluate_repeats_what_training_printed(tiny_run, batch_size):
+    workdir, result = tiny_run
+    config = config_of(f"--config.eval.batch_size={batch_size}")
+    again = evaluate_run(workdir, config)
+    assert again.pop("step") == 24
+    assert set(again) == {f"{s}/{n}" for s in ("val", "test") for n in ("accuracy", "top5", "loss")}
+    for name, value in again.items():
+        assert value == pytest.approx(result[name], rel=1e-5 if "loss" in name else 0), name
+
+
+def test_the_accuracy_is_that_of_the_loaded_model(tiny_run):
+    workdir, result = tiny_run
+    vit = vit_jax.load(workdir)
+    source = open_source("digits", "test")
+    logits = vit.model(np.stack([vit.preprocess(image) for image in source.images]))
+    assert np.mean(np.argmax(logits, 1) == source.labels) == result["test/accuracy"]
+    best5 = np.argsort(-logits, 1)[:, :5]
+    assert np.mean((best5 == source.labels[:, None]).any(1)) == result["test/top5"]
+
+
+def test_devices_do_not_change_the_run(tmp_path):
+    for number, mesh in enumerate(("fsdp=8", "tensor=2")):
+        one = [f"--config.mesh.{mesh}", "--config.total_steps=6", "--config.optim.warmup=0"]
+        few = [*one, "--config.model.dropout=0.0", "--config.data.workers=0"]
+        lines = [
+            read_metrics(train_in(tmp_path / f"{number}-{kind}", config_of(*flags)))
+            for kind, flags in (("mesh", few), ("data", [f for f in few if "mesh" not in f]))
+        ]
+        for ours, theirs in zip(*lines, strict=True):
+            for name in ours:
+                if name.startswith(("train/", "val/", "test/")):
+                    assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (mesh, name)
+
+
+def train_in(workdir, config):
+    train(config, workdir)
+    return workdir
+
+
+def test_finetuning_keeps_resizes_and_renews(tiny_run, tmp_path, caplog):
+    workdir, _ = tiny_run
+    caplog.set_level("INFO", "vit_jax")
+    overrides = [f"--config.init_from={workdir}", "--config.total_steps=1", "--config.optim.lr=0"]
+    overrides += ["--config.optim.weight_decay=0", "--config.batch_size=8"]
+    config = load_config(f"{DIGITS}:finetune", overrides)
+    train(config, tmp_path / "tuned")
+    tuned, old = vit_jax.load(tmp_path / "tuned"), vit_jax.load(workdir)
+
+    assert tuned.config.image_size == (16, 16) and tuned.config.grid == (8, 8)
+    assert (tuned.config.width, tuned.config.depth) == (16, 2)
+    assert tuned.config.representation_size is None
+    assert tuned.preprocess.image_size == (16, 16)
+    new, before = (
+        flatten_dict(nnx.to_pure_dict(nnx.state(x.model)), sep="/") for x in (tuned, old)
+    )
+    # A learning rate of zero leaves what the run started from.
+    assert not new["head/kernel"].any() and new["head/kernel"].shape == (16, 10)
+    grid = np.asarray(before["pos_embed"][1:]).reshape(4, 4, 16)
+    expected = scipy.ndimage.zoom(grid, (2, 2, 1), order=1).reshape(64, 16)
+    np.testing.assert_allclose(new["pos_embed"][1:], expected, rtol=1e-6)
+    np.testing.assert_array_equal(new["pos_embed"][0], before["pos_embed"][0])
+    same = set(new) - {"pos_embed", "head/kernel", "head/bias"}
+    assert len(same) == 17
+    for name in same:
+        np.testing.assert_array_equal(new[name], before[name], err_msg=name)
+    for sentence in (
+        "pos_embed +resized 4x4 -> 8x8",
+        "head/kernel +fresh",
+        "pre_logits/.* dropped",
+    ):
+        assert any(__import__("re").search(sentence, r.getMessage()) for r in caplog.records)
+
+
+def test_head_keep_goes_on_with_the_head(tiny_run, tmp_path):
+    workdir, _ = tiny_run
+    flags = [f"--config.init_from={workdir}", "--config.model.head=keep", "--config.optim.lr=0"]
+    flags += ["--config.total_steps=1", "--config.optim.weight_decay=0"]
+    config = config_of(*flags, "--config.optim.warmup=0", "--config.batch_size=8")
+    train(config, tmp_path / "kept")
+    step, old, new = 24, read_model(workdir), read_model(tmp_path / "kept")
+    assert old[2] == step and new[0].config.representation_size == 8
+    jax.tree.map(np.testing.assert_array_equal, new[1], old[1])
+
+
+def test_a_resumed_run_needs_its_origin_no_more(tiny_run, tmp_path):
+    origin = tmp_path / "origin"
+    shutil.copytree(tiny_run[0], origin)
+    config = config_of(f"--config.init_from={origin}", "--config.total_steps=4")
+    first = train(config, tmp_path / "tuned")
+    shutil.rmtree(origin)
+    assert train(config, tmp_path / "tuned") == first
+
+
+def test_a_damaged_checkpoint_is_named_and_made_again(tiny_run, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[0], workdir)
+    newest = workdir / "checkpoints" / "24"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 8
+    victim.write_bytes(content)
+
+    result = train(config_of(), workdir)
+    assert str(victim) in caplog.text and "does not match its checksum" in caplog.text
+    for name, value in tiny_run[1].items():
+        if name.startswith(("train/", "val/", "test/")):
+            assert result[name] == value, name
+    assert vit_jax.load(workdir).step == 24
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    flags = ["--config.optim.lr=1e30", "--config.optim.schedule=constant"]
+    flags += ["--config.optim.warmup=0", "--config.checkpoint.every=1", "--config.model.dropout=0."]
+    with pytest.raises(UserError, match=r"at step (\d+); .* is saved in") as error:
+        train(config_of(*flags), tmp_path / "run")
+    bad = int(str(error.value).split("at step ")[1].split(";")[0])
+    kept = read_model(tmp_path / "run")
+    assert kept[2] < bad
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept[1]))
+    assert all(line["step"] < bad for line in read_metrics(tmp_path / "run"))
+
+
+def test_bfloat16_trains_with_float32_parameters(tmp_path):
+    result = train(config_of("--config.precision=bfloat16", "--config.total_steps=4"), tmp_path)
+    assert np.isfinite(result["train/loss"])
+    leaves = jax.tree.leaves(read_model(tmp_path)[1])
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+def test_sigmoid_and_smoothing_reach_the_loss(tmp_path):
+    flags = ["--config.objective=sigmoid", "--config.augment.label_smoothing=0.1"]
+    train(config_of(*flags, "--config.total_steps=3", "--config.optim.lr=0"), tmp_path)
+    # A zero head gives ten logits of zero, each of which costs log 2.
+    first = read_metrics(tmp_path)[0]
+    assert first["train/loss"] == pytest.approx(10 * np.log(2), rel=1e-5)
+    probabilities = [
+        p for _, p in next(vit_jax.load(tmp_path).predict([np.zeros((8, 8), "uint8")]))
+    ]
+    assert probabilities == pytest.approx([0.5] * 5)
