@@ -79,8 +79,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args, rest = make_parser().parse_known_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("vit_jax").setLevel(logging.INFO)
     try:
         for flag in rest:
             if not (args.takes_overrides and flag.startswith("--config.") and "=" in flag):
@@ -103,5 +101,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def set_up_screen() -> None:
+    """Shows our own messages, plainly."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("vit_jax").setLevel(logging.INFO)
+    # Orbax's threads narrate a failed save at length; the store raises it, as one sentence.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+
+
 if __name__ == "__main__":
+    set_up_screen()
     sys.exit(main())

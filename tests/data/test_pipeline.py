@@ -243,14 +243,7 @@ def alive(pid):
     "script, count",
     [
         pytest.param(READING, 2, id="reading"),
-        pytest.param(
-            STARTING,
-            1,
-            id="starting",
-            marks=pytest.mark.xfail(
-                strict=True, reason="end_with_parent asks for its parent when that may be gone"
-            ),
-        ),
+        pytest.param(STARTING, 1, id="starting"),
     ],
 )
 def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path, script, count):

@@ -124,12 +124,7 @@ def test_grey_arrays_need_no_channel_axis(tmp_path):
     [
         np.int8,
         np.int64,
-        pytest.param(
-            np.uint8,
-            marks=pytest.mark.xfail(
-                strict=True, reason="arrays() takes max(initial=-1) of it: OverflowError"
-            ),
-        ),
+        np.uint8,
     ],
 )
 def test_labels_may_be_of_any_integer_type(tmp_path, dtype):
@@ -163,11 +158,10 @@ def test_arrays_may_name_their_classes(tmp_path):
         ),
         ({"train_labels": np.array([0] * 6, object)}, "train", "no readable .npz: Object arrays"),
         ({"label_names": np.array(["a", None])}, "train", "no readable .npz: Object arrays"),
-        pytest.param(
+        (
             {"train_labels": np.array([0, 1, 2, 2**32, 0, 0]), "label_names": np.array([*"abc"])},
             "train",
             "labels from",
-            marks=pytest.mark.xfail(strict=True, reason="2**32 wraps to class 0 in int32"),
         ),
     ],
 )
@@ -208,24 +202,16 @@ def unreadable(path, kind):
         path.unlink()
 
 
-def _mishandled(kind, error):
-    return pytest.param(
-        kind,
-        "no readable .npz",
-        marks=pytest.mark.xfail(strict=True, reason=f"arrays() lets {error} through"),
-    )
-
-
 @pytest.mark.parametrize(
     "kind, message",
     [
         ("missing", "there is no such file"),
         ("text", "no readable .npz"),
         ("a folder", "no readable .npz"),
-        _mishandled("a single array", "TypeError"),
-        _mishandled("empty", "EOFError"),
-        _mishandled("cut short", "zipfile.BadZipFile"),
-        _mishandled("one bit changed", "zipfile.BadZipFile"),
+        ("a single array", "no readable .npz"),
+        ("empty", "no readable .npz"),
+        ("cut short", "no readable .npz"),
+        ("one bit changed", "no readable .npz"),
     ],
 )
 def test_a_file_that_is_no_npz_is_refused(tmp_path, kind, message):

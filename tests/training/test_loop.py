@@ -73,23 +73,13 @@ def test_the_accuracy_is_that_of_the_loaded_model(tiny_run):
     assert np.mean((best5 == source.labels[:, None]).any(1)) == result["test/top5"]
 
 
-def test_devices_do_not_change_the_run(tmp_path):
-    for number, mesh in enumerate(("fsdp=8", "tensor=2")):
-        one = [f"--config.mesh.{mesh}", "--config.total_steps=6", "--config.optim.warmup=0"]
-        few = [*one, "--config.model.dropout=0.0", "--config.data.workers=0"]
-        lines = [
-            read_metrics(train_in(tmp_path / f"{number}-{kind}", config_of(*flags)))
-            for kind, flags in (("mesh", few), ("data", [f for f in few if "mesh" not in f]))
-        ]
-        for ours, theirs in zip(*lines, strict=True):
-            for name in ours:
-                if name.startswith(("train/", "val/", "test/")):
-                    assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (mesh, name)
-
-
-def train_in(workdir, config):
-    train(config, workdir)
-    return workdir
+def test_the_mesh_does_not_change_the_run(tiny_run, tmp_path):
+    # Dropout's masks and the batches, their order included, are the same on any mesh.
+    train(config_of("--config.mesh.fsdp=4"), tmp_path / "run")
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(tiny_run[0]), strict=True):
+        for name in ours:
+            if name.endswith("loss"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
 
 
 def test_finetuning_keeps_resizes_and_renews(tiny_run, tmp_path, caplog):
@@ -130,7 +120,7 @@ def test_head_keep_goes_on_with_the_head(tiny_run, tmp_path):
     workdir, _ = tiny_run
     flags = [f"--config.init_from={workdir}", "--config.model.head=keep", "--config.optim.lr=0"]
     flags += ["--config.total_steps=1", "--config.optim.weight_decay=0"]
-    config = config_of(*flags, "--config.optim.warmup=0", "--config.batch_size=8")
+    config = config_of(*flags, "--config.optim.warmup=0")
     train(config, tmp_path / "kept")
     step, old, new = 24, read_model(workdir), read_model(tmp_path / "kept")
     assert old[2] == step and new[0].config.representation_size == 8

@@ -34,7 +34,7 @@ class Store:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 1):
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
         self.keep = keep
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -63,11 +63,14 @@ class Store:
             if jax.process_index() == 0:
                 sums = {name: _digest(path / name) for name in _files(path)}
                 write_atomically(path / _CHECKSUMS, json.dumps(sums, indent=1))
-                for step in self.steps()[: -self.keep]:
-                    # The commit mark goes first, so that a kill leaves no half of a checkpoint
-                    # that claims to be whole.
-                    (self.directory / str(step) / _CHECKSUMS).unlink()
-                    (self.directory / str(step)).rmtree()
+                kept = self.steps()[-self.keep :]
+                for step, committed in self._found():
+                    if step < kept[0]:
+                        # The commit mark goes first, so that a kill leaves no half of a
+                        # checkpoint that claims to be whole.
+                        if committed:
+                            (self.directory / str(step) / _CHECKSUMS).unlink()
+                        (self.directory / str(step)).rmtree()
 
     def wait(self) -> None:
         """Waits for the save under way, and raises its error if it had one."""

@@ -6,6 +6,7 @@ so the step number alone is the state of the data: resuming at step i means `[i:
 
 import contextlib
 import dataclasses
+import functools
 import os
 import threading
 import time
@@ -163,14 +164,15 @@ def _iterate(batches: Any, workers: int, threads: int) -> contextlib.closing[Ite
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=end_with_parent)
+        dataset = dataset.mp_prefetch(
+            options, worker_init_fn=functools.partial(end_with, os.getpid())
+        )
     return contextlib.closing(iter(dataset))
 
 
-def end_with_parent(worker_index: int, worker_count: int) -> None:
+def end_with(parent: int, worker_index: int, worker_count: int) -> None:
     """Ends this worker process soon after its parent is gone, which a killed parent cannot do."""
     del worker_index, worker_count
-    parent = os.getppid()
 
     def watch():
         while os.getppid() == parent:

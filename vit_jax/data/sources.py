@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import zipfile
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,11 +45,7 @@ class ArraySource:
             raise UserError(f"{len(self.images)} images but {len(self.labels)} labels")
         if not len(self.images):
             raise UserError("a source needs at least one example")
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.label_names):
-            raise UserError(
-                f"labels from {low} to {high} do not fit {len(self.label_names)} class names"
-            )
+        check_labels(self.labels, len(self.label_names))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,6 +59,13 @@ class ArraySource:
         digest.update(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()[:16]
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises a UserError unless every label is one of the classes."""
+    low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if low < 0 or high >= num_classes:
+        raise UserError(f"labels from {low} to {high} do not fit {num_classes} class names")
 
 
 # Shares of every class that the two held-out splits get; the rest is for training.
@@ -102,11 +106,13 @@ def arrays(path: str, split: str) -> ArraySource:
     """A `.npz` file with `SPLIT_images` (uint8 [n h w c] or [n h w]), `SPLIT_labels` (int [n]) and,
     for names other than "0", "1", ..., `label_names` (strings [k])."""
     try:
+        with zipfile.ZipFile(path):  # which np.load takes for granted
+            pass
         with np.load(path, allow_pickle=False) as file:
             contents = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"the source arrays:{path}: there is no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"the source arrays:{path} is no readable .npz: {error}") from None
     splits = [name.removesuffix("_images") for name in contents if name.endswith("_images")]
     _check_split(f"arrays:{path}", split, splits)
@@ -127,7 +133,10 @@ def arrays(path: str, split: str) -> ArraySource:
     if names is None:
         # Over all splits, so that each of them counts the same classes.
         every = [contents[f"{s}_labels"] for s in splits if f"{s}_labels" in contents]
-        names = range(1 + max(int(part.max(initial=-1)) for part in every))
+        every = [part for part in every if part.size and part.dtype.kind in "iu"]
+        names = range(1 + max((int(part.max()) for part in every), default=0))
+    # Before the cast, in which 2**32 would become class 0.
+    check_labels(labels, min(len(names), 2**31))
     images = images if images.ndim == 4 else images[..., None]
     return ArraySource(images, labels.astype(np.int32), tuple(str(name) for name in names))
 

@@ -140,8 +140,12 @@ def read_image(image: Any) -> Image:
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise UserError(f"{os.fspath(image)!r} is no readable image: {error}") from None
     if isinstance(image, PIL.Image.Image):
-        image = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
+            image = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        else:
+            image = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    sound = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
+    if not sound or image.ndim not in (2, 3):
         found = (
             f"{image.dtype} {list(image.shape)}"
             if hasattr(image, "dtype")

@@ -3,13 +3,14 @@
 import collections
 import contextlib
 import logging
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -23,7 +24,7 @@ from vit_jax.models.vit import structure
 from vit_jax.training import objectives
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import evaluate, read_config, readers
-from vit_jax.training.metrics import Clock, MetricsLog, Progress, read_metrics
+from vit_jax.training.metrics import Diverged, Recorder, read_metrics
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.sharding import check_batch, local_rows, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, from_saved, make_state, to_saved
@@ -47,6 +48,8 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
         is no longer finite; or the disk is full. What was saved before is intact.
       Stopped: SIGTERM came; the run has saved and can be started again.
     """
+    if "://" in os.fspath(workdir):
+        raise UserError(f"{workdir}: a run folder must be on a local or mounted disk so far")
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -54,7 +57,16 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
         stop = stack.enter_context(sigterm())
         store = Store(workdir, keep=config.checkpoint.keep)
         stack.callback(store.close)
-        return _run(config, workdir, store, stop, stack)
+        try:
+            return _run(config, workdir, store, stop, stack)
+        except Diverged as error:
+            store.wait()
+            saved = store.steps()
+            kept = f"step {saved[-1]} is saved in {store.directory}" if saved else "none was saved"
+            raise UserError(
+                f"{error}; {kept}. Lower optim.lr, set optim.grad_clip, or lengthen optim.warmup, "
+                "in another --workdir"
+            ) from None
 
 
 def _run(
@@ -127,26 +139,17 @@ def _run(
             threads=config.data.threads,
         )
     )
-    log = MetricsLog(workdir, start_step, tensorboard=config.log.tensorboard)
-    stack.callback(log.close)
-    progress = Progress(start_step, total_steps, workdir.name)
-    stack.callback(progress.close)
-    clock = Clock()
-    # Steps whose metrics are still on the device; fetching them waits for the step to end.
-    pending: list[tuple[int, dict[str, jax.Array]]] = []
+    recorder = Recorder(
+        workdir,
+        start_step,
+        total_steps,
+        every=config.log.every,
+        tensorboard=config.log.tensorboard,
+    )
+    stack.callback(recorder.close)
 
     def due(step: int, every: int) -> bool:
         return step == total_steps or (every > 0 and step % every == 0)
-
-    def flush(entries: list[tuple[int, dict[str, jax.Array]]]) -> None:
-        for step, values in jax.device_get(entries):
-            if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-                raise UserError(_diverged(step, values, store))
-            if due(step, config.log.every):
-                line = {f"train/{name}": float(value) for name, value in values.items()}
-                line |= clock.read()
-                log.write(step, line)
-                progress.show(step, line)
 
     def report(step: int, name: str) -> None:
         weights = state.params if state.ema is None else state.ema
@@ -158,38 +161,30 @@ def _run(
             mesh=mesh,
             threads=config.data.threads,
         )
-        line = {f"{name}/{key}": value for key, value in values.items()}
-        log.write(step, line)
-        progress.show(step, line)
+        recorder.write(step, {f"{name}/{key}": value for key, value in values.items()})
 
     arriving = on_device(batches, config.batch_size, mesh)
     for step in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
         batch = next(arriving)
-        clock.count(config.batch_size, time.perf_counter() - began)
+        waited = time.perf_counter() - began
         state, metrics = train_step(state, batch)
-        # A log line is written once the step after it is on its way, so the device never waits.
-        if pending and due(pending[-1][0], config.log.every):
-            flush(pending)
-            pending = []
-        pending.append((step, metrics))
-        progress.update(step)
+        recorder.step(step, metrics, config.batch_size, waited)
 
+        stopping = stop()
         evaluating = due(step, config.eval.every)
-        saving = due(step, config.checkpoint.every) or stop()
+        saving = due(step, config.checkpoint.every) or stopping
         if evaluating or saving:
-            flush(pending)
-            pending = []
-            began = time.perf_counter()
-            # Everything of this step is in metrics.jsonl before its checkpoint can exist.
-            if evaluating and "val" in reads:
-                report(step, "val")
-            if step == total_steps and "test" in reads:
-                report(step, "test")
-            if saving:
-                store.save(step, to_saved(state))
-            clock.pause(time.perf_counter() - began)
-        if stop() and step < total_steps:
+            recorder.flush()
+            with recorder.pause():
+                # All lines of this step are in metrics.jsonl before its checkpoint can exist.
+                if evaluating and "val" in reads:
+                    report(step, "val")
+                if step == total_steps and "test" in reads:
+                    report(step, "test")
+                if saving:
+                    store.save(step, to_saved(state))
+        if stopping and step < total_steps:
             store.wait()
             raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
     store.wait()
@@ -280,6 +275,9 @@ def on_device(
 def sigterm() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGTERM has come; a second one ends the process."""
     came = False
+    if threading.current_thread() is not threading.main_thread():  # such as in some notebooks
+        yield lambda: False
+        return
 
     def note(number, frame):
         nonlocal came
@@ -291,14 +289,3 @@ def sigterm() -> Iterator[Callable[[], bool]]:
         yield lambda: came
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _diverged(step: int, values: dict[str, Any], store: Store) -> str:
-    store.wait()
-    saved = store.steps()
-    kept = f"step {saved[-1]} is saved in {store.directory}" if saved else "nothing was saved yet"
-    return (
-        f"the loss is {values['loss']:.4g} and the gradient's norm {values['grad_norm']:.4g} at "
-        f"step {step}; {kept}. Lower optim.lr, set optim.grad_clip, or lengthen optim.warmup, in "
-        "another --workdir"
-    )

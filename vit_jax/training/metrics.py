@@ -1,11 +1,15 @@
 """What a run reports: metrics.jsonl, TensorBoard events, and a line on the screen."""
 
+import contextlib
 import json
 import logging
+import math
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import tqdm
 from etils import epath
 
@@ -15,6 +19,14 @@ logger = logging.getLogger(__name__)
 
 # Keys that depend on the machine and its load: the only ones that a resumed run may change.
 TIMING_KEYS = ("images_per_second", "input_wait_fraction", "seconds")
+# What the screen shows of a line, and as what.
+SHOWN = {
+    "train/loss": "loss",
+    "train/accuracy": "acc",
+    "val/accuracy": "val",
+    "test/accuracy": "test",
+    "images_per_second": "img/s",
+}
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -29,28 +41,115 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return lines
 
 
-class MetricsLog:
-    """Appends a line a step, each flushed; starts by dropping lines later than `start_step`."""
+class Diverged(Exception):
+    """A step's loss or gradient is no longer finite."""
 
-    def __init__(self, workdir: epath.Path, start_step: int, *, tensorboard: bool = True):
+
+class Recorder:
+    """Writes what steps and evaluations report: to metrics.jsonl, TensorBoard and the screen.
+
+    Lines later than `start_step` are dropped first: the steps they are of will be run again. A
+    step's metrics stay on the device until the step after it is on its way, so that logging never
+    makes the device wait.
+
+    Args:
+      every: steps between two lines; the last step always has one.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        start_step: int,
+        total_steps: int,
+        *,
+        every: int,
+        tensorboard: bool = True,
+    ):
+        self._every, self._total_steps = every, total_steps
         lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        self._path = workdir / "metrics.jsonl"
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = self._path.open("a")
+        path = workdir / "metrics.jsonl"
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = path.open("a")
         self._events = _tensorboard(workdir, start_step) if tensorboard else None
+        self._bar = tqdm.tqdm(
+            total=total_steps,
+            initial=start_step,
+            desc=workdir.name,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self._began = time.perf_counter()
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._restart_clock()
+
+    def step(self, step: int, metrics: dict[str, jax.Array], images: int, waited: float) -> None:
+        """Takes the metrics of the step just started, whose input took `waited` seconds to arrive.
+
+        Raises:
+          Diverged: an earlier step's loss or gradient is not finite.
+        """
+        if self._pending and self._due(self._pending[-1][0]):
+            self.flush()
+        self._pending.append((step, metrics))
+        self._images += images
+        self._waited += waited
+        self._bar.update()
+
+    def flush(self) -> None:
+        """Fetches what is still on the device and writes the lines that are due.
+
+        Raises:
+          Diverged: a step's loss or gradient is not finite. Lines before it are written.
+        """
+        pending, self._pending = self._pending, []
+        for step, values in jax.device_get(pending):
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise Diverged(
+                    f"the loss is {values['loss']:.4g} and the gradient's norm "
+                    f"{values['grad_norm']:.4g} at step {step}"
+                )
+            if self._due(step):
+                seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+                line = {f"train/{name}": float(value) for name, value in values.items()}
+                line["images_per_second"] = self._images / seconds
+                line["input_wait_fraction"] = self._waited / seconds
+                line["seconds"] = time.perf_counter() - self._began
+                self.write(step, line)
+                self._restart_clock()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line; `step` counts the steps done."""
+        """Writes one line and flushes it; `step` counts the steps done."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        shown = {SHOWN[name]: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
+        if self._bar.disable:
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info("step %d/%d %s", step, self._total_steps, text)
+        else:
+            self._bar.set_postfix(shown, refresh=False)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what happens inside out of the images per second."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     def close(self) -> None:
+        self._bar.close()
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+    def _due(self, step: int) -> bool:
+        return step == self._total_steps or (self._every > 0 and step % self._every == 0)
+
+    def _restart_clock(self) -> None:
+        self._start, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
 
 
 def _tensorboard(workdir: epath.Path, start_step: int) -> Any:
@@ -59,70 +158,3 @@ def _tensorboard(workdir: epath.Path, start_step: int) -> Any:
     except ImportError:
         return None
     return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-
-
-class Clock:
-    """Speed between two log lines, without the time that evaluation and saving took."""
-
-    def __init__(self):
-        self.total = time.perf_counter()
-        self.restart()
-
-    def restart(self) -> None:
-        self._start, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
-
-    def count(self, images: int, waited: float) -> None:
-        """Adds a batch that took `waited` seconds to arrive from the input pipeline."""
-        self._images += images
-        self._waited += waited
-
-    def pause(self, seconds: float) -> None:
-        """Leaves `seconds` out."""
-        self._paused += seconds
-
-    def read(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
-        values = {
-            "images_per_second": self._images / seconds,
-            "input_wait_fraction": self._waited / seconds,
-            "seconds": time.perf_counter() - self.total,
-        }
-        self.restart()
-        return values
-
-
-class Progress:
-    """One live line with loss, accuracy, images/s and time left; silent where nobody looks."""
-
-    def __init__(self, start_step: int, total_steps: int, name: str):
-        self._bar = tqdm.tqdm(
-            total=total_steps,
-            initial=start_step,
-            desc=name,
-            unit="step",
-            file=sys.stderr,
-            disable=None if sys.stderr.isatty() else True,
-            dynamic_ncols=True,
-        )
-
-    def update(self, step: int) -> None:
-        self._bar.update(step - self._bar.n)
-
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """Shows the latest values, as a postfix of the line or, with no terminal, in the log."""
-        short = {
-            "test/accuracy": "test",
-            "train/loss": "loss",
-            "train/accuracy": "acc",
-            "val/accuracy": "val",
-            "images_per_second": "img/s",
-        }
-        shown = {short[k]: f"{v:.4g}" for k, v in values.items() if k in short}
-        if self._bar.disable:
-            values = " ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d %s", step, self._bar.total, values)
-        else:
-            self._bar.set_postfix(shown, refresh=False)
-
-    def close(self) -> None:
-        self._bar.close()

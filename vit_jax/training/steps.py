@@ -122,7 +122,7 @@ def make_eval_step(
         return {
             "count": mask.sum(),
             "accuracy": jnp.sum((rank == 0) & mask),
-            "top5": jnp.sum((rank < 5) & mask),
+            "top5": jnp.sum((rank < min(5, num_classes)) & mask),
             "loss": jnp.sum(loss_of(logits, targets) * mask),
         }
 
