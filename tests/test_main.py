@@ -47,6 +47,7 @@ MISTAKES = {
     ),
     "classes": (["--config.model.num_classes=7"], "num_classes is 7"),
     "resize": (["--config.data.train.resize=cubic"], "resize 'cubic'"),
+    "position resize": (["--config.model.position_resize=zoo"], "did you mean 'zoom'"),
     "no override": (["--batch_size=3"], "unknown argument '--batch_size=3'"),
 }
 

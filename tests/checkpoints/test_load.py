@@ -32,6 +32,9 @@ def test_another_resolution_head_and_dtype(tiny_run):
     np.testing.assert_array_equal(logits, np.zeros((1, 3)))  # a fresh head is zero
     assert vit.labels == ("0", "1", "2")
 
+    # As many classes as before are other classes all the same.
+    assert not np.asarray(vit_jax.load(tiny_run[0], num_classes=10).model.head.kernel).any()
+
 
 def test_the_average_is_what_is_loaded(tiny_run):
     from vit_jax.checkpoints.load import read_model

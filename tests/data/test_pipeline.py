@@ -214,14 +214,14 @@ if __name__ == "__main__":
 # A worker takes seconds to start, and its parent may not live that long.
 STARTING = """
 import multiprocessing, os, time
-from vit_jax.data.pipeline import end_with_parent
+from vit_jax.data.pipeline import end_with
 
 def work():
     parent = os.getppid()
     print(os.getpid(), flush=True)
     while os.getppid() == parent:
         time.sleep(0.05)
-    end_with_parent(0, 1)
+    end_with(parent, 0, 1)
     time.sleep(600)
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ def load(
     if dtype is not None:
         changes["dtype"] = dtype
     config = dataclasses.replace(record.config, **changes)
-    params, report = adapt(params, record.config, config)
+    head = "keep" if num_classes is None else "fresh"
+    params, report = adapt(params, record.config, config, head=head)
     preprocess = dataclasses.replace(record.preprocess, image_size=config.image_size)
     names = record.labels if num_classes is None else tuple(str(i) for i in range(num_classes))
     model = nnx.merge(structure(config)[0], jax.tree.map(jnp.asarray, params))

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ViTConfig, variant
+from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
@@ -115,10 +116,13 @@ class Config:
         """The model: `base` (the checkpoint's, where there is one) with what `model` says."""
         fields = dict(self.model)
         name = fields.pop("variant", None)
-        fields.pop("position_resize", None)
-        head = fields.pop("head", "fresh")
-        if head not in ("fresh", "keep"):
-            raise UserError(f"model.head is {head!r}; {nearest(head, ('fresh', 'keep'))}")
+        method, head = fields.pop("position_resize", "zoom"), fields.pop("head", "fresh")
+        for key, value, known in (
+            ("head", head, ("fresh", "keep")),
+            ("position_resize", method, RESIZE_METHODS),
+        ):
+            if value not in known:
+                raise UserError(f"model.{key} is {value!r}; {nearest(value, known)}")
         fields.setdefault("num_classes", num_classes)
         fields["dtype"] = self.precision
         if base is not None and (head == "fresh" or base.num_classes != fields["num_classes"]):
