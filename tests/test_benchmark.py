@@ -60,10 +60,11 @@ def test_flops_match_what_xla_counts(benchmark, fields):
 
 
 def test_it_runs_and_writes_json(benchmark, tmp_path):
-    flags = "--variants=mu/16 --image-size=32 --batch-sizes=2 --steps=1 --repeats=2"
+    flags = "--variants=mu/16 --image-size=32 --batch-sizes=2 --steps=1 --repeats=1"
+    env = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run(
         [sys.executable, SCRIPT, *flags.split(), "--contestants=ours", "--json=out.json"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env=os.environ | env,
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -78,7 +79,7 @@ def test_it_runs_and_writes_json(benchmark, tmp_path):
         variant("mu/16", image_size=(32, 32))
     )
     seconds = case["results"]["ours"]["seconds_per_step"]
-    assert len(seconds) == 2 and min(seconds) > 0
+    assert len(seconds) == 1 and seconds[0] > 0
 
 
 def test_an_error_is_noted_and_told_in_the_table(benchmark):

@@ -124,7 +124,8 @@ def test_head_keep_goes_on_with_the_head(tiny_run, tmp_path):
     train(config, tmp_path / "kept")
     step, old, new = 24, read_model(workdir), read_model(tmp_path / "kept")
     assert old[2] == step and new[0].config.representation_size == 8
-    jax.tree.map(np.testing.assert_array_equal, new[1], old[1])
+    # The running average of what stays the same is the same, up to its rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new[1], old[1])
 
 
 def test_a_resumed_run_needs_its_origin_no_more(tiny_run, tmp_path):
