@@ -49,7 +49,7 @@ def get_config(arg="pretrain"):
     config.optim.grad_clip = 1.0
 
     config.eval = ConfigDict(dict(every=200))
-    config.checkpoint = ConfigDict(dict(every=200, keep=1))
+    config.checkpoint = ConfigDict(dict(every=200, keep=2))
     config.log = ConfigDict(dict(every=50))
 
     if arg == "finetune":

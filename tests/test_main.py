@@ -11,6 +11,8 @@ from conftest import DIGITS, TINY
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
 from vit_jax.data.sources import open_source
+from vit_jax.models.config import ViTConfig
+from vit_jax.training.config import load_config
 
 
 def fails(capsys, *argv):
@@ -41,6 +43,10 @@ MISTAKES = {
     "unknown precision": (["--config.precision=bf16"], "bfloat16"),
     "mesh": (["--config.mesh.data=3"], "does not fit 8 devices"),
     "warm-up": (["--config.optim.warmup=999"], "longer than the run"),
+    "negative seed": (["--config.seed=-1"], "seed is -1"),
+    "evaluation batch": (["--config.eval.batch_size=-3"], r"eval\.batch_size is -3"),
+    "infinite rate": (["--config.optim.lr=inf"], r"optim\.lr is inf"),
+    "augmented evaluation": (["--config.data.val.flip=True"], r"data\.val is evaluated as it is"),
     "two durations": (
         ["--config.total_steps=1", "--config.total_epochs=1"],
         "exactly one of .* found total_steps and total_epochs",
@@ -70,6 +76,15 @@ def test_mistakes_about_the_config_file(capsys, tmp_path):
     empty = tmp_path / "empty.py"
     empty.write_text("x = 1\n")
     assert "no function get_config" in fails(capsys, "train", f"--config={empty}", workdir)
+    stored = tmp_path / "config.json"
+    stored.write_text("{}")
+    assert "expected FILE.py" in fails(capsys, "train", f"--config={stored}", workdir)
+    nothing = tmp_path / "nothing.py"
+    nothing.write_text("def get_config():\n    return None\n")
+    assert "returns no ConfigDict" in fails(capsys, "train", f"--config={nothing}", workdir)
+    assert "get_config" in fails(capsys, "train", f"--config={nothing}:arg", workdir)
+    err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={nothing}", *TINY)
+    assert "is a file" in err
     unknown = tmp_path / "unknown.py"
     unknown.write_text(
         "from ml_collections import ConfigDict\n"
@@ -159,3 +174,24 @@ def test_predict_names_the_classes_of_png_files(capsys, tiny_run, tmp_path):
     assert "there is no image file" in fails(capsys, *predict, tmp_path / "none.png")
     assert "there is no '/nowhere'" in fails(capsys, "predict", "--model=/nowhere", files[0])
     assert "no run folder" in fails(capsys, "predict", f"--model={tmp_path}", files[0])
+
+
+def test_flags_reach_every_key_and_none_takes_back():
+    flags = ["--config.optim.grad_clip=None", "--config.model.representation_size=None"]
+    flags += ["--config.optim.ema=0.9", "--config.model.image_size=12", "--config.total_steps=5"]
+    config = load_config(DIGITS, flags)
+    assert config.optim.grad_clip is None and config.optim.ema == 0.9
+    assert config.vit(None, 10).representation_size is None
+    assert config.vit(None, 10).image_size == (12, 12)
+    assert (config.total_steps, config.total_epochs) == (5, None)
+    assert load_config(DIGITS).optim.grad_clip == 1.0
+
+
+def test_a_variant_beside_init_from_changes_its_sizes_alone():
+    base = ViTConfig(
+        width=32, num_heads=2, gelu="erf", layernorm_eps=1e-12, in_channels=1, num_classes=10
+    )
+    config = load_config(f"{DIGITS}:finetune", ["--config.model.variant=mu/2"])
+    vit = config.vit(base, 10)
+    assert (vit.gelu, vit.layernorm_eps, vit.in_channels) == ("erf", 1e-12, 1)
+    assert (vit.patch_size, vit.depth) == ((2, 2), 1)

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import sys
+import warnings
 
 from vit_jax.errors import UserError, nearest
 
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {error}: make room or choose another place", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BaseException as error:
         if type(error).__name__ != "Stopped":
             raise
@@ -109,6 +112,7 @@ def set_up_screen() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ was stopped. With several seeds, the mean, the spread and the paired difference 
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,10 +22,12 @@ def train(config: str, workdir: Path, *overrides: str) -> dict[str, float]:
     command = [sys.executable, "-m", "vit_jax", "train", f"--config={config}"]
     command += [f"--workdir={workdir}", *overrides]
     print("\n$ python " + " ".join(command[1:]), flush=True)
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if ended.returncode:
-        sys.exit(ended.returncode)
-    return json.loads(ended.stdout)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves, then ends
+        out, _ = process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    return json.loads(out)
 
 
 def main() -> None:

@@ -65,6 +65,14 @@ def test_keeps_the_newest(tmp_path):
     assert not (tmp_path / "checkpoints" / "1").exists()
 
 
+def test_a_damaged_newer_one_pushes_nothing_out(tmp_path):
+    saved(tmp_path, 200, 400)
+    damage(tmp_path / "checkpoints" / "400", "flipped")
+    store = saved(tmp_path, 250, keep=1)
+    assert store.newest() == 250
+    assert not (tmp_path / "checkpoints" / "200").exists()
+
+
 def test_a_saved_tree_may_be_overwritten_at_once(tmp_path):
     store = Store(tmp_path)
     double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)

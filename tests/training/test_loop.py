@@ -52,7 +52,7 @@ def test_a_run_folder_has_what_was_promised(tiny_run):
     assert 0 <= first["input_wait_fraction"] <= 1 and first["images_per_second"] > 0
 
 
-@pytest.mark.parametrize("batch_size", [8, 64, 400])
+@pytest.mark.parametrize("batch_size", [8, 50, 400])
 def test_evaluate_repeats_what_training_printed(tiny_run, batch_size):
     workdir, result = tiny_run
     config = config_of(f"--config.eval.batch_size={batch_size}")
@@ -155,11 +155,11 @@ def test_a_damaged_checkpoint_is_named_and_made_again(tiny_run, tmp_path, caplog
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    flags = ["--config.optim.lr=1e30", "--config.optim.schedule=constant"]
+    flags = ["--config.optim.lr=1e10", "--config.optim.schedule=constant"]
     flags += ["--config.optim.warmup=0", "--config.checkpoint.every=1", "--config.model.dropout=0."]
-    with pytest.raises(UserError, match=r"at step (\d+); .* is saved in") as error:
+    with pytest.raises(UserError, match=r"at step (\d+) .* is saved in") as error:
         train(config_of(*flags), tmp_path / "run")
-    bad = int(str(error.value).split("at step ")[1].split(";")[0])
+    bad = int(str(error.value).split("at step ")[1].split()[0])
     kept = read_model(tmp_path / "run")
     assert kept[2] < bad
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept[1]))

@@ -5,9 +5,10 @@ the weights are those of its newest checkpoint.
 """
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ class ModelRecord:
                 record["fingerprint"],
                 record["objective"],
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{workdir} is no run folder: it has no model/model.json. Expected the --workdir "
                 "of a training run"
@@ -92,6 +93,11 @@ class Loaded:
     step: int
     objective: str = "softmax"
 
+    @functools.cached_property
+    def _forward(self) -> Callable[[Any, Any], jax.Array]:
+        graphdef = nnx.graphdef(self.model)
+        return jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+
     def predict(self, images: Iterable[Any], topk: int = 5) -> Iterator[list[tuple[str, float]]]:
         """Yields the likeliest classes of each image, the first one first: [(name, probability)].
 
@@ -99,10 +105,9 @@ class Loaded:
           images: anything that `preprocess` takes.
           topk: how many classes to name; all of them, where there are fewer.
         """
-        graphdef, params = nnx.split(self.model)
-        forward = jax.jit(lambda params, image: nnx.merge(graphdef, params)(image[None])[0])
+        params = nnx.state(self.model)
         for image in images:
-            logits = np.asarray(forward(params, self.preprocess(image)), np.float64)
+            logits = np.asarray(self._forward(params, self.preprocess(image)[None])[0], np.float64)
             if self.objective == "sigmoid":
                 probabilities = 1 / (1 + np.exp(-logits))
             else:
@@ -155,12 +160,18 @@ def read_model(path: epath.PathLike) -> tuple[ModelRecord, dict[str, Any], int]:
         raise UserError(f"there is no {os.fspath(path)!r} to load a model from")
     record = ModelRecord.read(workdir)
     store = Store(workdir)
-    step = store.newest()
-    if step is None:
-        raise UserError(f"{workdir} holds no checkpoint yet: the run has not saved one")
-    weights = "ema" if "ema" in store.names(step) else "params"
-    target = {weights: structure(record.config)[1]}
-    return record, store.restore(step, target)[weights], step
+    while True:
+        step = store.newest()
+        if step is None:
+            raise UserError(f"{workdir} holds no checkpoint yet: the run has not saved one")
+        try:
+            weights = "ema" if "ema" in store.names(step) else "params"
+            target = {weights: structure(record.config)[1]}
+            return record, store.restore(step, target)[weights], step
+        except (OSError, ValueError):
+            if step in store.steps():
+                raise
+            # The run that is still training has replaced it meanwhile: there is a newer one.
 
 
 def adapt(

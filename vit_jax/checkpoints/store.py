@@ -33,7 +33,7 @@ class Store:
     Saves run in the background, one at a time; an error of one is raised by the next call.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int = 1):
+    def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
         self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
         self.keep = keep
         self._orbax: ocp.AsyncCheckpointer | None = None
@@ -63,7 +63,8 @@ class Store:
             if jax.process_index() == 0:
                 sums = {name: _digest(path / name) for name in _files(path)}
                 write_atomically(path / _CHECKSUMS, json.dumps(sums, indent=1))
-                kept = self.steps()[-self.keep :]
+                # Later ones can only be damaged: this run has come from before them.
+                kept = [step for step in self.steps() if step <= int(path.name)][-self.keep :]
                 for step, committed in self._found():
                     if step < kept[0]:
                         # The commit mark goes first, so that a kill leaves no half of a
@@ -166,8 +167,8 @@ def verify(path: epath.Path) -> str | None:
                 return f"{path / name} is missing"
             if _digest(path / name) != digest:
                 return f"{path / name} does not match its checksum"
-    except (ValueError, AttributeError) as error:
-        return f"{path / _CHECKSUMS} is unreadable ({error})"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{path} is unreadable ({error})"
     return None
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -65,6 +66,9 @@ class DataConfig:
                 f"data.workers is {self.workers} and data.threads {self.threads}; expected at "
                 "least 0 and 1"
             )
+        for name, split in {"val": self.val, "test": self.test}.items():
+            if split and (split.affine or split.flip):
+                raise UserError(f"data.{name} is evaluated as it is: affine and flip are for train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +177,9 @@ def _iterate(batches: Any, workers: int, threads: int) -> contextlib.closing[Ite
 def end_with(parent: int, worker_index: int, worker_count: int) -> None:
     """Ends this worker process soon after its parent is gone, which a killed parent cannot do."""
     del worker_index, worker_count
+    # A signal to the whole group is for the parent, which saves before it lets the workers go.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         while os.getppid() == parent:

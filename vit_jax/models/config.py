@@ -127,11 +127,11 @@ def pair(value: Any, name: str) -> tuple[int, int]:
     return (int(sides[0]), int(sides[-1]))
 
 
-def variant(name: str, **fields: Any) -> ViTConfig:
-    """Returns the config of a variant such as "B/16", "L/14" or "Ti/16x8", with `fields` changed.
+def variant_fields(name: str) -> dict[str, Any]:
+    """What a variant such as "B/16", "L/14" or "Ti/16x8" says about a ViTConfig.
 
     Raises:
-      UserError: the name is not VARIANT/PATCH, or the variant or a field does not exist.
+      UserError: the name is not VARIANT/PATCH, or there is no such variant.
     """
     match = re.fullmatch(r"([^/]+)/(\d+)(?:x(\d+))?", name)
     if not match:
@@ -139,8 +139,17 @@ def variant(name: str, **fields: Any) -> ViTConfig:
     size, ph, pw = match.groups()
     if size not in VARIANTS:
         raise UserError(f"model variant {name!r}: no variant {size!r}; {nearest(size, VARIANTS)}")
+    return {"patch_size": (int(ph), int(pw or ph)), **VARIANTS[size]}
+
+
+def variant(name: str, **fields: Any) -> ViTConfig:
+    """Returns the config of a variant such as "B/16", with `fields` changed.
+
+    Raises:
+      UserError: the variant or a field does not exist, or the fields do not fit together.
+    """
     known = {f.name for f in dataclasses.fields(ViTConfig)}
     for field in fields:
         if field not in known:
             raise UserError(f"unknown model field {field!r}; {nearest(field, known)}")
-    return ViTConfig(**{"patch_size": (int(ph), int(pw or ph)), **VARIANTS[size], **fields})
+    return ViTConfig(**{**variant_fields(name), **fields})

@@ -16,9 +16,9 @@ from ml_collections import config_flags
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import ViTConfig, variant
+from vit_jax.models.config import CHOICES, ViTConfig, variant, variant_fields
 from vit_jax.models.posembed import RESIZE_METHODS
-from vit_jax.training.objectives import Augment
+from vit_jax.training.objectives import OBJECTIVES, Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
 
@@ -45,7 +45,7 @@ class CheckpointConfig:
     """`every` steps a checkpoint is saved (0: at the end only), and the last `keep` are kept."""
 
     every: int = 0
-    keep: int = 1
+    keep: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +83,28 @@ class Config:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
+        for name, value, least in (
+            ("batch_size", self.batch_size, 1),
+            ("eval.batch_size", self.eval.batch_size, 1),
+            ("eval.every", self.eval.every, 0),
+            ("checkpoint.every", self.checkpoint.every, 0),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("log.every", self.log.every, 0),
+            ("seed", self.seed, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}; it must be at least {least}")
+        for name, value, known in (
+            ("objective", self.objective, OBJECTIVES),
+            ("precision", self.precision, CHOICES["dtype"]),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; {nearest(value, known)}")
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(
                 f"set exactly one of {', '.join(DURATIONS)}; found {' and '.join(given) or 'none'}"
             )
-        for section, name in (("eval", "every"), ("checkpoint", "every"), ("log", "every")):
-            if getattr(getattr(self, section), name) < 0:
-                raise UserError(f"{section}.{name} is negative; it must be 0 or more steps")
-        if self.checkpoint.keep < 1:
-            raise UserError(f"checkpoint.keep is {self.checkpoint.keep}; it must be at least 1")
         for name in self.model:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
@@ -112,8 +122,11 @@ class Config:
             raise UserError(f"the run comes to {steps} steps; it must be at least 1")
         return steps
 
-    def vit(self, base: ViTConfig | None, num_classes: int) -> ViTConfig:
-        """The model: `base` (the checkpoint's, where there is one) with what `model` says."""
+    def vit(self, base: ViTConfig | None, num_classes: int, keep_head: bool = False) -> ViTConfig:
+        """The model: `base` (the checkpoint's, where there is one) with what `model` says.
+
+        Unless the checkpoint's head is kept, its hidden layer goes too.
+        """
         fields = dict(self.model)
         name = fields.pop("variant", None)
         method, head = fields.pop("position_resize", "zoom"), fields.pop("head", "fresh")
@@ -125,13 +138,14 @@ class Config:
                 raise UserError(f"model.{key} is {value!r}; {nearest(value, known)}")
         fields.setdefault("num_classes", num_classes)
         fields["dtype"] = self.precision
-        if base is not None and (head == "fresh" or base.num_classes != fields["num_classes"]):
+        if base is not None and not keep_head:
             fields.setdefault("representation_size", None)
-        if name is not None:
-            return variant(name, **fields)
-        if base is None:
+        if base is not None:
+            sizes = variant_fields(name) if name is not None else {}
+            return dataclasses.replace(base, **{**sizes, **fields})
+        if name is None:
             raise UserError("model.variant is not set: name one such as B/16, or an init_from")
-        return dataclasses.replace(base, **fields)
+        return variant(name, **fields)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -139,8 +153,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
       spec: `FILE.py` or `FILE.py:ARGUMENT`; the file has get_config, which the argument goes to.
-      overrides: flags for any key of the config, whether the file mentions it or not. One that
-        sets a duration clears the file's.
+      overrides: flags for any key of the config, whether the file mentions it or not. None takes
+        back what the file says. A flag that sets a duration clears the file's.
 
     Raises:
       UserError: no such file or key, a value of another type, or a config that is not consistent.
@@ -152,8 +166,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     for flag, name in zip(overrides, names, strict=True):
         if name not in known:
             raise UserError(f"unknown config key in {flag}; {nearest(name, known)}")
+    with config.ignore_type():
+        for flag, name in zip(overrides, names, strict=True):
+            if flag.endswith("=None"):
+                config.update_from_flattened_dict({name: None})
     flag_values = flags.FlagValues()
-    argv = ["vit_jax", *overrides]
+    argv = ["vit_jax", *(flag for flag in overrides if not flag.endswith("=None"))]
     config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
     try:
         flag_values(argv)
@@ -168,16 +186,18 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
 
 def _run_config_file(spec: str) -> ml_collections.ConfigDict:
     path, _, argument = spec.partition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"there is no config file {path!r} (--config={spec})")
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        raise UserError(f"there is no config file {path!r} (--config={spec}); expected FILE.py")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
     module.__spec__.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} is no config file: it has no function get_config")
     try:
         config = module.get_config(argument) if argument else module.get_config()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{spec}: {error}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path} is no config file: get_config returns no ConfigDict")
     return ml_collections.ConfigDict(config.to_dict(), type_safe=True)
 
 

@@ -1,5 +1,6 @@
 """Evaluation: every example once, whatever the batch size and the number of devices."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config, from_json
-from vit_jax.training.sharding import check_batch, local_rows, make_mesh, placement, to_devices
+from vit_jax.training.sharding import local_rows, make_mesh, placement, to_devices
 from vit_jax.training.steps import make_eval_step
 
 EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
@@ -66,12 +67,21 @@ def readers(
     return found
 
 
+def eval_batch_size(config: Config, mesh: Mesh) -> int:
+    """The batch size of evaluation, rounded up to what the devices divide; the rest is padding."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-(config.eval.batch_size or config.batch_size) // shards) * shards
+
+
 def read_config(workdir: epath.PathLike) -> Config:
     """The config that a run folder was trained with."""
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is no run folder: it has no config.json")
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or of another version: {error}") from None
 
 
 def evaluate_run(path: epath.PathLike, config: Config) -> dict[str, int | float]:
@@ -80,10 +90,9 @@ def evaluate_run(path: epath.PathLike, config: Config) -> dict[str, int | float]
     Raises:
       UserError: no model there, no split to evaluate, or classes that do not agree.
     """
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=-1))
     record, params, step = read_model(path)
-    mesh = make_mesh(config.mesh)
-    batch_size = config.eval.batch_size or config.batch_size
-    check_batch(batch_size, 1, mesh)
+    batch_size = eval_batch_size(config, mesh)
     graphdef, shapes = structure(record.config)
     params = jax.device_put(params, placement(shapes, mesh))
     eval_step = jax.jit(

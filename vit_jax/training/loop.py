@@ -19,11 +19,10 @@ from vit_jax.checkpoints.store import Store, lock, write_atomically
 from vit_jax.data.pipeline import Batch, BatchReader, train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.data.transforms import Preprocess
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
-from vit_jax.training import objectives
 from vit_jax.training.config import Config, differences, to_json
-from vit_jax.training.evaluate import evaluate, read_config, readers
+from vit_jax.training.evaluate import eval_batch_size, evaluate, read_config, readers
 from vit_jax.training.metrics import Diverged, Recorder, read_metrics
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.sharding import check_batch, local_rows, make_mesh, to_devices
@@ -51,7 +50,10 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     if "://" in os.fspath(workdir):
         raise UserError(f"{workdir}: a run folder must be on a local or mounted disk so far")
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(workdir))
         stop = stack.enter_context(sigterm())
@@ -80,8 +82,6 @@ def _run(
     total_steps = config.steps(len(source))
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.optim.accumulate, mesh)
-    eval_batch = config.eval.batch_size or config.batch_size
-    check_batch(eval_batch, 1, mesh)
     schedule = make_schedule(config.optim, total_steps)
     optimizer = make_optimizer(config.optim, schedule)
 
@@ -157,7 +157,7 @@ def _run(
             eval_step,
             weights,
             reads[name],
-            batch_size=eval_batch,
+            batch_size=eval_batch_size(config, mesh),
             mesh=mesh,
             threads=config.data.threads,
         )
@@ -221,15 +221,14 @@ def _start(
             )
         return record, None
 
-    if config.objective not in objectives.OBJECTIVES:
-        raise UserError(
-            f"objective {config.objective!r}: {nearest(config.objective, objectives.OBJECTIVES)}"
-        )
     num_classes = len(source.label_names)
     base = None
     if config.init_from is not None:
         base, old_params, step = read_model(config.init_from)
-    vit = config.vit(base and base.config, num_classes)
+    keep_head = base is not None and (
+        config.model.get("head") == "keep" and base.labels == source.label_names
+    )
+    vit = config.vit(base and base.config, num_classes, keep_head)
     if vit.num_classes != num_classes:
         raise UserError(
             f"model.num_classes is {vit.num_classes}, but {config.data.train.source} has "
@@ -244,7 +243,7 @@ def _start(
         old_params,
         base.config,
         vit,
-        head=config.model.get("head") or "fresh",
+        head="keep" if keep_head else "fresh",
         method=config.model.get("position_resize") or "zoom",
         seed=config.seed,
     )

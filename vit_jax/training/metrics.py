@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Keys that depend on the machine and its load: the only ones that a resumed run may change.
 TIMING_KEYS = ("images_per_second", "input_wait_fraction", "seconds")
+# A run in which one of these is not finite stops, before a checkpoint of it can be saved.
+FINITE = ("loss", "grad_norm", "param_norm")
 # What the screen shows of a line, and as what.
 SHOWN = {
     "train/loss": "loss",
@@ -79,7 +81,8 @@ class Recorder:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self._began = time.perf_counter()
+        # `seconds` goes on from where a resumed run stopped.
+        self._began = time.perf_counter() - max((x.get("seconds", 0.0) for x in lines), default=0.0)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._restart_clock()
 
@@ -89,7 +92,7 @@ class Recorder:
         Raises:
           Diverged: an earlier step's loss or gradient is not finite.
         """
-        if self._pending and self._due(self._pending[-1][0]):
+        if self._pending and (self._due(self._pending[-1][0]) or len(self._pending) >= 100):
             self.flush()
         self._pending.append((step, metrics))
         self._images += images
@@ -104,11 +107,9 @@ class Recorder:
         """
         pending, self._pending = self._pending, []
         for step, values in jax.device_get(pending):
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                raise Diverged(
-                    f"the loss is {values['loss']:.4g} and the gradient's norm "
-                    f"{values['grad_norm']:.4g} at step {step}"
-                )
+            if not all(math.isfinite(values[name]) for name in FINITE):
+                told = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
+                raise Diverged(f"the run diverged at step {step} ({told})")
             if self._due(step):
                 seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
                 line = {f"train/{name}": float(value) for name, value in values.items()}

@@ -1,6 +1,7 @@
 """Schedules and optimisers, put together from optax."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,8 @@ class OptimConfig:
         if self.accumulate < 1:
             raise UserError(f"optim.accumulate is {self.accumulate}; it must be at least 1")
         for field in ("lr", "warmup", "weight_decay"):
-            if getattr(self, field) < 0:
-                raise UserError(f"optim.{field} is {getattr(self, field)}; it must not be negative")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise UserError(f"optim.{field} is {getattr(self, field)}; it must be 0 or more")
         for field in ("grad_clip", "timescale"):
             value = getattr(self, field)
             if value is not None and value <= 0:

@@ -38,7 +38,7 @@ def make_train_step(
     """Returns (state, batch) -> (state, metrics), to be jitted with its state donated.
 
     The metrics are scalars of this batch alone: loss, accuracy (top-1), grad_norm (before
-    clipping) and lr.
+    clipping), param_norm (after the update) and lr.
     """
     loss_of = objectives.OBJECTIVES[objective]
 
@@ -68,6 +68,7 @@ def make_train_step(
             "loss": loss,
             "accuracy": hits / weight,
             "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, average), metrics
