@@ -176,7 +176,7 @@ def test_kernels_are_the_matrices_of_layers():
         (dict(decayed="kernel"), "optim.decayed is 'kernel'; did you mean 'kernels'"),
         (dict(name="adam", weight_decay=0.1), "adam has no weight decay; adamw does"),
         (dict(accumulate=0), "optim.accumulate is 0"),
-        (dict(lr=-1e-3), "optim.lr is -0.001; it must not be negative"),
+        (dict(lr=-1e-3), "optim.lr is -0.001; it must be 0 or more"),
         (dict(warmup=-5.0), "optim.warmup is -5.0"),
         (dict(weight_decay=-0.1), "optim.weight_decay is -0.1"),
         (dict(grad_clip=0.0), "optim.grad_clip is 0.0; it must be positive"),

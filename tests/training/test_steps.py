@@ -121,6 +121,7 @@ def reference():
             ema[i] = 0.7 * ema[i] + 0.3 * params[i]
         hits = np.asarray(logits).argmax(axis=1) == labels
         metrics = dict(loss=float(loss), accuracy=hits.mean(), grad_norm=norm, lr=lr)
+        metrics["param_norm"] = np.sqrt(sum((p**2).sum() for p in params))
         unflatten = functools.partial(jax.tree.unflatten, structure_of)
         steps.append((unflatten(list(params)), unflatten(list(ema)), metrics))
     return steps
