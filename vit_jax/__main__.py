@@ -53,6 +53,7 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The commands and their flags; `--config.KEY=VALUE` is left to the config."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

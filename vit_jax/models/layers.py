@@ -62,6 +62,7 @@ def gelu(kind: str) -> Callable[[Array], Array]:
 
 
 def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A LayerNorm over the width, its statistics in float32."""
     # Two-pass variance: the fast one loses digits where the mean is large.
     return nnx.LayerNorm(
         config.width,

@@ -295,6 +295,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
+    """The inverse of `to_json`; raises a UserError for keys or values that are not a config's."""
     return unpack(Config, json.loads(text))
 
 

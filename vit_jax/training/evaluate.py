@@ -16,7 +16,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config, from_json
-from vit_jax.training.sharding import local_rows, make_mesh, placement, to_devices
+from vit_jax.training.sharding import batch_shards, local_rows, make_mesh, placement, to_devices
 from vit_jax.training.steps import make_eval_step
 
 EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
@@ -69,7 +69,7 @@ def readers(
 
 def eval_batch_size(config: Config, mesh: Mesh) -> int:
     """The batch size of evaluation, rounded up to what the devices divide; the rest is padding."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     return -(-(config.eval.batch_size or config.batch_size) // shards) * shards
 
 

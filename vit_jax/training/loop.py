@@ -23,7 +23,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import eval_batch_size, evaluate, read_config, readers
-from vit_jax.training.metrics import Diverged, Recorder, read_metrics
+from vit_jax.training.metrics import Diverged, Recorder, due, read_metrics
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.sharding import check_batch, local_rows, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, from_saved, make_state, to_saved
@@ -148,9 +148,6 @@ def _run(
     )
     stack.callback(recorder.close)
 
-    def due(step: int, every: int) -> bool:
-        return step == total_steps or (every > 0 and step % every == 0)
-
     def report(step: int, name: str) -> None:
         weights = state.params if state.ema is None else state.ema
         values = evaluate(
@@ -172,8 +169,8 @@ def _run(
         recorder.step(step, metrics, config.batch_size, waited)
 
         stopping = stop()
-        evaluating = due(step, config.eval.every)
-        saving = due(step, config.checkpoint.every) or stopping
+        evaluating = due(step, config.eval.every, total_steps)
+        saving = due(step, config.checkpoint.every, total_steps) or stopping
         if evaluating or saving:
             recorder.flush()
             with recorder.pause():

@@ -43,6 +43,11 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return lines
 
 
+def due(step: int, every: int, total_steps: int) -> bool:
+    """Whether something that happens `every` steps (0: never), and at the last one, is due."""
+    return step == total_steps or (every > 0 and step % every == 0)
+
+
 class Diverged(Exception):
     """A step's loss or gradient is no longer finite."""
 
@@ -147,7 +152,7 @@ class Recorder:
             self._events.close()
 
     def _due(self, step: int) -> bool:
-        return step == self._total_steps or (self._every > 0 and step % self._every == 0)
+        return due(step, self._every, self._total_steps)
 
     def _restart_clock(self) -> None:
         self._start, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0

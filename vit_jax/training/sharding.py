@@ -67,9 +67,14 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises a UserError unless every device gets as many rows, in every micro-batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if batch_size % (shards * accumulate):
         unit = shards * accumulate
         raise UserError(
