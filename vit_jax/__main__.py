@@ -72,6 +72,22 @@ def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
     print(inspect_file(args.src, **_fields(args.known)))
 
 
+def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Turns a folder, archives or any source of images into shards that are read by index."""
+    from vit_jax.data.prepare import Conversion, prepare
+
+    options = ("split", "part", "labels", "classes", "examples", "shard_examples", "threads")
+    info = prepare(
+        args.src,
+        args.dst,
+        conversion=Conversion(args.short_side, args.quality, args.exif),
+        **{name: getattr(args, name) for name in options},
+    )
+    told = {"examples": info["examples"], "classes": len(info["label_names"])}
+    told |= {"bad_images": info["bad_images"], "fingerprint": info["fingerprint"]}
+    print(json.dumps({"source": f"records:{args.dst}", "split": args.split, **told}))
+
+
 def _fields(pairs: list[str]) -> dict[str, object]:
     """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of ViTConfig."""
     from vit_jax.models.config import ViTConfig
@@ -131,6 +147,24 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("src", help="whatever vit_jax.load reads")
     command.add_argument("--set", **fields)
     command.set_defaults(function=inspect, takes_overrides=False)
+
+    command = commands.add_parser("prepare", help=prepare.__doc__)
+    command.add_argument("src", help="a folder, a tar, tars such as 'a-*.tar', or a source")
+    command.add_argument("dst", help="a folder, read by the source records:DST")
+    for name, kind, default, what in (
+        ("split", str, "train", "what to call the split (default train)"),
+        ("part", str, None, "which part of SRC it is, such as train or all[:90%%]"),
+        ("labels", str, None, "file that says each image's class: a text, ImageNet's devkit"),
+        ("classes", str, None, "text file with a class name a line, in order (default: sorted)"),
+        ("short-side", int, None, "shrink images whose shorter side is longer, to JPEG"),
+        ("quality", int, 95, "of those JPEGs (default 95)"),
+        ("examples", int, None, "how many to take, of an endless source"),
+        ("shard-examples", int, 4096, "how many a shard has (default 4096)"),
+        ("threads", int, None, "default: one a core"),
+    ):
+        command.add_argument(f"--{name}", type=kind, default=default, help=what)
+    command.add_argument("--exif", action="store_true", help="turn shrunk images upright")
+    command.set_defaults(function=prepare, takes_overrides=False)
     return parser
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vit_jax.data.arrays import ArraySource
 from vit_jax.data.pipeline import BatchReader, DataConfig, Split, eval_batches, train_batches
-from vit_jax.data.sources import ArraySource
 from vit_jax.data.transforms import Preprocess, RandomAffine
 from vit_jax.errors import UserError
 
@@ -65,6 +65,7 @@ def test_a_batch_holds_the_examples_that_its_index_names():
             "label": ((BATCH,), np.int32),
             "mask": ((BATCH,), bool),
             "index": ((BATCH,), np.int64),
+            "corrupt": ((BATCH,), bool),
         }
         assert batch["mask"].all()
         np.testing.assert_array_equal(batch["image"], examples.images[batch["index"]])
@@ -223,7 +224,7 @@ READING = """
 import multiprocessing, time
 import numpy as np
 from vit_jax.data.pipeline import BatchReader, train_batches
-from vit_jax.data.sources import ArraySource
+from vit_jax.data.arrays import ArraySource
 from vit_jax.data.transforms import Preprocess
 
 if __name__ == "__main__":

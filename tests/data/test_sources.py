@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from vit_jax.data.sources import ArraySource, open_source
+from vit_jax.data.arrays import ArraySource
+from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 
 SIZES = {"train": 1259, "val": 179, "test": 359}
@@ -72,7 +73,7 @@ def test_the_splits_of_digits_never_change(split, labels, fingerprint):
     "spec, split, message",
     [
         ("digit", "train", r"no source 'digit'; did you mean 'digits'\?"),
-        ("folder:/x", "train", "no source 'folder'; known: arrays, digits"),
+        ("folder:/x", "train", "there is no such folder"),
         ("digits", "tset", r"source digits has no split 'tset'; did you mean 'test'\?"),
         ("digits", "", "no split ''; known: test, train, val"),
         ("digits:8x8", "train", "takes no argument, found digits:8x8"),

@@ -395,7 +395,8 @@ def test_preprocessing_goes_through_json(preprocess):
 def test_a_record_without_the_newer_fields_squashes_in_uint8():
     old = '{"image_size": [8, 12], "in_channels": 1, "resize": "area", "mean": 0.5, "std": 0.2}'
     found = Preprocess(**json.loads(old))
-    assert dataclasses.astuple(found) == ((8, 12), 1, "area", "squash", 1.0, "uint8", 0.5, 0.2)
+    newer = ("squash", 1.0, "uint8", "accurate", False)
+    assert dataclasses.astuple(found) == ((8, 12), 1, "area", *newer, 0.5, 0.2)
 
 
 PALETTE = [200, 10, 0, 0, 20, 30, 0, 0, 255]

@@ -13,8 +13,8 @@ import pytest
 import scipy.special
 from flax import nnx
 
+from vit_jax.data.arrays import ArraySource
 from vit_jax.data.pipeline import BatchReader
-from vit_jax.data.sources import ArraySource
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig

@@ -4,25 +4,37 @@ The order of rows, the examples and their augmentation do not depend on hosts, w
 so the step number alone is the state of the data: resuming at step i means `[i:]`.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
+import cv2
 import grain
 import numpy as np
 from absl import flags
+from grain.experimental import index_shuffle
 
+from vit_jax.data.images import BadImage, Image
 from vit_jax.data.sources import Source
-from vit_jax.data.transforms import Preprocess, RandomAffine, flip
-from vit_jax.errors import UserError
+from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine, flip
+from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+_ON_CORRUPT = ("stop", "skip")
+_MOST_SKIPPED = 100  # in a row: then something else is wrong
+# Keys of a batch that stay on the host.
+HOST_KEYS = ("index", "corrupt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +42,14 @@ class Split:
     """One split of the `data` section: where its examples come from, what is done to them.
 
     Attributes:
-      source: such as "digits" or "arrays:PATH".
+      source: such as "digits" or "folder:PATH" (see sources.py).
       split: the source's own name of the split.
       resize, aspect, crop: how images are brought to the model's size (see `Preprocess`); None is
-        as the model was trained.
+        as the model is evaluated.
+      jpeg, exif: how image files are decoded (see `images.decode`); None is as for the model.
+      inception_crop: cuts a random box out of the image, which `resize` then brings to size.
+      random_crop: cuts the model's size out of the resized image anywhere, not from its centre:
+        aspect="keep" and crop=0.875 make it 224 out of a shorter side of 256.
       affine: a random affine map of every training image.
       flip: whether to mirror half of them.
     """
@@ -43,8 +59,16 @@ class Split:
     resize: str | None = None
     aspect: str | None = None
     crop: float | None = None
+    jpeg: str | None = None
+    exif: bool | None = None
+    inception_crop: InceptionCrop | None = None
+    random_crop: bool = False
     affine: RandomAffine | None = None
     flip: bool = False
+
+    def __post_init__(self):
+        if self.inception_crop and self.random_crop:
+            raise UserError("data: inception_crop and random_crop exclude each other")
 
     def preprocess(self, base: Preprocess, image_size: tuple[int, int] | None = None) -> Preprocess:
         """`base` as this split uses it: with its own resize rule, at another image size."""
@@ -52,6 +76,8 @@ class Split:
             "resize": self.resize,
             "aspect": self.aspect,
             "crop": self.crop,
+            "jpeg": self.jpeg,
+            "exif": self.exif,
             "image_size": image_size,
         }
         given = {name: value for name, value in changes.items() if value is not None}
@@ -60,71 +86,214 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The `data` section. `workers` is a number of processes; with 0, threads do the work."""
+    """The `data` section.
+
+    Attributes:
+      workers: processes that read ahead; with 0, threads of this process do.
+      threads: how many of them; None is one for each core that this process may use.
+      on_corrupt: what an image that cannot be read does: "stop" the run, or "skip": the next one
+        of the source takes its place in training, and none in evaluation.
+    """
 
     train: Split
     val: Split | None = None
     test: Split | None = None
     workers: int = 0
-    threads: int = 2
+    threads: int | None = None
+    on_corrupt: str = "stop"
 
     def __post_init__(self):
-        if self.workers < 0 or self.threads < 1:
+        if self.workers < 0 or (self.threads is not None and self.threads < 1):
             raise UserError(
                 f"data.workers is {self.workers} and data.threads {self.threads}; expected at "
                 "least 0 and 1"
             )
+        if self.on_corrupt not in _ON_CORRUPT:
+            raise UserError(
+                f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, _ON_CORRUPT)}"
+            )
         for name, split in {"val": self.val, "test": self.test}.items():
-            if split and (split.affine or split.flip):
-                raise UserError(f"data.{name} is evaluated as it is: affine and flip are for train")
+            for key in ("inception_crop", "random_crop", "affine", "flip"):
+                if split and getattr(split, key):
+                    raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Reads, augments and stacks the examples of one batch, by their positions in the stream."""
+    """Reads, augments and stacks the examples of one batch, by their positions in the stream.
+
+    Attributes:
+      replace: whether, with on_corrupt="skip", the next example of the source takes the place of
+        one that cannot be read (training), or the mask leaves it out (evaluation).
+    """
 
     source: Source
     preprocess: Preprocess
     seed: int = 0
+    inception_crop: InceptionCrop | None = None
+    random_crop: bool = False
     affine: RandomAffine | None = None
     flip: bool = False
+    on_corrupt: str = "stop"
+    replace: bool = False
 
-    def __call__(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
-        """Returns {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b]}.
+    def __post_init__(self):
+        if self.inception_crop:  # its box is squashed to size
+            whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
+            object.__setattr__(self, "preprocess", whole)
 
-        Images are pixels of 0 to 255, not yet normalised: float32 where `preprocess` resizes in
-        it. An index of -1 is padding: a black image that the mask leaves out of every sum.
+    @classmethod
+    def of(
+        cls, source: Source, split: Split, preprocess: Preprocess, **fields: Any
+    ) -> "BatchReader":
+        """Reads `source` as `split` says, for a model of that preprocessing."""
+        for name in ("inception_crop", "random_crop", "affine", "flip"):
+            fields[name] = getattr(split, name)
+        return cls(source, split.preprocess(preprocess), **fields)
+
+    def __call__(self, positions: np.ndarray, indices: np.ndarray, threads: int = 1) -> Batch:
+        """Reads the examples `indices`, whose places in the stream are `positions`.
+
+        An index of -1 is padding: a black image that the mask leaves out of every sum.
+
+        Returns:
+          {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
+          bool [b]}. Images are pixels of 0 to 255, not yet normalised: float32 where `preprocess`
+          resizes in it. `corrupt` marks the rows whose own image cannot be read.
+
+        Raises:
+          UserError: an image that cannot be read, or a label without a class name.
         """
-        size = (*self.preprocess.image_size, self.preprocess.in_channels)
-        images = np.zeros((len(indices), *size), self.preprocess.pixel_dtype)
-        labels = np.zeros(len(indices), np.int32)
-        for row, (k, index) in enumerate(zip(positions, indices, strict=True)):
-            if index < 0:
-                continue
-            example = self.source[int(index)]
-            image = self.preprocess.pixels(example["image"])
-            if self.affine or self.flip:
-                random = np.random.default_rng((self.seed, int(k)))
-                image = self.affine(image, random) if self.affine else image
-                image = flip(image, random) if self.flip else image
-            images[row], labels[row] = image, example["label"]
-        return {"image": images, "label": labels, "mask": indices >= 0, "index": indices}
+        b, size = len(indices), (*self.preprocess.image_size, self.preprocess.in_channels)
+        batch = {
+            "image": np.empty((b, *size), self.preprocess.pixel_dtype),
+            "label": np.zeros(b, np.int32),
+            "mask": indices >= 0,
+            "index": np.array(indices),
+            "corrupt": np.zeros(b, bool),
+        }
+        # Threads take the next row that is left, so that none waits for another's large images.
+        rows = itertools.count()
+
+        def work():
+            while (row := next(rows)) < b:
+                self._fill(batch, row, int(positions[row]))
+
+        if threads == 1:
+            work()
+        else:
+            done = [_pool(threads).submit(work) for _ in range(threads)]
+            for each in concurrent.futures.wait(done).done:
+                each.result()
+        return batch
+
+    def _fill(self, batch: Batch, row: int, position: int) -> None:
+        """Reads one row of a batch."""
+        image = None
+        if batch["mask"][row]:
+            image, label = self._read(batch, row)
+        if image is None:
+            batch["image"][row] = 0
+            return
+        random = None
+        if self.inception_crop or self.random_crop or self.affine or self.flip:
+            random = np.random.default_rng((self.seed, position))
+        if self.inception_crop:
+            image = self.inception_crop(image, random)
+        image = self.preprocess.pixels(image, random if self.random_crop else None)
+        image = self.affine(image, random) if self.affine else image
+        image = flip(image, random) if self.flip else image
+        batch["image"][row], batch["label"][row] = image, label
+
+    def _read(self, batch: Batch, row: int) -> tuple[Image | None, int]:
+        """An example's decoded image and its label; None where it is to be left out."""
+        for _ in range(_MOST_SKIPPED):
+            index = int(batch["index"][row])
+            name = f"example {index}"
+            try:
+                example = self.source[index]
+                name, label = example.get("name", name), example["label"]
+                if not 0 <= label < len(self.source.label_names):
+                    raise UserError(
+                        f"{name} has the label {label}, but there are "
+                        f"{len(self.source.label_names)} class names"
+                    )
+                return self.preprocess.read(example["image"]), label
+            except BadImage as error:
+                if self.on_corrupt == "stop":
+                    raise BadImage(
+                        f"{name} is no readable image: {error}; data.on_corrupt=skip goes on "
+                        "without it"
+                    ) from None
+                logger.warning("skipped %s: %s", name, error)
+            batch["corrupt"][row] = True
+            if not self.replace:
+                batch["mask"][row] = False
+                return None, 0
+            batch["index"][row] = (index + 1) % _length(self.source, index + 2)
+        raise UserError(f"{_MOST_SKIPPED} images in a row cannot be read, up to {name}")
+
+
+def _length(source: Source, endless: int) -> int:
+    return len(source) if isinstance(source, Sized) else endless
+
+
+@functools.lru_cache
+def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    cv2.setNumThreads(1)  # each image has a thread of its own already
+    return concurrent.futures.ThreadPoolExecutor(threads, "read")
+
+
+def shuffled(seed: int, n: int, positions: np.ndarray) -> np.ndarray:
+    """The examples at `positions` of a stream that goes through all n in a new order each epoch.
+
+    This is `grain.MapDataset.range(n).seed(seed).shuffle().repeat()`, without its cost for every
+    element.
+
+    Args:
+      positions: int64 [b]; the result has this form too.
+    """
+    first = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
+    return np.array(
+        [
+            index_shuffle(place, max_index=n - 1, seed=(first + epoch) % 2**32, rounds=4)
+            for epoch, place in (divmod(position, n) for position in positions.tolist())
+        ],
+        np.int64,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """This process's rows of a global batch; a class so that worker processes can import it."""
+class _Step:
+    """One batch by its number; a class so that worker processes can import it.
+
+    `rows` is the part of the global batch that this process reads.
+    """
 
     read: BatchReader
+    batch_size: int
     rows: slice
+    threads: int
 
-    def __call__(self, batch: tuple[np.ndarray, np.ndarray]) -> Batch:
-        positions, indices = batch
-        return self.read(positions[self.rows], indices[self.rows])
+    def __call__(self, step: int) -> Batch:
+        start, stop, _ = self.rows.indices(self.batch_size)
+        positions = np.arange(start, stop, dtype=np.int64) + int(step) * self.batch_size
+        return self.read(positions, self.indices(positions), self.threads)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
 
 
-def _with_position(position: int, index: int) -> tuple[np.int64, np.int64]:
-    return np.int64(position), np.int64(index)
+class _TrainStep(_Step):
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        if not isinstance(self.read.source, Sized):
+            return positions  # endless: every example is a new one
+        return shuffled(self.read.seed, len(self.read.source), positions)
+
+
+class _EvalStep(_Step):
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        return np.where(positions < len(self.read.source), positions, -1)
 
 
 def train_batches(
@@ -135,7 +304,7 @@ def train_batches(
     stop_step: int,
     rows: slice = slice(None),
     workers: int = 0,
-    threads: int = 2,
+    threads: int | None = None,
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns the batches of steps start_step to stop_step - 1, to be used in a `with`.
 
@@ -147,34 +316,30 @@ def train_batches(
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
     preprocess = dataclasses.replace(read.preprocess, resize_dtype="uint8")
-    read = dataclasses.replace(read, preprocess=preprocess)
-    stream = grain.MapDataset.range(len(read.source)).seed(read.seed).shuffle().repeat()
-    batches = stream.map_with_index(_with_position).batch(batch_size)
-    return _iterate(batches.map(_Rows(read, rows))[start_step:stop_step], workers, threads)
+    read = dataclasses.replace(read, preprocess=preprocess, replace=True)
+    step = _TrainStep(read, batch_size, rows, _threads(workers, threads))
+    return _iterate(grain.MapDataset.range(start_step, stop_step).map(step), workers)
 
 
 def eval_batches(
-    read: BatchReader, batch_size: int, *, rows: slice = slice(None), threads: int = 2
+    read: BatchReader, batch_size: int, *, rows: slice = slice(None), threads: int | None = None
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns every example once, in order, the last batch padded, to be used in a `with`."""
-    n = len(read.source)
-    padded = np.full(-(-n // batch_size) * batch_size, -1, np.int64)
-    padded[:n] = np.arange(n)
-    batches = grain.MapDataset.source(padded.reshape(-1, batch_size))
-    return _iterate(batches.map(_EvalRows(read, rows)), 0, threads)
+    step = _EvalStep(read, batch_size, rows, _threads(0, threads))
+    return _iterate(grain.MapDataset.range(-(-len(read.source) // batch_size)).map(step), 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvalRows:
-    read: BatchReader
-    rows: slice
+def _threads(workers: int, threads: int | None) -> int:
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS
+        cores = os.cpu_count() or 1
+    return 1 if workers else threads or cores
 
-    def __call__(self, indices: np.ndarray) -> Batch:
-        return self.read(indices[self.rows], indices[self.rows])
 
-
-def _iterate(batches: Any, workers: int, threads: int) -> contextlib.closing[Iterator[Batch]]:
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+def _iterate(batches: Any, workers: int) -> contextlib.closing[Iterator[Batch]]:
+    # Two batches are in the making, so that no thread is idle while the last rows of one are read.
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     dataset = batches.to_iter_dataset(ahead)
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags

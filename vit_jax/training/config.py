@@ -109,12 +109,17 @@ class Config:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
 
-    def steps(self, num_examples: int) -> int:
-        """The length of the run, where the training split has `num_examples`."""
+    def steps(self, num_examples: int | None) -> int:
+        """The length of the run, where the training split has `num_examples` (None: endless)."""
         examples = self.total_examples
         if self.total_steps is not None:
             steps = self.total_steps
         elif self.total_epochs is not None:
+            if num_examples is None:
+                raise UserError(
+                    f"{self.data.train.source} is endless, so that there are no epochs: set "
+                    "total_steps or total_examples instead of total_epochs"
+                )
             steps = round(self.total_epochs * num_examples / self.batch_size)
         else:
             steps = round(examples / self.batch_size)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from vit_jax.checkpoints.load import open_model, place
 from vit_jax.data.pipeline import BatchReader, eval_batches
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import open_source, with_labels
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
@@ -30,20 +30,27 @@ def evaluate(
     *,
     batch_size: int,
     mesh: Mesh,
-    threads: int = 2,
+    threads: int | None = None,
 ) -> dict[str, float]:
     """Returns the means over all examples of `read.source`: accuracy (top-1), top5 and loss.
 
-    Padding is masked; the sums of all batches are added on the host, and divided last.
+    Padding is masked; the sums of all batches are added on the host, and divided last. Where
+    images that cannot be read are skipped, they are masked too, and `corrupt` is their number.
     """
+    sums, corrupt = [], 0
     with eval_batches(read, batch_size, rows=local_rows(batch_size, mesh), threads=threads) as it:
-        sums = [eval_step(params, to_devices(batch, batch_size, mesh)) for batch in it]
+        for batch in it:
+            corrupt += int(batch["corrupt"].sum())
+            sums.append(eval_step(params, to_devices(batch, batch_size, mesh)))
     totals = {
         name: np.sum([each[name] for each in jax.device_get(sums)], dtype=np.float64)
         for name in sums[0]
     }
     count = totals.pop("count")
-    return {name: float(total / count) for name, total in totals.items()}
+    if not count:
+        raise UserError("none of the images to evaluate can be read")
+    means = {name: float(total / count) for name, total in totals.items()}
+    return {**means, "corrupt": corrupt} if read.on_corrupt == "skip" else means
 
 
 def readers(
@@ -59,12 +66,13 @@ def readers(
         if split is None:
             continue
         source = open_source(split.source, split.split)
-        if len(source.label_names) != len(labels):
-            raise UserError(
-                f"data.{name} ({split.source}, {split.split}) has {len(source.label_names)} "
-                f"classes, the model {len(labels)}"
-            )
-        found[name] = BatchReader(source, split.preprocess(preprocess))
+        if not isinstance(source, Sized):
+            raise UserError(f"data.{name}.source {split.source} is endless: name a finite split")
+        try:
+            source = with_labels(source, labels)
+        except UserError as error:
+            raise UserError(f"data.{name} ({split.source}, {split.split}): {error}") from None
+        found[name] = BatchReader.of(source, split, preprocess, on_corrupt=config.data.on_corrupt)
     return found
 
 

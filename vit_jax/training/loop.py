@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ def _run(
     stack: contextlib.ExitStack,
 ) -> dict[str, int | float]:
     source = open_source(config.data.train.source, config.data.train.split)
-    total_steps = config.steps(len(source))
+    total_steps = config.steps(len(source) if isinstance(source, Sized) else None)
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.optim.accumulate, mesh)
     schedule = make_schedule(config.optim, total_steps)
@@ -90,6 +90,13 @@ def _run(
 
     resume_step = store.newest()
     record, params = _start(config, workdir, source, resume_step, mesh)
+    read = BatchReader.of(
+        source,
+        config.data.train,
+        record.preprocess,
+        seed=config.seed,
+        on_corrupt=config.data.on_corrupt,
+    )
     reads = readers(config, record.preprocess, record.labels)
 
     abstract = abstract_state(record.config, optimizer, ema=config.optim.ema is not None, mesh=mesh)
@@ -127,13 +134,7 @@ def _run(
     )
     batches = stack.enter_context(
         train_batches(
-            BatchReader(
-                source,
-                config.data.train.preprocess(record.preprocess),
-                config.seed,
-                config.data.train.affine,
-                config.data.train.flip,
-            ),
+            read,
             config.batch_size,
             start_step=start_step,
             stop_step=total_steps,
@@ -166,9 +167,11 @@ def _run(
     arriving = on_device(batches, config.batch_size, mesh)
     for step in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
-        batch = next(arriving)
+        batch, corrupt = next(arriving)
         waited = time.perf_counter() - began
         state, metrics = train_step(state, batch)
+        if config.data.on_corrupt == "skip":
+            metrics["corrupt"] = corrupt
         recorder.step(step, metrics, config.batch_size, waited)
 
         stopping = stop()
@@ -237,7 +240,9 @@ def _start(
         preprocess = fitted_preprocess(base.preprocess, vit)
     else:
         preprocess = Preprocess(vit.image_size, vit.in_channels)
-    preprocess = config.data.train.preprocess(preprocess)
+    # What `predict` does with a picture is what evaluation does.
+    evaluated = config.data.val or config.data.test or config.data.train
+    preprocess = evaluated.preprocess(preprocess)
     method = config.model.get("position_resize") or (base.position_resize if base else "zoom")
     record = ModelRecord(
         vit, preprocess, source.label_names, source.fingerprint, config.objective, method
@@ -260,11 +265,14 @@ def _start(
 
 def on_device(
     batches: Iterable[Batch], batch_size: int, mesh: Mesh, ahead: int = 2
-) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches as global arrays, with `ahead` of them on their way to the devices."""
-    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Yields batches as global arrays, with `ahead` of them on their way to the devices.
+
+    With each comes how many of its images could not be read.
+    """
+    queue: collections.deque[tuple[dict[str, jax.Array], int]] = collections.deque()
     for batch in batches:
-        queue.append(to_devices(batch, batch_size, mesh))
+        queue.append((to_devices(batch, batch_size, mesh), int(batch["corrupt"].sum())))
         if len(queue) > ahead:
             yield queue.popleft()
     yield from queue

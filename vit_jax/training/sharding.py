@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vit_jax.data.pipeline import HOST_KEYS
 from vit_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -119,10 +120,10 @@ def local_rows(batch_size: int, mesh: Mesh) -> slice:
 
 
 def to_devices(batch: dict[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays out of this process's rows; `index` stays on the host."""
+    """Makes global arrays out of this process's rows, but for the keys that stay on the host."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
         for name, rows in batch.items()
-        if name != "index"
+        if name not in HOST_KEYS
     }

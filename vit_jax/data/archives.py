@@ -1,0 +1,302 @@
+"""Images in tar archives, which are read in place and never unpacked: ImageNet's, WebDataset's."""
+
+import array
+import dataclasses
+import functools
+import glob
+import io
+import json
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.io
+from jaxtyping import Int32, Int64
+
+from vit_jax.data.files import (
+    WHOLE,
+    OpenFiles,
+    Packed,
+    class_name,
+    fingerprint_of,
+    is_image,
+    open_file,
+    parse_split,
+    share,
+)
+from vit_jax.data.images import BadImage
+from vit_jax.errors import UserError
+
+# A file of more bytes is no image to decode.
+MAX_BYTES = 512 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TarSource:
+    """Images inside tar archives, read where they are: nothing is unpacked.
+
+    In a compressed archive going back means starting over: read it in order.
+    """
+
+    files: OpenFiles
+    names: Packed
+    archive: Int32[np.ndarray, " n"]
+    offsets: Int64[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"]
+    label_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        which, size = int(self.archive[index]), int(self.sizes[index])
+        name = f"{self.files.paths[which]}: {self.names[index]}"
+        if size > MAX_BYTES:
+            raise BadImage(f"{name} has {size} bytes; images of up to {MAX_BYTES} are read")
+        data = self.files.read(which, int(self.offsets[index]), size)
+        return {"image": data, "label": int(self.labels[index]), "name": name}
+
+
+def tar(path: str, split: str) -> TarSource:
+    """The images of uncompressed tar archives; see `open_tar`.
+
+    Raises:
+      UserError: no such file, no tar, a compressed one, or nothing in it that is an image.
+    """
+    source = open_tar(path, split)
+    for file in source.files.paths:
+        if not isinstance(open_file(file), io.FileIO):
+            raise UserError(
+                f"tar:{file} is compressed, so that no image can be read without all before it: "
+                "`python -m vit_jax prepare` makes shards of it"
+            )
+    return source
+
+
+def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSource:
+    """The images of tar archives, in the order of their places in them.
+
+    A class is, whichever there is first:
+      - what `labels` says (see `read_labels`);
+      - the name of a tar inside the tar, as in ImageNet-1k's and ImageNet-21k's;
+      - what a file NAME.cls (a number) or NAME.json ({"label": ...}) beside NAME.jpg says, as in
+        WebDataset's shards;
+      - the first folder below those that all files share.
+
+    Args:
+      path: a file, or a pattern for several, such as shards-*.tar or shards-{000..041}.tar.
+      split: "all", or the name of a folder in the archive; a part of it as for folders.
+
+    Raises:
+      UserError: no such file, no tar, or nothing in it that is an image of a class.
+    """
+    files = OpenFiles(_expand(path))
+    folder_name, low, high = parse_split(split)
+    # Columns, not objects: ImageNet-21k has 14 million rows.
+    names, classes = [], []
+    archive, offsets, sizes = (array.array("q") for _ in range(3))
+    for number, one in enumerate(files.paths):
+        keys, told = [], {}
+        for name, inner, offset, size, read in _members(one):
+            stem, suffix = _key(name)
+            inside = _below(name, folder_name)
+            if suffix in (".cls", ".json"):
+                told |= _label_beside(stem, suffix, read)
+            elif is_image(name) and inside is not None and low <= share(name) < high:
+                names.append(f"{inner}/{name}" if inner else name)
+                classes.append(inner)
+                keys.append((stem, inside))
+                archive.append(number)
+                offsets.append(offset)
+                sizes.append(size)
+        for row, (stem, _) in enumerate(keys, len(names) - len(keys)):
+            classes[row] = classes[row] or told.get(stem)
+    if not names:
+        raise UserError(f"tar:{path} has no image in split {split!r}")
+    if labels is not None:
+        classes = read_labels(labels, names)
+    elif None in classes:
+        classes = _folder_classes(path, names, classes, folder_name)
+    label_names = sorted_classes(set(classes))
+    numbers = {name: label for label, name in enumerate(label_names)}
+    return TarSource(
+        files,
+        Packed.of(names),
+        np.array(archive, np.int32),
+        np.array(offsets, np.int64),
+        np.array(sizes, np.int64),
+        np.array([numbers[name] for name in classes], np.int32),
+        label_names,
+        fingerprint_of(label_names, names, sizes),
+    )
+
+
+def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names in order: numbers by value, anything else as text."""
+    names = set(names)
+    if all(name.isdecimal() for name in names):
+        return tuple(str(i) for i in range(max(map(int, names)) + 1))
+    return tuple(sorted(names))
+
+
+def _expand(path: str) -> list[str]:
+    """The files of a pattern with *, ? or {000..041}."""
+    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
+    if braces:
+        before, low, high, after = braces.groups()
+        paths = [f"{before}{i:0{len(low)}d}{after}" for i in range(int(low), int(high) + 1)]
+    else:
+        paths = [path] if os.path.exists(path) else sorted(glob.glob(path))
+    missing = [one for one in paths if not os.path.isfile(one)]
+    if missing or not paths:
+        raise UserError(f"tar:{path}: there is no file {(missing or [path])[0]!r}")
+    return paths
+
+
+def _members(path: str) -> Iterator[tuple[str, str | None, int, int, Callable[[], bytes]]]:
+    """Every plain file in a tar and in the tars inside it; links, devices and such are passed over.
+
+    Yields:
+      its name, the name of the tar inside the tar that it is in, the offset and number of its
+      bytes, and a function that reads them.
+    """
+    try:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as outer:
+            for member in _plain(outer):
+                body = functools.partial(_read_member, outer, member)
+                if not member.name.lower().endswith(".tar"):
+                    yield member.name, None, member.offset_data, member.size, body
+                    continue
+                name = class_name(os.path.basename(member.name)[: -len(".tar")])
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                    for one in _plain(inner):
+                        body = functools.partial(_read_member, inner, one)
+                        yield one.name, name, member.offset_data + one.offset_data, one.size, body
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path} is no whole tar archive: {error}") from None
+
+
+def _plain(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in archive:
+        archive.members.clear()  # tarfile would keep them all, 1 KB for each
+        if member.isreg() and not member.issparse():
+            yield member
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return archive.extractfile(member).read(min(member.size, 2**20))
+
+
+def _key(path: str) -> tuple[str, str]:
+    """WebDataset's key of a file, and what comes after it: "a/b.cls" -> ("a/b", ".cls")."""
+    start = path.rfind("/") + 1
+    dot = path.find(".", start + 1)
+    return (path, "") if dot < 0 else (path[:dot], path[dot:].lower())
+
+
+def _label_beside(stem: str, suffix: str, read: Callable[[], bytes]) -> dict[str, str]:
+    """What a WebDataset's .cls or .json says of the class of its sample."""
+    text = read().decode("utf-8", "replace").strip()
+    if suffix == ".cls":
+        return {stem: text}
+    try:
+        label = json.loads(text)["label"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {stem: str(label)}
+
+
+def _below(name: str, folder_name: str) -> str | None:
+    """What comes after a folder in a path; None where it is not in there."""
+    if folder_name == WHOLE:
+        return name
+    _, found, after = f"/{name}".partition(f"/{folder_name.strip('/')}/")
+    return after if found else None
+
+
+def _folder_classes(
+    path: str, names: list[str], classes: list[str | None], folder_name: str
+) -> list[str]:
+    """Fills in the first folder below those that all files share."""
+    places = [
+        _below(name, folder_name) if c is None else None
+        for name, c in zip(names, classes, strict=True)
+    ]
+    folders = {os.path.dirname(place) for place in places if place is not None}
+    shared = (
+        os.path.commonpath(folders) if len(folders) > 1 else os.path.dirname(next(iter(folders)))
+    )
+    found = []
+    for name, place, known in zip(names, places, classes, strict=True):
+        if place is not None:
+            rest = os.path.dirname(place)[len(shared) :].strip("/")
+            known = rest.split("/")[0] or os.path.basename(shared) * (len(folders) == 1)
+            if not known:
+                raise UserError(
+                    f"tar:{path}: {name} is in no folder of a class: say with --labels which "
+                    "classes the images have"
+                )
+        found.append(class_name(known))
+    return found
+
+
+def read_labels(path: str, names: Sequence[str]) -> list[str]:
+    """The class of every image of a split whose archive does not say it.
+
+    Args:
+      path: ImageNet-1k's development kit (ILSVRC2012_devkit_t12.tar.gz), or a text with a line for
+        each image: its class, in the order of the sorted names; or its name and class, separated
+        by a comma, a tab or a space.
+
+    Raises:
+      UserError: another file, or one that is not about these images.
+    """
+    try:
+        if path.endswith((".tar", ".tar.gz", ".tgz")):
+            lines = _development_kit(path)
+        else:
+            with open(path, encoding="utf-8") as file:
+                lines = [line.strip() for line in file if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"there is no file of labels {path!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no file of labels: {error}") from None
+    if os.path.basename(path) == "ILSVRC2012_validation_ground_truth.txt":
+        raise UserError(
+            f"the numbers in {path} say nothing without the kit that they are from: give "
+            "ILSVRC2012_devkit_t12.tar.gz itself"
+        )
+    pairs = [re.split(r"[,\t ]\s*", line, maxsplit=1) for line in lines]
+    bases = [os.path.basename(name) for name in names]
+    if all(len(pair) == 2 and is_image(pair[0]) for pair in pairs):
+        told = {os.path.basename(name): label for name, label in pairs}
+        missing = [name for name in bases if name not in told]
+        if missing:
+            raise UserError(f"{path} says nothing of {len(missing)} images, such as {missing[0]!r}")
+    elif len(lines) == len(names):
+        told = dict(zip(sorted(bases), lines, strict=True))
+    else:
+        raise UserError(f"{path} has {len(lines)} labels, but there are {len(names)} images")
+    return [class_name(told[name]) for name in bases]
+
+
+def _development_kit(path: str) -> list[str]:
+    """The WordNet ids of ImageNet-1k's 50,000 validation images, in the order of their names."""
+    try:
+        with tarfile.open(path) as kit:
+            files = {os.path.basename(m.name): m for m in kit if m.isreg()}
+            meta = scipy.io.loadmat(
+                io.BytesIO(kit.extractfile(files["meta.mat"]).read()), squeeze_me=True
+            )
+            numbers = kit.extractfile(files["ILSVRC2012_validation_ground_truth.txt"]).read()
+    except (tarfile.TarError, KeyError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is no development kit of ILSVRC2012: {error!r}") from None
+    ids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in meta["synsets"]}
+    return [ids[int(number)] for number in numbers.split()]

@@ -1,0 +1,128 @@
+"""Images in memory: scikit-learn's digits, and `.npz` files."""
+
+import dataclasses
+import functools
+import hashlib
+import zipfile
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from vit_jax.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images and labels in memory."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, " n"]
+    label_names: tuple[str, ...]
+
+    def __post_init__(self):
+        if len(self.images) != len(self.labels):
+            raise UserError(f"{len(self.images)} images but {len(self.labels)} labels")
+        if not len(self.images):
+            raise UserError("a source needs at least one example")
+        check_labels(self.labels, len(self.label_names))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.images.shape, self.label_names)).encode())
+        digest.update(np.ascontiguousarray(self.images))
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()[:16]
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises a UserError unless every label is one of the classes."""
+    low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if low < 0 or high >= num_classes:
+        raise UserError(f"labels from {low} to {high} do not fit {num_classes} class names")
+
+
+# Shares of every class that the two held-out splits get; the rest is for training.
+_DIGITS_HELD_OUT = {"test": 0.2, "val": 0.1}
+
+
+def digits(argument: str, split: str) -> ArraySource:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey; splits `train`, `val` and `test`.
+
+    The split is stratified and fixed for good: drawn class by class from NumPy's legacy
+    generator, whose stream is frozen.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "the source digits needs scikit-learn, which ships the images: pip install "
+            "'vit_jax[demo]'"
+        ) from None
+    if argument:
+        raise UserError(f"the source digits takes no argument, found digits:{argument}")
+    check_split("digits", split, ("train", "val", "test"))
+    bunch = load_digits()
+    random = np.random.RandomState(0)
+    chosen = []
+    for label in range(10):
+        members = random.permutation(np.flatnonzero(bunch.target == label))
+        ends = np.cumsum([round(len(members) * share) for share in _DIGITS_HELD_OUT.values()])
+        parts = dict(zip((*_DIGITS_HELD_OUT, "train"), np.split(members, ends), strict=True))
+        chosen.append(parts[split])
+    indices = np.sort(np.concatenate(chosen))
+    images = np.round(bunch.images[indices] * (255 / 16)).astype(np.uint8)
+    labels = bunch.target[indices].astype(np.int32)
+    return ArraySource(images[..., None], labels, tuple(str(name) for name in range(10)))
+
+
+def arrays(path: str, split: str) -> ArraySource:
+    """A `.npz` file with `SPLIT_images` (uint8 [n h w c] or [n h w]), `SPLIT_labels` (int [n]) and,
+    for names other than "0", "1", ..., `label_names` (strings [k])."""
+    try:
+        with zipfile.ZipFile(path):  # which np.load takes for granted
+            pass
+        with np.load(path, allow_pickle=False) as file:
+            contents = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"the source arrays:{path}: there is no such file") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"the source arrays:{path} is no readable .npz: {error}") from None
+    splits = [name.removesuffix("_images") for name in contents if name.endswith("_images")]
+    check_split(f"arrays:{path}", split, splits)
+    images, labels = contents[f"{split}_images"], contents.get(f"{split}_labels")
+    if labels is None:
+        raise UserError(f"arrays:{path} holds {split}_images but no {split}_labels")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            f"arrays:{path}: {split}_images is {images.dtype} {list(images.shape)}; expected uint8 "
+            "[n h w c] or [n h w]"
+        )
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"arrays:{path}: {split}_labels is {labels.dtype} {list(labels.shape)}; expected "
+            "integers [n]"
+        )
+    names = contents.get("label_names")
+    if names is None:
+        # Over all splits, so that each of them counts the same classes.
+        every = [contents[f"{s}_labels"] for s in splits if f"{s}_labels" in contents]
+        every = [part for part in every if part.size and part.dtype.kind in "iu"]
+        names = range(1 + max((int(part.max()) for part in every), default=0))
+    # Before the cast, in which 2**32 would become class 0.
+    check_labels(labels, min(len(names), 2**31))
+    images = images if images.ndim == 4 else images[..., None]
+    return ArraySource(images, labels.astype(np.int32), tuple(str(name) for name in names))
+
+
+def check_split(source: str, split: str, known: Collection[str]) -> None:
+    """Raises a UserError unless the split is a known one."""
+    if split not in known:
+        raise UserError(f"the source {source} has no split {split!r}; {nearest(split, known)}")

@@ -1,0 +1,233 @@
+"""Image files in folders, and files that are read at any place from any thread."""
+
+import bz2
+import collections
+import dataclasses
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+import threading
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from vit_jax.data.images import SUFFIXES
+from vit_jax.errors import UserError, nearest
+
+_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<low>\d+%)?:(?P<high>\d+%)?\])?")
+WHOLE = "all"
+_DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed(Sequence):
+    """Many strings as one, so that millions of file names are small and quick to pickle."""
+
+    text: bytes
+    ends: Int64[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Packed":
+        encoded = [os.fsencode(name) for name in names]
+        return cls(b"".join(encoded), np.cumsum([0, *map(len, encoded)], dtype=np.int64)[1:])
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.text[start : self.ends[index]])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSource:
+    """Images in the folders of their classes; `source[i]["image"]` is a file's bytes."""
+
+    root: str
+    names: Packed  # relative to root
+    labels: Int32[np.ndarray, " n"]
+    label_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = os.path.join(self.root, self.names[index])
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise UserError(
+                f"{path} could be listed but not read ({error.strerror}): did the folder change?"
+            ) from None
+        return {"image": data, "label": int(self.labels[index]), "name": path}
+
+
+def folder(path: str, split: str) -> FolderSource:
+    """Image files under PATH/SPLIT/CLASS, at any depth below it, in the order of their names.
+
+    Args:
+      split: a sub-folder, such as "train" or "images/train"; "all" is PATH itself. A part of it is
+        "all[:90%]" or "all[90%:]": which part a file is in depends on its name alone, so that
+        files that are added move none.
+
+    Raises:
+      UserError: no such folder, a class without images, or no class at all.
+    """
+    name, low, high = parse_split(split)
+    root = path if name == WHOLE else os.path.join(path, name)
+    if not os.path.isdir(root):
+        here = _classes(path) if os.path.isdir(path) else None
+        if here is None:
+            raise UserError(f"folder:{path}: there is no such folder")
+        raise UserError(
+            f"folder:{path} has no sub-folder {name!r}; {nearest(name, here)}. If its sub-folders "
+            "are classes, use split=all, all[:90%] or all[90%:]"
+        )
+    classes = _classes(root)
+    if not classes:
+        raise UserError(f"folder:{path}: {root} has no sub-folders, one for each class")
+    names, sizes, labels, empty = [], [], [], []
+    for label, one in enumerate(classes):
+        found = sorted(_image_files(root, classes[one]))
+        if not found:
+            empty.append(one)
+        for file, size in found:
+            if low <= share(file) < high:
+                names.append(file)
+                sizes.append(size)
+                labels.append(label)
+    if empty:
+        raise UserError(
+            f"{root} has {len(empty)} class folder(s) without any image ({', '.join(SUFFIXES)}): "
+            + ", ".join(repr(one) for one in empty[:5])
+        )
+    if not names:
+        raise UserError(f"folder:{path} has no image in split {split!r}")
+    told = tuple(classes)
+    return FolderSource(
+        root, Packed.of(names), np.array(labels, np.int32), told, fingerprint_of(told, names, sizes)
+    )
+
+
+def parse_split(split: str) -> tuple[str, float, float]:
+    """Takes "train" to ("train", 0, 1), and "train[90%:]" to ("train", 0.9, 1)."""
+    match = _SPLIT.fullmatch(split)
+    low, high = (
+        float(((match and match[name]) or default).rstrip("%")) / 100
+        for name, default in {"low": "0", "high": "100"}.items()
+    )
+    if not match or not 0 <= low < high <= 1:
+        raise UserError(f"split {split!r}: expected NAME, NAME[:90%] or NAME[90%:]")
+    return match["name"], low, high
+
+
+def share(name: str) -> float:
+    """A number in [0, 1) that hangs on the name alone."""
+    digest = hashlib.sha256(os.fsencode(name)).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def class_name(name: str) -> str:
+    """The name of a class as it is stored: composed as on Linux, though the disk is a Mac's."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
+
+
+def _classes(root: str) -> dict[str, str]:
+    """Class name -> folder, sorted."""
+    with os.scandir(root) as entries:
+        folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    return dict(sorted((class_name(name), name) for name in folders))
+
+
+def _image_files(root: str, start: str) -> Iterator[tuple[str, int]]:
+    """Every image file below a folder of `root`: its path from there, its bytes."""
+    waiting, seen = [start], set()
+    while waiting:
+        here = waiting.pop()
+        with os.scandir(os.path.join(root, here)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = f"{here}/{entry.name}"
+                if entry.is_dir():
+                    # A link may lead back up.
+                    inode = os.stat(entry.path)
+                    if (inode.st_dev, inode.st_ino) not in seen:
+                        seen.add((inode.st_dev, inode.st_ino))
+                        waiting.append(path)
+                elif is_image(entry.name) and entry.is_file():
+                    yield path, entry.stat().st_size
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is an image's."""
+    return name.lower().endswith(SUFFIXES) and not os.path.basename(name).startswith(".")
+
+
+def fingerprint_of(label_names: tuple[str, ...], names: Iterable[str], sizes: Iterable[int]) -> str:
+    """Changes when a file is added, removed, renamed or gets another size."""
+    digest = hashlib.sha256(repr(label_names).encode())
+    for name, size in zip(names, sizes, strict=True):
+        digest.update(os.fsencode(name) + b"\0%d\n" % size)
+    return digest.hexdigest()[:16]
+
+
+class OpenFiles:
+    """Reads byte ranges of files from any thread; pickled as their paths alone."""
+
+    def __init__(self, paths: Iterable[str]):
+        self.paths = tuple(paths)
+        self._lock = threading.Lock()
+        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    def __getstate__(self):
+        return self.paths
+
+    def __setstate__(self, paths):
+        self.__init__(paths)
+
+    def read(self, which: int, offset: int, size: int) -> bytes:
+        """The bytes from `offset` of file number `which`, decompressed where it is compressed.
+
+        Raises:
+          UserError: the file is gone, or shorter than that.
+        """
+        try:
+            with self._lock:
+                if which not in self._open:
+                    self._open[which] = open_file(self.paths[which])
+                    if len(self._open) > 256:  # systems allow 1,024, and others need some
+                        self._open.popitem(last=False)  # closed when its last reader lets go
+                self._open.move_to_end(which)
+                file = self._open[which]
+                if not isinstance(file, io.FileIO):
+                    file.seek(offset)
+                    data = file.read(size)
+            if isinstance(file, io.FileIO):
+                data = os.pread(file.fileno(), size, offset)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{self.paths[which]} cannot be read: {error}") from None
+        if len(data) != size:
+            raise UserError(
+                f"{self.paths[which]} ends before byte {offset + size}: it changed, or is cut off"
+            )
+        return data
+
+
+def open_file(path: str) -> Any:
+    """A file, through its decompressor if it has one; a plain one is an unbuffered io.FileIO."""
+    with open(path, "rb") as file:
+        start = file.read(5)
+    for magic, opener in _DECOMPRESSORS.items():
+        if start.startswith(magic):
+            return opener(path)
+    return open(path, "rb", buffering=0)

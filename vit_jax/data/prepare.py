@@ -1,0 +1,384 @@
+"""Folders, archives and any other source -> ArrayRecord shards, which TFDS can read as well.
+
+A shard is written under another name, then renamed, then vouched for by a small file beside it: a
+run that was killed goes on with the first shard that nothing vouches for.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import tqdm
+
+from vit_jax.data.archives import TarSource, open_tar
+from vit_jax.data.files import WHOLE, class_name, open_file
+from vit_jax.data.images import BadImage, decode, encode
+from vit_jax.data.records import INFO, write_example
+from vit_jax.data.sources import SOURCES, Source, open_source, with_labels
+from vit_jax.data.transforms import resize
+from vit_jax.errors import UserError
+
+NAME = "images"  # of the data set, as TFDS calls it
+_LEFT_FREE = 256 * 2**20  # bytes of disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What is done to an image: nothing, unless its shorter side is longer than `short_side`.
+
+    Then it is shrunk to that (each new pixel the mean of those that it covers) and written as a
+    JPEG of that quality; `exif` turns it upright first, since the new file says no orientation.
+    """
+
+    short_side: int | None = None
+    quality: int = 95
+    exif: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.quality <= 100 or (self.short_side is not None and self.short_side < 1):
+            raise UserError(
+                f"short_side is {self.short_side} and quality {self.quality}; expected at least 1, "
+                "and 1 to 100"
+            )
+
+    def __call__(self, image: Any) -> bytes:
+        """Takes an image file's bytes, or pixels, to the bytes to be written.
+
+        Raises:
+          BadImage: bytes that no image can be read from.
+        """
+        pixels = decode(image, exif=self.exif) if isinstance(image, bytes) else image
+        shorter = min(pixels.shape[:2])
+        if self.short_side is None or shorter <= self.short_side:
+            return image if isinstance(image, bytes) else encode(pixels)
+        h, w = (round(side * self.short_side / shorter) for side in pixels.shape[:2])
+        return encode(resize(pixels, (h, w), "area"), self.quality)
+
+
+def prepare(
+    src: str,
+    dst: str,
+    *,
+    split: str = "train",
+    part: str | None = None,
+    labels: str | None = None,
+    classes: str | None = None,
+    conversion: Conversion = Conversion(),
+    examples: int | None = None,
+    shard_examples: int = 4096,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Writes one split of a data set as shards; a run that was stopped goes on where it was.
+
+    Images that cannot be read are left out, and listed in DST/bad_images_SPLIT.jsonl.
+
+    Args:
+      src: a folder, a tar (or a pattern for several), or a source such as "fractals:classes=1000".
+      dst: a folder, which may hold other splits; their classes are then this one's too.
+      split: what the split is called from now on.
+      part: which part of `src` it is: see the source. By default `split` where a folder has it, or
+        where `src` is a source; else all.
+      labels: a file that says the class of every image (see `archives.read_labels`).
+      classes: a text file with a class name a line, which fixes their order; by default sorted.
+      examples: how many to take, of an endless source.
+      shard_examples: how many go into a shard.
+
+    Returns:
+      What DST/vit_jax_SPLIT.json says.
+
+    Raises:
+      UserError: a source that cannot be opened, classes that do not fit, no image that can be
+        read, a full disk, or a split in `dst` that was made otherwise.
+    """
+    source, sequential = _open(src, part, split, labels)
+    total = len(source) if isinstance(source, Sized) else examples
+    if total is None or total < 1 or shard_examples < 1:
+        raise UserError(f"{src} is endless: say how many --examples to take, at least 1")
+    total = min(total, examples or total)
+    try:
+        os.makedirs(dst, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{dst} is a file; expected a folder") from None
+    names = _class_names(dst, classes, source.label_names)
+    source = with_labels(source, names)
+    plan = {
+        "source": src,
+        "source_fingerprint": source.fingerprint,
+        "examples": total,
+        "shard_examples": shard_examples,
+        "label_names": list(names),
+        **dataclasses.asdict(conversion),
+    }
+    with _locked(dst):
+        done = _read(os.path.join(dst, INFO.format(split=split)))
+        work = os.path.join(dst, f".unfinished_{split}")
+        begun = done["plan"] if done else _read(os.path.join(work, "plan.json"))
+        changed = [key for key in plan if begun and begun.get(key) != plan[key] and key != "source"]
+        if changed:
+            raise UserError(
+                f"{dst} holds split {split!r} made otherwise ({', '.join(changed)} differ): delete "
+                "it, or choose another folder"
+            )
+        if done:
+            return done
+        os.makedirs(work, exist_ok=True)
+        _write(os.path.join(work, "plan.json"), plan)
+        starts = range(0, total, shard_examples)
+        shards = []
+        with (
+            concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
+            tqdm.tqdm(total=total, unit="image", desc=split, disable=None) as bar,
+        ):
+            for number, start in enumerate(starts):
+                indices = range(start, min(start + shard_examples, total))
+                file = f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
+                vouched = os.path.join(work, f"{file}.json")
+                shard = _read(vouched)
+                if shard is None or _size(os.path.join(dst, file)) != shard["bytes"]:
+                    examples_of = _converted(source, indices, conversion, pool, sequential)
+                    shard = _write_shard(os.path.join(dst, file), examples_of, bar)
+                    _write(vouched, shard)
+                else:
+                    bar.update(len(indices))
+                shards.append(shard)
+        info = _finish(dst, split, plan, shards)
+        shutil.rmtree(work)
+        return info
+
+
+def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[Source, bool]:
+    """Opens what is to be prepared; and says whether it can only be read in order."""
+    kind, _, argument = src.partition(":")
+    if os.path.isdir(src):
+        here = os.path.isdir(os.path.join(src, split))
+        source = open_source(f"folder:{src}", part or (split if here else WHOLE))
+    elif kind == "tar" or kind not in SOURCES:
+        source = open_tar(argument if kind == "tar" else src, part or WHOLE, labels)
+    else:
+        source = open_source(src, part or split)
+    if labels and not isinstance(source, TarSource):
+        raise UserError("--labels is for tar archives, whose folders do not say the classes")
+    compressed = isinstance(source, TarSource) and not all(
+        isinstance(open_file(path), io.FileIO) for path in source.files.paths
+    )
+    return source, compressed
+
+
+def _class_names(dst: str, classes: str | None, found: Sequence[str]) -> tuple[str, ...]:
+    """The classes of the data set: those of the file, of its other splits, or those found."""
+    others = [info for info in map(_read, _infos(dst)) if info]
+    names = tuple(others[0]["plan"]["label_names"]) if others else tuple(found)
+    if classes is None:
+        return names
+    try:
+        with open(classes, encoding="utf-8") as file:
+            given = tuple(class_name(line.strip()) for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{classes} is no file of class names: {error}") from None
+    if len(set(given)) != len(given):
+        raise UserError(f"{classes} names a class twice")
+    if others and given != names:
+        raise UserError(f"{classes} names other classes than the splits that {dst} holds")
+    return given
+
+
+def _infos(dst: str) -> list[str]:
+    start, end = INFO.split("{split}")
+    names = sorted(n for n in os.listdir(dst) if n.startswith(start) and n.endswith(end))
+    return [os.path.join(dst, name) for name in names]
+
+
+def _converted(
+    source: Source,
+    indices: Iterable[int],
+    conversion: Conversion,
+    pool: concurrent.futures.Executor,
+    sequential: bool,
+) -> Iterator[tuple[bytes | None, str, str]]:
+    """Yields (record or None, name, why there is none), in order, a few of them ahead."""
+
+    def read(index):
+        try:
+            return source[index]
+        except BadImage as error:
+            return error
+
+    def convert(index, example=None):
+        name = f"example {index}"
+        try:
+            example = example or read(index)
+            if isinstance(example, BadImage):
+                raise example
+            name = example.get("name", name)
+            image = conversion(example["image"])
+        except BadImage as error:
+            return None, name, str(error)
+        label = example["label"]
+        if not 0 <= label < len(source.label_names):
+            return None, name, f"label {label}"
+        base = os.path.basename(name).encode("utf-8", "replace")
+        return write_example({"image": image, "label": label, "name": base}), name, ""
+
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    for index in indices:
+        waiting.append(pool.submit(convert, index, read(index) if sequential else None))
+        if len(waiting) >= 64:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _write_shard(
+    path: str, examples: Iterable[tuple[bytes | None, str, str]], bar: tqdm.tqdm
+) -> dict[str, Any]:
+    """Writes a shard and returns what vouches for it."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder, partial = os.path.dirname(path), f"{path}.partial"
+    digest, count, total, bad = hashlib.sha256(), 0, 0, []
+    try:
+        # Image files are compressed already; groups of one are read without their neighbours.
+        writer = ArrayRecordWriter(partial, "group_size:1,uncompressed")
+        for record, name, why in examples:
+            bar.update()
+            if record is None:
+                bad.append({"name": name, "why": why})
+                continue
+            # Looked at every 64 MB.
+            if total % 2**26 < len(record) and shutil.disk_usage(folder).free < _LEFT_FREE:
+                raise OSError(errno.ENOSPC, "the disk is nearly full", path)
+            writer.write(record)
+            digest.update(record)
+            count, total = count + 1, total + len(record)
+        writer.close()
+    except RuntimeError as error:  # how the writer says that the disk is full
+        raise OSError(errno.ENOSPC, str(error), path) from None
+    os.replace(partial, path)
+    return {
+        "file": os.path.basename(path),
+        "bytes": os.path.getsize(path),
+        "record_bytes": total,
+        "examples": count,
+        "sha256": digest.hexdigest(),
+        "bad": bad,
+    }
+
+
+def _finish(
+    dst: str, split: str, plan: dict[str, Any], shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes what says which shards there are: for TFDS first, for us last."""
+    bad = [each for shard in shards for each in shard.pop("bad")]
+    if not any(shard["examples"] for shard in shards):
+        why = f"; the first, {bad[0]['name']}: {bad[0]['why']}"
+        raise UserError(f"none of the {len(bad)} images of {plan['source']} can be read{why}")
+    log = os.path.join(dst, f"bad_images_{split}.jsonl")
+    if bad:
+        _write_text(log, "".join(json.dumps(each) + "\n" for each in bad))
+    digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode())
+    digest.update(json.dumps(plan["label_names"]).encode())
+    info = {
+        "fingerprint": digest.hexdigest()[:16],
+        "examples": sum(shard["examples"] for shard in shards),
+        "bad_images": len(bad),
+        "plan": plan,
+        "label_names": plan["label_names"],
+        "shards": shards,
+    }
+    path = os.path.join(dst, INFO.format(split=split))
+    others = [
+        (os.path.basename(other)[len(INFO.split("{")[0]) : -len(".json")], _read(other))
+        for other in _infos(dst)
+        if other != path
+    ]
+    _write(os.path.join(dst, "features.json"), _features(len(plan["label_names"])))
+    _write_text(os.path.join(dst, "label.labels.txt"), "\n".join(plan["label_names"]) + "\n")
+    _write(os.path.join(dst, "dataset_info.json"), _tfds_info([*others, (split, info)]))
+    _write(path, info)
+    return info
+
+
+def _tfds_info(splits: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """TFDS's dataset_info.json."""
+    return {
+        "fileFormat": "array_record",
+        "name": NAME,
+        "version": "1.0.0",
+        "supervisedKeys": {"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}},
+        "splits": [
+            {
+                "name": name,
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "numBytes": str(sum(shard["record_bytes"] for shard in info["shards"])),
+                "shardLengths": [str(shard["examples"]) for shard in info["shards"]],
+            }
+            for name, info in splits
+        ],
+    }
+
+
+def _features(num_classes: int) -> dict[str, Any]:
+    """TFDS's features.json: an image of any size, a class and a name."""
+    package = "tensorflow_datasets.core.features"
+    shape = {"dimensions": ["-1", "-1", "3"]}
+    features = {
+        "image": {
+            "image": {"dtype": "uint8", "shape": shape},
+            "pythonClassName": f"{package}.image_feature.Image",
+        },
+        "label": {
+            "classLabel": {"numClasses": str(num_classes)},
+            "pythonClassName": f"{package}.class_label_feature.ClassLabel",
+        },
+        "name": {"text": {}, "pythonClassName": f"{package}.text_feature.Text"},
+    }
+    return {
+        "featuresDict": {"features": features},
+        "pythonClassName": f"{package}.features_dict.FeaturesDict",
+    }
+
+
+@contextlib.contextmanager
+def _locked(dst: str) -> Iterator[None]:
+    """Keeps a second `prepare` out of the same folder; a kill frees it."""
+    with open(os.path.join(dst, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another prepare is writing to {dst}") from None
+        yield
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else -1
+
+
+def _read(path: str) -> Any:
+    """What a JSON file says; None where it is not there or was not written to its end."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _write(path: str, value: Any) -> None:
+    _write_text(path, json.dumps(value, indent=1))
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.partial", path)

@@ -1,0 +1,376 @@
+"""Prepared data sets: TFDS in both of its formats, read without TensorFlow, and our own shards.
+
+Both hold `tf.train.Example` messages: ArrayRecord files know where their records are, for TFRecord
+files an index of offsets is made once.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from vit_jax.data.files import OpenFiles, parse_split
+from vit_jax.data.images import BadImage
+from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Random access to serialised examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordSource:
+    """Labelled images in records; `source[i]["image"]` is an image file's bytes.
+
+    `keys` are the names of the image, the label and, if there is one, the example's name.
+    """
+
+    records: Records
+    keys: tuple[str, str, str | None]
+    where: str
+    label_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label, name = self.keys
+        where = f"{self.where}, example {index}"
+        try:
+            example = parse_example(self.records[index])
+        except (ValueError, IndexError, RuntimeError, struct.error) as error:
+            raise BadImage(f"{where}: {error}") from None
+        if name and example.get(name):
+            where += f" ({example[name].decode('utf-8', 'replace')})"
+        if not isinstance(example.get(image), bytes) or not isinstance(example.get(label), int):
+            raise UserError(
+                f"{where} has {', '.join(example) or 'nothing'}; expected bytes {image!r} and a "
+                f"number {label!r}"
+            )
+        return {"image": example[image], "label": example[label], "name": where}
+
+
+def tfds(argument: str, split: str) -> RecordSource:
+    """A data set that TFDS prepared: NAME, NAME/CONFIG:VERSION, or the path of its folder.
+
+    Names are looked up in the folder TFDS_DATA_DIR, or ~/tensorflow_datasets. TensorFlow is not
+    needed, nor the code that made the data set.
+
+    Args:
+      split: as TFDS has it, such as "train[:98%]".
+
+    Raises:
+      UserError: no such data set or split, a format that cannot be read by index, or features
+        without an image and a label.
+    """
+    import tensorflow_datasets
+    from tensorflow_datasets.core import read_only_builder
+
+    where = f"tfds:{argument}"
+    path = os.path.expanduser(argument.rstrip("/"))
+    if path.startswith(("/", ".")) and not os.path.isdir(path):
+        raise UserError(f"{where}: there is no such folder")
+    try:
+        if os.path.isfile(os.path.join(path, "dataset_info.json")):
+            builder = tensorflow_datasets.builder_from_directory(path)
+        elif os.path.isdir(path):
+            builder = read_only_builder.builder_from_files(
+                os.path.basename(path), data_dir=os.path.dirname(os.path.abspath(path))
+            )
+        else:
+            builder = read_only_builder.builder_from_files(argument)
+    except tensorflow_datasets.core.DatasetNotFoundError:
+        raise UserError(
+            f"{where}: TFDS finds no prepared data set of that name; prepare it with tfds, set "
+            "TFDS_DATA_DIR, or give its folder"
+        ) from None
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{where} cannot be opened: {error}") from None
+    info = builder.info
+    try:
+        chosen = info.splits[split]
+        files = chosen.file_instructions
+    except (KeyError, ValueError) as error:
+        known = nearest(split, info.splits)
+        raise UserError(f"the source {where} has no split {split!r}; {known} ({error})") from None
+    form = info.file_format.value
+    if form == "array_record":
+        method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
+        records = builder.as_data_source(split, deserialize_method=method)
+    elif form == "tfrecord":
+        records = TfRecords.of(files, chosen.num_examples)
+    else:
+        raise UserError(
+            f"{where} is in {form}, which TFDS does not read whole by index: prepare it again with "
+            "file_format='array_record'"
+        )
+    image, label, name = _feature_keys(where, info)
+    names = tuple(info.features[label].names or map(str, range(info.features[label].num_classes)))
+    parts = [(os.path.basename(f.filename), f.skip, f.take) for f in files]
+    sizes = [os.path.getsize(f.filename) for f in files]
+    told = repr((info.full_name, parts, sizes, names))
+    fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
+    return RecordSource(records, (image, label, name), f"{where} {split}", names, fingerprint)
+
+
+def _feature_keys(where: str, info: Any) -> tuple[str, str, str | None]:
+    """The names of a data set's image, label and text features; the supervised pair goes first."""
+    kinds: dict[str, list[str]] = {"Image": [], "ClassLabel": [], "Text": []}
+    first = [key for key in info.supervised_keys or () if isinstance(key, str)]
+    for key in [*first, *(key for key in info.features if key not in first)]:
+        kinds.setdefault(type(info.features[key]).__name__, []).append(key)
+    if not kinds["Image"] or not kinds["ClassLabel"]:
+        raise UserError(
+            f"{where} has the features {', '.join(info.features)}; expected an image and a label"
+        )
+    return kinds["Image"][0], kinds["ClassLabel"][0], (kinds["Text"] or [None])[0]
+
+
+INFO = "vit_jax_{split}.json"  # what `prepare` writes of a split, last
+FEATURES = ("image", "label", "name")
+
+
+def records(path: str, split: str) -> RecordSource:
+    """The ArrayRecord shards that `prepare` wrote (see prepare.py); `split` as for folders.
+
+    Raises:
+      UserError: no such folder or split, or one that was not finished or has changed.
+    """
+    from array_record.python.array_record_data_source import (
+        ArrayRecordDataSource,
+        FileInstruction,
+    )
+
+    where = f"records:{path}"
+    name, low, high = parse_split(split)
+    try:
+        with open(os.path.join(path, INFO.format(split=name))) as file:
+            info = json.load(file)
+        shards, label_names = info["shards"], tuple(info["label_names"])
+        fingerprint = info["fingerprint"]
+        for shard in shards:
+            found = os.path.getsize(os.path.join(path, shard["file"]))
+            if found != shard["bytes"]:
+                raise UserError(
+                    f"{where}: {shard['file']} has {found} bytes, not {shard['bytes']}: it changed "
+                    "or is cut off"
+                )
+    except FileNotFoundError as error:
+        here = os.listdir(path) if os.path.isdir(path) else ()
+        start, end = INFO.split("{split}")
+        known = [f[len(start) : -len(end)] for f in here if f.startswith(start) and f.endswith(end)]
+        missing = os.path.basename(error.filename or "")
+        raise UserError(
+            f"{where} has no split {name!r} ({missing} is not there); {nearest(name, known)}. "
+            "`python -m vit_jax prepare` writes such folders"
+        ) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: what was said of split {name!r} is damaged: {error!r}") from None
+    total = sum(shard["examples"] for shard in shards)
+    start, stop = round(low * total), round(high * total)
+    parts, at = [], 0
+    for shard in shards:
+        n = shard["examples"]
+        skip, end = max(start - at, 0), min(stop - at, n)
+        if skip < end:
+            file = os.path.join(path, shard["file"])
+            parts.append(FileInstruction(file, skip, end - skip, n))
+        at += n
+    if not parts:
+        raise UserError(f"{where} has no example in split {split!r}")
+    if (low, high) != (0, 1):
+        fingerprint = hashlib.sha256(f"{fingerprint}[{start}:{stop}]".encode()).hexdigest()[:16]
+    reader = ArrayRecordDataSource(parts)
+    return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfRecords:
+    """The records of TFRecord files, whose format has no index: each says only its own length."""
+
+    files: OpenFiles
+    which: Int32[np.ndarray, " n"]
+    starts: Int64[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, instructions: Sequence[Any], expected: int) -> "TfRecords":
+        """Reads the parts of files that TFDS's instructions (filename, skip, take) name.
+
+        Raises:
+          UserError: a file that is damaged, or has not as many records as the metadata says.
+        """
+        paths = [os.fspath(each.filename) for each in instructions]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            starts = list(pool.map(record_starts, paths))
+        parts = []
+        for number, (each, found) in enumerate(zip(instructions, starts, strict=True)):
+            stop = len(found) - 1 if each.take in (None, -1) else each.skip + each.take
+            begin = found[each.skip : stop]
+            size = found[each.skip + 1 : stop + 1] - begin - _AROUND
+            parts.append((np.full(len(begin), number, np.int32), begin + _BEFORE, size))
+        which, begins, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(which) != expected:
+            raise UserError(
+                f"{os.path.dirname(paths[0])} has {len(which)} records where its dataset_info.json "
+                f"says {expected}: prepare it again"
+            )
+        return cls(OpenFiles(paths), which, begins, sizes)
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.files.read(
+            int(self.which[index]), int(self.starts[index]), int(self.sizes[index])
+        )
+
+
+# A record of TFRecord: length (8 bytes), its checksum (4), the bytes, their checksum (4).
+_BEFORE, _AROUND = 12, 16
+
+
+def record_starts(path: str) -> Int64[np.ndarray, " n_plus_1"]:
+    """Where the records of a TFRecord file start, and where the last one ends.
+
+    Kept in the user's cache folder, so that a file is gone through once.
+    """
+    stat = os.stat(path)
+    known = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(os.fsencode(known)).hexdigest()[:32] + ".npy"
+    cached = os.path.join(cache, "vit_jax", "tfrecord", name)
+    try:
+        starts = np.load(cached, allow_pickle=False)
+        if starts.dtype == np.int64 and starts.ndim == 1 and starts[-1] == stat.st_size:
+            return starts
+    except (OSError, ValueError, EOFError, IndexError):
+        pass
+    starts = np.fromiter(_scan(path, stat.st_size), np.int64)
+    try:
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        partial = f"{cached}.{os.getpid()}"
+        with open(partial, "wb") as file:
+            np.save(file, starts)
+        os.replace(partial, cached)
+    except OSError as error:
+        logger.warning("the index of %s is not kept: %s", path, error)
+    return starts
+
+
+def _scan(path: str, size: int) -> Iterator[int]:
+    at = 0
+    with open(path, "rb", buffering=0) as file:
+        while at < size:
+            yield at
+            header = os.pread(file.fileno(), 8, at)
+            length = struct.unpack("<Q", header)[0] if len(header) == 8 else size
+            at += _AROUND + length
+    if at != size:
+        raise UserError(f"{path} is cut off, or no uncompressed TFRecord file")
+    yield at
+
+
+# Of protocol buffers, just what tf.train.Example takes: features (field 1) is a map, whose entries
+# (field 1) are a name (1) and a feature (2): a list of bytes (1), floats (2) or integers (3).
+
+
+def parse_example(data: bytes) -> dict[str, bytes | int | None]:
+    """The first value of each feature of a serialised `tf.train.Example`; None for none or floats.
+
+    Raises:
+      ValueError: bytes that are no such message.
+    """
+    found: dict[str, bytes | int | None] = {}
+    for _, features in _fields(data, 0, len(data)):
+        for _, entry in _fields(data, *features):
+            name, value = "", None
+            for number, part in _fields(data, *entry):
+                if number == 1:
+                    name = data[slice(*part)].decode()
+                else:
+                    value = _first_value(data, part)
+            found[name] = value
+    return found
+
+
+def _first_value(data: bytes, feature: tuple[int, int]) -> bytes | int | None:
+    for kind, values in _fields(data, *feature):
+        for _, value in _fields(data, *values):
+            if kind == 1:
+                return data[slice(*value)]
+            if kind == 3:  # packed, or one by one
+                number = value if isinstance(value, int) else _varint(data, value[0])[0]
+                return number - 2**64 if number >= 2**63 else number
+    return None
+
+
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, Any]]:
+    """The fields of a message in data[at:end]: its number, and a number or a (start, end)."""
+    while at < end:
+        tag, at = _varint(data, at)
+        value, at = _varint(data, at)
+        if tag & 7 == 2:
+            value, at = (at, at + value), at + value
+        elif tag & 7:
+            raise ValueError("no tf.train.Example")
+        if at > end:
+            raise ValueError("a tf.train.Example that is cut off")
+        yield tag >> 3, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("no tf.train.Example")
+
+
+def write_example(features: Mapping[str, bytes | int]) -> bytes:
+    """Serialises a `tf.train.Example`, its features sorted by name as TFDS writes them."""
+    entries = io.BytesIO()
+    for name in sorted(features):
+        value = features[name]
+        if isinstance(value, bytes):
+            feature = _message(1, _message(1, value))
+        else:
+            feature = _message(3, _message(1, _number(value)))
+        entries.write(_message(1, _message(1, name.encode()) + _message(2, feature)))
+    return _message(1, entries.getvalue())
+
+
+def _message(field: int, data: bytes) -> bytes:
+    return bytes([field << 3 | 2]) + _number(len(data)) + data
+
+
+def _number(value: int) -> bytes:
+    value %= 2**64
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
