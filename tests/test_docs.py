@@ -15,8 +15,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_command_parses():
-    text = README.replace("\\\n", " ")
-    commands = re.findall(r"^(?:\$ )?python -m vit_jax (.+)$", text, re.M)
+    configs = [path.read_text() for path in sorted((ROOT / "configs").glob("*.py"))]
+    text = "\n".join([README, *configs]).replace("\\\\\n", " ").replace("\\\n", " ")
+    commands = re.findall(r"^ *(?:\$ )?python -m vit_jax (.+)$", text, re.M)
     assert len(commands) >= 4
     for command in commands:
         args, rest = make_parser().parse_known_args(shlex.split(command.split("#")[0]))

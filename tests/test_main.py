@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import DIGITS, TINY
+from conftest import DIGITS, ROOT, TINY
 
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
@@ -195,3 +195,73 @@ def test_a_variant_beside_init_from_changes_its_sizes_alone():
     vit = config.vit(base, 10)
     assert (vit.gelu, vit.layernorm_eps, vit.in_channels) == ("erf", 1e-12, 1)
     assert (vit.patch_size, vit.depth) == ((2, 2), 1)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of JPEGs of three sizes and three classes, one of them bright in each channel."""
+    random = np.random.default_rng(0)
+    for split, count in {"train": 24, "val": 6}.items():
+        for channel, name in enumerate(["red fox", "grüner Baum", "blue"]):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = random.integers(0, 90, (30 + i % 3, 40, 3), np.uint8)
+                image[..., channel] += 150
+                path = tmp_path / "photos" / split / name / f"{i}.jpg"
+                PIL.Image.fromarray(image).save(path)
+    return tmp_path / "photos"
+
+
+IMAGES = f"{ROOT / 'configs' / 'images.py'}:mu/8"
+SMALL = ["--config.model.image_size=16", "--config.batch_size=24", "--config.optim.lr=3e-3"]
+
+
+def test_from_a_folder_of_jpegs_to_a_prediction(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [f"--config={IMAGES},folder:{photos}", f"--workdir={run}", *SMALL]
+    (photos / "train" / "blue" / "0.jpg").write_bytes(b"no image")
+
+    err = fails(capsys, "train", *flags, "--config.total_steps=30")
+    assert "photos/train/blue/0.jpg is no readable image" in err
+    skip = ["--config.total_steps=30", "--config.data.on_corrupt=skip"]
+    assert main(["train", *flags[:1], f"--workdir={tmp_path / 'skip'}", *flags[2:], *skip]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["val/accuracy"] == 1.0 and results["val/corrupt"] == 0
+    lines = (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()
+    assert "train/corrupt" in json.loads(lines[0])
+
+    files = [str(photos / "val" / name / "5.jpg") for name in ("grüner Baum", "red fox")]
+    assert main(["predict", f"--model={tmp_path / 'skip'}", "--topk=1", *files]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["labels"][0][0] for line in lines] == ["grüner Baum", "red fox"]
+
+    (photos / "train" / "blue" / "new.jpg").write_bytes((photos / "val/blue/0.jpg").read_bytes())
+    err = fails(capsys, "train", *flags[:1], f"--workdir={tmp_path / 'skip'}", *flags[2:], *skip)
+    assert "the data of folder:" in err and "changed since" in err
+
+
+def test_what_prepare_wrote_trains_like_the_folder(photos, tmp_path, capsys):
+    for split in ("train", "val"):
+        shards = str(tmp_path / "shards")
+        assert (
+            main(["prepare", str(photos), shards, f"--split={split}", "--shard-examples=20"]) == 0
+        )
+        told = json.loads(capsys.readouterr().out)
+        assert told["classes"] == 3 and told["bad_images"] == 0
+    results = []
+    for source in (f"folder:{photos}", told["source"]):
+        run = tmp_path / source.partition(":")[0]
+        flags = [f"--config={IMAGES},{source}", f"--workdir={run}", *SMALL]
+        assert main(["train", *flags, "--config.total_steps=4"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    for name in ("train/loss", "val/loss", "val/accuracy"):
+        assert results[0][name] == results[1][name]
+
+
+def test_an_endless_source_has_no_epochs(tmp_path, capsys):
+    source = "fractals:classes=3,size=16"
+    flags = [f"--config={IMAGES},{source}", f"--workdir={tmp_path}", *SMALL]
+    assert "is endless, so that there are no epochs" in fails(capsys, "train", *flags)
+    flags.append("--config.data.val.split=train")
+    err = fails(capsys, "train", *flags, "--config.total_steps=2")
+    assert "data.val.source fractals:classes=3,size=16 is endless" in err

@@ -287,7 +287,8 @@ class _Step:
 class _TrainStep(_Step):
     def indices(self, positions: np.ndarray) -> np.ndarray:
         if not isinstance(self.read.source, Sized):
-            return positions  # endless: every example is a new one
+            # Endless: every example is a new one, and other ones for another seed.
+            return positions + self.read.seed % 2**20 * 2**40
         return shuffled(self.read.seed, len(self.read.source), positions)
 
 

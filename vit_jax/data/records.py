@@ -95,7 +95,10 @@ def tfds(argument: str, split: str) -> RecordSource:
                 os.path.basename(path), data_dir=os.path.dirname(os.path.abspath(path))
             )
         else:
-            builder = read_only_builder.builder_from_files(argument)
+            folder = os.environ.get("TFDS_DATA_DIR")  # which TFDS reads at its import only
+            builder = read_only_builder.builder_from_files(
+                argument, **({"data_dir": folder} if folder else {})
+            )
     except tensorflow_datasets.core.DatasetNotFoundError:
         raise UserError(
             f"{where}: TFDS finds no prepared data set of that name; prepare it with tfds, set "
@@ -143,6 +146,16 @@ def _feature_keys(where: str, info: Any) -> tuple[str, str, str | None]:
     return kinds["Image"][0], kinds["ClassLabel"][0], (kinds["Text"] or [None])[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The part of a shard to be read, in the words of array_record's FileInstruction."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
 INFO = "vit_jax_{split}.json"  # what `prepare` writes of a split, last
 FEATURES = ("image", "label", "name")
 
@@ -153,10 +166,7 @@ def records(path: str, split: str) -> RecordSource:
     Raises:
       UserError: no such folder or split, or one that was not finished or has changed.
     """
-    from array_record.python.array_record_data_source import (
-        ArrayRecordDataSource,
-        FileInstruction,
-    )
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     where = f"records:{path}"
     name, low, high = parse_split(split)
@@ -193,7 +203,7 @@ def records(path: str, split: str) -> RecordSource:
         skip, end = max(start - at, 0), min(stop - at, n)
         if skip < end:
             file = os.path.join(path, shard["file"])
-            parts.append(FileInstruction(file, skip, end - skip, n))
+            parts.append(_Part(file, skip, end - skip, n))
         at += n
     if not parts:
         raise UserError(f"{where} has no example in split {split!r}")
@@ -224,7 +234,9 @@ class TfRecords:
             starts = list(pool.map(record_starts, paths))
         parts = []
         for number, (each, found) in enumerate(zip(instructions, starts, strict=True)):
-            stop = len(found) - 1 if each.take in (None, -1) else each.skip + each.take
+            stop = len(found) - 1  # there is one start more than records
+            if each.take not in (None, -1):
+                stop = min(stop, each.skip + each.take)
             begin = found[each.skip : stop]
             size = found[each.skip + 1 : stop + 1] - begin - _AROUND
             parts.append((np.full(len(begin), number, np.int32), begin + _BEFORE, size))

@@ -158,7 +158,7 @@ class InceptionCrop:
                 return int(down * (h - height)), int(right * (w - width)), height, width
         return 0, 0, h, w
 
-    def __call__(self, image: Image, random: np.random.Generator) -> Image:
+    def __call__(self, image: Image, random: np.random.Generator) -> Pixels:
         top, left, height, width = self.box(*image.shape[:2], random)
         return image[top : top + height, left : left + width]
 

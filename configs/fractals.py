@@ -1,0 +1,67 @@
+"""A small ViT pre-trained on fractals, which are made by formula, then fine-tuned on digits.
+
+    python -m vit_jax train --config=configs/fractals.py --workdir=runs/fractals
+    python -m vit_jax train --config=configs/fractals.py:digits --workdir=runs/fractals_digits \\
+        --config.init_from=runs/fractals
+    python -m vit_jax train --config=configs/fractals.py:digits --workdir=runs/digits_scratch
+
+Data: 100 classes of random iterated function systems, 16x16 pixels, grey, never the same image
+twice ("Pre-training without Natural Images", arXiv 2101.08515); then scikit-learn's digits at
+24x24 pixels, where the grid is 6x6, not 4x4. Nothing is downloaded. What came out is in
+experiments/fractals/README.md. At scale the same line is `fractals:classes=1000,size=224` with
+configs/images.py:B/16,fractals:classes=1000,size=224.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+FRACTALS = "fractals:classes=100,size=16,color=false"
+
+
+def get_config(arg="pretrain"):
+    """`pretrain` on fractals; `digits` fine-tunes init_from or, without it, starts from scratch."""
+    if arg not in ("pretrain", "digits"):
+        raise ValueError(f"argument {arg!r}: expected pretrain or digits")
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 64
+    config.total_steps = placeholder(int)
+    config.total_epochs = placeholder(float)
+    config.total_examples = placeholder(int)
+    config.init_from = placeholder(str)
+
+    config.model = ConfigDict()
+    config.model.variant = "mu/4"
+    config.model.width = 64
+    config.model.depth = 4
+    config.model.mlp_dim = 128
+    config.model.num_heads = 4
+    config.model.in_channels = 1
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"
+    config.optim.schedule = "cosine"
+    config.optim.warmup = 0.1
+    config.optim.weight_decay = 0.1
+    config.optim.grad_clip = 1.0
+
+    config.data = ConfigDict()
+    if arg == "pretrain":
+        config.total_steps = 2000
+        config.model.image_size = (16, 16)
+        config.data.train = ConfigDict(dict(source=FRACTALS, split="train"))
+        config.data.val = ConfigDict(dict(source=FRACTALS, split="val"))
+        config.optim.lr = 2e-3
+    else:
+        config.total_epochs = 10.0
+        config.model.image_size = (24, 24)
+        config.data.train = ConfigDict(dict(source="digits", split="train"))
+        config.data.train.affine = ConfigDict(dict(degrees=10.0, translate=0.06, scale=(0.9, 1.1)))
+        config.data.val = ConfigDict(dict(source="digits", split="val"))
+        config.data.test = ConfigDict(dict(source="digits", split="test"))
+        config.optim.lr = 1e-3
+
+    config.eval = ConfigDict(dict(every=500))
+    config.checkpoint = ConfigDict(dict(every=500, keep=2))
+    config.log = ConfigDict(dict(every=50))
+    return config

@@ -1,0 +1,204 @@
+"""Images that cannot be read, endless sources, classes that differ: stopped, or gone on rightly."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import simplejpeg
+from grain import MapDataset
+
+from vit_jax.data.arrays import ArraySource
+from vit_jax.data.images import BadImage
+from vit_jax.data.pipeline import (
+    BatchReader,
+    DataConfig,
+    Split,
+    eval_batches,
+    shuffled,
+    train_batches,
+)
+from vit_jax.data.sources import Relabelled, open_source, with_labels
+from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
+from vit_jax.errors import UserError
+
+N = 9
+PREPROCESS = Preprocess((8, 8))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Files:
+    """Grey JPEGs as bright as their index; those in `bad` are cut off."""
+
+    bad: tuple[int, ...] = ()
+    label_names: tuple[str, ...] = tuple("abc")
+    n: int = N
+
+    fingerprint = "files"
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        data = simplejpeg.encode_jpeg(np.full((16, 16, 3), 20 * index, np.uint8), quality=95)
+        data = data[:100] if index in self.bad else data
+        return {"image": data, "label": index % 3, "name": f"/photos/{index}.jpg"}
+
+
+def brightness(batch):
+    return [round(float(image.mean()) / 20) for image in batch["image"]]
+
+
+def train(source, steps=3, size=6, **options):
+    fields = {key: options.pop(key) for key in ("on_corrupt",) if key in options}
+    read = BatchReader(source, PREPROCESS, **fields)
+    with train_batches(read, size, start_step=0, stop_step=steps, **options) as batches:
+        return list(batches)
+
+
+def evaluated(source, size=6, **fields):
+    with eval_batches(BatchReader(source, PREPROCESS, **fields), size) as batches:
+        return list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_stops_training_with_its_path(workers):
+    message = r"/photos/4\.jpg is no readable image: .*; data\.on_corrupt=skip goes on without it"
+    with pytest.raises(ValueError, match=message) as raised:
+        train(Files((4,)), workers=workers)
+    assert isinstance(raised.value, UserError)  # so that the command line ends with 2
+
+
+def test_a_bad_image_stops_evaluation_with_its_path():
+    with pytest.raises(BadImage, match=r"/photos/7\.jpg is no readable image"):
+        evaluated(Files((7,)))
+
+
+@pytest.mark.parametrize("options", [dict(threads=1), dict(threads=3), dict(workers=2)])
+def test_skipped_in_training_its_place_is_taken_by_the_next(options):
+    found = train(Files((4, 5, 8)), on_corrupt="skip", **options)
+    whole = train(Files())
+    instead = {4: 6, 5: 6, 8: 0}
+    for batch, other in zip(found, whole, strict=True):
+        expected = [instead.get(index, index) for index in other["index"].tolist()]
+        assert batch["index"].tolist() == expected == brightness(batch)
+        assert batch["label"].tolist() == [index % 3 for index in expected]
+        assert batch["corrupt"].tolist() == [index in instead for index in other["index"]]
+        assert batch["mask"].all()
+    assert sum(batch["corrupt"].sum() for batch in found) == 2 * 3  # each once an epoch
+
+
+def test_skipped_in_evaluation_it_is_left_out(caplog):
+    found = evaluated(Files((0, 7)), on_corrupt="skip")
+    index = np.concatenate([batch["index"] for batch in found])
+    mask = np.concatenate([batch["mask"] for batch in found])
+    corrupt = np.concatenate([batch["corrupt"] for batch in found])
+    assert index[mask].tolist() == [1, 2, 3, 4, 5, 6, 8]
+    assert index[corrupt].tolist() == [0, 7]
+    assert not found[0]["image"][0].any()
+    assert "skipped /photos/0.jpg" in caplog.text and "skipped /photos/7.jpg" in caplog.text
+
+
+def test_where_nothing_can_be_read_skipping_ends():
+    with pytest.raises(UserError, match="100 images in a row cannot be read, up to /photos/"):
+        train(Files(tuple(range(N))), on_corrupt="skip")
+
+
+def test_every_bad_row_of_a_batch_may_fail_at_once():
+    with pytest.raises(BadImage):
+        train(Files(tuple(range(N))), threads=4)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_without_a_name_stops(label):
+    class Wrong(Files):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "label": label}
+
+    with pytest.raises(UserError, match=rf"the label {label}, but there are 3 class names"):
+        train(Wrong(), on_corrupt="skip")
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1259])
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+def test_the_order_is_that_of_grain(n, seed):
+    stream = MapDataset.range(n).seed(seed).shuffle().repeat()
+    positions = np.array([0, 1, n, 2 * n - 1, 5 * n + n // 2])
+    expected = [stream[int(position)] for position in positions]
+    assert shuffled(seed, n, positions).tolist() == expected
+
+
+def test_an_endless_source_is_read_as_it_comes_and_anew_for_each_seed():
+    source = open_source("fractals:classes=3,size=16", "train")
+    found = []
+    for seed in (0, 1):
+        read = BatchReader(source, Preprocess((16, 16)), seed)
+        with train_batches(read, 4, start_step=2, stop_step=4) as batches:
+            found.append(np.concatenate([batch["index"] for batch in batches]))
+    assert found[0].tolist() == list(range(8, 16))
+    assert found[1].tolist() == [2**40 + i for i in range(8, 16)]
+
+
+def test_inception_crop_sees_the_whole_image():
+    keep = Preprocess((8, 8), aspect="keep", crop=0.5)
+    read = BatchReader(Files(), keep, inception_crop=InceptionCrop((1.0, 1.0), (1.0, 1.0)))
+    assert read.preprocess == dataclasses.replace(keep, aspect="squash", crop=1.0)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("inception_crop", InceptionCrop()),
+        ("random_crop", True),
+        ("affine", RandomAffine(degrees=9.0)),
+        ("flip", True),
+    ],
+)
+def test_evaluation_is_never_augmented(key, value):
+    split = Split("digits", "val", **{key: value})
+    with pytest.raises(UserError, match=f"data.val is evaluated as it is: {key}"):
+        DataConfig(Split("digits", "train"), val=split)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: DataConfig(Split("digits", "train"), on_corrupt="skp"),
+            r"on_corrupt is 'skp'; did you mean 'skip'\?",
+        ),
+        (
+            lambda: Split("digits", "train", inception_crop=InceptionCrop(), random_crop=True),
+            "exclude each other",
+        ),
+        (lambda: InceptionCrop(area=(0.5, 2.0)), r"area is \(0\.5, 2\.0\)"),
+        (lambda: Preprocess((8, 8), jpeg="quick"), "data jpeg 'quick': known: accurate, fast"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def arrays(names):
+    labels = np.arange(len(names), dtype=np.int32)
+    return ArraySource(np.zeros((len(names), 2, 2, 1), np.uint8), labels, tuple(names))
+
+
+def test_classes_go_by_their_names():
+    labels = ("ant", "bee", "cat")
+    assert with_labels(same := arrays(labels), labels) is same
+    fewer = with_labels(arrays(("cat", "ant")), labels)
+    assert [fewer[i]["label"] for i in range(len(fewer))] == [2, 0]
+    assert isinstance(fewer, Relabelled) and fewer.label_names == labels
+
+
+def test_ids_are_taken_for_descriptions_in_order_with_a_warning(caplog):
+    source = with_labels(arrays(("n01", "n02")), ("ant", "bee"))
+    assert [source[i]["label"] for i in range(2)] == [0, 1]
+    assert "taken for the model's (ant, ...), in order" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("ant", "dog"), ("x", "y", "z", "w"), ("x",)])
+def test_classes_that_the_model_does_not_know_are_named(names):
+    with pytest.raises(UserError, match=r"the model knows no '(dog|x)'"):
+        with_labels(arrays(names), ("ant", "bee"))
