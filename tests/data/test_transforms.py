@@ -1,6 +1,7 @@
 """Transforms against OpenCV, Pillow, and pixels and filters written out by hand."""
 
 import dataclasses
+import hashlib
 import json
 
 import cv2
@@ -302,6 +303,32 @@ def test_aspect_and_crop(shape, image_size, aspect, crop, resized, top, left, me
     np.testing.assert_array_equal(preprocess.pixels(image), expected)
 
 
+@pytest.mark.parametrize(
+    "shape, short, crop, resized, digest",
+    [
+        ((37, 53), 16, 14, (16, 23), "17275b313f5e2b34"),
+        ((53, 37), 16, 14, (23, 16), "aba7e76249494779"),
+        ((21, 64), 14, 12, (14, 43), "34da97cafb1903ce"),
+        ((64, 21), 14, 12, (43, 14), "437924880babc6d2"),
+        ((30, 45), 20, 18, (20, 30), "1d872ef13f325701"),
+        ((50, 75), 20, 17, (20, 30), "525923b59f83f42e"),
+    ],
+)
+def test_small_is_resize_small_and_central_crop(shape, short, crop, resized, digest):
+    """From TensorFlow 2.21: factor = float32(short) / min(h, w), the sizes rounded, then
+    tf.image.resize(method="area"), cast to uint8, and the centre with its offsets rounded down."""
+    image = (np.arange(np.prod((*shape, 3))).reshape(*shape, 3) * 7 % 251).astype(np.uint8)
+    fields = dict(resize="area", resize_dtype="truncated", aspect="small", crop=crop / short)
+    found = Preprocess((crop, crop), **fields)
+    assert found._resized(*shape) == resized
+    assert hashlib.sha256(found.pixels(image).tobytes()).hexdigest()[:16] == digest
+
+
+def test_a_crop_that_is_no_whole_share_gives_the_size_that_was_meant():
+    for size, box in ((384, 448), (224, 256), (518, 592), (71, 97), (480, 547)):
+        assert Preprocess((size, size), crop=size / box)._resized(9, 9) == (box, box)
+
+
 def test_float32_resizes_float32():
     image = noise(11, 17, 1)
     preprocess = Preprocess((4, 6), aspect="keep", crop=0.7, resize_dtype="float32")
@@ -353,7 +380,7 @@ def test_preprocess_squashes_then_normalises():
     [
         (dict(resize="bicubic"), r"data resize 'bicubic'.*'bicubic_antialias'\?"),
         (dict(aspect="sqush"), r"data aspect 'sqush'.*'squash'\?"),
-        (dict(aspect="border"), r"data aspect 'border'.*known: keep, squash"),
+        (dict(aspect="border"), r"data aspect 'border'.*known: keep, small, squash"),
         (dict(resize_dtype="float"), r"data resize_dtype 'float'.*'float32'\?"),
         (dict(crop=0.0), r"data crop is 0\.0; it must be above 0 and at most 1"),
         (dict(crop=1.01), r"data crop is 1\.01"),

@@ -186,9 +186,9 @@ def read_preprocess(
 def _usual(dialect: str, vit: ViTConfig) -> dict[str, Any]:
     """Where no file says it: the preprocessing in the code of each family."""
     if dialect == "google":  # vit_jax/input_pipeline.py
-        return {"resize": "bilinear", "resize_dtype": "float32", **HALF}
+        return {"resize": "bilinear", "resize_dtype": "float32", "jpeg": "fast", **HALF}
     if dialect == "big_vision":  # resize(S)|value_range(-1, 1)
-        return {"resize": "bilinear", "resize_dtype": "truncated", **HALF}
+        return {"resize": "bilinear", "resize_dtype": "truncated", "jpeg": "fast", **HALF}
     if vit.pre_norm:
         return {"resize": "bicubic_antialias", "aspect": "keep", **CLIP}
     if vit.pool == "map":
@@ -343,10 +343,10 @@ def _hf_processor(kind: str, pre: Preprocess) -> dict[str, Any]:
     outer = math.floor(h / pre.crop)
     found["size"] = (
         {"shortest_edge": outer}
-        if pre.aspect == "keep"
+        if pre.aspect != "squash"
         else {"height": outer, "width": math.floor(w / pre.crop)}
     )
-    found["do_center_crop"] = pre.aspect == "keep" or pre.crop < 1
+    found["do_center_crop"] = pre.aspect != "squash" or pre.crop < 1
     if found["do_center_crop"]:
         found["crop_size"] = {"height": h, "width": w}
     return found
@@ -402,7 +402,7 @@ def timm_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict
             "fixed_input_size": True,
             "interpolation": methods.get(pre.resize, "bilinear"),
             "crop_pct": pre.crop,
-            "crop_mode": "center" if pre.aspect == "keep" else "squash",
+            "crop_mode": "squash" if pre.aspect == "squash" else "center",
             "mean": _per_channel(pre.mean, pre.in_channels),
             "std": _per_channel(pre.std, pre.in_channels),
             "num_classes": vit.num_classes,

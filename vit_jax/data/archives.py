@@ -100,31 +100,41 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
     files = OpenFiles(_expand(path))
     folder_name, low, high = parse_split(split)
     # Columns, not objects: ImageNet-21k has 14 million rows.
-    names, classes = [], []
+    names, inners, beside, places = [], [], [], []
     archive, offsets, sizes = (array.array("q") for _ in range(3))
     for number, one in enumerate(files.paths):
         keys, told = [], {}
         for name, inner, offset, size, read in _members(one):
-            stem, suffix = _key(name)
-            inside = _below(name, folder_name)
+            key, suffix = _key(name)
+            place = _below(name, folder_name)
             if suffix in (".cls", ".json"):
-                told |= _label_beside(stem, suffix, read)
-            elif is_image(name) and inside is not None and low <= share(name) < high:
+                told |= _label_beside(key, suffix, read)
+            elif is_image(name) and place is not None and low <= share(name) < high:
                 names.append(f"{inner}/{name}" if inner else name)
-                classes.append(inner)
-                keys.append((stem, inside))
+                inners.append(inner)
+                places.append(place)
+                keys.append(key)
                 archive.append(number)
                 offsets.append(offset)
                 sizes.append(size)
-        for row, (stem, _) in enumerate(keys, len(names) - len(keys)):
-            classes[row] = classes[row] or told.get(stem)
+        beside += [told.get(key) for key in keys]
     if not names:
         raise UserError(f"tar:{path} has no image in split {split!r}")
     if labels is not None:
         classes = read_labels(labels, names)
-    elif None in classes:
-        classes = _folder_classes(path, names, classes, folder_name)
-    label_names = sorted_classes(set(classes))
+    else:
+        classes = [inner or said for inner, said in zip(inners, beside, strict=True)]
+        if None in classes:
+            several = len(files.paths) > 1
+            stems = [_stem(files.paths[number]) if several else None for number in archive]
+            classes = _folder_classes(classes, places, stems)
+        if None in classes:
+            raise UserError(
+                f"tar:{path}: {names[classes.index(None)]} is in no folder of a class: say with "
+                "--labels which classes the images have"
+            )
+    classes = [class_name(name) for name in classes]
+    label_names = _sorted_classes(classes, ids=labels is not None or classes == beside)
     numbers = {name: label for label, name in enumerate(label_names)}
     return TarSource(
         files,
@@ -138,10 +148,10 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
     )
 
 
-def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
-    """Class names in order: numbers by value, anything else as text."""
+def _sorted_classes(names: Iterable[str], ids: bool) -> tuple[str, ...]:
+    """The names of the classes; those that are numbers are ids from 0 on."""
     names = set(names)
-    if all(name.isdecimal() for name in names):
+    if ids and all(re.fullmatch(r"0|[1-9]\d{0,7}", name, re.ASCII) for name in names):
         return tuple(str(i) for i in range(max(map(int, names)) + 1))
     return tuple(sorted(names))
 
@@ -174,7 +184,7 @@ def _members(path: str) -> Iterator[tuple[str, str | None, int, int, Callable[[]
                 if not member.name.lower().endswith(".tar"):
                     yield member.name, None, member.offset_data, member.size, body
                     continue
-                name = class_name(os.path.basename(member.name)[: -len(".tar")])
+                name = os.path.basename(member.name)[: -len(".tar")]
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                     for one in _plain(inner):
                         body = functools.partial(_read_member, inner, one)
@@ -215,35 +225,28 @@ def _label_beside(stem: str, suffix: str, read: Callable[[], bytes]) -> dict[str
 
 def _below(name: str, folder_name: str) -> str | None:
     """What comes after a folder in a path; None where it is not in there."""
+    name = os.path.normpath("/" + name)
     if folder_name == WHOLE:
-        return name
-    _, found, after = f"/{name}".partition(f"/{folder_name.strip('/')}/")
+        return name[1:]
+    _, found, after = name.partition(f"/{folder_name.strip('/')}/")
     return after if found else None
 
 
+def _stem(path: str) -> str:
+    return os.path.basename(path).partition(".tar")[0]
+
+
 def _folder_classes(
-    path: str, names: list[str], classes: list[str | None], folder_name: str
-) -> list[str]:
-    """Fills in the first folder below those that all files share."""
-    places = [
-        _below(name, folder_name) if c is None else None
-        for name, c in zip(names, classes, strict=True)
-    ]
-    folders = {os.path.dirname(place) for place in places if place is not None}
-    shared = (
-        os.path.commonpath(folders) if len(folders) > 1 else os.path.dirname(next(iter(folders)))
-    )
+    classes: Sequence[str | None], places: Sequence[str], stems: Sequence[str | None]
+) -> list[str | None]:
+    """Fills in the first folder below those that all files share; without folders, the stem."""
+    folders = [os.path.dirname(place) for place in places]
+    distinct = {folder for folder, known in zip(folders, classes, strict=True) if known is None}
+    shared = os.path.commonpath(distinct) if len(distinct) > 1 else os.path.dirname(*distinct)
     found = []
-    for name, place, known in zip(names, places, classes, strict=True):
-        if place is not None:
-            rest = os.path.dirname(place)[len(shared) :].strip("/")
-            known = rest.split("/")[0] or os.path.basename(shared) * (len(folders) == 1)
-            if not known:
-                raise UserError(
-                    f"tar:{path}: {name} is in no folder of a class: say with --labels which "
-                    "classes the images have"
-                )
-        found.append(class_name(known))
+    for known, folder, stem in zip(classes, folders, stems, strict=True):
+        first = folder[len(shared) :].lstrip("/").partition("/")[0]
+        found.append(known or first or (None if folder else stem))
     return found
 
 
@@ -284,7 +287,7 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
         told = dict(zip(sorted(bases), lines, strict=True))
     else:
         raise UserError(f"{path} has {len(lines)} labels, but there are {len(names)} images")
-    return [class_name(told[name]) for name in bases]
+    return [told[name] for name in bases]
 
 
 def _development_kit(path: str) -> list[str]:

@@ -44,8 +44,8 @@ class Split:
     Attributes:
       source: such as "digits" or "folder:PATH" (see sources.py).
       split: the source's own name of the split.
-      resize, aspect, crop: how images are brought to the model's size (see `Preprocess`); None is
-        as the model is evaluated.
+      resize, resize_dtype, aspect, crop: how images are brought to the model's size (see
+        `Preprocess`); None is as the model is evaluated.
       jpeg, exif: how image files are decoded (see `images.decode`); None is as for the model.
       inception_crop: cuts a random box out of the image, which `resize` then brings to size.
       random_crop: cuts the model's size out of the resized image anywhere, not from its centre:
@@ -57,6 +57,7 @@ class Split:
     source: str
     split: str
     resize: str | None = None
+    resize_dtype: str | None = None
     aspect: str | None = None
     crop: float | None = None
     jpeg: str | None = None
@@ -74,6 +75,7 @@ class Split:
         """`base` as this split uses it: with its own resize rule, at another image size."""
         changes = {
             "resize": self.resize,
+            "resize_dtype": self.resize_dtype,
             "aspect": self.aspect,
             "crop": self.crop,
             "jpeg": self.jpeg,
@@ -316,7 +318,9 @@ def train_batches(
       batch_size: of the global batch; `rows` is the part of it that this process reads.
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
-    preprocess = dataclasses.replace(read.preprocess, resize_dtype="uint8")
+    preprocess = read.preprocess
+    if preprocess.resize_dtype == "float32":
+        preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
     read = dataclasses.replace(read, preprocess=preprocess, replace=True)
     step = _TrainStep(read, batch_size, rows, _threads(workers, threads))
     return _iterate(grain.MapDataset.range(start_step, stop_step).map(step), workers)

@@ -54,12 +54,14 @@ def random_crop(image: Pixels, size: tuple[int, int], random: np.random.Generato
     return image[top : top + size[0], left : left + size[1]]
 
 
-def centre_crop(image: Pixels, size: tuple[int, int]) -> Pixels:
+def centre_crop(image: Pixels, size: tuple[int, int], down: bool = False) -> Pixels:
     """Cuts `size` (h, w) out of the middle. Half a pixel goes to the even side, as in torchvision.
 
-    Hugging Face's processors round it down, which may cut one pixel beside.
+    big_vision rounds it down (`down`). So do Hugging Face's processors, which may thus cut one
+    pixel beside.
     """
-    top, left = (round((old - new) / 2) for old, new in zip(image.shape[:2], size, strict=True))
+    spare = [old - new for old, new in zip(image.shape[:2], size, strict=True)]
+    top, left = (n // 2 if down else round(n / 2) for n in spare)
     return image[top : top + size[0], left : left + size[1]]
 
 
@@ -180,7 +182,8 @@ class Preprocess:
       in_channels: 1 for grey, 3 for RGB.
       resize: a method of `resize`.
       aspect: "squash" resizes an image of any shape to the box of `image_size`; "keep" keeps its
-        shape, covers the box and cuts the centre out.
+        shape, covers the box and cuts the centre out, with the roundings of torchvision and timm;
+        "small" does so with those of big_vision's resize_small and central_crop.
       crop: in (0, 1], timm's crop_pct: the box is `image_size` / crop, rounded down, and the
         centre of `image_size` is cut out of it.
       resize_dtype: "uint8" rounds what resizing gives, "float32" does not (vit_jax), "truncated"
@@ -204,7 +207,7 @@ class Preprocess:
     def __post_init__(self):
         for name, known in {
             "resize": (*_CV2, *_PILLOW),
-            "aspect": ("squash", "keep"),
+            "aspect": ("squash", "keep", "small"),
             "resize_dtype": ("uint8", "float32", "truncated"),
         }.items():
             value = getattr(self, name)
@@ -243,7 +246,7 @@ class Preprocess:
             image = image.clip(0, 255).astype(np.uint8)
         if random is not None:
             return random_crop(image, self.image_size, random)
-        return centre_crop(image, self.image_size)
+        return centre_crop(image, self.image_size, down=self.aspect == "small")
 
     @property
     def pixel_dtype(self) -> str:
@@ -252,9 +255,13 @@ class Preprocess:
 
     def _resized(self, h: int, w: int) -> tuple[int, int]:
         """The (h, w) to which an image of h x w is resized, before the centre is cut out."""
-        box_h, box_w = (math.floor(side / self.crop) for side in self.image_size)
+        # 384 / (384 / 448) may fall just short of 448.
+        box_h, box_w = (math.floor(side / self.crop + 1e-6) for side in self.image_size)
         if self.aspect == "squash":
             return box_h, box_w
+        if self.aspect == "small":
+            factor = max(np.float32(box_h) / np.float32(h), np.float32(box_w) / np.float32(w))
+            return int(np.rint(h * factor)), int(np.rint(w * factor))
         if box_h == box_w:  # torchvision's Resize of the shorter side
             if h <= w:
                 return box_h, int(box_h * w / h)
