@@ -16,6 +16,7 @@ setup(
     package_data={"vit_jax.data": ["imagenet_labels.txt"]},
     install_requires=[
         "absl-py>=2.1",
+        "array-record>=0.8",
         "chex>=0.1.90",
         "einops>=0.8",
         "etils[epath]>=1.12",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import scipy.io
+import scipy.io.matlab
 from jaxtyping import Int32, Int64
 
 from vit_jax.data.files import (
@@ -27,13 +28,16 @@ from vit_jax.data.files import (
     is_image,
     open_file,
     parse_split,
-    share,
+    percentile,
 )
-from vit_jax.data.images import BadImage
+from vit_jax.data.images import SUFFIXES, BadImage
 from vit_jax.errors import UserError
 
 # A file of more bytes is no image to decode.
 MAX_BYTES = 512 * 2**20
+_LABELLED = re.compile(
+    rf"(?P<name>.+?({'|'.join(map(re.escape, SUFFIXES))}))[,\t ]\s*(?P<label>.+)", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +65,8 @@ class TarSource:
         if size > MAX_BYTES:
             raise BadImage(f"{name} has {size} bytes; images of up to {MAX_BYTES} are read")
         data = self.files.read(which, int(self.offsets[index]), size)
-        return {"image": data, "label": int(self.labels[index]), "name": name}
+        file = self.names[index]
+        return {"image": data, "label": int(self.labels[index]), "name": name, "file": file}
 
 
 def tar(path: str, split: str) -> TarSource:
@@ -109,7 +114,7 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
             place = _below(name, folder_name)
             if suffix in (".cls", ".json"):
                 told |= _label_beside(key, suffix, read)
-            elif is_image(name) and place is not None and low <= share(name) < high:
+            elif is_image(name) and place is not None and low <= percentile(name) < high:
                 names.append(f"{inner}/{name}" if inner else name)
                 inners.append(inner)
                 places.append(place)
@@ -198,6 +203,10 @@ def _plain(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         archive.members.clear()  # tarfile would keep them all, 1 KB for each
         if member.isreg() and not member.issparse():
             yield member
+    # At a damaged header tarfile ends as if the archive did.
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {archive.offset}")
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -225,7 +234,7 @@ def _label_beside(stem: str, suffix: str, read: Callable[[], bytes]) -> dict[str
 
 def _below(name: str, folder_name: str) -> str | None:
     """What comes after a folder in a path; None where it is not in there."""
-    name = os.path.normpath("/" + name)
+    name = os.path.normpath("/" + name.lstrip("/"))
     if folder_name == WHOLE:
         return name[1:]
     _, found, after = name.partition(f"/{folder_name.strip('/')}/")
@@ -276,18 +285,24 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
             f"the numbers in {path} say nothing without the kit that they are from: give "
             "ILSVRC2012_devkit_t12.tar.gz itself"
         )
-    pairs = [re.split(r"[,\t ]\s*", line, maxsplit=1) for line in lines]
+    pairs = [_LABELLED.fullmatch(line) for line in lines]
     bases = [os.path.basename(name) for name in names]
-    if all(len(pair) == 2 and is_image(pair[0]) for pair in pairs):
-        told = {os.path.basename(name): label for name, label in pairs}
-        missing = [name for name in bases if name not in told]
+    if all(pairs):
+        told = {pair["name"]: pair["label"] for pair in pairs}
+        keys = names if len(set(bases)) < len(bases) else bases
+        if keys is bases:
+            told = {os.path.basename(name): label for name, label in told.items()}
+        missing = [name for name in keys if name not in told]
         if missing:
             raise UserError(f"{path} says nothing of {len(missing)} images, such as {missing[0]!r}")
-    elif len(lines) == len(names):
-        told = dict(zip(sorted(bases), lines, strict=True))
-    else:
+        return [told[name] for name in keys]
+    if len(lines) != len(names):
         raise UserError(f"{path} has {len(lines)} labels, but there are {len(names)} images")
-    return [told[name] for name in bases]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    classes = [""] * len(names)
+    for row, line in zip(order, lines, strict=True):
+        classes[row] = line
+    return classes
 
 
 def _development_kit(path: str) -> list[str]:
@@ -299,7 +314,12 @@ def _development_kit(path: str) -> list[str]:
                 io.BytesIO(kit.extractfile(files["meta.mat"]).read()), squeeze_me=True
             )
             numbers = kit.extractfile(files["ILSVRC2012_validation_ground_truth.txt"]).read()
-    except (tarfile.TarError, KeyError, ValueError, EOFError) as error:
+        ids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in meta["synsets"]}
+        return [ids[int(number)] for number in numbers.split()]
+    except FileNotFoundError:
+        raise
+    except (
+        *(tarfile.TarError, scipy.io.matlab.MatReadError, zlib.error, lzma.LZMAError, EOFError),
+        *(OSError, LookupError, ValueError, TypeError),
+    ) as error:
         raise UserError(f"{path} is no development kit of ILSVRC2012: {error!r}") from None
-    ids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in meta["synsets"]}
-    return [ids[int(number)] for number in numbers.split()]

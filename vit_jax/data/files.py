@@ -68,7 +68,8 @@ class FolderSource:
             raise UserError(
                 f"{path} could be listed but not read ({error.strerror}): did the folder change?"
             ) from None
-        return {"image": data, "label": int(self.labels[index]), "name": path}
+        file = self.names[index]
+        return {"image": data, "label": int(self.labels[index]), "name": path, "file": file}
 
 
 def folder(path: str, split: str) -> FolderSource:
@@ -101,7 +102,7 @@ def folder(path: str, split: str) -> FolderSource:
         if not found:
             empty.append(one)
         for file, size in found:
-            if low <= share(file) < high:
+            if low <= percentile(file) < high:
                 names.append(file)
                 sizes.append(size)
                 labels.append(label)
@@ -118,22 +119,22 @@ def folder(path: str, split: str) -> FolderSource:
     )
 
 
-def parse_split(split: str) -> tuple[str, float, float]:
-    """Takes "train" to ("train", 0, 1), and "train[90%:]" to ("train", 0.9, 1)."""
+def parse_split(split: str) -> tuple[str, int, int]:
+    """Takes "train" to ("train", 0, 100), and "train[90%:]" to ("train", 90, 100)."""
     match = _SPLIT.fullmatch(split)
     low, high = (
-        float(((match and match[name]) or default).rstrip("%")) / 100
+        int(((match and match[name]) or default).rstrip("%"))
         for name, default in {"low": "0", "high": "100"}.items()
     )
-    if not match or not 0 <= low < high <= 1:
+    if not match or not 0 <= low < high <= 100:
         raise UserError(f"split {split!r}: expected NAME, NAME[:90%] or NAME[90%:]")
     return match["name"], low, high
 
 
-def share(name: str) -> float:
-    """A number in [0, 1) that hangs on the name alone."""
+def percentile(name: str) -> float:
+    """A number in [0, 100) that hangs on the name alone."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return int.from_bytes(digest[:6], "big") / 2**48 * 100
 
 
 def class_name(name: str) -> str:
@@ -144,28 +145,43 @@ def class_name(name: str) -> str:
 def _classes(root: str) -> dict[str, str]:
     """Class name -> folder, sorted."""
     with os.scandir(root) as entries:
-        folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    return dict(sorted((class_name(name), name) for name in folders))
+        folders = sorted(e.name for e in entries if not e.name.startswith(".") and _is_dir(e))
+    found: dict[str, str] = {}
+    for name in folders:
+        if (other := found.setdefault(class_name(name), name)) != name:
+            raise UserError(f"{root} has two folders of one name: {other!a} and {name!a}")
+    return dict(sorted(found.items()))
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _image_files(root: str, start: str) -> Iterator[tuple[str, int]]:
     """Every image file below a folder of `root`: its path from there, its bytes."""
-    waiting, seen = [start], set()
+    # A link may lead back up, or to another class.
+    waiting, seen = [start], {_inode(root), _inode(os.path.join(root, start))}
     while waiting:
         here = waiting.pop()
         with os.scandir(os.path.join(root, here)) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = f"{here}/{entry.name}"
                 if entry.name.startswith("."):
                     continue
-                path = f"{here}/{entry.name}"
-                if entry.is_dir():
-                    # A link may lead back up.
-                    inode = os.stat(entry.path)
-                    if (inode.st_dev, inode.st_ino) not in seen:
-                        seen.add((inode.st_dev, inode.st_ino))
+                if _is_dir(entry):
+                    if (inode := _inode(entry.path)) not in seen:
+                        seen.add(inode)
                         waiting.append(path)
-                elif is_image(entry.name) and entry.is_file():
+                elif is_image(entry.name) and os.path.isfile(entry.path):
                     yield path, entry.stat().st_size
+
+
+def _inode(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 def is_image(name: str) -> bool:

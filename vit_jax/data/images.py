@@ -1,9 +1,11 @@
 """Image files: bytes to pixels and back."""
 
+import contextlib
 import io
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,9 @@ JPEG_MODES = ("accurate", "fast")
 # Of more pixels Pillow suspects a decompression bomb, and refuses.
 MAX_PIXELS = 178_956_970
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow knows more; for EPS it would start a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# What Pillow's readers raise on damaged bytes.
-_DAMAGED = (
-    *(OSError, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, EOFError),
-    *(AttributeError, RuntimeError, struct.error, zlib.error, PIL.Image.DecompressionBombError),
-)
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -39,31 +38,42 @@ def check_jpeg(mode: str) -> None:
 
 
 def decode(data: bytes, jpeg: str = "accurate", exif: bool = False) -> Image:
-    """Decodes a JPEG, PNG, WebP, GIF (its first frame) or whatever else Pillow reads.
+    """Decodes a JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF or PPM.
 
     Grey images have one channel, all others three: transparency is dropped, CMYK becomes RGB, and
     of 16 bits the upper 8 are kept.
 
     Args:
       jpeg: "accurate" gives the pixels of Pillow, OpenCV and TensorFlow's INTEGER_ACCURATE, "fast"
-        those of TensorFlow's default (INTEGER_FAST), in 5% less time.
-      exif: whether to turn the image as its EXIF orientation says.
+        those of TensorFlow's default (INTEGER_FAST), in 5% less time. CMYK, and files with faults
+        that Pillow passes over, are always decoded accurately.
+      exif: whether to turn the image as its EXIF orientation says; a TIFF is turned in any case.
 
     Raises:
       BadImage: bytes that are no image, cut off or damaged, or more than MAX_PIXELS.
     """
     image = _decode_jpeg(data, jpeg) if data[:3] == b"\xff\xd8\xff" else None
-    try:
-        if image is None:
-            with PIL.Image.open(io.BytesIO(data)) as opened:
-                return from_pillow(opened, exif)
-        if exif:
-            with PIL.Image.open(io.BytesIO(data)) as opened:
-                image = _turned(image, opened.getexif().get(_ORIENTATION, 1))
+    if image is not None and not exif:
         return image
+    with _damaged(), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        if image is None:
+            return from_pillow(opened, exif)
+        orientation = opened.getexif().get(_ORIENTATION, 1)
+    return _turned(image, orientation)
+
+
+@contextlib.contextmanager
+def _damaged() -> Iterator[None]:
+    """Says as a BadImage what Pillow's readers raise on damaged bytes."""
+    try:
+        yield
     except PIL.UnidentifiedImageError:
-        raise BadImage("no image of a known format" if data else "an empty file") from None
-    except _DAMAGED as error:
+        raise BadImage("it is of no known format, or empty") from None
+    except (
+        *(OSError, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, EOFError),
+        *(AttributeError, RuntimeError, struct.error, zlib.error),
+        PIL.Image.DecompressionBombError,
+    ) as error:
         raise BadImage(f"{type(error).__name__}: {error}") from None
 
 
@@ -80,7 +90,7 @@ def _decode_jpeg(data: bytes, mode: str) -> Image | None:
         return None
 
 
-def _turned(image: Image, orientation: int) -> Image:
+def _turned(image: Image, orientation: int) -> UInt8[np.ndarray, "new_h new_w c"]:
     """Undoes an EXIF orientation of 1 to 8."""
     turns = {3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}.get(orientation, 0)
     image = np.rot90(image, turns)
@@ -108,7 +118,8 @@ def read_image(image: Any, jpeg: str = "accurate", exif: bool = False) -> Image:
     if isinstance(image, bytes):
         return decode(image, jpeg, exif)
     if isinstance(image, PIL.Image.Image):
-        return from_pillow(image, exif)
+        with _damaged():
+            return from_pillow(image, exif)
     sound = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
     if not sound or image.ndim not in (2, 3):
         found = (
@@ -127,7 +138,8 @@ def from_pillow(image: PIL.Image.Image, exif: bool = False) -> Image:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         pixels = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
     else:
-        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+        grey = image.mode in ("L", "LA", "La", "1")
+        pixels = np.asarray(image.convert("L" if grey else "RGB"))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 

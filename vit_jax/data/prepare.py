@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
@@ -100,14 +101,23 @@ def prepare(
       UserError: a source that cannot be opened, classes that do not fit, no image that can be
         read, a full disk, or a split in `dst` that was made otherwise.
     """
+    if not re.fullmatch(r"\w+", split):
+        raise UserError(f"split {split!r}: a name of letters, digits and _ was expected")
+    for name, value in {
+        "examples": examples,
+        "shard_examples": shard_examples,
+        "threads": threads,
+    }.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     source, sequential = _open(src, part, split, labels)
     total = len(source) if isinstance(source, Sized) else examples
-    if total is None or total < 1 or shard_examples < 1:
-        raise UserError(f"{src} is endless: say how many --examples to take, at least 1")
-    total = min(total, examples or total)
+    if total is None:
+        raise UserError(f"{src} is endless: say how many --examples to take")
+    total = min(total, total if examples is None else examples)
     try:
         os.makedirs(dst, exist_ok=True)
-    except FileExistsError:
+    except (FileExistsError, NotADirectoryError):
         raise UserError(f"{dst} is a file; expected a folder") from None
     names = _class_names(dst, classes, source.label_names)
     source = with_labels(source, names)
@@ -162,6 +172,11 @@ def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[S
     if os.path.isdir(src):
         here = os.path.isdir(os.path.join(src, split))
         source = open_source(f"folder:{src}", part or (split if here else WHOLE))
+        if not (part or here or any(name.count("/") == 1 for name in source.names)):
+            raise UserError(
+                f"{src} has no folder {split!r}, and its folders are no classes, which have images "
+                "in them: say which --part of it is meant"
+            )
     elif kind == "tar" or kind not in SOURCES:
         source = open_tar(argument if kind == "tar" else src, part or WHOLE, labels)
     else:
@@ -226,8 +241,8 @@ def _converted(
         label = example["label"]
         if not 0 <= label < len(source.label_names):
             return None, name, f"label {label}"
-        base = os.path.basename(name).encode("utf-8", "replace")
-        return write_example({"image": image, "label": label, "name": base}), name, ""
+        file = os.path.basename(example.get("file", str(index))).encode("utf-8", "replace")
+        return write_example({"image": image, "label": label, "name": file}), name, ""
 
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     for index in indices:
@@ -246,23 +261,22 @@ def _write_shard(
 
     folder, partial = os.path.dirname(path), f"{path}.partial"
     digest, count, total, bad = hashlib.sha256(), 0, 0, []
-    try:
-        # Image files are compressed already; groups of one are read without their neighbours.
-        writer = ArrayRecordWriter(partial, "group_size:1,uncompressed")
-        for record, name, why in examples:
-            bar.update()
-            if record is None:
-                bad.append({"name": name, "why": why})
-                continue
-            # Looked at every 64 MB.
-            if total % 2**26 < len(record) and shutil.disk_usage(folder).free < _LEFT_FREE:
-                raise OSError(errno.ENOSPC, "the disk is nearly full", path)
+    # Image files are compressed already; groups of one are read without their neighbours.
+    writer = ArrayRecordWriter(partial, "group_size:1,uncompressed")
+    for record, name, why in examples:
+        bar.update()
+        if record is None:
+            bad.append({"name": name, "why": why})
+            continue
+        # Looked at every 64 MB.
+        if total % 2**26 < len(record) and shutil.disk_usage(folder).free < _LEFT_FREE:
+            raise OSError(errno.ENOSPC, "the disk is nearly full", path)
+        with _writing(path):
             writer.write(record)
-            digest.update(record)
-            count, total = count + 1, total + len(record)
+        digest.update(record)
+        count, total = count + 1, total + len(record)
+    with _writing(path):
         writer.close()
-    except RuntimeError as error:  # how the writer says that the disk is full
-        raise OSError(errno.ENOSPC, str(error), path) from None
     os.replace(partial, path)
     return {
         "file": os.path.basename(path),
@@ -272,6 +286,15 @@ def _write_shard(
         "sha256": digest.hexdigest(),
         "bad": bad,
     }
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Says as an OSError what the writer of ArrayRecord raises on a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, str(error), path) from None
 
 
 def _finish(

@@ -57,14 +57,16 @@ class RecordSource:
             example = parse_example(self.records[index])
         except (ValueError, IndexError, RuntimeError, struct.error) as error:
             raise BadImage(f"{where}: {error}") from None
-        if name and example.get(name):
-            where += f" ({example[name].decode('utf-8', 'replace')})"
+        file = str(index)
+        if name and isinstance(example.get(name), bytes):
+            file = example[name].decode("utf-8", "replace")
+            where += f" ({file})"
         if not isinstance(example.get(image), bytes) or not isinstance(example.get(label), int):
             raise UserError(
                 f"{where} has {', '.join(example) or 'nothing'}; expected bytes {image!r} and a "
                 f"number {label!r}"
             )
-        return {"image": example[image], "label": example[label], "name": where}
+        return {"image": example[image], "label": example[label], "name": where, "file": file}
 
 
 def tfds(argument: str, split: str) -> RecordSource:
@@ -196,7 +198,7 @@ def records(path: str, split: str) -> RecordSource:
             raise
         raise UserError(f"{where}: what was said of split {name!r} is damaged: {error!r}") from None
     total = sum(shard["examples"] for shard in shards)
-    start, stop = round(low * total), round(high * total)
+    start, stop = (round(percent * total / 100) for percent in (low, high))
     parts, at = [], 0
     for shard in shards:
         n = shard["examples"]
@@ -207,7 +209,7 @@ def records(path: str, split: str) -> RecordSource:
         at += n
     if not parts:
         raise UserError(f"{where} has no example in split {split!r}")
-    if (low, high) != (0, 1):
+    if (low, high) != (0, 100):
         fingerprint = hashlib.sha256(f"{fingerprint}[{start}:{stop}]".encode()).hexdigest()[:16]
     reader = ArrayRecordDataSource(parts)
     return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint)
@@ -313,15 +315,18 @@ def parse_example(data: bytes) -> dict[str, bytes | int | None]:
       ValueError: bytes that are no such message.
     """
     found: dict[str, bytes | int | None] = {}
-    for _, features in _fields(data, 0, len(data)):
-        for _, entry in _fields(data, *features):
-            name, value = "", None
-            for number, part in _fields(data, *entry):
-                if number == 1:
-                    name = data[slice(*part)].decode()
-                else:
-                    value = _first_value(data, part)
-            found[name] = value
+    try:
+        for _, features in _fields(data, 0, len(data)):
+            for _, entry in _fields(data, *features):
+                name, value = "", None
+                for number, part in _fields(data, *entry):
+                    if number == 1:
+                        name = data[slice(*part)].decode()
+                    else:
+                        value = _first_value(data, part)
+                found[name] = value
+    except (TypeError, IndexError):  # a number where a message is due, or the end
+        raise ValueError("no tf.train.Example") from None
     return found
 
 
@@ -330,7 +335,8 @@ def _first_value(data: bytes, feature: tuple[int, int]) -> bytes | int | None:
         for _, value in _fields(data, *values):
             if kind == 1:
                 return data[slice(*value)]
-            if kind == 3:  # packed, or one by one
+            if kind == 3 and (isinstance(value, int) or value[0] < value[1]):
+                # One by one, or packed.
                 number = value if isinstance(value, int) else _varint(data, value[0])[0]
                 return number - 2**64 if number >= 2**63 else number
     return None
@@ -340,10 +346,15 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, Any]]:
     """The fields of a message in data[at:end]: its number, and a number or a (start, end)."""
     while at < end:
         tag, at = _varint(data, at)
-        value, at = _varint(data, at)
-        if tag & 7 == 2:
-            value, at = (at, at + value), at + value
-        elif tag & 7:
+        kind = tag & 7
+        if kind in (1, 5):  # a double or a float
+            value = (at, at + (8 if kind == 1 else 4))
+            at = value[1]
+        elif kind in (0, 2):
+            value, at = _varint(data, at)
+            if kind == 2:
+                value, at = (at, at + value), at + value
+        else:
             raise ValueError("no tf.train.Example")
         if at > end:
             raise ValueError("a tf.train.Example that is cut off")
