@@ -12,6 +12,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
+from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig, make_optimizer, make_schedule
 from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, make_state
@@ -36,6 +37,7 @@ class Ours:
             Preprocess(config.image_size, config.in_channels),
             num_classes=config.num_classes,
             objective="softmax",
+            augment=Augment(),
         )
         abstract = abstract_state(config, optimizer, ema=False, mesh=mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

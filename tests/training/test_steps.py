@@ -152,7 +152,7 @@ def stepper(mesh, config=CONFIG, optim=OPTIM, donate=0, accumulate=1, seed=0):
         PREPROCESS,
         num_classes=7,
         objective="softmax",
-        label_smoothing=SMOOTHING,
+        augment=Augment(label_smoothing=SMOOTHING),
         accumulate=accumulate,
         ema=optim.ema,
         seed=seed,

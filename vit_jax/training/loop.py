@@ -119,7 +119,7 @@ def _run(
             record.preprocess,
             num_classes=num_classes,
             objective=config.objective,
-            label_smoothing=config.augment.label_smoothing,
+            augment=config.augment,
             accumulate=config.optim.accumulate,
             ema=config.optim.ema,
             seed=config.seed,

@@ -13,13 +13,32 @@ from vit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """The `augment` section: what is done to a batch on the device."""
+    """The `augment` section: what is done to a batch on the device.
 
+    Attributes:
+      mixup: alpha of mixup (arXiv 1710.09412), whose weight is drawn from Beta(alpha, alpha), the
+        larger part being the image's own; 0 is off.
+      cutmix: alpha of cutmix (arXiv 1905.04899), where a box takes the place of a blend; 0 is off.
+      cutmix_share: how often, where both are on, it is cutmix.
+      per_image: whether every image has a weight and box of its own. Otherwise a batch has one, as
+        in AugReg and big_vision.
+      label_smoothing: how much of each target is spread over all classes.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_share: float = 0.5
+    per_image: bool = False
     label_smoothing: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"augment.label_smoothing is {self.label_smoothing}; not in [0, 1)")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.cutmix_share <= 1:
+            raise UserError(f"augment.cutmix_share is {self.cutmix_share}; not in [0, 1]")
 
 
 def softmax(logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Float[Array, " b"]:
@@ -42,3 +61,44 @@ def to_targets(
     """Class indices to one-hot rows, rows as they are, both mixed with `smoothing` of uniform."""
     targets = jax.nn.one_hot(labels, num_classes) if labels.ndim == 1 else labels
     return targets * (1 - smoothing) + smoothing / num_classes
+
+
+def draw_mixing(augment: Augment, key: Array, b: int, size: tuple[int, int]) -> dict[str, Array]:
+    """Draws how the `b` images of `size` (h, w) of a batch are mixed with their partners.
+
+    Returns:
+      share: float32 [b], the weight of an image's own target; blend: float32 [b], the weight of its
+      own pixels outside of the box; box: int32 [b 4], (top, left, bottom, right) of the pixels that
+      are the partner's.
+    """
+    rows = b if augment.per_image else 1
+    keys = jax.random.split(key, 4)
+    cut = jax.random.uniform(keys[0], (rows,)) < (
+        augment.cutmix_share if augment.mixup and augment.cutmix else float(augment.cutmix > 0)
+    )
+    mixup = jax.random.beta(keys[1], *[augment.mixup or 1.0] * 2, (rows,))
+    cutmix = jax.random.beta(keys[2], *[augment.cutmix or 1.0] * 2, (rows,))
+    mixup = jnp.maximum(mixup, 1 - mixup)
+
+    # A box of the area that is left, around any centre; what is outside of the image is cut off.
+    h_w = jnp.array(size)
+    centre = jnp.floor(jax.random.uniform(keys[3], (rows, 2)) * h_w).astype(jnp.int32)
+    half = jnp.floor(jnp.sqrt(1 - cutmix)[:, None] * h_w).astype(jnp.int32) // 2
+    box = jnp.concatenate([centre - half, centre + half], axis=1)
+    box = jnp.clip(box, 0, jnp.tile(h_w, 2)) * cut[:, None]
+    area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (size[0] * size[1])
+    blend = jnp.where(cut, 1.0, mixup)
+    mixing = {"share": jnp.where(cut, 1 - area, mixup), "blend": blend, "box": box}
+    return {name: jnp.broadcast_to(x, (b, *x.shape[1:])) for name, x in mixing.items()}
+
+
+def mix_images(
+    images: Float[Array, "b h w c"], partners: Float[Array, "b h w c"], mixing: dict[str, Array]
+) -> Float[Array, "b h w c"]:
+    """Blends every image with its partner, or sets the partner's box into it."""
+    h, w = images.shape[1:3]
+    top, left, bottom, right = (mixing["box"][:, i, None, None] for i in range(4))
+    y, x = jnp.arange(h)[None, :, None], jnp.arange(w)[None, None, :]
+    inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)
+    own = jnp.where(inside, 0.0, mixing["blend"][:, None, None])[..., None]
+    return own * images + (1 - own) * partners

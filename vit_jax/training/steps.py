@@ -29,7 +29,7 @@ def make_train_step(
     *,
     num_classes: int,
     objective: str,
-    label_smoothing: float = 0.0,
+    augment: objectives.Augment,
     accumulate: int = 1,
     ema: float | None = None,
     seed: int = 0,
@@ -42,8 +42,15 @@ def make_train_step(
     loss_of = objectives.OBJECTIVES[objective]
 
     def loss_fn(params, batch, key, weight):
-        logits = nnx.merge(graphdef, params)(images(batch, preprocess), key=key)
-        targets = objectives.to_targets(batch["label"], num_classes, label_smoothing)
+        inputs = images(batch, preprocess)
+        targets = objectives.to_targets(batch["label"], num_classes, augment.label_smoothing)
+        if "partner" in batch:
+            partner, mixing = batch["partner"], batch["mixing"]
+            inputs = objectives.mix_images(inputs, images(partner, preprocess), mixing)
+            others = objectives.to_targets(partner["label"], num_classes, augment.label_smoothing)
+            share = mixing["share"][:, None]
+            targets = share * targets + (1 - share) * others
+        logits = nnx.merge(graphdef, params)(inputs, key=key)
         loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
         hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
         return loss, hits
@@ -53,6 +60,14 @@ def make_train_step(
     def train_step(state, batch):
         # Randomness is a function of seed and step alone: nothing of it is stored.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if augment.mixup or augment.cutmix:
+            # An image's partner is the one before it: one permutation between devices, where a
+            # random order would gather all images everywhere.
+            partner = {name: jnp.roll(batch[name], 1, axis=0) for name in ("image", "label")}
+            key, drawn = jax.random.split(key)
+            b, h, w, _ = batch["image"].shape
+            mixing = objectives.draw_mixing(augment, drawn, b, (h, w))
+            batch = {**batch, "partner": partner, "mixing": mixing}
         weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
         if accumulate == 1:
             (loss, hits), grads = grad_fn(state.params, batch, key, weight)

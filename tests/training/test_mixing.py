@@ -1,0 +1,184 @@
+"""Mixup and cutmix on the device, against their formulas written out, and on a mesh."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+
+from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.vit import structure
+from vit_jax.training.objectives import Augment, draw_mixing, mix_images
+from vit_jax.training.optim import OptimConfig, make_optimizer
+from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
+from vit_jax.training.state import abstract_state, make_state
+from vit_jax.training.steps import make_train_step
+
+SIZE = (12, 20)
+
+
+def drawn(augment, b=4, seed=0):
+    mixing = draw_mixing(augment, jax.random.key(seed), b, SIZE)
+    return {name: np.asarray(x) for name, x in mixing.items()}
+
+
+def mixed(ours, partners, mixing):
+    arrays = {name: jnp.array(x) for name, x in mixing.items()}
+    return np.asarray(mix_images(jnp.array(ours), jnp.array(partners), arrays))
+
+
+def images(b, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (b, *SIZE, 3)).astype(np.float32)
+
+
+def test_mixup_is_a_blend_with_the_image_before():
+    mixing = drawn(Augment(mixup=0.5), b=5)
+    share = mixing["share"][0]
+    assert (mixing["share"] == share).all() and (mixing["blend"] == share).all()
+    assert 0.5 <= share < 1 and not mixing["box"].any()
+    ours = images(5)
+    partners = np.roll(ours, 1, axis=0)
+    np.testing.assert_array_equal(partners[1], ours[0])
+    found = mixed(ours, partners, mixing)
+    np.testing.assert_allclose(found, share * ours + (1 - share) * partners, atol=1e-6)
+
+
+def test_cutmix_sets_a_box_in_and_counts_its_pixels():
+    mixing = drawn(Augment(cutmix=1.0, per_image=True), b=64)
+    ours, partners = images(64), images(64, seed=1)
+    found = mixed(ours, partners, mixing)
+    assert len({tuple(box) for box in mixing["box"].tolist()}) > 50
+    for i, (top, left, bottom, right) in enumerate(mixing["box"]):
+        expected = ours[i].copy()
+        expected[top:bottom, left:right] = partners[i, top:bottom, left:right]
+        np.testing.assert_array_equal(found[i], expected)
+        kept = (expected == ours[i]).all(-1).mean()
+        np.testing.assert_allclose(mixing["share"][i], kept, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+def test_the_weights_of_mixup_are_those_of_beta(alpha):
+    shares = drawn(Augment(mixup=alpha, per_image=True), b=4000)["share"]
+    assert shares.min() >= 0.5
+
+    def larger(x):  # the larger part of Beta(alpha, alpha)
+        beta = scipy.stats.beta(alpha, alpha)
+        return beta.cdf(x) - beta.cdf(1 - x)
+
+    # Near 1 float32 has few numbers left.
+    below = shares[shares < 0.999].astype(np.float64)
+    assert abs(len(below) / len(shares) - larger(0.999)) < 0.03
+    assert scipy.stats.kstest(below, lambda x: larger(x) / larger(0.999)).pvalue > 0.01
+
+
+def test_the_boxes_of_cutmix_have_the_area_that_is_left():
+    """Where the box is not cut off by the border, its area is 1 - Beta(1, 1): uniform."""
+    mixing = draw_mixing(Augment(cutmix=1.0, per_image=True), jax.random.key(1), 4000, (224, 224))
+    box = np.asarray(mixing["box"])
+    inside = (box[:, :2] > 0).all(1) & (box[:, 2:] < 224).all(1)
+    sides = box[:, 2:] - box[:, :2]
+    # A box of side s stays inside with probability (1 - s)^2, where s = sqrt(area).
+    side = sides[inside, 0] / 224
+    density = lambda s: 2 * s * (1 - s) ** 2  # noqa: E731
+    total = scipy.integrate.quad(density, 0, 1)[0]
+    cdf = np.vectorize(lambda s: scipy.integrate.quad(density, 0, s)[0] / total)
+    assert np.abs(np.sort(cdf(side)) - np.linspace(0, 1, inside.sum())).max() < 0.06
+    assert (sides[inside, 0] == sides[inside, 1]).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_both_together_take_turns(share):
+    augment = Augment(mixup=0.8, cutmix=1.0, cutmix_share=share, per_image=True)
+    mixing = drawn(augment, b=2000)
+    blended = mixing["blend"] < 1
+    assert abs(blended.mean() - (1 - share)) < 0.04
+    assert not mixing["box"][blended].any()
+
+
+def test_a_batch_has_one_mixing_unless_told_otherwise():
+    mixing = drawn(Augment(mixup=0.8, cutmix=1.0), b=6, seed=3)
+    for leaf in jax.tree.leaves(mixing):
+        assert (leaf == leaf[:1]).all()
+
+
+CONFIG = ViTConfig(
+    image_size=SIZE, patch_size=(4, 4), width=16, depth=1, mlp_dim=32, num_heads=2, num_classes=5
+)
+
+
+def step_on(mesh, augment, accumulate=1):
+    """The metrics of one step, and the program that made them."""
+    optim = OptimConfig(1e-2)
+    optimizer = make_optimizer(optim, lambda step: 1e-2)
+    abstract = abstract_state(CONFIG, optimizer, ema=False, mesh=mesh)
+    state = make_state(abstract, CONFIG, optimizer, seed=0)
+    random = np.random.default_rng(0)
+    batch = {
+        "image": random.integers(0, 256, (16, *SIZE, 3), np.uint8),
+        "label": random.integers(0, 5, 16).astype(np.int32),
+        "mask": np.ones(16, bool),
+    }
+    step = make_train_step(
+        structure(CONFIG)[0],
+        optimizer,
+        lambda step: 1e-2,
+        Preprocess(SIZE),
+        num_classes=5,
+        objective="softmax",
+        augment=augment,
+        accumulate=accumulate,
+    )
+    arguments = state, to_devices(batch, 16, mesh)
+    program = jax.jit(step).lower(*arguments).compile()
+    return jax.device_get(program(*arguments)[1]), program.as_text()
+
+
+ONE = make_mesh(MeshConfig(), jax.devices()[:1])
+AUGMENTS = {
+    "mixup": Augment(mixup=0.2),
+    "both": Augment(mixup=0.8, cutmix=1.0, per_image=True, label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+@pytest.mark.parametrize(
+    "sizes, accumulate", [({}, 4), (dict(data=8), 1), (dict(fsdp=8, data=1), 2)]
+)
+def test_mesh_and_micro_batches_do_not_change_what_is_mixed(name, sizes, accumulate):
+    mesh = make_mesh(MeshConfig(**sizes)) if sizes else ONE
+    expected, _ = step_on(ONE, AUGMENTS[name])
+    found, _ = step_on(mesh, AUGMENTS[name], accumulate)
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose(found[key], expected[key], rtol=2e-5)
+
+
+def test_mixing_changes_the_gradient():
+    # The loss of a fresh model, whose head is zero, is always log(5).
+    augments = (Augment(), *AUGMENTS.values())
+    norms = {float(step_on(ONE, augment)[0]["grad_norm"]) for augment in augments}
+    assert len(norms) == 3
+
+
+def test_no_device_sees_all_images():
+    _, text = step_on(make_mesh(MeshConfig(data=8)), AUGMENTS["both"])
+    assert "collective-permute" in text
+    gathered = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather", text)
+    assert not any(int(np.prod([int(n) for n in dims.split(",")])) > 500 for dims in gathered)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(mixup=-1.0), r"augment\.mixup is -1"),
+        (dict(cutmix=float("nan")), r"augment\.cutmix is nan"),
+        (dict(cutmix_share=1.5), r"cutmix_share is 1\.5"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        Augment(**fields)
