@@ -1,5 +1,6 @@
 """Random crops against TensorFlow's, as distributions and as pixels."""
 
+import itertools
 import math
 import pathlib
 
@@ -8,7 +9,7 @@ import PIL.Image
 import pytest
 
 from vit_jax.data.arrays import ArraySource
-from vit_jax.data.images import decode
+from vit_jax.data.images import BadImage, decode, decode_box
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.transforms import InceptionCrop, Preprocess, random_crop, resize
 from vit_jax.errors import UserError
@@ -291,3 +292,36 @@ def test_preprocessing_decodes_as_it_says(tmp_path):
     assert (decode(data, "fast") != decode(data, "accurate")).any()
     with pytest.raises(UserError, match=r"data jpeg 'acurate'.*'accurate'\?"):
         Preprocess((24, 32), jpeg="acurate")
+
+
+def box_of(*numbers):
+    return lambda h, w: numbers
+
+
+@pytest.mark.parametrize("jpeg", ["fast", "accurate"])
+@pytest.mark.parametrize("path", sorted((FILES / "jpeg").glob("*.jpg")), ids=lambda path: path.stem)
+def test_a_box_of_a_jpeg_is_cut_out_of_the_very_same_pixels(path, jpeg):
+    """Rows below the box are not decoded, where the file allows it; nothing else may change."""
+    data = path.read_bytes()
+    whole = decode(data, jpeg)
+    h, w, _ = whole.shape
+    for top, left, height, width in itertools.product((0, 3), (0, 5), (1, 8, h - 3), (1, w - 5)):
+        found = decode_box(data, box_of(top, left, height, width), jpeg)
+        expected = whole[top : top + height, left : left + width]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_box_of_a_damaged_jpeg_is_refused_where_the_whole_is():
+    data = max((path.read_bytes() for path in (FILES / "jpeg").glob("*.jpg")), key=len)
+    refused = 0
+    for cut in range(2, len(data), 7):
+        try:
+            whole = decode(data[:cut], "accurate")
+        except BadImage:
+            refused += 1
+            with pytest.raises(BadImage):
+                decode_box(data[:cut], box_of(0, 0, 4, 4), "accurate")
+        else:
+            found = decode_box(data[:cut], box_of(0, 0, 4, 4), "accurate")
+            np.testing.assert_array_equal(found, whole[:4, :4])
+    assert refused > 0.9 * len(data) / 7

@@ -5,7 +5,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,55 @@ def _damaged() -> Iterator[None]:
         PIL.Image.DecompressionBombError,
     ) as error:
         raise BadImage(f"{type(error).__name__}: {error}") from None
+
+
+def decode_box(
+    data: bytes, box: Callable[[int, int], tuple[int, int, int, int]], jpeg: str, exif: bool = False
+) -> Image:
+    """Decodes the (top, left, height, width) that `box(h, w)` asks for; `decode`'s very pixels.
+
+    Of most JPEG files the rows below it are not decoded, so damage there is not seen either.
+    """
+    at = None if exif else _height_at(data)
+    if at is None:
+        image = decode(data, jpeg, exif)
+        top, left, height, width = box(*image.shape[:2])
+    else:
+        h, w = struct.unpack_from(">HH", data, at)
+        top, left, height, width = box(h, w)
+        # Chroma is interpolated from one more of its rows, two of the image's.
+        image = _decode_rows(data, jpeg, at, top + height + 2)
+        image = decode(data, jpeg) if image is None else image
+    return image[top : top + height, left : left + width]
+
+
+def _decode_rows(data: bytes, mode: str, at: int, rows: int) -> Image | None:
+    """The first rows of a JPEG: said to have no more, libjpeg stops there. None if in doubt."""
+    h, w, channels = struct.unpack_from(">HHB", data, at)
+    if rows >= h or h * w > MAX_PIXELS:
+        return None
+    image = np.empty((rows, w, channels), np.uint8)
+    colours = "GRAY" if channels == 1 else "RGB"
+    try:
+        shorter = b"".join((data[:at], struct.pack(">H", rows), data[at + 2 :]))
+        simplejpeg.decode_jpeg(shorter, colours, fastdct=mode == "fast", buffer=image)
+    except ValueError as error:  # of the first thing amiss, which are to be the rows left over
+        if not str(error).endswith("extraneous bytes before marker 0xd9"):
+            return None
+    return image
+
+
+def _height_at(data: bytes) -> int | None:
+    """Where a JPEG says its height; None for progressive ones, CMYK, or with restart markers."""
+    at = 2
+    while data[:3] == b"\xff\xd8\xff" and at + 10 < len(data) and data[at] == 0xFF:
+        kind = data[at + 1]
+        if kind in (0xC0, 0xC1):
+            return at + 5 if data[at + 9] in (1, 3) else None
+        if kind == 0xDD or (0xC2 <= kind <= 0xDA and kind not in (0xC4, 0xD8)):
+            return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
 
 
 def _decode_jpeg(data: bytes, mode: str) -> Image | None:

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
-from vit_jax.data.images import BadImage, Image
+from vit_jax.data.images import BadImage, Image, decode_box
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError, nearest
@@ -193,22 +193,22 @@ class BatchReader:
         """Reads one row of a batch."""
         image = None
         if batch["mask"][row]:
-            image, label = self._read(batch, row)
+            image, label, random = self._read(batch, row, position)
         if image is None:
             batch["image"][row] = 0
             return
-        random = None
-        if self.inception_crop or self.random_crop or self.affine or self.flip:
-            random = np.random.default_rng((self.seed, position))
-        if self.inception_crop:
-            image = self.inception_crop(image, random)
         image = self.preprocess.pixels(image, random if self.random_crop else None)
         image = self.affine(image, random) if self.affine else image
         image = flip(image, random) if self.flip else image
         batch["image"][row], batch["label"][row] = image, label
 
-    def _read(self, batch: Batch, row: int) -> tuple[Image | None, int]:
-        """An example's decoded image and its label; None where it is to be left out."""
+    def _read(
+        self, batch: Batch, row: int, position: int
+    ) -> tuple[Image | None, int, np.random.Generator | None]:
+        """An example's image, decoded and cut, its label, and the generator of what follows.
+
+        The image is None where it is to be left out.
+        """
         for _ in range(_MOST_SKIPPED):
             index = int(batch["index"][row])
             name = f"example {index}"
@@ -220,7 +220,10 @@ class BatchReader:
                         f"{name} has the label {label}, but there are "
                         f"{len(self.source.label_names)} class names"
                     )
-                return self.preprocess.read(example["image"]), label
+                random = None
+                if self.inception_crop or self.random_crop or self.affine or self.flip:
+                    random = np.random.default_rng((self.seed, position))
+                return self._cut(example["image"], random), label, random
             except BadImage as error:
                 if self.on_corrupt == "stop":
                     raise BadImage(
@@ -231,9 +234,17 @@ class BatchReader:
             batch["corrupt"][row] = True
             if not self.replace:
                 batch["mask"][row] = False
-                return None, 0
+                return None, 0, None
             batch["index"][row] = (index + 1) % _length(self.source, index + 2)
         raise UserError(f"{_MOST_SKIPPED} images in a row cannot be read, up to {name}")
+
+    def _cut(self, image: Any, random: np.random.Generator | None) -> Image:
+        crop, how = self.inception_crop, self.preprocess
+        if crop and isinstance(image, bytes):
+            box = functools.partial(crop.box, random=random)
+            return decode_box(image, box, how.jpeg, how.exif)
+        image = how.read(image)
+        return crop(image, random) if crop else image
 
 
 def _length(source: Source, endless: int) -> int:

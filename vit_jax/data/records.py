@@ -342,10 +342,11 @@ def _first_value(data: bytes, feature: tuple[int, int]) -> bytes | int | None:
     return None
 
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, Any]]:
+def _fields(data: bytes, at: int, end: int) -> list[tuple[int, Any]]:
     """The fields of a message in data[at:end]: its number, and a number or a (start, end)."""
+    fields = []
     while at < end:
-        tag, at = _varint(data, at)
+        tag, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
         kind = tag & 7
         if kind in (1, 5):  # a double or a float
             value = (at, at + (8 if kind == 1 else 4))
@@ -358,7 +359,8 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, Any]]:
             raise ValueError("no tf.train.Example")
         if at > end:
             raise ValueError("a tf.train.Example that is cut off")
-        yield tag >> 3, value
+        fields.append((tag >> 3, value))
+    return fields
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
