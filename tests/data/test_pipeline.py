@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DIGITS
 
 from vit_jax.data.arrays import ArraySource
+from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.pipeline import BatchReader, DataConfig, Split, eval_batches, train_batches
-from vit_jax.data.transforms import Preprocess, RandomAffine
+from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError
+from vit_jax.training.config import load_config
 
 ROOT = Path(__file__).parents[2]
 N, BATCH, STEPS = 11, 4, 9  # three epochs and more, none of them a whole number of batches
@@ -295,3 +298,32 @@ def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path, script, cou
         for pid in workers:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_augmentations_follow_one_another_with_one_generator():
+    """Crop, flip, RandAugment, erasing, each drawing from where the one before it stopped."""
+    preprocess = Preprocess((6, 8), in_channels=1, mean=0.3, std=0.1)
+    crop, augment = InceptionCrop(), RandAugment(2, 15)
+    read = BatchReader(
+        source(), preprocess, 3, crop, flip=True, rand_augment=augment, erasing=0.9, replace=True
+    )
+    found = read(np.arange(100, 100 + N), np.arange(N))
+    for row, image in enumerate(source().images):
+        random = np.random.default_rng((3, 100 + row))
+        expected = preprocess.pixels(crop(image, random))
+        expected = augment(flip(expected, random), random)
+        expected = RandomErasing(0.9, mean=0.3, std=0.1)(expected, random)
+        np.testing.assert_array_equal(found["image"][row], expected)
+
+
+def test_flags_reach_the_augmentations():
+    flags = ["rand_augment.layers=2", "rand_augment.magnitude=15", "erasing=0.25"]
+    flags += ["inception_crop.area=(0.08,1.0)", "jpeg=fast"]
+    config = load_config(DIGITS, [f"--config.data.train.{flag}" for flag in flags])
+    assert config.data.train.rand_augment == RandAugment(2, 15)
+    assert config.data.train.inception_crop == InceptionCrop((0.08, 1.0))
+    assert (config.data.train.erasing, config.data.train.jpeg) == (0.25, "fast")
+    with pytest.raises(UserError, match=r"data\.val is evaluated as it is: rand_augment"):
+        load_config(DIGITS, ["--config.data.val.rand_augment.layers=1"])
+    with pytest.raises(UserError, match=r"probability is 2\.0"):
+        load_config(DIGITS, ["--config.data.train.erasing=2.0"])

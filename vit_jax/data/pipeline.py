@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
+from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.images import BadImage, Image, decode_box
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine, flip
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 _ON_CORRUPT = ("stop", "skip")
+_AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
 _MOST_SKIPPED = 100  # in a row: then something else is wrong
 # Keys of a batch that stay on the host.
 HOST_KEYS = ("index", "corrupt")
@@ -52,6 +54,8 @@ class Split:
         aspect="keep" and crop=0.875 make it 224 out of a shorter side of 256.
       affine: a random affine map of every training image.
       flip: whether to mirror half of them.
+      rand_augment: changes colours and geometry further (see augment.py).
+      erasing: the share of images that get a box of noise (see `augment.RandomErasing`).
     """
 
     source: str
@@ -66,8 +70,11 @@ class Split:
     random_crop: bool = False
     affine: RandomAffine | None = None
     flip: bool = False
+    rand_augment: RandAugment | None = None
+    erasing: float = 0.0
 
     def __post_init__(self):
+        RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
 
@@ -115,7 +122,7 @@ class DataConfig:
                 f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, _ON_CORRUPT)}"
             )
         for name, split in {"val": self.val, "test": self.test}.items():
-            for key in ("inception_crop", "random_crop", "affine", "flip"):
+            for key in _AUGMENTATIONS:
                 if split and getattr(split, key):
                     raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")
 
@@ -136,6 +143,8 @@ class BatchReader:
     random_crop: bool = False
     affine: RandomAffine | None = None
     flip: bool = False
+    rand_augment: RandAugment | None = None
+    erasing: float = 0.0
     on_corrupt: str = "stop"
     replace: bool = False
 
@@ -149,7 +158,7 @@ class BatchReader:
         cls, source: Source, split: Split, preprocess: Preprocess, **fields: Any
     ) -> "BatchReader":
         """Reads `source` as `split` says, for a model of that preprocessing."""
-        for name in ("inception_crop", "random_crop", "affine", "flip"):
+        for name in _AUGMENTATIONS:
             fields[name] = getattr(split, name)
         return cls(source, split.preprocess(preprocess), **fields)
 
@@ -200,6 +209,10 @@ class BatchReader:
         image = self.preprocess.pixels(image, random if self.random_crop else None)
         image = self.affine(image, random) if self.affine else image
         image = flip(image, random) if self.flip else image
+        image = self.rand_augment(image, random) if self.rand_augment else image
+        if self.erasing:
+            mean, std = self.preprocess.mean, self.preprocess.std
+            image = RandomErasing(self.erasing, mean=mean, std=std)(image, random)
         batch["image"][row], batch["label"][row] = image, label
 
     def _read(
@@ -221,7 +234,7 @@ class BatchReader:
                         f"{len(self.source.label_names)} class names"
                     )
                 random = None
-                if self.inception_crop or self.random_crop or self.affine or self.flip:
+                if any(getattr(self, name) for name in _AUGMENTATIONS):
                     random = np.random.default_rng((self.seed, position))
                 return self._cut(example["image"], random), label, random
             except BadImage as error:
