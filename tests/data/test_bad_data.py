@@ -1,8 +1,11 @@
 """Images that cannot be read, endless sources, classes that differ: stopped, or gone on rightly."""
 
 import dataclasses
+import io
+import tarfile
 
 import numpy as np
+import PIL.Image
 import pytest
 import simplejpeg
 from grain import MapDataset
@@ -17,6 +20,7 @@ from vit_jax.data.pipeline import (
     shuffled,
     train_batches,
 )
+from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Relabelled, open_source, with_labels
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
 from vit_jax.errors import UserError
@@ -202,3 +206,56 @@ def test_ids_are_taken_for_descriptions_in_order_with_a_warning(caplog):
 def test_classes_that_the_model_does_not_know_are_named(names):
     with pytest.raises(UserError, match=r"the model knows no '(dog|x)'"):
         with_labels(arrays(names), ("ant", "bee"))
+
+
+def test_a_sliver_that_would_become_huge_is_a_bad_image():
+    sliver = PIL.Image.fromarray(np.zeros((1, 60_000), np.uint8))
+    file = io.BytesIO()
+    sliver.save(file, "PNG")
+    keep = Preprocess((224, 224), aspect="keep", crop=0.875)
+    with pytest.raises(BadImage, match=r"1 x 60000 pixels would become 256 x 15360000"):
+        keep(file.getvalue())
+
+    class OneSliver(Files):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            return {**example, "image": file.getvalue()} if index == 2 else example
+
+    files = OneSliver()
+    with pytest.raises(BadImage, match=r"/photos/2\.jpg is no readable image: 1 x 60000 pixels"):
+        BatchReader(files, keep)(np.arange(N), np.arange(N))
+    batch = BatchReader(files, keep, on_corrupt="skip")(np.arange(N), np.arange(N))
+    assert batch["corrupt"].tolist() == [index == 2 for index in range(N)]
+
+
+def test_classes_of_one_name_cannot_go_by_names():
+    with pytest.raises(UserError, match="class names that occur twice"):
+        with_labels(arrays(("crane", "x")), ("x", "crane", "crane"))
+
+
+def test_a_file_that_cannot_be_opened_is_no_bad_image(tmp_path):
+    """Or else skipping would leave out whole shards without a word."""
+    prepare("fractals:classes=2,size=8", str(tmp_path), examples=6, shard_examples=3)
+    source = open_source(f"records:{tmp_path}", "train")
+    next(tmp_path.glob("*-00001-of-00002")).unlink()
+    assert source[0]["label"] == 0
+    with pytest.raises(UserError) as raised:
+        source[5]
+    assert not isinstance(raised.value, BadImage)
+
+
+def test_other_labels_are_another_data_set(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(4):
+            data = Files()[i]["image"]
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    for name, labels in {"one": "cat cat dog dog", "other": "dog dog cat cat"}.items():
+        (tmp_path / name).write_text(labels.replace(" ", "\n"))
+    prepare(str(tmp_path / "a.tar"), str(tmp_path / "out"), labels=str(tmp_path / "one"))
+    with pytest.raises(UserError, match="source_fingerprint differ"):
+        prepare(str(tmp_path / "a.tar"), str(tmp_path / "out"), labels=str(tmp_path / "other"))
+    (tmp_path / "third").write_text("0.jpg,cat\n1.jpg,cat\n2.jpg,dog\n3.jpg,\n")
+    with pytest.raises(UserError, match=r"'3\.jpg,' names no image and class"):
+        prepare(str(tmp_path / "a.tar"), str(tmp_path / "x"), labels=str(tmp_path / "third"))

@@ -141,6 +141,7 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
     classes = [class_name(name) for name in classes]
     label_names = _sorted_classes(classes, ids=labels is not None or classes == beside)
     numbers = {name: label for label, name in enumerate(label_names)}
+    labelled = [f"{name}\0{numbers[one]}" for name, one in zip(names, classes, strict=True)]
     return TarSource(
         files,
         Packed.of(names),
@@ -149,7 +150,7 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
         np.array(sizes, np.int64),
         np.array([numbers[name] for name in classes], np.int32),
         label_names,
-        fingerprint_of(label_names, names, sizes),
+        fingerprint_of(label_names, labelled, sizes),
     )
 
 
@@ -194,13 +195,20 @@ def _members(path: str) -> Iterator[tuple[str, str | None, int, int, Callable[[]
                     for one in _plain(inner):
                         body = functools.partial(_read_member, inner, one)
                         yield one.name, name, member.offset_data + one.offset_data, one.size, body
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    except UserError:
+        raise
+    except (
+        *(tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error),
+        *(ValueError, RecursionError, MemoryError, OverflowError),
+    ) as error:
         raise UserError(f"{path} is no whole tar archive: {error}") from None
 
 
 def _plain(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
         archive.members.clear()  # tarfile would keep them all, 1 KB for each
+        if member.size < 0:
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
         if member.isreg() and not member.issparse():
             yield member
     # At a damaged header tarfile ends as if the archive did.
@@ -287,6 +295,9 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
         )
     pairs = [_LABELLED.fullmatch(line) for line in lines]
     bases = [os.path.basename(name) for name in names]
+    if any(pairs) and not all(pairs):
+        odd = lines[pairs.index(None)]
+        raise UserError(f"{path}: {odd!r} names no image and class, as other lines do")
     if all(pairs):
         told = {pair["name"]: pair["label"] for pair in pairs}
         keys = names if len(set(bases)) < len(bases) else bases

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Collection
 from typing import Any
 
@@ -93,14 +94,17 @@ def arrays(path: str, split: str) -> ArraySource:
             contents = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"the source arrays:{path}: there is no such file") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        *(ValueError, OSError, EOFError, MemoryError, RuntimeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise UserError(f"the source arrays:{path} is no readable .npz: {error}") from None
     splits = [name.removesuffix("_images") for name in contents if name.endswith("_images")]
     check_split(f"arrays:{path}", split, splits)
     images, labels = contents[f"{split}_images"], contents.get(f"{split}_labels")
     if labels is None:
         raise UserError(f"arrays:{path} holds {split}_images but no {split}_labels")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
         raise UserError(
             f"arrays:{path}: {split}_images is {images.dtype} {list(images.shape)}; expected uint8 "
             "[n h w c] or [n h w]"
@@ -111,6 +115,8 @@ def arrays(path: str, split: str) -> ArraySource:
             "integers [n]"
         )
     names = contents.get("label_names")
+    if names is not None and names.ndim != 1:
+        raise UserError(f"arrays:{path}: label_names is {list(names.shape)}; expected strings [k]")
     if names is None:
         # Over all splits, so that each of them counts the same classes.
         every = [contents[f"{s}_labels"] for s in splits if f"{s}_labels" in contents]

@@ -24,9 +24,9 @@ from absl import flags
 from grain.experimental import index_shuffle
 
 from vit_jax.data.augment import RandAugment, RandomErasing
-from vit_jax.data.images import BadImage, Image, decode_box
+from vit_jax.data.images import BadImage, decode_box
 from vit_jax.data.sources import Source
-from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine, flip
+from vit_jax.data.transforms import InceptionCrop, Pixels, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ class BatchReader:
         Raises:
           UserError: an image that cannot be read, or a label without a class name.
         """
+        cv2.setNumThreads(1)  # each image has a thread, or each process a core, of its own
         b, size = len(indices), (*self.preprocess.image_size, self.preprocess.in_channels)
         batch = {
             "image": np.empty((b, *size), self.preprocess.pixel_dtype),
@@ -206,7 +207,6 @@ class BatchReader:
         if image is None:
             batch["image"][row] = 0
             return
-        image = self.preprocess.pixels(image, random if self.random_crop else None)
         image = self.affine(image, random) if self.affine else image
         image = flip(image, random) if self.flip else image
         image = self.rand_augment(image, random) if self.rand_augment else image
@@ -217,8 +217,8 @@ class BatchReader:
 
     def _read(
         self, batch: Batch, row: int, position: int
-    ) -> tuple[Image | None, int, np.random.Generator | None]:
-        """An example's image, decoded and cut, its label, and the generator of what follows.
+    ) -> tuple[Pixels | None, int, np.random.Generator | None]:
+        """An example's image at the model's size, its label, and the generator of what follows.
 
         The image is None where it is to be left out.
         """
@@ -251,13 +251,15 @@ class BatchReader:
             batch["index"][row] = (index + 1) % _length(self.source, index + 2)
         raise UserError(f"{_MOST_SKIPPED} images in a row cannot be read, up to {name}")
 
-    def _cut(self, image: Any, random: np.random.Generator | None) -> Image:
+    def _cut(self, image: Any, random: np.random.Generator | None) -> Pixels:
         crop, how = self.inception_crop, self.preprocess
         if crop and isinstance(image, bytes):
             box = functools.partial(crop.box, random=random)
-            return decode_box(image, box, how.jpeg, how.exif)
-        image = how.read(image)
-        return crop(image, random) if crop else image
+            image = decode_box(image, box, how.jpeg, how.exif)
+        else:
+            image = how.read(image)
+            image = crop(image, random) if crop else image
+        return how.pixels(image, random if self.random_crop else None)
 
 
 def _length(source: Source, endless: int) -> int:
@@ -266,7 +268,6 @@ def _length(source: Source, endless: int) -> int:
 
 @functools.lru_cache
 def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-    cv2.setNumThreads(1)  # each image has a thread of its own already
     return concurrent.futures.ThreadPoolExecutor(threads, "read")
 
 

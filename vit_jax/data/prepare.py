@@ -63,6 +63,8 @@ class Conversion:
         if self.short_side is None or shorter <= self.short_side:
             return image if isinstance(image, bytes) else encode(pixels)
         h, w = (round(side * self.short_side / shorter) for side in pixels.shape[:2])
+        if max(h, w) > 65500:
+            raise BadImage(f"{h} x {w} pixels are more than a JPEG has")
         return encode(resize(pixels, (h, w), "area"), self.quality)
 
 
@@ -277,6 +279,8 @@ def _write_shard(
         count, total = count + 1, total + len(record)
     with _writing(path):
         writer.close()
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())  # what vouches for it must not outlive it
     os.replace(partial, path)
     return {
         "file": os.path.basename(path),

@@ -5,12 +5,15 @@ files an index of offsets is made once.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import logging
 import os
+import re
+import resource
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -55,7 +58,11 @@ class RecordSource:
         where = f"{self.where}, example {index}"
         try:
             example = parse_example(self.records[index])
+        except UserError:
+            raise
         except (ValueError, IndexError, RuntimeError, struct.error) as error:
+            if _NOT_OPENED.search(str(error)):  # no fault of this record
+                raise UserError(f"{where} cannot be read: {error}") from None
             raise BadImage(f"{where}: {error}") from None
         file = str(index)
         if name and isinstance(example.get(name), bytes):
@@ -67,6 +74,18 @@ class RecordSource:
                 f"number {label!r}"
             )
         return {"image": example[image], "label": example[label], "name": where, "file": file}
+
+
+# What array_record says where a file, not a record, is at fault.
+_NOT_OPENED = re.compile(r"open\(\)|No such file|Too many open|at least 64KB")
+
+
+def _allow_open_files() -> None:
+    """Allows as many open files as the system grants: array_record keeps one for each shard."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if most == resource.RLIM_INFINITY else most
+    with contextlib.suppress(ValueError, OSError):  # macOS grants fewer than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def tfds(argument: str, split: str) -> RecordSource:
@@ -83,6 +102,7 @@ def tfds(argument: str, split: str) -> RecordSource:
         without an image and a label.
     """
     import tensorflow_datasets
+    from google.protobuf import json_format
     from tensorflow_datasets.core import read_only_builder
 
     where = f"tfds:{argument}"
@@ -106,7 +126,7 @@ def tfds(argument: str, split: str) -> RecordSource:
             f"{where}: TFDS finds no prepared data set of that name; prepare it with tfds, set "
             "TFDS_DATA_DIR, or give its folder"
         ) from None
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, json_format.ParseError) as error:
         raise UserError(f"{where} cannot be opened: {error}") from None
     info = builder.info
     try:
@@ -115,17 +135,23 @@ def tfds(argument: str, split: str) -> RecordSource:
     except (KeyError, ValueError) as error:
         known = nearest(split, info.splits)
         raise UserError(f"the source {where} has no split {split!r}; {known} ({error})") from None
+    if not chosen.num_examples:
+        raise UserError(f"{where} has no example in split {split!r}")
     form = info.file_format.value
-    if form == "array_record":
-        method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
-        records = builder.as_data_source(split, deserialize_method=method)
-    elif form == "tfrecord":
-        records = TfRecords.of(files, chosen.num_examples)
-    else:
+    if form not in ("array_record", "tfrecord"):
         raise UserError(
             f"{where} is in {form}, which TFDS does not read whole by index: prepare it again with "
             "file_format='array_record'"
         )
+    missing = [f.filename for f in files if not os.path.isfile(f.filename)]
+    if missing:
+        raise UserError(f"{where}: {missing[0]} is not there: prepare the data set again")
+    _allow_open_files()
+    if form == "array_record":
+        method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
+        records = builder.as_data_source(split, deserialize_method=method)
+    else:
+        records = TfRecords.of(files, chosen.num_examples)
     image, label, name = _feature_keys(where, info)
     names = tuple(info.features[label].names or map(str, range(info.features[label].num_classes)))
     parts = [(os.path.basename(f.filename), f.skip, f.take) for f in files]
@@ -211,6 +237,7 @@ def records(path: str, split: str) -> RecordSource:
         raise UserError(f"{where} has no example in split {split!r}")
     if (low, high) != (0, 100):
         fingerprint = hashlib.sha256(f"{fingerprint}[{start}:{stop}]".encode()).hexdigest()[:16]
+    _allow_open_files()
     reader = ArrayRecordDataSource(parts)
     return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint)
 

@@ -94,6 +94,8 @@ def with_labels(source: Source, labels: tuple[str, ...]) -> Source:
     names = source.label_names
     if names == labels:
         return source
+    if len(set(labels)) < len(labels) or len(set(names)) < len(names):
+        raise UserError("has class names that occur twice, so that classes cannot go by names")
     unknown = [name for name in names if name not in set(labels)]
     if not unknown:
         return Relabelled(source, tuple(labels.index(name) for name in names), labels)

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, UInt8
 
-from vit_jax.data.images import Image, check_jpeg, read_image
+from vit_jax.data.images import MAX_PIXELS, BadImage, Image, check_jpeg, read_image
 from vit_jax.errors import UserError, nearest
 
 Pixels = UInt8[np.ndarray, "_h _w _c"] | Float32[np.ndarray, "_h _w _c"]  # of 0 to 255
@@ -239,6 +239,9 @@ class Preprocess:
         """
         image = to_channels(image, self.in_channels)
         size = self._resized(*image.shape[:2])
+        if size[0] * size[1] > MAX_PIXELS:
+            h, w, _ = image.shape
+            raise BadImage(f"{h} x {w} pixels would become {size[0]} x {size[1]}")
         if self.resize_dtype != "uint8":
             image = image.astype(np.float32)
         image = resize(image, size, self.resize)

@@ -24,7 +24,7 @@ from vit_jax.training.sharding import MeshConfig
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 # What a run may be resumed with in another form; everything else decides what it computes.
-RESUMABLE = ("mesh", "data.workers", "data.threads", "log", "eval", "checkpoint")
+RESUMABLE = ("mesh", "data.workers", "data.threads", "data.on_corrupt", "log", "eval", "checkpoint")
 # What the `model` section may say; what it computes in is `precision`.
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
     field.name: field.type for field in dataclasses.fields(ViTConfig) if field.name != "dtype"
