@@ -12,6 +12,8 @@ import struct
 import sys
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tensorflow_datasets
@@ -20,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from vit_jax.data import records
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import Relabelled, open_source
 from vit_jax.data.transforms import InceptionCrop, Preprocess
 from vit_jax.errors import UserError
 
@@ -257,3 +259,189 @@ def test_a_record_that_is_no_example_is_a_bad_image(copy):
 def test_what_is_not_there_is_named(spec, split, message):
     with pytest.raises(UserError, match=message):
         open_source(spec, split)
+
+
+class Real(tensorflow_datasets.core.GeneratorBasedBuilder):
+    """Images with one label and with any number of them: the features of imagenet2012_real."""
+
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+    labels = ((2,), (0, 1), (), (2, 0, 1), (1,))
+
+    def _info(self):
+        features, label = tensorflow_datasets.features, tensorflow_datasets.features.ClassLabel
+        kinds = {
+            "image": features.Image(encoding_format="jpeg"),
+            "original_label": label(names=CLASSES),
+            "real_label": features.Sequence(label(names=CLASSES)),
+            "file_name": features.Text(),
+            "boxes": features.Sequence({"kind": label(num_classes=2)}),
+        }
+        return tensorflow_datasets.core.DatasetInfo(
+            builder=self,
+            features=features.FeaturesDict(kinds),
+            supervised_keys=("image", "real_label"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"validation": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number, labels in enumerate(self.labels):
+            _, name, image = written()[number]
+            example = {"image": image, "file_name": name, "boxes": [{"kind": 1}] * number}
+            yield number, {**example, "original_label": number % 3, "real_label": labels}
+
+
+@pytest.fixture
+def real(tmp_path):
+    builder = Real(data_dir=tmp_path / "tfds", file_format="array_record")
+    builder.download_and_prepare()
+    return f"tfds:{builder.data_dir}"
+
+
+def test_a_feature_may_be_chosen_as_the_label(real):
+    plain = open_source(real, "validation")
+    one, several = (
+        open_source(f"{real},label={key}", "validation") for key in ("original_label", "real_label")
+    )
+    assert [each.multi_label for each in (plain, one, several)] == [False, False, True]
+    for index, labels in enumerate(Real.labels):
+        assert plain[index]["label"] == one[index]["label"] == index % 3
+        assert several[index]["label"] == labels
+        assert plain[index]["image"] == several[index]["image"] == written()[index][2]
+    assert plain.label_names == one.label_names == several.label_names == CLASSES
+    assert len({each.fingerprint for each in (plain, one, several)}) == 3
+    copy = pickle.loads(pickle.dumps(several))
+    assert copy.multi_label and copy[2]["label"] == ()
+
+
+def test_several_labels_become_those_of_a_model(real):
+    source = open_source(f"{real},label=real_label", "validation")
+    names = ("Bombay", *reversed(CLASSES))
+    other = Relabelled(source, (3, 2, 1), names)
+    assert other.multi_label and other.label_names == names
+    assert [other[i]["label"] for i in range(5)] == [(1,), (3, 2), (), (1, 3, 2), (2,)]
+    assert Relabelled(source, (3, 2), names)[0]["label"] == (-1,)  # reported where it is read
+    assert not Relabelled(open_source(real, "validation"), (3, 2, 1), names).multi_label
+
+
+def test_a_label_may_be_chosen_in_a_folder_whose_name_has_a_comma(copy, tmp_path):
+    (tmp_path / "a,label=b").symlink_to(copy)
+    for spec in (f"{tmp_path}/a,label=b", f"{tmp_path}/a,label=b,label=label"):
+        assert open_source(f"tfds:{spec}", "train")[7]["label"] == 1
+
+
+def test_fingerprints_do_not_change():
+    """Runs that resume hang on them."""
+    splits = {"train": "de4aa8102c33e742", "train[:3]+train[9:]": "0838bde69c67d682"}
+    for split, expected in splits.items():
+        assert open_source(f"tfds:{TFRECORD}", split).fingerprint == expected
+    chosen = open_source(f"tfds:{TFRECORD},label=label", "train")
+    assert chosen.fingerprint != splits["train"] and chosen[7]["label"] == 1
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("label=real_lable", r"has no class label 'real_lable'; did you mean 'real_label'\?"),
+        ("label=image", "has no class label 'image'; known: original_label, real_label"),
+        ("label=boxes", "has no class label 'boxes'; known: original_label, real_label"),
+        ("label=boxes/kind", "has no class label 'boxes/kind'"),
+        ("label=", "has no class label ''; known: original_label, real_label"),
+        ("lable=real_label", r"has no option 'lable'; did you mean 'label'\?"),
+        ("split=train", "has no option 'split'; known: label"),
+    ],
+)
+def test_a_label_or_an_option_that_is_not_there_is_named(real, option, message):
+    with pytest.raises(UserError, match=message):
+        open_source(f"{real},{option}", "validation")
+
+
+def number(value):
+    """A varint, written as the format has it."""
+    value, out = value % 2**64, b""
+    while value > 127:
+        value, out = value >> 7, out + bytes([value % 128 + 128])
+    return out + bytes([value])
+
+
+def message(field, data):
+    return number(field * 8 + 2) + number(len(data)) + data
+
+
+LISTS = {
+    "bytes_list": st.lists(st.binary(max_size=9), max_size=4),
+    "float_list": st.lists(st.floats(width=32), max_size=9),
+    "int64_list": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9),
+}
+FEATURES = st.dictionaries(
+    st.text(max_size=3),
+    st.sampled_from(list(LISTS)).flatmap(lambda kind: st.tuples(st.just(kind), LISTS[kind])),
+    max_size=4,
+)
+
+
+def unpacked(features):
+    """The message with each number of a list as a field of its own."""
+    entries = b""
+    for name, (kind, values) in features.items():
+        field, one = {
+            "bytes_list": (1, lambda value: message(1, value)),
+            "float_list": (2, lambda value: bytes([8 + 5]) + struct.pack("<f", value)),
+            "int64_list": (3, lambda value: bytes([8]) + number(value)),
+        }[kind]
+        values = message(field, b"".join(map(one, values)))
+        entries += message(1, message(1, name.encode()) + message(2, values))
+    return message(1, entries)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(FEATURES, st.data())
+def test_all_values_of_a_feature_are_those_that_protobuf_reads(features, data):
+    example = tf_example_pb2.Example()
+    for name, (kind, values) in features.items():
+        example.features.feature[name].ClearField("kind")
+        getattr(example.features.feature[name], kind).value.extend(values)
+    packed = example.SerializeToString()
+    for record in (packed, unpacked(features)):
+        parsed = tf_example_pb2.Example.FromString(record).features.feature
+        assert set(parsed) == set(features)
+        for name in features:
+            (_, values), *_ = [(k.name, v.value) for k, v in parsed[name].ListFields()] or [
+                ("", [])
+            ]
+            found = records.feature_values(record, name)
+            assert np.array_equal(found, values, equal_nan=features[name][0] == "float_list")
+            assert [type(one) for one in found] == [type(one) for one in values]
+            first = records.parse_example(record)[name]
+            if features[name][0] != "float_list":
+                assert first == (found[0] if found else None)
+        assert records.feature_values(record, "none of them") == []
+        # A damaged one is said to be, or gives other values.
+        cut = data.draw(st.integers(0, len(record)))
+        broken = bytearray(record[:cut])
+        for _ in range(data.draw(st.integers(0, 2)) if broken else 0):
+            broken[data.draw(st.integers(0, cut - 1))] = data.draw(st.integers(0, 255))
+        for name in features:
+            try:
+                assert isinstance(records.feature_values(bytes(broken), name), list)
+            except ValueError:
+                pass
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        message(1, message(1, message(1, b"a") + message(2, message(3, message(1, b"\x01\xff"))))),
+        message(1, message(1, message(1, b"a") + message(2, message(2, message(1, b"123"))))),
+        message(1, message(1, message(1, b"a") + message(2, message(3, b"\x08\xff")))),
+        message(1, message(1, message(1, b"a") + bytes([16, 5]))),
+        message(1, message(1, bytes([8, 5]) + message(2, b""))),
+        message(1, b"\x0a\x7f"),
+        bytes([8, 5]),
+    ],
+)
+def test_a_list_that_is_damaged_is_refused(data):
+    with pytest.raises(ValueError, match=r"tf\.train\.Example|multiple of element size"):
+        records.feature_values(data, "a")

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 _ON_CORRUPT = ("stop", "skip")
-_AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
+AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
 _MOST_SKIPPED = 100  # in a row: then something else is wrong
 # Keys of a batch that stay on the host.
 HOST_KEYS = ("index", "corrupt")
@@ -104,7 +104,7 @@ class DataConfig:
         of the source takes its place in training, and none in evaluation.
     """
 
-    train: Split
+    train: Split | None = None
     val: Split | None = None
     test: Split | None = None
     workers: int = 0
@@ -122,7 +122,7 @@ class DataConfig:
                 f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, _ON_CORRUPT)}"
             )
         for name, split in {"val": self.val, "test": self.test}.items():
-            for key in _AUGMENTATIONS:
+            for key in AUGMENTATIONS:
                 if split and getattr(split, key):
                     raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")
 
@@ -158,7 +158,7 @@ class BatchReader:
         cls, source: Source, split: Split, preprocess: Preprocess, **fields: Any
     ) -> "BatchReader":
         """Reads `source` as `split` says, for a model of that preprocessing."""
-        for name in _AUGMENTATIONS:
+        for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
         return cls(source, split.preprocess(preprocess), **fields)
 
@@ -170,16 +170,18 @@ class BatchReader:
         Returns:
           {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
           bool [b]}. Images are pixels of 0 to 255, not yet normalised: float32 where `preprocess`
-          resizes in it. `corrupt` marks the rows whose own image cannot be read.
+          resizes in it. `corrupt` marks the rows whose own image cannot be read. Where images have
+          several labels, or none, `label` is float32 [b k], 1 for each of them.
 
         Raises:
           UserError: an image that cannot be read, or a label without a class name.
         """
         cv2.setNumThreads(1)  # each image has a thread, or each process a core, of its own
         b, size = len(indices), (*self.preprocess.image_size, self.preprocess.in_channels)
+        k, multi_label = len(self.source.label_names), getattr(self.source, "multi_label", False)
         batch = {
             "image": np.empty((b, *size), self.preprocess.pixel_dtype),
-            "label": np.zeros(b, np.int32),
+            "label": np.zeros((b, k), np.float32) if multi_label else np.zeros(b, np.int32),
             "mask": indices >= 0,
             "index": np.array(indices),
             "corrupt": np.zeros(b, bool),
@@ -213,11 +215,15 @@ class BatchReader:
         if self.erasing:
             mean, std = self.preprocess.mean, self.preprocess.std
             image = RandomErasing(self.erasing, mean=mean, std=std)(image, random)
-        batch["image"][row], batch["label"][row] = image, label
+        batch["image"][row] = image
+        if isinstance(label, tuple):
+            batch["label"][row, list(label)] = 1
+        else:
+            batch["label"][row] = label
 
     def _read(
         self, batch: Batch, row: int, position: int
-    ) -> tuple[Pixels | None, int, np.random.Generator | None]:
+    ) -> tuple[Pixels | None, int | tuple[int, ...], np.random.Generator | None]:
         """An example's image at the model's size, its label, and the generator of what follows.
 
         The image is None where it is to be left out.
@@ -228,13 +234,14 @@ class BatchReader:
             try:
                 example = self.source[index]
                 name, label = example.get("name", name), example["label"]
-                if not 0 <= label < len(self.source.label_names):
-                    raise UserError(
-                        f"{name} has the label {label}, but there are "
-                        f"{len(self.source.label_names)} class names"
-                    )
+                for each in label if isinstance(label, tuple) else (label,):
+                    if not 0 <= each < len(self.source.label_names):
+                        raise UserError(
+                            f"{name} has the label {each}, but there are "
+                            f"{len(self.source.label_names)} class names"
+                        )
                 random = None
-                if any(getattr(self, name) for name in _AUGMENTATIONS):
+                if any(getattr(self, name) for name in AUGMENTATIONS):
                     random = np.random.default_rng((self.seed, position))
                 return self._cut(example["image"], random), label, random
             except BadImage as error:

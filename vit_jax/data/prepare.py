@@ -241,6 +241,8 @@ def _converted(
         except BadImage as error:
             return None, name, str(error)
         label = example["label"]
+        if isinstance(label, tuple):
+            raise UserError(f"{name} has several labels or none: shards hold one of each image")
         if not 0 <= label < len(source.label_names):
             return None, name, f"label {label}"
         file = os.path.basename(example.get("file", str(index))).encode("utf-8", "replace")

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from grain.experimental import index_shuffle
 from jaxtyping import Int32, Int64
 
 from vit_jax.data.files import OpenFiles, parse_split
@@ -41,7 +42,8 @@ class Records(Protocol):
 class RecordSource:
     """Labelled images in records; `source[i]["image"]` is an image file's bytes.
 
-    `keys` are the names of the image, the label and, if there is one, the example's name.
+    `keys` are the names of the image, the label and, if there is one, the example's name. Where
+    it is `multi_label`, labels are tuples of ints, which may be empty.
     """
 
     records: Records
@@ -49,15 +51,18 @@ class RecordSource:
     where: str
     label_names: tuple[str, ...]
     fingerprint: str
+    multi_label: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, label, name = self.keys
+        image, key, name = self.keys
         where = f"{self.where}, example {index}"
         try:
-            example = parse_example(self.records[index])
+            record = self.records[index]
+            example = parse_example(record)
+            label = self._label(record, example)
         except UserError:
             raise
         except (ValueError, IndexError, RuntimeError, struct.error) as error:
@@ -68,12 +73,20 @@ class RecordSource:
         if name and isinstance(example.get(name), bytes):
             file = example[name].decode("utf-8", "replace")
             where += f" ({file})"
-        if not isinstance(example.get(image), bytes) or not isinstance(example.get(label), int):
+        labels = label if isinstance(label, tuple) else (label,)
+        if not isinstance(example.get(image), bytes) or not all(isinstance(n, int) for n in labels):
             raise UserError(
                 f"{where} has {', '.join(example) or 'nothing'}; expected bytes {image!r} and a "
-                f"number {label!r}"
+                f"number {key!r}"
             )
-        return {"image": example[image], "label": example[label], "name": where, "file": file}
+        return {"image": example[image], "label": label, "name": where, "file": file}
+
+    def _label(self, record: bytes, example: Mapping[str, Any]) -> Any:
+        """An example's label, out of its record and the first value of each feature."""
+        key = self.keys[1]
+        if self.multi_label and key in example:
+            return tuple(feature_values(record, key))
+        return example.get(key)
 
 
 # What array_record says where a file, not a record, is at fault.
@@ -92,35 +105,54 @@ def tfds(argument: str, split: str) -> RecordSource:
     """A data set that TFDS prepared: NAME, NAME/CONFIG:VERSION, or the path of its folder.
 
     Names are looked up in the folder TFDS_DATA_DIR, or ~/tensorflow_datasets. TensorFlow is not
-    needed, nor the code that made the data set.
+    needed, nor the code that made the data set. `,label=KEY` after it says which feature is the
+    label: a class label, or a sequence of them, of which an example then has any number.
 
     Args:
       split: as TFDS has it, such as "train[:98%]".
 
     Raises:
-      UserError: no such data set or split, a format that cannot be read by index, or features
-        without an image and a label.
+      UserError: no such data set, split, option or label, a format that cannot be read by index,
+        or features without an image and a label.
+    """
+    where, chosen = f"tfds:{argument}", None
+    option = re.fullmatch(r"(.*),(\w+)=(.*)", argument)
+    if option and not os.path.isdir(os.path.expanduser(argument)):  # whose name may have commas
+        argument, name, chosen = option.groups()
+        if name != "label":
+            raise UserError(f"{where} has no option {name!r}; {nearest(name, ['label'])}")
+    path = os.path.expanduser(argument.rstrip("/"))
+    if path.startswith(("/", ".")) and not os.path.isdir(path):
+        raise UserError(f"{where}: there is no such folder")
+    builder = prepared(where, argument, path if os.path.isdir(path) else None)
+    keys = _feature_keys(where, builder.info, chosen)
+    names, multi_label = class_names(where, builder.info, keys[1])
+    records, told = split_records(where, builder, split)
+    told = (*told, names) if chosen is None else (*told, names, chosen)
+    return RecordSource(records, keys, f"{where} {split}", names, digest(told), multi_label)
+
+
+def prepared(where: str, name: str, path: str | None = None) -> Any:
+    """TFDS's builder of the data set of that name, or of the one in the folder `path`.
+
+    Raises:
+      UserError: there is none, or what is there cannot be understood; it begins with `where`.
     """
     import tensorflow_datasets
     from google.protobuf import json_format
     from tensorflow_datasets.core import read_only_builder
 
-    where = f"tfds:{argument}"
-    path = os.path.expanduser(argument.rstrip("/"))
-    if path.startswith(("/", ".")) and not os.path.isdir(path):
-        raise UserError(f"{where}: there is no such folder")
     try:
-        if os.path.isfile(os.path.join(path, "dataset_info.json")):
-            builder = tensorflow_datasets.builder_from_directory(path)
-        elif os.path.isdir(path):
-            builder = read_only_builder.builder_from_files(
+        if path and os.path.isfile(os.path.join(path, "dataset_info.json")):
+            return tensorflow_datasets.builder_from_directory(path)
+        if path:
+            return read_only_builder.builder_from_files(
                 os.path.basename(path), data_dir=os.path.dirname(os.path.abspath(path))
             )
-        else:
-            folder = os.environ.get("TFDS_DATA_DIR")  # which TFDS reads at its import only
-            builder = read_only_builder.builder_from_files(
-                argument, **({"data_dir": folder} if folder else {})
-            )
+        folder = os.environ.get("TFDS_DATA_DIR")  # which TFDS reads at its import only
+        return read_only_builder.builder_from_files(
+            name, **({"data_dir": folder} if folder else {})
+        )
     except tensorflow_datasets.core.DatasetNotFoundError:
         raise UserError(
             f"{where}: TFDS finds no prepared data set of that name; prepare it with tfds, set "
@@ -128,6 +160,16 @@ def tfds(argument: str, split: str) -> RecordSource:
         ) from None
     except (ValueError, OSError, KeyError, json_format.ParseError) as error:
         raise UserError(f"{where} cannot be opened: {error}") from None
+
+
+def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[Any, ...]]:
+    """The records of a split of a prepared data set, and what their fingerprint is of.
+
+    Raises:
+      UserError: no such split, or a format that cannot be read by index.
+    """
+    import tensorflow_datasets
+
     info = builder.info
     try:
         chosen = info.splits[split]
@@ -147,26 +189,46 @@ def tfds(argument: str, split: str) -> RecordSource:
     if missing:
         raise UserError(f"{where}: {missing[0]} is not there: prepare the data set again")
     _allow_open_files()
-    if form == "array_record":
-        method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
-        records = builder.as_data_source(split, deserialize_method=method)
-    else:
-        records = TfRecords.of(files, chosen.num_examples)
-    image, label, name = _feature_keys(where, info)
-    names = tuple(info.features[label].names or map(str, range(info.features[label].num_classes)))
     parts = [(os.path.basename(f.filename), f.skip, f.take) for f in files]
     sizes = [os.path.getsize(f.filename) for f in files]
-    told = repr((info.full_name, parts, sizes, names))
-    fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
-    return RecordSource(records, (image, label, name), f"{where} {split}", names, fingerprint)
+    told = (info.full_name, parts, sizes)
+    if form == "tfrecord":
+        return TfRecords.of(files, chosen.num_examples), told
+    method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
+    return builder.as_data_source(split, deserialize_method=method), told
 
 
-def _feature_keys(where: str, info: Any) -> tuple[str, str, str | None]:
+def digest(told: tuple[Any, ...]) -> str:
+    """A fingerprint: 16 hex digits."""
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def class_names(where: str, info: Any, key: str) -> tuple[tuple[str, ...], bool]:
+    """The names of a label's classes, and whether an example has any number of them.
+
+    Raises:
+      UserError: the data set has no class label of that name.
+    """
+    labels = {}
+    for name, feature in info.features.items():
+        several = type(feature).__name__ == "Sequence"
+        label = feature.feature if several else feature
+        if type(label).__name__ == "ClassLabel":
+            labels[name] = label, several
+    if key not in labels:
+        raise UserError(f"{where} has no class label {key!r}; {nearest(key, labels)}")
+    label, several = labels[key]
+    return tuple(label.names or map(str, range(label.num_classes))), several
+
+
+def _feature_keys(where: str, info: Any, label: str | None) -> tuple[str, str, str | None]:
     """The names of a data set's image, label and text features; the supervised pair goes first."""
     kinds: dict[str, list[str]] = {"Image": [], "ClassLabel": [], "Text": []}
     first = [key for key in info.supervised_keys or () if isinstance(key, str)]
     for key in [*first, *(key for key in info.features if key not in first)]:
         kinds.setdefault(type(info.features[key]).__name__, []).append(key)
+    if label is not None:
+        kinds["ClassLabel"] = [label]
     if not kinds["Image"] or not kinds["ClassLabel"]:
         raise UserError(
             f"{where} has the features {', '.join(info.features)}; expected an image and a label"
@@ -190,6 +252,8 @@ FEATURES = ("image", "label", "name")
 
 def records(path: str, split: str) -> RecordSource:
     """The ArrayRecord shards that `prepare` wrote (see prepare.py); `split` as for folders.
+
+    A part such as "train[:90%]" is one of a fixed random order, so that it has all classes.
 
     Raises:
       UserError: no such folder or split, or one that was not finished or has changed.
@@ -223,23 +287,40 @@ def records(path: str, split: str) -> RecordSource:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: what was said of split {name!r} is damaged: {error!r}") from None
-    total = sum(shard["examples"] for shard in shards)
+    counts = [shard["examples"] for shard in shards]
+    total = sum(counts)
     start, stop = (round(percent * total / 100) for percent in (low, high))
-    parts, at = [], 0
-    for shard in shards:
-        n = shard["examples"]
-        skip, end = max(start - at, 0), min(stop - at, n)
-        if skip < end:
-            file = os.path.join(path, shard["file"])
-            parts.append(_Part(file, skip, end - skip, n))
-        at += n
-    if not parts:
+    if start == stop:
         raise UserError(f"{where} has no example in split {split!r}")
-    if (low, high) != (0, 100):
-        fingerprint = hashlib.sha256(f"{fingerprint}[{start}:{stop}]".encode()).hexdigest()[:16]
     _allow_open_files()
-    reader = ArrayRecordDataSource(parts)
+    files = (os.path.join(path, shard["file"]) for shard in shards)
+    reader: Records = ArrayRecordDataSource(
+        [_Part(file, 0, n, n) for file, n in zip(files, counts, strict=True)]
+    )
+    if (low, high) != (0, 100):
+        reader = _Share(reader, start, stop)
+        fingerprint = digest((fingerprint, start, stop, "mixed"))
     return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Records `start` to `stop` of a fixed random order.
+
+    What `prepare` read class by class lies so in its shards, whose last percent is one class.
+    """
+
+    records: Records
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> bytes:
+        last = len(self.records) - 1
+        at = index_shuffle(self.start + index, max_index=last, seed=0, rounds=4) if last else 0
+        return self.records[at]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -367,6 +448,46 @@ def _first_value(data: bytes, feature: tuple[int, int]) -> bytes | int | None:
                 number = value if isinstance(value, int) else _varint(data, value[0])[0]
                 return number - 2**64 if number >= 2**63 else number
     return None
+
+
+def feature_values(data: bytes, name: str) -> list[bytes] | list[float] | list[int]:
+    """All values of one feature of a serialised `tf.train.Example`; [] where it is not there.
+
+    Raises:
+      ValueError: bytes that are no such message.
+    """
+    found, key = [], name.encode()
+    try:
+        for _, features in _fields(data, 0, len(data)):
+            for _, entry in _fields(data, *features):
+                parts = dict(_fields(data, *entry))
+                if 2 in parts and data[slice(*parts.get(1, (0, 0)))] == key:
+                    found = list(_values(data, parts[2]))
+    except (TypeError, IndexError):  # as above
+        raise ValueError("no tf.train.Example") from None
+    return found
+
+
+def _values(data: bytes, feature: tuple[int, int]) -> Iterator[bytes | float | int]:
+    for kind, values in _fields(data, *feature):
+        for _, value in _fields(data, *values):
+            if kind == 1:
+                yield data[slice(*value)]
+            elif kind == 2:  # one by one and packed look the same
+                yield from np.frombuffer(data[slice(*value)], "<f4").tolist()
+            elif isinstance(value, int):
+                yield _signed(value)
+            else:
+                at, end = value
+                while at < end:
+                    number, at = _varint(data, at)
+                    yield _signed(number)
+                if at > end:
+                    raise ValueError("a tf.train.Example that is cut off")
+
+
+def _signed(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _fields(data: bytes, at: int, end: int) -> list[tuple[int, Any]]:

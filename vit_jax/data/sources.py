@@ -10,6 +10,7 @@ from vit_jax.data.arrays import arrays, digits
 from vit_jax.data.files import folder
 from vit_jax.data.fractals import open_fractals
 from vit_jax.data.records import records, tfds
+from vit_jax.data.vtab import vtab
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,9 @@ class Source(Protocol):
 
     `label_names[c]` is the name of class c; `fingerprint` changes when the examples do. A source
     without `__len__` is endless. Sources are sent to worker processes: small when pickled.
+
+    A source may have an attribute `multi_label`; where it is True, images have any number of
+    labels, and `label` is a tuple of ints.
     """
 
     label_names: tuple[str, ...]
@@ -43,6 +47,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "tar": tar,
     "tfds": tfds,
     "records": records,
+    "vtab": vtab,
     "fractals": open_fractals,
 }
 
@@ -73,9 +78,17 @@ class Relabelled:
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.source[index]
         label = example["label"]
+        if isinstance(label, tuple):
+            return {**example, "label": tuple(self._class(each) for each in label)}
+        return {**example, "label": self._class(label)}
+
+    def _class(self, label: int) -> int:
         # A label out of range stays one, and is reported where it is read.
-        known = 0 <= label < len(self.classes)
-        return {**example, "label": self.classes[label] if known else -1}
+        return self.classes[label] if 0 <= label < len(self.classes) else -1
+
+    @property
+    def multi_label(self) -> bool:
+        return getattr(self.source, "multi_label", False)
 
     @property
     def fingerprint(self) -> str:
