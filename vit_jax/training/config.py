@@ -1,9 +1,13 @@
 """A config file's fields, typed: every key is known, or the nearest known one is named."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
+import operator
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -18,6 +22,7 @@ from vit_jax.data.pipeline import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, ViTConfig, variant, variant_fields
 from vit_jax.models.posembed import RESIZE_METHODS
+from vit_jax.training.evaluators import Evaluator, evaluator_kind
 from vit_jax.training.objectives import OBJECTIVES, Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
@@ -34,10 +39,22 @@ MODEL_KEYS |= {"image_size": tuple, "patch_size": tuple, "representation_size": 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """`every` steps the val split is evaluated (0: at the end only); in batches of `batch_size`."""
+    """`every` steps the val split is evaluated (0: at the end only); in batches of `batch_size`.
+
+    `evaluators` is what is measured beside val and test, each under a name of its own.
+    """
 
     every: int = 0
     batch_size: int | None = None
+    evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in self.evaluators:
+            if not name.isidentifier() or name in ("train", "val", "test"):
+                raise UserError(
+                    f"eval.evaluators.{name}: expected a name of letters, other than train, val, "
+                    "test"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +75,10 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `batch_size` is global; exactly one of the three durations is set.
+    """One run. `batch_size` is global.
+
+    To train, data.train, `optim` and exactly one of the three durations must be set; a config that
+    only evaluates has none of them.
 
     `model` has `variant`, any field of ViTConfig, and for fine-tuning `head` (`fresh`, or `keep`
     the checkpoint's where the classes agree) and `position_resize` (see models/posembed.py).
@@ -66,8 +86,8 @@ class Config:
     """
 
     batch_size: int
-    data: DataConfig
-    optim: OptimConfig
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig | None = None
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     total_steps: int | None = None
@@ -101,13 +121,19 @@ class Config:
             if value not in known:
                 raise UserError(f"{name} is {value!r}; {nearest(value, known)}")
         given = [name for name in DURATIONS if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(given) > 1 or (self.optim is not None and not given):
             raise UserError(
                 f"set exactly one of {', '.join(DURATIONS)}; found {' and '.join(given) or 'none'}"
             )
         for name in self.model:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
+
+    def check_trains(self) -> None:
+        """Raises a UserError for a config that can only evaluate."""
+        for name, value in (("data.train", self.data.train), ("optim", self.optim)):
+            if value is None:
+                raise UserError(f"{name} is not set: this config can evaluate, but not train")
 
     def steps(self, num_examples: int | None) -> int:
         """The length of the run, where the training split has `num_examples` (None: endless)."""
@@ -169,12 +195,14 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     _fill(config, Config, names)
     known = [name for name, _ in _leaves(config)]
     for flag, name in zip(overrides, names, strict=True):
-        if name not in known:
+        section = flag.endswith("=None") and any(each.startswith(f"{name}.") for each in known)
+        if name not in known and not section:
             raise UserError(f"unknown config key in {flag}; {nearest(name, known)}")
     with config.ignore_type():
         for flag, name in zip(overrides, names, strict=True):
             if flag.endswith("=None"):
-                config.update_from_flattened_dict({name: None})
+                *parents, last = name.split(".")
+                functools.reduce(operator.getitem, parents, config)[last] = None
     flag_values = flags.FlagValues()
     argv = ["vit_jax", *(flag for flag in overrides if not flag.endswith("=None"))]
     config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
@@ -194,16 +222,31 @@ def _run_config_file(spec: str) -> ml_collections.ConfigDict:
     if not os.path.isfile(path) or not path.endswith(".py"):
         raise UserError(f"there is no config file {path!r} (--config={spec}); expected FILE.py")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
-    module.__spec__.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} is no config file: it has no function get_config")
-    try:
-        config = module.get_config(argument) if argument else module.get_config()
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{spec}: {error}") from None
+    with _importable(os.path.dirname(os.path.abspath(path))):
+        module.__spec__.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} is no config file: it has no function get_config")
+        try:
+            config = module.get_config(argument) if argument else module.get_config()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{spec}: {error}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{path} is no config file: get_config returns no ConfigDict")
     return ml_collections.ConfigDict(config.to_dict(), type_safe=True)
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Config files may import one another; of two folders, each its own."""
+    sys.path.insert(0, folder)
+    before = set(sys.modules)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
+                del sys.modules[name]
 
 
 def _fill(config: ml_collections.ConfigDict, kind: Any, wanted: Sequence[str]) -> None:
@@ -219,6 +262,12 @@ def _fill(config: ml_collections.ConfigDict, kind: Any, wanted: Sequence[str]) -
             for name, value_type in MODEL_KEYS.items():
                 if section.get(name) is None:
                     section[name] = ml_collections.config_dict.placeholder(value_type)
+        elif inner == dict[str, Evaluator]:
+            if config.get(field.name) is None:
+                config[field.name] = ml_collections.ConfigDict()
+            for name, section in config[field.name].items():
+                inside = [n.partition(".")[2] for n in here if n.split(".")[0] == name]
+                _fill(section, evaluator_kind(name, section.get("type")), inside)
         elif dataclasses.is_dataclass(inner):
             if config.get(field.name) is None and (inner is hints[field.name] or any(here)):
                 config[field.name] = ml_collections.ConfigDict()
@@ -280,9 +329,17 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         return kind(**inner)
     if origin is tuple:
         kinds, items = typing.get_args(kind), value if isinstance(value, (tuple, list)) else None
+        if items is not None and kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * len(items)
         if items is None or len(items) != len(kinds):
             raise UserError(f"config {where} is {value!r}; expected {len(kinds)} values")
         return tuple(unpack(k, item, where) for k, item in zip(kinds, items, strict=True))
+    if kind == dict[str, Evaluator]:
+        sections = {k: v for k, v in value.items() if v is not None}
+        return {
+            k: unpack(evaluator_kind(k, dict(v).get("type")), v, f"{path}.{k}")
+            for k, v in sections.items()
+        }
     if origin is dict:
         return {
             k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if v is not None

@@ -1,85 +1,187 @@
 """Evaluation: every example once, whatever the batch size and the number of devices."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sized
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.checkpoints.load import open_model, place
-from vit_jax.data.pipeline import BatchReader, eval_batches
+from vit_jax.checkpoints.record import ModelRecord
+from vit_jax.data.pipeline import BatchReader, Split, eval_batches
 from vit_jax.data.sources import open_source, with_labels
-from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config, from_json
+from vit_jax.training.evaluators import Classification, Evaluator
+from vit_jax.training.metrics import due
+from vit_jax.training.probes import Features
 from vit_jax.training.sharding import batch_shards, local_rows, make_mesh, placement, to_devices
-from vit_jax.training.steps import make_eval_step
-
-EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+from vit_jax.training.steps import make_eval_step, make_feature_step
 
 
-def evaluate(
-    eval_step: EvalStep,
-    params: Any,
-    read: BatchReader,
-    *,
-    batch_size: int,
-    mesh: Mesh,
-    threads: int | None = None,
-) -> dict[str, float]:
-    """Returns the means over all examples of `read.source`: accuracy (top-1), top5 and loss.
+class Evaluation:
+    """What a config measures models by: val, test, and each of eval.evaluators.
 
-    Padding is masked; the sums of all batches are added on the host, and divided last. Where
-    images that cannot be read are skipped, they are masked too, and `corrupt` is their number.
-    """
-    sums, corrupt = [], 0
-    with eval_batches(read, batch_size, rows=local_rows(batch_size, mesh), threads=threads) as it:
-        for batch in it:
-            corrupt += int(batch["corrupt"].sum())
-            sums.append(eval_step(params, to_devices(batch, batch_size, mesh)))
-    totals = {
-        name: np.sum([each[name] for each in jax.device_get(sums)], dtype=np.float64)
-        for name in sums[0]
-    }
-    count = totals.pop("count")
-    if not count:
-        raise UserError("none of the images to evaluate can be read")
-    means = {name: float(total / count) for name, total in totals.items()}
-    return {**means, "corrupt": corrupt} if read.on_corrupt == "skip" else means
-
-
-def readers(
-    config: Config, preprocess: Preprocess, labels: tuple[str, ...]
-) -> dict[str, BatchReader]:
-    """Opens the val and test splits that the config has, as a model of `labels` reads them.
+    All data is opened here, so that what is missing is said before a run begins.
 
     Raises:
-      UserError: a split has other classes than the model.
+      UserError: a split that cannot be opened or is endless, or has other classes than the model.
     """
-    found = {}
-    for name, split in {"val": config.data.val, "test": config.data.test}.items():
-        if split is None:
-            continue
-        source = open_source(split.source, split.split)
-        if not isinstance(source, Sized):
-            raise UserError(f"data.{name}.source {split.source} is endless: name a finite split")
-        try:
-            source = with_labels(source, labels)
-        except UserError as error:
-            raise UserError(f"data.{name} ({split.source}, {split.split}): {error}") from None
-        found[name] = BatchReader.of(source, split, preprocess, on_corrupt=config.data.on_corrupt)
-    return found
+
+    def __init__(self, config: Config, record: ModelRecord, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._evaluators: dict[str, Evaluator] = {
+            name: Classification(test=split, every=every)
+            for name, split, every in (
+                ("val", config.data.val, None),
+                ("test", config.data.test, 0),
+            )
+            if split is not None
+        }
+        self._evaluators |= config.eval.evaluators
+        # By split, and whether its classes are the model's.
+        self._reads: dict[tuple[Split, bool], BatchReader] = {}
+        for name, evaluator in self._evaluators.items():
+            ours = isinstance(evaluator, Classification)
+            where = f"data.{name}" if name in ("val", "test") else f"eval.evaluators.{name}"
+            for splits in evaluator.data_sets():
+                labels = record.labels if ours else None
+                for split in splits:
+                    source = _open(where, split, labels)
+                    labels = labels or source.label_names
+                    self._reads[split, ours] = BatchReader.of(
+                        source, split, record.preprocess, on_corrupt=config.data.on_corrupt
+                    )
+        graphdef, _ = structure(record.config)
+        self._eval_step = jax.jit(
+            make_eval_step(
+                graphdef,
+                record.preprocess,
+                num_classes=record.config.num_classes,
+                objective=config.objective,
+            )
+        )
+        self._feature_step = jax.jit(
+            make_feature_step(graphdef, record.preprocess),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """val, test and the evaluators, as far as there are any."""
+        return tuple(self._evaluators)
+
+    def due(self, step: int, total_steps: int) -> list[str]:
+        """The names of what is to be measured when `step` steps are done."""
+        default = self._config.eval.every
+        return [
+            name
+            for name, evaluator in self._evaluators.items()
+            if due(step, default if evaluator.every is None else evaluator.every, total_steps)
+        ]
+
+    def measure(self, names: list[str], params: Any) -> Iterator[dict[str, float]]:
+        """Yields for each name {"NAME/METRIC": value}, of the model with these parameters."""
+        model = _Weighted(self, params)
+        for name in names:
+            values = self._evaluators[name].measure(model)
+            yield {f"{name}/{key}": value for key, value in values.items()}
+
+    def classify(self, params: Any, split: Split) -> dict[str, float]:
+        """Returns the means over all examples: accuracy (top-1), top5 and loss.
+
+        Padding is masked; the sums of all batches are added on the host, and divided last. Where
+        images that cannot be read are skipped, they are masked too, and `corrupt` is their number.
+        """
+        read, sums, corrupt = self._reads[split, True], [], 0
+        with self._batches(read) as batches:
+            for batch in batches:
+                corrupt += int(batch["corrupt"].sum())
+                sums.append(self._eval_step(params, self._to_devices(batch)))
+        totals = {
+            name: np.sum([each[name] for each in jax.device_get(sums)], dtype=np.float64)
+            for name in sums[0]
+        }
+        count = totals.pop("count")
+        if not count:
+            raise UserError(f"{split.source} {split.split}: no image can be evaluated")
+        means = {name: float(total / count) for name, total in totals.items()}
+        return {**means, "corrupt": corrupt} if read.on_corrupt == "skip" else means
+
+    def features(self, params: Any, split: Split) -> Features:
+        """Returns what the head reads of every example, in order, on the host of every process."""
+        read, kept = self._reads[split, False], []
+        pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+        def keep(values):
+            rows = np.flatnonzero(values["mask"])
+            kept.append((np.asarray(values["x"])[rows], np.asarray(values["label"])[rows]))
+
+        with self._batches(read) as batches:
+            for batch in batches:
+                pending.append(self._feature_step(params, self._to_devices(batch)))
+                if len(pending) > 2:  # so that the device need not wait for the host
+                    keep(pending.popleft())
+        for values in pending:
+            keep(values)
+        x, y = (np.concatenate(column) for column in zip(*kept, strict=True))
+        if y.ndim != 1:
+            raise UserError(f"{split.source} has several labels an image: no probe takes them")
+        return Features(x, y)
+
+    def num_classes(self, split: Split) -> int:
+        """How many classes the data set of a split has, for what reads features."""
+        return len(self._reads[split, False].source.label_names)
+
+    @property
+    def _batch_size(self) -> int:
+        """Rounded up to what the devices divide; the rest is padding."""
+        shards = batch_shards(self._mesh)
+        size = self._config.eval.batch_size or self._config.batch_size
+        return -(-size // shards) * shards
+
+    def _batches(self, read: BatchReader) -> Any:
+        rows = local_rows(self._batch_size, self._mesh)
+        return eval_batches(read, self._batch_size, rows=rows, threads=self._config.data.threads)
+
+    def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return to_devices(batch, self._batch_size, self._mesh)
 
 
-def eval_batch_size(config: Config, mesh: Mesh) -> int:
-    """The batch size of evaluation, rounded up to what the devices divide; the rest is padding."""
-    shards = batch_shards(mesh)
-    return -(-(config.eval.batch_size or config.batch_size) // shards) * shards
+@dataclasses.dataclass(frozen=True)
+class _Weighted:
+    """A model with its weights. The features of a split are computed once for all evaluators."""
+
+    evaluation: Evaluation
+    params: Any
+    known: dict[Split, Features] = dataclasses.field(default_factory=dict)
+
+    def classify(self, split: Split) -> dict[str, float]:
+        return self.evaluation.classify(self.params, split)
+
+    def features(self, split: Split) -> Features:
+        if split not in self.known:
+            self.known[split] = self.evaluation.features(self.params, split)
+        return self.known[split]
+
+    def num_classes(self, split: Split) -> int:
+        return self.evaluation.num_classes(split)
+
+
+def _open(where: str, split: Split, labels: tuple[str, ...] | None) -> Any:
+    source = open_source(split.source, split.split)
+    if not isinstance(source, Sized):
+        raise UserError(f"{where}.source {split.source} is endless: name a finite split")
+    try:
+        return source if labels is None else with_labels(source, labels)
+    except UserError as error:
+        raise UserError(f"{where} ({split.source}, {split.split}): {error}") from None
 
 
 def read_config(workdir: epath.PathLike) -> Config:
@@ -101,24 +203,12 @@ def evaluate_run(path: epath.PathLike, config: Config) -> dict[str, int | float]
     """
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1))
     opened = open_model(path)
-    record, step = opened.record, opened.step
-    batch_size = eval_batch_size(config, mesh)
-    graphdef, _ = structure(record.config)
-    params, _ = place(opened, record.config, shardings=functools.partial(placement, mesh=mesh))
-    eval_step = jax.jit(
-        make_eval_step(
-            graphdef,
-            record.preprocess,
-            num_classes=record.config.num_classes,
-            objective=config.objective,
-        )
-    )
-    results: dict[str, int | float] = {}
-    for name, read in readers(config, record.preprocess, record.labels).items():
-        values = evaluate(
-            eval_step, params, read, batch_size=batch_size, mesh=mesh, threads=config.data.threads
-        )
-        results |= {f"{name}/{key}": value for key, value in values.items()}
-    if not results:
-        raise UserError("the config has neither data.val nor data.test to evaluate")
-    return results if step is None else {"step": step, **results}
+    evaluation = Evaluation(config, opened.record, mesh)
+    if not evaluation.names:
+        raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
+    shardings = functools.partial(placement, mesh=mesh)
+    params, _ = place(opened, opened.record.config, shardings=shardings)
+    results: dict[str, int | float] = {} if opened.step is None else {"step": opened.step}
+    for values in evaluation.measure(list(evaluation.names), params):
+        results |= values
+    return results

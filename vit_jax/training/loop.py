@@ -25,12 +25,12 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config, differences, to_json
-from vit_jax.training.evaluate import eval_batch_size, evaluate, read_config, readers
+from vit_jax.training.evaluate import Evaluation, read_config
 from vit_jax.training.metrics import Diverged, Recorder, due, read_metrics
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.sharding import check_batch, local_rows, make_mesh, placement, to_devices
 from vit_jax.training.state import abstract_state, from_saved, make_state, to_saved
-from vit_jax.training.steps import make_eval_step, make_train_step
+from vit_jax.training.steps import make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def _run(
     stop: Callable[[], bool],
     stack: contextlib.ExitStack,
 ) -> dict[str, int | float]:
+    config.check_trains()
     source = open_source(config.data.train.source, config.data.train.split)
     total_steps = config.steps(len(source) if isinstance(source, Sized) else None)
     mesh = make_mesh(config.mesh)
@@ -97,7 +98,7 @@ def _run(
         seed=config.seed,
         on_corrupt=config.data.on_corrupt,
     )
-    reads = readers(config, record.preprocess, record.labels)
+    evaluation = Evaluation(config, record, mesh)
 
     abstract = abstract_state(record.config, optimizer, ema=config.optim.ema is not None, mesh=mesh)
     if resume_step is None:
@@ -110,14 +111,13 @@ def _run(
     start_step = resume_step or 0
 
     graphdef, _ = structure(record.config)
-    num_classes = record.config.num_classes
     train_step = jax.jit(
         make_train_step(
             graphdef,
             optimizer,
             schedule,
             record.preprocess,
-            num_classes=num_classes,
+            num_classes=record.config.num_classes,
             objective=config.objective,
             augment=config.augment,
             accumulate=config.optim.accumulate,
@@ -126,11 +126,6 @@ def _run(
         ),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None),
-    )
-    eval_step = jax.jit(
-        make_eval_step(
-            graphdef, record.preprocess, num_classes=num_classes, objective=config.objective
-        )
     )
     batches = stack.enter_context(
         train_batches(
@@ -152,18 +147,6 @@ def _run(
     )
     stack.callback(recorder.close)
 
-    def report(step: int, name: str) -> None:
-        weights = state.params if state.ema is None else state.ema
-        values = evaluate(
-            eval_step,
-            weights,
-            reads[name],
-            batch_size=eval_batch_size(config, mesh),
-            mesh=mesh,
-            threads=config.data.threads,
-        )
-        recorder.write(step, {f"{name}/{key}": value for key, value in values.items()})
-
     arriving = on_device(batches, config.batch_size, mesh)
     for step in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
@@ -175,16 +158,15 @@ def _run(
         recorder.step(step, metrics, config.batch_size, waited)
 
         stopping = stop()
-        evaluating = due(step, config.eval.every, total_steps)
+        measuring = evaluation.due(step, total_steps)
         saving = due(step, config.checkpoint.every, total_steps) or stopping
-        if evaluating or saving:
+        if measuring or saving:
             recorder.flush()
             with recorder.pause():
                 # All lines of this step are in metrics.jsonl before its checkpoint can exist.
-                if evaluating and "val" in reads:
-                    report(step, "val")
-                if step == total_steps and "test" in reads:
-                    report(step, "test")
+                weights = state.params if state.ema is None else state.ema
+                for values in evaluation.measure(measuring, weights):
+                    recorder.write(step, values)
                 if saving:
                     store.save(step, to_saved(state))
         if stopping and step < total_steps:

@@ -121,24 +121,44 @@ def accumulated(
 def make_eval_step(
     graphdef: nnx.GraphDef, preprocess: Preprocess, *, num_classes: int, objective: str
 ) -> Callable[[Any, Batch], dict[str, Array]]:
-    """Returns (params, batch) -> sums over the batch's real examples; division comes last."""
+    """Returns (params, batch) -> sums over the batch's real examples; division comes last.
+
+    With labels [b k], an image is right where any of its labels is found (ImageNet-ReaL).
+    """
     loss_of = objectives.OBJECTIVES[objective]
 
     def eval_step(params, batch):
         logits = nnx.merge(graphdef, params)(images(batch, preprocess))
-        mask, targets = batch["mask"], objectives.to_targets(batch["label"], num_classes)
-        label = targets.argmax(-1)
+        targets = objectives.to_targets(batch["label"], num_classes)
+        # Of several right classes the likeliest counts; where there is none, the image does not.
+        mask = batch["mask"] & (targets.max(axis=-1) > 0)
+        label = jnp.where(targets > 0, logits, -jnp.inf).argmax(-1)
         # How many classes beat the right one; ties go to the lower index, as in argmax, and a
         # NaN never wins.
-        right = jnp.take_along_axis(logits, label[:, None], axis=1)
+        best = jnp.take_along_axis(logits, label[:, None], axis=1)
         index = jnp.arange(logits.shape[1])
-        loses = (logits < right) | ((logits == right) & (index >= label[:, None]))
+        loses = (logits < best) | ((logits == best) & (index >= label[:, None]))
         rank = jnp.sum(~loses, axis=1)
+        right = mask & (jnp.take_along_axis(targets, label[:, None], axis=1)[:, 0] > 0)
         return {
             "count": mask.sum(),
-            "accuracy": jnp.sum((rank == 0) & mask),
-            "top5": jnp.sum((rank < min(5, num_classes)) & mask),
+            "accuracy": jnp.sum((rank == 0) & right),
+            "top5": jnp.sum((rank < min(5, num_classes)) & right),
             "loss": jnp.sum(loss_of(logits, targets) * mask),
         }
 
     return eval_step
+
+
+def make_feature_step(
+    graphdef: nnx.GraphDef, preprocess: Preprocess
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """Returns (params, batch) -> {x: what the head reads, float32 [b d], label, mask}."""
+
+    def feature_step(params, batch):
+        model = nnx.merge(graphdef, params)
+        _, captured = model(images(batch, preprocess), capture="pre_logits")
+        features = captured["pre_logits"].astype(jnp.float32)
+        return {"x": features, "label": batch["label"], "mask": batch["mask"]}
+
+    return feature_step

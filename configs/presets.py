@@ -1,0 +1,192 @@
+"""What the recipes share: published data sets with their splits, and how arguments are read.
+
+A data set is named in a recipe's argument, `configs/finetune.py:B/16,cifar100`. It is looked for
+where tensorflow-datasets prepares it; one more word with a colon names another place of the same
+images, `B/16,imagenet,records:/data/imagenet`, whose splits have the same names.
+
+Development splits are the paper's (arXiv 2010.11929, sections 4.1 and B.1): 10% of Pets and
+Flowers, 2% of CIFAR, 1% of ImageNet are held out of the training images to choose
+hyper-parameters; for the number to report, a model is trained on all of them.
+"""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+class DataSet(NamedTuple):
+    """A source, its splits, the percent of training images to hold out; how long to fine-tune."""
+
+    source: str
+    train: str
+    test: str
+    held_out: int
+    steps: int = 0
+    warmup: int = 0
+
+    def part(self, low: int, high: int) -> str:
+        """The training images from percent `low` to `high`."""
+        parts = (f"{name}[{low}%:{high}%]" for name in self.train.split("+"))
+        return "+".join(parts).replace("[0%", "[").replace(":100%]", ":]")
+
+
+# Steps: the paper's Table 4. Warm-up: the code that was published with the checkpoints
+# (vit_jax's common.py and augreg.py) and big_vision's transfer.py, which agree.
+_CIFAR = dict(held_out=2, steps=10_000, warmup=500)
+_SMALL = dict(held_out=10, steps=500, warmup=100)
+_IMAGENET = dict(held_out=1, steps=20_000, warmup=500)
+DATASETS = {
+    "imagenet": DataSet("tfds:imagenet2012", "train", "validation", **_IMAGENET),
+    "cifar10": DataSet("tfds:cifar10", "train", "test", **_CIFAR),
+    "cifar100": DataSet("tfds:cifar100", "train", "test", **_CIFAR),
+    "pets": DataSet("tfds:oxford_iiit_pet", "train", "test", **_SMALL),
+    # TFDS keeps the 2,040 training images in two splits.
+    "flowers": DataSet("tfds:oxford_flowers102", "train+validation", "test", **_SMALL),
+    # No public TFDS data set has these: `python -m vit_jax prepare` makes them.
+    "imagenet21k": DataSet("records:imagenet21k", "train", "train", held_out=1),
+    "jft": DataSet("records:jft300m", "train", "train", held_out=1),
+}
+# Table 1; Ti and S are those of DeiT and AugReg.
+WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024, "H": 1280, "g": 1408, "G": 1664}
+
+
+class Arguments(NamedTuple):
+    """What a recipe's argument says; `width` is the variant's."""
+
+    variant: str
+    width: int
+    name: str
+    data: DataSet
+    words: tuple[str, ...]
+    size: int | None
+
+
+def read(
+    arg: str, names: tuple[str, ...], words: tuple[str, ...] = (), table: dict = DATASETS
+) -> Arguments:
+    """Reads VARIANT,DATA and, in any order: some of `words`, an image size, another source.
+
+    Raises:
+      ValueError: another data set than `names`, or a word that means nothing.
+    """
+    variant, name, *rest = [*arg.split(","), ""]
+    expected = f"expected VARIANT,DATA such as B/16,{names[0]}"
+    width = WIDTHS.get(variant.partition("/")[0])
+    if width is None or "/" not in variant:
+        raise ValueError(
+            f"argument {arg!r}: {expected}; a variant is one of {', '.join(WIDTHS)}, a slash and "
+            "the patch size"
+        )
+    if name not in names:
+        raise ValueError(f"argument {arg!r}: {expected}; data sets are {', '.join(names)}")
+    data, size, found = table[name], None, []
+    for word in filter(None, rest):
+        if ":" in word:
+            data = data._replace(source=word)
+        elif word.isdigit():
+            size = int(word)
+        elif word in words:
+            found.append(word)
+        else:
+            known = ("an image size", "a source such as records:PATH", *words)
+            raise ValueError(f"argument {arg!r}: {word!r} is none of: {', '.join(known)}")
+    return Arguments(variant, width, name, data, tuple(found), size)
+
+
+def base() -> ConfigDict:
+    """A config with its placeholders and empty sections."""
+    config = ConfigDict(dict(seed=0, model={}, data={}, augment={}, optim={}, eval={}))
+    config.total_steps = placeholder(int)
+    config.total_epochs = placeholder(float)
+    config.total_examples = placeholder(int)
+    config.init_from = placeholder(str)
+    # Parameters stay float32. On TPUs the published codes multiply in bfloat16 as well.
+    config.precision = "bfloat16"
+    return config
+
+
+# What big_vision's configs do to images: decode_jpeg_and_inception_crop(224)|flip_lr for training,
+# decode|resize_small(256)|central_crop(224) for evaluation; both cast to uint8, which cuts.
+BIG_VISION_TRAIN = dict(
+    inception_crop=dict(area=(0.05, 1.0), ratio=(3 / 4, 4 / 3)),
+    resize="bilinear",
+    resize_dtype="truncated",
+    jpeg="fast",
+    flip=True,
+)
+BIG_VISION_EVAL = dict(
+    aspect="small", crop=0.875, resize="area", resize_dtype="truncated", jpeg="fast"
+)
+
+
+def big_vision_adam() -> ConfigDict:
+    """AugReg's optimiser and its successors': warm-up, then a cosine; lr 0.001.
+
+    The weight decay is big_vision's 0.0001, divided by the learning rate as optax has it.
+    """
+    return ConfigDict(
+        dict(
+            name="adamw",
+            lr=1e-3,
+            schedule="cosine",
+            warmup=10_000.0,
+            weight_decay=0.1,
+            decayed="kernels",
+            grad_clip=1.0,
+            mu_dtype="bfloat16",
+        )
+    )
+
+
+# Other labels and other images for the classes of ImageNet: arXiv 2006.07159 and 1902.10811.
+IMAGENET = {
+    "real": ("tfds:imagenet2012_real,label=real_label", "validation"),
+    "v2": ("tfds:imagenet_v2/matched-frequency", "test"),
+}
+# big_vision's few-shot data sets (common_fewshot.py). The paper's own is ImageNet, five-shot.
+FEW_SHOT = {
+    "caltech": ("tfds:caltech101", "train", "test"),
+    "cars": ("tfds:cars196:2.1.0", "train", "test"),
+    "cifar100": ("tfds:cifar100", "train", "test"),
+    "dtd": ("tfds:dtd", "train", "test"),
+    "pets": ("tfds:oxford_iiit_pet", "train", "test"),
+    "uc_merced": ("tfds:uc_merced", "train[:1000]", "train[1000:]"),
+}
+EVALUATORS = (*IMAGENET, "fewshot", "knn", "probe", "vtab")
+
+
+def evaluators(words: tuple[str, ...], data: DataSet, how: dict, every: int | None = None):
+    """Sections for eval.evaluators, which need data sets beside the one that is trained on.
+
+    real, v2: ImageNet's other labels and images, read as `how` says. fewshot: the paper's linear
+    few-shot accuracy on seven data sets. knn, probe: nearest neighbours and a linear probe on
+    `data`. vtab: linear probes of all VTAB-1k tasks.
+    """
+    found = {}
+    for name in IMAGENET.keys() & set(words):
+        source, split = IMAGENET[name]
+        test = dict(source=source, split=split, **how)
+        found[name] = dict(type="classification", test=test)
+    squashed = dict(aspect="squash", crop=0.875, resize="bilinear", jpeg="fast")
+    if "fewshot" in words:
+        # Of TFDS's ImageNet, the first 65,000 have at least 30 of each class.
+        here = (data.source, "train[:65000]", data.test)
+        sets = FEW_SHOT | ({"imagenet": here} if "imagenet" in data.source else {})
+        for name, (source, *splits) in sets.items():
+            train, test = (dict(source=source, split=split, **squashed) for split in splits)
+            shots = dict(shots=(1, 5, 10, 25), seeds=3, l2=1024.0)
+            found[f"{name}_fewshot"] = dict(type="fewshot", train=train, test=test, **shots)
+    train, fitted, chosen, test = (
+        dict(source=data.source, split=split, **how)
+        for split in (data.train, data.part(0, 90), data.part(90, 100), data.test)
+    )
+    if "knn" in words:
+        found["knn"] = dict(type="knn", train=train, test=test)
+    if "probe" in words:
+        found["probe"] = dict(type="probe", train=fitted, val=chosen, test=test)
+    if "vtab" in words:
+        found["vtab"] = dict(type="vtab")
+    for section in found.values() if every else ():
+        section["every"] = every
+    return ConfigDict(found)

@@ -1,0 +1,308 @@
+"""Evaluators: right numbers, every example once on any number of devices, mistakes in one sentence.
+
+What the probes compute is compared with other libraries in test_probes.py; here they are run on a
+model, in training and after it.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DIGITS, TINY
+
+import vit_jax
+from vit_jax.__main__ import main
+from vit_jax.checkpoints.load import open_model, place
+from vit_jax.data.pipeline import Split
+from vit_jax.data.sources import open_source
+from vit_jax.errors import UserError
+from vit_jax.models.vit import structure
+from vit_jax.training import evaluate, evaluators
+from vit_jax.training.config import from_json, load_config, to_json
+from vit_jax.training.loop import train
+from vit_jax.training.metrics import read_metrics
+from vit_jax.training.probes import Features, few_shot, knn, linear_probe
+from vit_jax.training.sharding import MeshConfig, make_mesh, placement
+from vit_jax.training.steps import make_eval_step
+
+CONFIG = """
+import importlib.util
+from ml_collections import ConfigDict
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("digits", {digits!r})
+    digits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(digits)
+    config = digits.get_config()
+    splits = {{name: dict(source="digits", split=name) for name in ("train", "val", "test")}}
+    train, val, test = splits["train"], splits["val"], splits["test"]
+    config.eval.evaluators = ConfigDict(dict(
+        again=dict(type="classification", test=test),
+        shots=dict(type="fewshot", train=train, test=test, shots=(1, 5), seeds=2),
+        near=dict(type="knn", train=val, test=test, neighbours=(1, 20), every=0),
+        probe=dict(type="probe", train=val, val=val, test=test, l2=(1e-2, 1.0), every=16),
+    ))
+    return config
+"""
+NAMES = ("again", "shots", "near", "probe")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "config.py"
+    path.write_text(CONFIG.format(digits=DIGITS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(config_file, tmp_path_factory):
+    """A run folder with evaluators, and what training returned."""
+    workdir = tmp_path_factory.mktemp("run") / "evaluated"
+    return workdir, train(load_config(config_file, TINY), workdir)
+
+
+def reference(workdir, split):
+    """The features of every example, one image after another, through the public model."""
+    vit = vit_jax.load(workdir)
+    source = open_source("digits", split)
+    images = np.stack([vit.preprocess(source[i]["image"]) for i in range(len(source))])
+    _, captured = vit.model(jnp.asarray(images), capture="pre_logits")
+    labels = np.array([source[i]["label"] for i in range(len(source))], np.int32)
+    return Features(np.asarray(captured["pre_logits"]), labels)
+
+
+@pytest.fixture(scope="module")
+def features(run):
+    return {split: reference(run[0], split) for split in ("train", "val", "test")}
+
+
+@pytest.mark.parametrize("devices, batch_size", [(1, 50), (8, 40), (8, 7)])
+def test_features_of_every_example_in_order(run, features, devices, batch_size):
+    workdir, _ = run
+    config = load_config(DIGITS, [f"--config.eval.batch_size={batch_size}"])
+    split = Split("digits", "test")
+    probe = evaluators.Knn(train=split, test=split)
+    config = dataclasses.replace(
+        config, eval=dataclasses.replace(config.eval, evaluators={"p": probe})
+    )
+    opened, mesh = open_model(workdir), make_mesh(MeshConfig(data=devices))
+    params, _ = place(opened, opened.record.config, shardings=lambda x: placement(x, mesh))
+    evaluation = evaluate.Evaluation(config, opened.record, mesh)
+    found = evaluation.features(params, split)
+    np.testing.assert_array_equal(found.y, features["test"].y)
+    np.testing.assert_allclose(found.x, features["test"].x, atol=2e-6)
+    assert evaluation.num_classes(split) == 10
+
+
+def test_the_same_in_training_in_evaluate_and_written_out(run, features, capsys):
+    workdir, result = run
+    assert main(["evaluate", f"--workdir={workdir}"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = {name: value for name, value in result.items() if name.split("/")[0] in NAMES}
+    assert {name.split("/")[0] for name in found} == set(NAMES)
+    for name, value in found.items():
+        # Batches differ by eight devices: the last bits do, and a tie may fall otherwise.
+        assert printed[name] == pytest.approx(value, abs=2 / 359), name
+    train_, val, test = features["train"], features["val"], features["test"]
+    expected = {
+        "shots": few_shot(train_, test, 10, shots=(1, 5), seeds=2, l2=1024.0),
+        "near": knn(val, test, 10, neighbours=(1, 20), temperature=0.07),
+        "probe": linear_probe(val, val, test, 10, l2=(1e-2, 1.0), steps=1000),
+        "again": {"accuracy": result["test/accuracy"], "top5": result["test/top5"]},
+    }
+    for name, values in expected.items():
+        for key, value in values.items():
+            assert found[f"{name}/{key}"] == pytest.approx(value, abs=2 / 359), key
+    assert found["again/loss"] == pytest.approx(result["test/loss"], rel=1e-6)
+
+
+def test_each_evaluator_at_its_own_steps(run):
+    steps = {name: [] for name in NAMES}
+    for line in read_metrics(run[0]):
+        for name in {key.split("/")[0] for key in line} & set(NAMES):
+            steps[name].append(line["step"])
+    assert steps == {"again": [8, 16, 24], "shots": [8, 16, 24], "near": [24], "probe": [16, 24]}
+
+
+def test_the_config_comes_back_from_json(config_file):
+    config = load_config(config_file, TINY)
+    assert set(config.eval.evaluators) == set(NAMES)
+    assert from_json(to_json(config)) == config
+
+
+def test_flags_reach_evaluators_and_take_them_back(config_file):
+    flags = ["--config.eval.evaluators.shots.shots=(3,)", "--config.eval.evaluators.near=None"]
+    flags += ["--config.eval.evaluators.near.temperature=0.1", "--config.data.val=None"]
+    config = load_config(config_file, [flags[0], flags[1], flags[3]])
+    assert config.eval.evaluators["shots"].shots == (3,)
+    assert "near" not in config.eval.evaluators and config.data.val is None
+    assert load_config(config_file, [flags[2]]).eval.evaluators["near"].temperature == 0.1
+
+
+SPLIT = "dict(source='digits', split='train')"
+SECTION = f"dict(type='knn', train={SPLIT}, test={SPLIT}" + "{})"
+MISTAKES = {
+    "type": ("near=dict(type='knm')", "near.type is 'knm'; did you mean 'knn'"),
+    "no type": ("near=dict(test=1)", "near.type is None; expected one of classification"),
+    "no test": (
+        "near=dict(type='knn', train=dict(source='digits', split='val'))",
+        r"eval\.evaluators\.near\.test is not set",
+    ),
+    "key": (
+        f"near={SECTION.format(', neighbors=(3,)')}",
+        "near.neighbors; did you mean 'neighbours'",
+    ),
+    "name": (f"val={SECTION.format('')}", r"eval\.evaluators\.val: expected a name"),
+    "every": (f"near={SECTION.format(', every=-1')}", "every is -1"),
+    "augmented": (
+        f"near={SECTION.format('')[:-2]}, flip=True))",
+        "flip of digits is for data.train alone",
+    ),
+    "source": (f"near={SECTION.format('').replace('digits', 'digit', 1)}", "no source 'digit'"),
+    "endless": (
+        "near=dict(type='classification', test=dict(source='fractals:classes=10', split='train'))",
+        r"near\.source fractals:classes=10 is endless",
+    ),
+    "k": (f"near={SECTION.format(', neighbours=(0,)')}", "0"),
+    "one l2": (
+        f"near={SECTION.format('').replace('knn', 'probe')}",
+        "a probe chooses its l2 on a val split",
+    ),
+    "task": ("near=dict(type='vtab', tasks=('pet',))", "no task 'pet'; did you mean 'pets'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(name, tmp_path, capsys, run):
+    section, message = MISTAKES[name]
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n"
+        f"    return ConfigDict(dict(batch_size=64, eval=dict(evaluators=dict({section}))))\n"
+    )
+    assert main(["evaluate", f"--model={run[0]}", f"--config={path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert pytest.RaisesExc(ValueError, match=message).matches(ValueError(error)), error
+
+
+def test_a_config_that_only_evaluates(tmp_path, capsys, run):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n"
+        "    test = dict(source='digits', split='test')\n"
+        "    return ConfigDict(dict(batch_size=64, data=dict(test=test)))\n"
+    )
+    assert main(["evaluate", f"--model={run[0]}", f"--config={path}"]) == 0
+    assert json.loads(capsys.readouterr().out)["test/accuracy"] == run[1]["test/accuracy"]
+    assert main(["train", f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "data.train is not set: this config can evaluate" in capsys.readouterr().err
+    nothing = ["evaluate", f"--model={run[0]}", f"--config={path}", "--config.data.test=None"]
+    assert main(nothing) == 2
+    assert "nothing to evaluate" in capsys.readouterr().err
+
+
+def test_a_model_without_a_head_has_features(run, tmp_path):
+    """Such as a checkpoint of self-supervised pre-training."""
+    vit = vit_jax.load(run[0], num_classes=0)
+    vit_jax.save(vit, tmp_path / "headless.safetensors", format="vit_jax")
+    split = Split("digits", "test")
+    config = load_config(DIGITS, ["--config.data.val=None", "--config.data.test=None"])
+    fields = {"near": evaluators.Knn(train=split, test=split, neighbours=(1,))}
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
+    assert evaluate.evaluate_run(tmp_path / "headless.safetensors", config) == {"near/knn1": 1.0}
+
+
+def test_several_labels_an_image_against_numpy():
+    """ImageNet-ReaL: right where any label is hit, images without labels left out."""
+    config = vit_jax.ViTConfig(
+        image_size=(4, 4), patch_size=(4, 4), in_channels=1, width=8, depth=1, mlp_dim=8,
+        num_heads=1, num_classes=7,
+    )  # fmt: skip
+    vit = vit_jax.create(config, seed=3)
+    rng = np.random.default_rng(0)
+    vit.head.kernel[...] = jnp.asarray(rng.normal(size=(8, 7)), jnp.float32)
+    vit.head.bias[...] = jnp.asarray(rng.normal(size=7), jnp.float32)
+    from flax import nnx
+
+    graphdef, _ = structure(config)
+    params = nnx.to_pure_dict(nnx.state(vit))
+    images = rng.integers(0, 256, (64, 4, 4, 1), np.uint8)
+    labels = (rng.random((64, 7)) < 0.25).astype(np.float32)
+    mask = rng.random(64) < 0.8
+    preprocess = vit_jax.data.transforms.Preprocess((4, 4), 1)
+    step = jax.jit(make_eval_step(graphdef, preprocess, num_classes=7, objective="sigmoid"))
+    found = step(params, {"image": images, "label": labels, "mask": mask})
+
+    logits = np.asarray(vit(preprocess.normalise(images)), np.float64)
+    assert (labels.sum(axis=1) == 0).any() and (labels.sum(axis=1) > 1).any()
+    count = accuracy = top5 = loss = 0
+    for row, right, real in zip(logits, labels, mask, strict=True):
+        if not real or not right.any():
+            continue
+        ranking = np.argsort(-row)
+        count += 1
+        accuracy += right[ranking[0]] > 0
+        # Of the classes before the likeliest right one, how many are wrong: all of them.
+        top5 += right[ranking[:5]].any()
+        loss += np.sum(np.logaddexp(0, row) - right * row)
+    assert (int(found["count"]), int(found["accuracy"]), int(found["top5"])) == (
+        count, accuracy, top5,
+    )  # fmt: skip
+    assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_vtab_gives_tasks_groups_and_means(monkeypatch):
+    """Nineteen tasks: 7 natural, 4 specialized, 8 structured (arXiv 1910.04867, Table 1)."""
+    asked = []
+
+    class Model:
+        def classify(self, split):
+            raise AssertionError("a probe reads features")
+
+        def features(self, split):
+            asked.append((split.source, split.split))
+            return split
+
+        def num_classes(self, split):
+            return 3
+
+    def probe(train, val, test, classes, *, l2, steps):
+        assert (train.split, val.split, test.split) == ("train800", "val200", "test")
+        return {"accuracy": len(train.source) / 100, "l2": 1.0}
+
+    monkeypatch.setattr(evaluators, "linear_probe", probe)
+    found = evaluators.Vtab().measure(Model())
+    groups = {"natural": 7, "specialized": 4, "structured": 8}
+    tasks = {name: value for name, value in found.items() if name not in (*groups, "mean")}
+    assert len(tasks) == 19 and len(asked) == 3 * 19
+    assert found["mean"] == pytest.approx(np.mean(list(tasks.values())))
+    for group, size in groups.items():
+        names = [name for name, task in evaluators.TASKS.items() if task.group == group]
+        assert len(names) == size
+        assert found[group] == pytest.approx(np.mean([tasks[name] for name in names]))
+    some = evaluators.Vtab(tasks=("pets", "dtd")).measure(Model())
+    assert set(some) == {"pets", "dtd"}
+
+
+def test_probes_want_one_label(monkeypatch, run):
+    opened, mesh = open_model(run[0]), make_mesh(MeshConfig(data=1))
+    config = load_config(DIGITS)
+    split = Split("digits", "test")
+    fields = {"near": evaluators.Knn(train=split, test=split)}
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
+    evaluation = evaluate.Evaluation(config, opened.record, mesh)
+    params, _ = place(opened, opened.record.config)
+    source = evaluation._reads[split, False].source
+    many = type("Many", (), dict(
+        __len__=lambda self: len(source),
+        __getitem__=lambda self, i: {**source[i], "label": (source[i]["label"],)},
+        label_names=source.label_names, multi_label=True, fingerprint="",
+    ))()  # fmt: skip
+    read = dataclasses.replace(evaluation._reads[split, False], source=many)
+    monkeypatch.setitem(evaluation._reads, (split, False), read)
+    with pytest.raises(UserError, match="several labels an image"):
+        evaluation.features(params, split)

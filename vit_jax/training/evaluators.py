@@ -1,0 +1,211 @@
+"""What a model is measured by beside its val and test splits: sections of `eval.evaluators`.
+
+Each is a record of what it reads and how it measures, and a function of a model that classifies
+or gives features. Accuracies are shares of 1; every example counts once.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from vit_jax.data.pipeline import AUGMENTATIONS, Split
+from vit_jax.data.vtab import TASKS
+from vit_jax.errors import UserError, nearest
+from vit_jax.training.probes import Features, few_shot, knn, linear_probe
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A model with its weights, as evaluators see it."""
+
+    def classify(self, split: Split) -> dict[str, float]:
+        """Accuracy, top5 and loss over the split, whose classes are the model's."""
+        ...
+
+    def features(self, split: Split) -> Features:
+        """What the head reads (`pre_logits`) of every example."""
+        ...
+
+    def num_classes(self, split: Split) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What all have. `every` steps it runs in training (0: at the end only); None is as `val`."""
+
+    type: str
+    every: int | None = None
+
+    def __post_init__(self):
+        if self.every is not None and self.every < 0:
+            raise UserError(f"eval: every is {self.every}; it must be at least 0")
+        for split in itertools.chain(*self.data_sets()):
+            for name in AUGMENTATIONS:
+                if getattr(split, name):
+                    raise UserError(f"eval: {name} of {split.source} is for data.train alone")
+
+    def data_sets(self) -> list[tuple[Split, ...]]:
+        """All that it reads: the splits of each data set, which have the same classes."""
+        found = [getattr(self, part, None) for part in ("train", "val", "test")]
+        return [tuple(split for split in found if split is not None)]
+
+    def measure(self, model: Model) -> dict[str, float]:
+        """Runs it; what it is called does not belong to the names."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification(Evaluator):
+    """Accuracy, top5 and loss on another split of the model's classes, such as ImageNet-V2.
+
+    Where images have several labels, each of them is right, and images without any are left out:
+    ImageNet-ReaL (arXiv 2006.07159).
+    """
+
+    type: str = "classification"
+    test: Split
+
+    def measure(self, model: Model) -> dict[str, float]:
+        return model.classify(self.test)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShot(Evaluator):
+    """The paper's linear few-shot accuracy, in closed form (section 4.1; see `probes.few_shot`).
+
+    `shots` examples a class are drawn `seeds` times; `l2` is big_vision's.
+    """
+
+    type: str = "fewshot"
+    train: Split
+    test: Split
+    shots: tuple[int, ...] = (5, 10)
+    seeds: int = 3
+    l2: float = 1024.0
+
+    def measure(self, model: Model) -> dict[str, float]:
+        train, test = model.features(self.train), model.features(self.test)
+        classes = model.num_classes(self.train)
+        return few_shot(train, test, classes, shots=self.shots, seeds=self.seeds, l2=self.l2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knn(Evaluator):
+    """Weighted nearest neighbours by cosine similarity (arXiv 1805.01978; see `probes.knn`)."""
+
+    type: str = "knn"
+    train: Split
+    test: Split
+    neighbours: tuple[int, ...] = (10, 20)
+    temperature: float = 0.07
+
+    def measure(self, model: Model) -> dict[str, float]:
+        return knn(
+            model.features(self.train),
+            model.features(self.test),
+            model.num_classes(self.train),
+            neighbours=self.neighbours,
+            temperature=self.temperature,
+        )
+
+
+# Weight decays that a probe chooses among.
+L2 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe(Evaluator):
+    """A linear classifier on frozen features, its `l2` chosen on `val` (`probes.linear_probe`)."""
+
+    type: str = "probe"
+    train: Split
+    val: Split | None = None
+    test: Split
+    l2: tuple[float, ...] = L2
+    steps: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.val is None and len(self.l2) != 1:
+            raise UserError("eval: a probe chooses its l2 on a val split: name one, or a single l2")
+
+    def measure(self, model: Model) -> dict[str, float]:
+        return linear_probe(
+            model.features(self.train),
+            None if self.val is None else model.features(self.val),
+            model.features(self.test),
+            model.num_classes(self.train),
+            l2=self.l2,
+            steps=self.steps,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vtab(Evaluator):
+    """VTAB-1k (arXiv 1910.04867) with a linear probe for each task, its l2 chosen on 200 of 1000.
+
+    The benchmark's other protocol, where all weights are fine-tuned, is configs/vtab.py. Images are
+    squashed to the model's size. Beside each task's accuracy it gives the means of the groups and
+    of all tasks, where `tasks` (none: all 19) names all of them.
+    """
+
+    type: str = "vtab"
+    tasks: tuple[str, ...] = ()
+    l2: tuple[float, ...] = L2
+    steps: int = 1000
+
+    def __post_init__(self):
+        for task in self.tasks:
+            if task not in TASKS:
+                raise UserError(f"eval: VTAB has no task {task!r}; {nearest(task, TASKS)}")
+        super().__post_init__()
+
+    def data_sets(self) -> list[tuple[Split, ...]]:
+        return [probe.data_sets()[0] for probe in self._probes().values()]
+
+    def _probes(self) -> dict[str, Probe]:
+        found = {}
+        for task in self.tasks or TASKS:
+            parts = {"train": "train800", "val": "val200", "test": "test"}
+            splits = {
+                name: Split(f"vtab:{task}", split, aspect="squash", crop=1.0)
+                for name, split in parts.items()
+            }
+            found[task] = Probe(l2=self.l2, steps=self.steps, **splits)
+        return found
+
+    def measure(self, model: Model) -> dict[str, float]:
+        scores = {task: probe.measure(model)["accuracy"] for task, probe in self._probes().items()}
+        groups: dict[str, list[str]] = {"mean": list(TASKS)}
+        for task in TASKS:
+            groups.setdefault(TASKS[task].group, []).append(task)
+        means = {
+            group: float(np.mean([scores[task] for task in tasks]))
+            for group, tasks in groups.items()
+            if set(tasks) <= set(scores)
+        }
+        return {**scores, **means}
+
+
+EVALUATORS = {
+    "classification": Classification,
+    "fewshot": FewShot,
+    "knn": Knn,
+    "probe": Probe,
+    "vtab": Vtab,
+}
+
+
+def evaluator_kind(name: str, given: Any) -> type[Evaluator]:
+    """The class that `type` of the section eval.evaluators.NAME names.
+
+    Raises:
+      UserError: it names none.
+    """
+    if given not in EVALUATORS:
+        raise UserError(
+            f"eval.evaluators.{name}.type is {given!r}; {nearest(str(given), EVALUATORS)}"
+        )
+    return EVALUATORS[given]

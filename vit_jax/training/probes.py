@@ -1,0 +1,322 @@
+"""What frozen features are worth: few-shot regression, nearest neighbours, a linear probe.
+
+Each is a function of features and labels on the host that gives accuracies on `test`, every example
+of which counts once; the same inputs give the same numbers. Each raises UserError where a set has
+no examples, features that are not finite or of another width than those of `train`, or labels
+outside of 0 to num_classes - 1, and for numbers that are not positive.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.linalg
+from jaxtyping import Array, Float, Float32, Float64, Int, Int32, Shaped
+
+from vit_jax.errors import UserError
+
+# A block of similarities is 256 MiB, and a block of training features of width 1024 is 64 MiB:
+# with what normalising and sorting copy, nearest neighbours take about 1 GiB of the device,
+# however many examples there are.
+TEST_BLOCK, TRAIN_BLOCK = 4096, 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a model gives for n examples, and their classes."""
+
+    x: Float32[np.ndarray, "n d"]
+    y: Int32[np.ndarray, " n"]
+
+
+def few_shot(
+    train: Features,
+    test: Features,
+    num_classes: int,
+    *,
+    shots: Sequence[int],
+    seeds: int,
+    l2: float,
+) -> dict[str, float]:
+    """Least squares on a few examples of each class, in closed form and float64 on the host.
+
+    As in the ViT paper (arXiv 2010.11929, section 4.1), with the numbers of big_vision's
+    fewshot_lsr.py: features are standardised by the examples drawn, targets are -1 and 1, and a
+    ridge of `l2` (theirs: 1024) is on all weights, also on that of a constant feature of 100, the
+    bias. A class with fewer than `shots` examples gives what it has.
+
+    Returns:
+      For 5 shots {"5shot": mean over the seeds 0, 1, ..., "5shot_std": standard deviation (ddof 1),
+      where there are several seeds}.
+    """
+    _check(num_classes, train, test)
+    _check_positive(shots=shots, seeds=[seeds], l2=[l2])
+    order, counts = np.argsort(train.y, kind="stable"), np.bincount(train.y, minlength=num_classes)
+    classes = np.split(order, np.cumsum(counts)[:-1])
+    found: dict[int, list[float]] = {count: [] for count in shots}
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        drawn = [rng.permutation(indices) for indices in classes]
+        for count, accuracies in found.items():
+            chosen = np.concatenate([indices[:count] for indices in drawn])
+            scale = _scale(train.x[chosen])
+            targets = 2.0 * np.eye(num_classes)[train.y[chosen]] - 1
+            weights = ridge(_scaled(train.x[chosen], scale, 100, np.float64), targets, l2)
+            predicted = (_scaled(test.x, scale, 100, np.float64) @ weights).argmax(axis=1)
+            accuracies.append(float(np.mean(predicted == test.y)))
+    results = {f"{count}shot": float(np.mean(values)) for count, values in found.items()}
+    if seeds > 1:
+        results |= {f"{count}shot_std": float(np.std(v, ddof=1)) for count, v in found.items()}
+    return results
+
+
+def ridge(
+    x: Float64[np.ndarray, "n d"], y: Float64[np.ndarray, "n k"], l2: float
+) -> Float64[np.ndarray, "d k"]:
+    """Returns the w with the least ||x w - y||^2 + l2 ||w||^2, from the smaller of two systems."""
+    primal = len(x) >= x.shape[1]
+    gram = x.T @ x if primal else x @ x.T
+    gram.flat[:: len(gram) + 1] += l2
+    try:
+        solved = scipy.linalg.solve(gram, x.T @ y if primal else y, assume_a="pos")
+    except np.linalg.LinAlgError:
+        raise UserError(f"l2 is {l2}, too little for these features; expected more") from None
+    return solved if primal else x.T @ solved
+
+
+def knn(
+    train: Features,
+    test: Features,
+    num_classes: int,
+    *,
+    neighbours: Sequence[int],
+    temperature: float,
+) -> dict[str, float]:
+    """Weighted votes of the nearest neighbours by cosine similarity.
+
+    Each of the k nearest votes for its class with exp(similarity / temperature), as in arXiv
+    1805.01978 and DINO (arXiv 2104.14294; both: 0.07). Of equally similar ones the earlier in
+    `train` is nearer, of classes with equal votes the lower wins. A zero vector has similarity 0
+    to all. Where k is larger than `train`, all vote.
+
+    Returns:
+      For a k of 20 {"knn20": accuracy}.
+    """
+    _check(num_classes, train, test)
+    _check_positive(neighbours=neighbours, temperature=[temperature])
+    n, total = len(train.x), len(test.x)
+    k = min(max(neighbours), n)
+    rows, columns = min(total, TEST_BLOCK), min(n, TRAIN_BLOCK)
+    hits = np.zeros(k, np.int64)
+    for i in range(0, total, rows):
+        queries = jnp.asarray(_padded(test.x[i : i + rows], rows))
+        best = jnp.full((rows, k), -jnp.inf), jnp.zeros((rows, k), jnp.int32)
+        for j in range(0, n, columns):
+            block = jnp.asarray(_padded(train.x[j : j + columns], columns))
+            labels = jnp.asarray(_padded(train.y[j : j + columns], columns))
+            # A block travels while the device is at work on the one before; more would pile up.
+            jax.block_until_ready(best)
+            best = _nearer(best, queries, block, labels, n - j)
+        right = test.y[i : i + rows]
+        elected = np.asarray(_elect(*best, temperature, num_classes))
+        hits += (elected[:, : len(right)] == right).sum(axis=1)
+    return {f"knn{count}": float(hits[min(count, n) - 1] / total) for count in neighbours}
+
+
+@jax.jit
+def _nearer(
+    best: tuple[Float[Array, "b k"], Int32[Array, "b k"]],
+    queries: Float[Array, "b d"],
+    block: Float[Array, "m d"],
+    labels: Int32[Array, " m"],
+    count: Int[Array, ""],
+) -> tuple[Float[Array, "b k"], Int32[Array, "b k"]]:
+    """The most similar of the best so far and the first `count` of a block: (similarity, label)."""
+    k, m = best[0].shape[1], len(labels)
+    similar = jnp.matmul(_normalised(queries), _normalised(block).T, precision="highest")
+    similar = jnp.where(jnp.arange(m) < count, similar, -jnp.inf)
+    # Of equals top_k puts the first in front: here, and below, where the earlier blocks come first.
+    similar, index = jax.lax.top_k(similar, min(k, m))
+    similar = jnp.concatenate([best[0], similar], axis=1)
+    labels = jnp.concatenate([best[1], labels[index]], axis=1)
+    similar, index = jax.lax.top_k(similar, k)
+    return similar, jnp.take_along_axis(labels, index, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="num_classes")
+def _elect(
+    similar: Float[Array, "b k"],
+    labels: Int32[Array, "b k"],
+    temperature: Float[Array, ""],
+    num_classes: int,
+) -> Int32[Array, "k b"]:
+    """The classes that the nearest one elects, the nearest two, ... the nearest k."""
+    # Relative to the nearest: exp(1 / temperature) may be more than float32 holds.
+    weights = jnp.exp((similar - similar[:, :1]) / temperature)
+
+    def vote(votes, voter):
+        weight, label = voter
+        votes += weight[:, None] * jax.nn.one_hot(label, num_classes)
+        return votes, votes.argmax(axis=1).astype(jnp.int32)
+
+    return jax.lax.scan(vote, jnp.zeros((len(labels), num_classes)), (weights.T, labels.T))[1]
+
+
+def _normalised(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    # By the largest first: squares of what is very large or small leave float32.
+    x /= jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), jnp.finfo(x.dtype).tiny)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1)
+
+
+def _padded(x: Shaped[np.ndarray, "n ..."], rows: int) -> Shaped[np.ndarray, "{rows} ..."]:
+    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
+def linear_probe(
+    train: Features,
+    val: Features | None,
+    test: Features,
+    num_classes: int,
+    *,
+    l2: Sequence[float],
+    steps: int,
+) -> dict[str, float]:
+    """Multinomial logistic regression on features that are standardised by those fitted to.
+
+    The loss is the mean cross-entropy + l2 / 2 ||W||^2, and the bias is not penalised; each fit
+    takes at most `steps` of L-BFGS. Of several `l2` the one is taken that is best on `val` when
+    fitted to `train`, of equals the largest, and fitted again to both together. With one `l2`,
+    `val` may be None. The device holds all features, and a few times their logits, in float32.
+
+    Returns:
+      {"accuracy": on test, "l2": the one taken}.
+    """
+    _check(num_classes, train, test, val)
+    _check_positive(l2=l2, steps=[steps])
+    if len(l2) > 1 and val is None:
+        raise UserError(f"{len(l2)} values of l2 and no validation examples to choose by")
+    # To start from: no weights, the shares of the classes as bias; those without examples stay out.
+    shares = np.bincount(train.y, minlength=num_classes) / len(train.y)
+    weights = np.zeros((train.x.shape[1] + 1, num_classes), np.float32)
+    weights[-1] = np.log(np.maximum(shares, 1e-13))
+    chosen, weights = l2[0], jnp.asarray(weights)
+    if len(l2) > 1:
+        chosen, weights = _choose(train, val, weights, l2, steps)
+    if val is not None:
+        train = Features(np.concatenate([train.x, val.x]), np.concatenate([train.y, val.y]))
+    scale = _scale(train.x)
+    weights = fit(*_on_device(train, scale), weights, chosen, steps)
+    return {"accuracy": _accuracy(weights, *_on_device(test, scale)), "l2": float(chosen)}
+
+
+def _choose(
+    train: Features, val: Features, weights: Float[Array, "d k"], l2: Sequence[float], steps: int
+) -> tuple[float, Float[Array, "d k"]]:
+    """The l2 that is best on `val`, and its weights. A fit starts where the one before ended."""
+    scale = _scale(train.x)
+    ours, theirs = _on_device(train, scale), _on_device(val, scale)
+    found = []
+    for value in sorted(l2, reverse=True):
+        weights = fit(*ours, weights, value, steps)
+        found.append((_accuracy(weights, *theirs), value, weights))
+    return max(found, key=lambda one: one[:2])[1:]
+
+
+@jax.jit
+def fit(
+    x: Float[Array, "n d"],
+    y: Int32[Array, " n"],
+    start: Float[Array, "d k"],
+    l2: Float[Array, ""],
+    steps: Int[Array, ""],
+) -> Float[Array, "d k"]:
+    """Returns the weights of logistic regression; the last feature is constant, for the bias.
+
+    It stops when the loss is within about 1e-8 of the lowest: as l2 / 2 ||W||^2 is a part of it, it
+    is at most ||gradient||^2 / (2 l2) above. Where l2 is tiny, it stops where float32 does.
+    """
+
+    def loss(weights):
+        logits = jnp.matmul(x, weights, precision="highest")
+        # log(1 + sum over the other classes of exp(logit - right logit)): the usual difference of
+        # logsumexp and right logit has no digits left where the loss is small.
+        ahead = logits - jnp.take_along_axis(logits, y[:, None], axis=1)
+        others = jnp.where(jnp.arange(weights.shape[1]) == y[:, None], -jnp.inf, ahead)
+        losses = jax.nn.softplus(jax.nn.logsumexp(others, axis=1))
+        return losses.mean() + l2 / 2 * jnp.sum(weights[:-1] ** 2)
+
+    optimizer = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def unfinished(carry):
+        step, _, state = carry
+        value, grad = optax.tree.get(state, "value"), optax.tree.get(state, "grad")
+        little = value * jnp.maximum(2e-8 * l2, 1e-14 * value)
+        return (step == 0) | ((step < steps) & (optax.tree.norm(grad, squared=True) > little))
+
+    def improve(carry):
+        step, weights, state = carry
+        value, grad = value_and_grad(weights, state=state)
+        updates, state = optimizer.update(
+            grad, state, weights, value=value, grad=grad, value_fn=loss
+        )
+        return step + 1, optax.apply_updates(weights, updates), state
+
+    return jax.lax.while_loop(unfinished, improve, (0, start, optimizer.init(start)))[1]
+
+
+def _accuracy(w: Float[Array, "d k"], x: Float[Array, "n d"], y: Int32[Array, " n"]) -> float:
+    predicted = jnp.matmul(x, w, precision="highest").argmax(axis=1)
+    return float(np.mean(np.asarray(predicted == y)))
+
+
+Scale = tuple[Float64[np.ndarray, " d"], Float64[np.ndarray, " d"]]
+
+
+def _scale(x: Float32[np.ndarray, "n d"]) -> Scale:
+    """Mean and standard deviation (+ 1e-5, as in big_vision)."""
+    mean = x.mean(axis=0, dtype=np.float64)
+    # In blocks: a float64 copy of all of ImageNet's features is 10 GB.
+    blocks = (x[i : i + 65536] - mean for i in range(0, len(x), 65536))
+    variance = sum(np.square(block).sum(axis=0) for block in blocks) / len(x)
+    return mean, np.sqrt(variance) + 1e-5
+
+
+def _scaled(
+    x: Float32[np.ndarray, "n d"], scale: Scale, constant: float, dtype: type
+) -> Float[np.ndarray, "n e"]:
+    """Standardised features and, as the last one, a constant for the bias."""
+    result = np.full((len(x), x.shape[1] + 1), constant, dtype)
+    np.subtract(x, scale[0], out=result[:, :-1], casting="same_kind")
+    result[:, :-1] /= scale[1]
+    return result
+
+
+def _on_device(features: Features, scale: Scale) -> tuple[Float[Array, "n e"], Int32[Array, " n"]]:
+    return jnp.asarray(_scaled(features.x, scale, 1, np.float32)), jnp.asarray(features.y)
+
+
+def _check(num_classes: int, train: Features, test: Features, val: Features | None = None):
+    for name, features in (("training", train), ("validation", val), ("test", test)):
+        if features is None:
+            continue
+        width, expected = features.x.shape[1], train.x.shape[1]
+        if not len(features.x):
+            raise UserError(f"there are no {name} examples; expected at least one")
+        if width != expected:
+            raise UserError(f"the features of the {name} examples are {width} wide, not {expected}")
+        if not np.isfinite(features.x).all():
+            raise UserError(f"the features of the {name} examples are not finite: has it diverged?")
+        low, high = features.y.min(), features.y.max()
+        if low < 0 or high >= num_classes:
+            raise UserError(f"labels of {name} examples are {low} to {high}, of {num_classes}")
+
+
+def _check_positive(**numbers: Sequence[float]):
+    for name, values in numbers.items():
+        if not values or not all(0 < value < float("inf") for value in values):
+            raise UserError(f"{name} is {list(values)}; expected numbers above 0")
