@@ -83,7 +83,7 @@ def get_config(arg="B/16,imagenet"):
     config.optim = presets.big_vision_adam()
 
     config.eval.every = 2500
-    config.eval.evaluators = presets.evaluators(args.words, data, presets.BIG_VISION_EVAL, 10_000)
+    config.eval.evaluators = presets.evaluators(args, presets.BIG_VISION_EVAL, 10_000)
     if not many:
         config.data.test = dict(source=data.source, split=data.test, **presets.BIG_VISION_EVAL)
     config.checkpoint = dict(every=1000, keep=2)

@@ -20,10 +20,9 @@ from ml_collections import ConfigDict
 def get_config(arg="imagenet"):
     """DATA[,WHAT...][,SOURCE]."""
     names = ("imagenet", "cifar10", "cifar100", "pets", "flowers")
-    # No variant: the model brings its own.
-    args = presets.read(f"B/16,{arg}", names, ("classify", *presets.EVALUATORS))
+    args = presets.read_data(arg, names, ("classify", *presets.EVALUATORS))
     config = ConfigDict(dict(batch_size=256, data={}, eval={}))
     if "classify" in args.words or not args.words:
         config.data.test = dict(source=args.data.source, split=args.data.test)
-    config.eval.evaluators = presets.evaluators(args.words, args.data, {})
+    config.eval.evaluators = presets.evaluators(args, {})
     return config

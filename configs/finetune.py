@@ -21,10 +21,10 @@ Published, from ImageNet-21k (Table 5), B/16, L/16, H/14: ImageNet 83.97, 85.15,
 
 What is known to matter: the learning rate, to be chosen on `dev`; the paper tries 0.001, 0.003,
 0.01 and 0.03, on ImageNet 0.003, 0.01, 0.03 and 0.06. Head and hidden layer give way to one linear
-layer of zeros. No dropout, no weight decay; momentum in bfloat16, inception crops and flips,
-warm-up and evaluation by squashing are those of vit_jax's published code. Where the paper's Table 2
-has 512 and 518 pixels, it also averages the weights with 0.9999. H/14 cannot have 384 pixels: it
-gets 378, the 27 x 27 patches that Google's code uses of 384.
+layer of zeros. No weight decay. Momentum in bfloat16, dropout of 0.1 for L/16 and H/14, inception
+crops and flips, warm-up and evaluation by squashing are vit_jax's. Where the paper's Table 2 has
+512 and 518 pixels, it also averages the weights with 0.9999. H/14 cannot have 384 pixels: it gets
+378, the 27 x 27 patches that Google's code uses of 384.
 """
 
 import presets
@@ -46,14 +46,14 @@ def get_config(arg="B/16,cifar100"):
 
     config.model.variant = args.variant
     config.model.image_size = (size, size)
-    config.model.dropout = 0.0
+    config.model.dropout = 0.1 if args.variant in ("L/16", "H/14") else 0.0
     config.model.drop_path = 0.0
 
     how = dict(resize_dtype="float32", jpeg="fast", aspect="squash", crop=1.0, resize="bilinear")
     dev = "dev" in args.words
     split = data.part(0, 100 - data.held_out) if dev else data.train
     config.data.train = dict(source=data.source, split=split, jpeg="fast", flip=True)
-    config.data.train.inception_crop = dict(area=(0.05, 1.0), ratio=(3 / 4, 4 / 3))
+    config.data.train.inception_crop = dict(area=(0.05, 1.0), ratio=(0.75, 1.33))
     config.data.train.resize = "bilinear"
     if dev:
         held_out = data.part(100 - data.held_out, 100)
@@ -71,7 +71,7 @@ def get_config(arg="B/16,cifar100"):
     if args.name == "imagenet" and size == LARGE.get(args.variant):
         config.optim.ema = 0.9999
 
-    config.eval.evaluators = presets.evaluators(args.words, args.data, how)
+    config.eval.evaluators = presets.evaluators(args, how)
     config.eval.every = 1000
     config.checkpoint = dict(every=1000, keep=2)
     config.log = dict(every=50)

@@ -43,7 +43,7 @@ def get_config(arg="S/16,folder:images"):
 
     config.data = ConfigDict(dict(on_corrupt="stop"))
     config.data.train = ConfigDict(dict(source=source, split=train, flip=True, jpeg="fast"))
-    config.data.train.inception_crop = ConfigDict(dict(area=(0.05, 1.0), ratio=(3 / 4, 4 / 3)))
+    config.data.train.inception_crop = ConfigDict(dict(area=(0.05, 1.0), ratio=(0.75, 1.33)))
     config.data.val = ConfigDict(dict(source=source, split=val, aspect="keep", crop=0.875))
     config.data.val.resize = "bilinear_antialias"
 

@@ -46,7 +46,7 @@ def get_config(arg="S/16,imagenet"):
 
     config.optim = presets.big_vision_adam()
 
-    config.eval.evaluators = presets.evaluators(args.words, args.data, evaluated)
+    config.eval.evaluators = presets.evaluators(args, evaluated)
     config.eval.every = 2500
     config.checkpoint = dict(every=1000, keep=2)
     config.log = dict(every=50)

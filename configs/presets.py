@@ -16,11 +16,14 @@ from ml_collections.config_dict import placeholder
 
 
 class DataSet(NamedTuple):
-    """A source, its splits, the percent of training images to hold out; how long to fine-tune."""
+    """A source, its splits, the percent of training images to hold out; how long to fine-tune.
+
+    Without test images, those held out are tested on.
+    """
 
     source: str
     train: str
-    test: str
+    test: str | None
     held_out: int
     steps: int = 0
     warmup: int = 0
@@ -28,7 +31,7 @@ class DataSet(NamedTuple):
     def part(self, low: int, high: int) -> str:
         """The training images from percent `low` to `high`."""
         parts = (f"{name}[{low}%:{high}%]" for name in self.train.split("+"))
-        return "+".join(parts).replace("[0%", "[").replace(":100%]", ":]")
+        return "+".join(parts).replace("[0%", "[").replace(":100%]", ":]").replace("[:]", "")
 
 
 # Steps: the paper's Table 4. Warm-up: the code that was published with the checkpoints
@@ -44,8 +47,8 @@ DATASETS = {
     # TFDS keeps the 2,040 training images in two splits.
     "flowers": DataSet("tfds:oxford_flowers102", "train+validation", "test", **_SMALL),
     # No public TFDS data set has these: `python -m vit_jax prepare` makes them.
-    "imagenet21k": DataSet("records:imagenet21k", "train", "train", held_out=1),
-    "jft": DataSet("records:jft300m", "train", "train", held_out=1),
+    "imagenet21k": DataSet("records:imagenet21k", "train", None, held_out=1),
+    "jft": DataSet("records:jft300m", "train", None, held_out=1),
 }
 # Table 1; Ti and S are those of DeiT and AugReg.
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024, "H": 1280, "g": 1408, "G": 1664}
@@ -54,12 +57,12 @@ WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024, "H": 1280, "g": 1408, "G": 1
 class Arguments(NamedTuple):
     """What a recipe's argument says; `width` is the variant's."""
 
-    variant: str
-    width: int
     name: str
     data: DataSet
     words: tuple[str, ...]
-    size: int | None
+    variant: str = ""
+    width: int = 0
+    size: int | None = None
 
 
 def read(
@@ -70,28 +73,37 @@ def read(
     Raises:
       ValueError: another data set than `names`, or a word that means nothing.
     """
-    variant, name, *rest = [*arg.split(","), ""]
-    expected = f"expected VARIANT,DATA such as B/16,{names[0]}"
+    variant, _, rest = arg.partition(",")
     width = WIDTHS.get(variant.partition("/")[0])
     if width is None or "/" not in variant:
         raise ValueError(
-            f"argument {arg!r}: {expected}; a variant is one of {', '.join(WIDTHS)}, a slash and "
-            "the patch size"
+            f"argument {arg!r}: expected VARIANT,DATA such as B/16,{names[0]}; a variant is one of "
+            f"{', '.join(WIDTHS)}, a slash and the patch size"
         )
+    name, *given = rest.split(",")
+    sizes = [word for word in given if word.isdigit() and int(word)]
+    given = [word for word in given if word not in sizes]
+    args = read_data(",".join([name, *given]), names, words, table)
+    return args._replace(variant=variant, width=width, size=int(sizes[-1]) if sizes else None)
+
+
+def read_data(
+    arg: str, names: tuple[str, ...], words: tuple[str, ...] = (), table: dict = DATASETS
+) -> Arguments:
+    """Reads DATA and, in any order: some of `words`, another source. Raises as `read` does."""
+    name, *given = arg.split(",")
     if name not in names:
-        raise ValueError(f"argument {arg!r}: {expected}; data sets are {', '.join(names)}")
-    data, size, found = table[name], None, []
-    for word in filter(None, rest):
+        raise ValueError(f"expected the name of a data set, not {name!r}: {', '.join(names)}")
+    data, found = table[name], []
+    for word in given:
         if ":" in word:
             data = data._replace(source=word)
-        elif word.isdigit():
-            size = int(word)
         elif word in words:
             found.append(word)
         else:
-            known = ("an image size", "a source such as records:PATH", *words)
-            raise ValueError(f"argument {arg!r}: {word!r} is none of: {', '.join(known)}")
-    return Arguments(variant, width, name, data, tuple(found), size)
+            known = ", ".join(("a source such as records:PATH", *words))
+            raise ValueError(f"argument {arg!r}: {word!r} means nothing here; expected {known}")
+    return Arguments(name, data, tuple(found))
 
 
 def base() -> ConfigDict:
@@ -109,7 +121,7 @@ def base() -> ConfigDict:
 # What big_vision's configs do to images: decode_jpeg_and_inception_crop(224)|flip_lr for training,
 # decode|resize_small(256)|central_crop(224) for evaluation; both cast to uint8, which cuts.
 BIG_VISION_TRAIN = dict(
-    inception_crop=dict(area=(0.05, 1.0), ratio=(3 / 4, 4 / 3)),
+    inception_crop=dict(area=(0.05, 1.0), ratio=(0.75, 1.33)),
     resize="bilinear",
     resize_dtype="truncated",
     jpeg="fast",
@@ -156,37 +168,45 @@ FEW_SHOT = {
 EVALUATORS = (*IMAGENET, "fewshot", "knn", "probe", "vtab")
 
 
-def evaluators(words: tuple[str, ...], data: DataSet, how: dict, every: int | None = None):
-    """Sections for eval.evaluators, which need data sets beside the one that is trained on.
+def evaluators(args: Arguments, how: dict, few_shot_every: int | None = None) -> ConfigDict:
+    """Sections of eval.evaluators for the words of an argument; most need data sets of their own.
 
     real, v2: ImageNet's other labels and images, read as `how` says. fewshot: the paper's linear
-    few-shot accuracy on seven data sets. knn, probe: nearest neighbours and a linear probe on
-    `data`. vtab: linear probes of all VTAB-1k tasks.
+    few-shot accuracy on the data sets of FEW_SHOT, and on ImageNet if that is trained on. knn,
+    probe: nearest neighbours and a linear probe on the data that is trained on. vtab: linear
+    probes of all VTAB-1k tasks.
     """
-    found = {}
-    for name in IMAGENET.keys() & set(words):
-        source, split = IMAGENET[name]
-        test = dict(source=source, split=split, **how)
-        found[name] = dict(type="classification", test=test)
-    squashed = dict(aspect="squash", crop=0.875, resize="bilinear", jpeg="fast")
-    if "fewshot" in words:
-        # Of TFDS's ImageNet, the first 65,000 have at least 30 of each class.
-        here = (data.source, "train[:65000]", data.test)
-        sets = FEW_SHOT | ({"imagenet": here} if "imagenet" in data.source else {})
+    data, found = args.data, {}
+    for name, (source, split) in IMAGENET.items():
+        if name in args.words:
+            test = dict(source=source, split=split, **how)
+            found[name] = dict(type="classification", test=test)
+    if "fewshot" in args.words:
+        sets = dict(FEW_SHOT)
+        if args.name == "imagenet":
+            # In TFDS's order these have at least 30 images of each class.
+            first = "train[:65000]" if data.source.startswith("tfds:") else "train[:5%]"
+            sets["imagenet"] = (data.source, first, data.test)
+        # decode|resize(256)|central_crop(224)
+        squashed = dict(BIG_VISION_EVAL, aspect="squash", resize="bilinear")
         for name, (source, *splits) in sets.items():
             train, test = (dict(source=source, split=split, **squashed) for split in splits)
-            shots = dict(shots=(1, 5, 10, 25), seeds=3, l2=1024.0)
-            found[f"{name}_fewshot"] = dict(type="fewshot", train=train, test=test, **shots)
+            section = dict(type="fewshot", train=train, test=test, every=few_shot_every)
+            found[f"{name}_fewshot"] = dict(section, shots=(1, 5, 10, 25), seeds=3, l2=1024.0)
+    end = 100 if data.test else 100 - data.held_out
     train, fitted, chosen, test = (
         dict(source=data.source, split=split, **how)
-        for split in (data.train, data.part(0, 90), data.part(90, 100), data.test)
+        for split in (
+            data.part(0, end),
+            data.part(0, end - 10),
+            data.part(end - 10, end),
+            data.test or data.part(end, 100),
+        )
     )
-    if "knn" in words:
+    if "knn" in args.words:
         found["knn"] = dict(type="knn", train=train, test=test)
-    if "probe" in words:
+    if "probe" in args.words:
         found["probe"] = dict(type="probe", train=fitted, val=chosen, test=test)
-    if "vtab" in words:
+    if "vtab" in args.words:
         found["vtab"] = dict(type="vtab")
-    for section in found.values() if every else ():
-        section["every"] = every
     return ConfigDict(found)

@@ -56,11 +56,11 @@ def get_config(arg="B/16,imagenet"):
         config.objective = "sigmoid"
         config.model.head_bias = -10.0
 
-    config.data.train = dict(source=source, split=args.data.part(args.data.held_out, 100))
+    config.data.train = dict(source=source, split=args.data.part(0, 99))
     config.data.train.update(jpeg="fast", flip=True)
-    config.data.train.inception_crop = dict(area=(0.05, 1.0), ratio=(3 / 4, 4 / 3))
+    config.data.train.inception_crop = dict(area=(0.05, 1.0), ratio=(0.75, 1.33))
     how = dict(resize_dtype="float32", jpeg="fast")
-    config.data.val = dict(source=source, split=args.data.part(0, args.data.held_out), **how)
+    config.data.val = dict(source=source, split=args.data.part(99, 100), **how)
 
     config.optim.name = "adamw"
     config.optim.lr = lr
@@ -74,7 +74,7 @@ def get_config(arg="B/16,imagenet"):
         config.optim.grad_clip = 1.0
         config.data.test = dict(source=source, split=args.data.test, **how)
 
-    config.eval.evaluators = presets.evaluators(args.words, args.data, how)
+    config.eval.evaluators = presets.evaluators(args, how)
     config.eval.every = 5000
     config.checkpoint = dict(every=1000, keep=2)
     config.log = dict(every=50)

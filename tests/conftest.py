@@ -1,8 +1,15 @@
 """Eight faked CPU devices, and shapes in signatures enforced, before anything imports jax."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test, process or run has compiled, the next need not: compiling is most of the time.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Unoptimised code compiles twice as fast, which is where the tests' time goes.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
@@ -12,8 +19,6 @@ os.environ["XLA_FLAGS"] = (
 from jaxtyping import install_import_hook
 
 install_import_hook("vit_jax", "beartype.beartype")
-
-import pathlib  # noqa: E402
 
 import pytest  # noqa: E402
 

@@ -88,7 +88,7 @@ def test_features_of_every_example_in_order(run, features, devices, batch_size):
     config = dataclasses.replace(
         config, eval=dataclasses.replace(config.eval, evaluators={"p": probe})
     )
-    opened, mesh = open_model(workdir), make_mesh(MeshConfig(data=devices))
+    opened, mesh = open_model(workdir), make_mesh(MeshConfig(), jax.devices()[:devices])
     params, _ = place(opened, opened.record.config, shardings=lambda x: placement(x, mesh))
     evaluation = evaluate.Evaluation(config, opened.record, mesh)
     found = evaluation.features(params, split)
@@ -146,10 +146,10 @@ SPLIT = "dict(source='digits', split='train')"
 SECTION = f"dict(type='knn', train={SPLIT}, test={SPLIT}" + "{})"
 MISTAKES = {
     "type": ("near=dict(type='knm')", "near.type is 'knm'; did you mean 'knn'"),
-    "no type": ("near=dict(test=1)", "near.type is None; expected one of classification"),
+    "no type": ("near=dict(test=1)", "near.type is None; known: classification, fewshot"),
     "no test": (
         "near=dict(type='knn', train=dict(source='digits', split='val'))",
-        r"eval\.evaluators\.near\.test is not set",
+        r"eval\.evaluators\.near\.test\.source is not set",
     ),
     "key": (
         f"near={SECTION.format(', neighbors=(3,)')}",
@@ -289,7 +289,7 @@ def test_vtab_gives_tasks_groups_and_means(monkeypatch):
 
 
 def test_probes_want_one_label(monkeypatch, run):
-    opened, mesh = open_model(run[0]), make_mesh(MeshConfig(data=1))
+    opened, mesh = open_model(run[0]), make_mesh(MeshConfig(), jax.devices()[:1])
     config = load_config(DIGITS)
     split = Split("digits", "test")
     fields = {"near": evaluators.Knn(train=split, test=split)}

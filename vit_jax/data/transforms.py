@@ -121,11 +121,11 @@ class InceptionCrop:
 
     Attributes:
       area: (low, high) of the share of the image's area that a box may have.
-      ratio: (low, high) of width / height.
+      ratio: (low, high) of width / height; the default is TensorFlow's, not quite 3/4 to 4/3.
     """
 
     area: tuple[float, float] = (0.05, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[float, float] = (0.75, 1.33)
 
     def __post_init__(self):
         for name, high in {"area": 1.0, "ratio": math.inf}.items():

@@ -173,7 +173,11 @@ class ViTConfig:
         """The model to fine-tune: one linear layer on what is pooled (paper, B.1.1)."""
         distillation = "token" if self.distillation == "head" else self.distillation
         return dataclasses.replace(
-            self, num_classes=num_classes, representation_size=None, distillation=distillation
+            self,
+            num_classes=num_classes,
+            representation_size=None,
+            distillation=distillation,
+            head_bias=0.0,
         )
 
     @property

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 TIMING_KEYS = ("images_per_second", "input_wait_fraction", "seconds")
 # A run in which one of these is not finite stops, before a checkpoint of it can be saved.
 FINITE = ("loss", "grad_norm", "param_norm")
-# What the screen shows of a line, and as what.
+# What the screen shows of a line, and as what; of a line without any of these, all.
 SHOWN = {
     "train/loss": "loss",
     "train/accuracy": "acc",
@@ -131,7 +131,8 @@ class Recorder:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
-        shown = {SHOWN[name]: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
+        known = {SHOWN[name]: value for name, value in values.items() if name in SHOWN}
+        shown = {name: f"{value:.4g}" for name, value in (known or values).items()}
         if self._bar.disable:
             text = " ".join(f"{name} {value}" for name, value in shown.items())
             logger.info("step %d/%d %s", step, self._total_steps, text)
