@@ -61,13 +61,7 @@ def get_config(arg="B/16,cifar100"):
     else:
         config.data.test = dict(source=data.source, split=data.test, **how)
 
-    config.optim.name = "sgd"
-    config.optim.momentum = 0.9
-    config.optim.mu_dtype = "bfloat16"
-    config.optim.lr = 0.01
-    config.optim.schedule = "cosine"
-    config.optim.warmup = float(data.warmup)
-    config.optim.grad_clip = 1.0
+    config.optim = presets.sgd(data.warmup)
     if args.name == "imagenet" and size == LARGE.get(args.variant):
         config.optim.ema = 0.9999
 

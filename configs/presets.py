@@ -151,6 +151,21 @@ def big_vision_adam() -> ConfigDict:
     )
 
 
+def sgd(warmup: float) -> ConfigDict:
+    """The paper's optimiser for fine-tuning (Table 4); its momentum is kept as in both codes."""
+    return ConfigDict(
+        dict(
+            name="sgd",
+            lr=0.01,
+            schedule="cosine",
+            warmup=float(warmup),
+            momentum=0.9,
+            mu_dtype="bfloat16",
+            grad_clip=1.0,
+        )
+    )
+
+
 # Other labels and other images for the classes of ImageNet: arXiv 2006.07159 and 1902.10811.
 IMAGENET = {
     "real": ("tfds:imagenet2012_real,label=real_label", "validation"),

@@ -64,13 +64,7 @@ def get_config(arg="B/32,cifar10"):
     else:
         config.data.test = dict(source=data.source, split=data.test, **evaluated)
 
-    config.optim.name = "sgd"
-    config.optim.momentum = 0.9
-    config.optim.mu_dtype = "bfloat16"
-    config.optim.lr = 0.01
-    config.optim.schedule = "cosine"
-    config.optim.warmup = float(data.warmup)
-    config.optim.grad_clip = 1.0
+    config.optim = presets.sgd(data.warmup)
 
     config.eval.evaluators = presets.evaluators(args, evaluated)
     config.eval.every = 100

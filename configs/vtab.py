@@ -56,13 +56,7 @@ def get_config(arg="B/16,caltech101"):
     name, split = ("val", "val200") if dev else ("test", args.data.test)
     config.data[name] = dict(source=source, split=split, **how)
 
-    config.optim.name = "sgd"
-    config.optim.momentum = 0.9
-    config.optim.mu_dtype = "bfloat16"
-    config.optim.lr = 0.01
-    config.optim.schedule = "cosine"
-    config.optim.warmup = 500.0
-    config.optim.grad_clip = 1.0
+    config.optim = presets.sgd(500)
 
     config.eval.every = 500
     config.checkpoint = dict(every=500, keep=2)

@@ -19,7 +19,7 @@ import pytest
 import tensorflow_datasets
 from tensorflow_datasets.proto import tf_example_pb2
 
-from vit_jax.data import records
+from vit_jax.data import examples, records
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import Relabelled, open_source
@@ -411,13 +411,13 @@ def test_all_values_of_a_feature_are_those_that_protobuf_reads(features, data):
             (_, values), *_ = [(k.name, v.value) for k, v in parsed[name].ListFields()] or [
                 ("", [])
             ]
-            found = records.feature_values(record, name)
+            found = examples.feature_values(record, name)
             assert np.array_equal(found, values, equal_nan=features[name][0] == "float_list")
             assert [type(one) for one in found] == [type(one) for one in values]
-            first = records.parse_example(record)[name]
+            first = examples.parse_example(record)[name]
             if features[name][0] != "float_list":
                 assert first == (found[0] if found else None)
-        assert records.feature_values(record, "none of them") == []
+        assert examples.feature_values(record, "none of them") == []
         # A damaged one is said to be, or gives other values.
         cut = data.draw(st.integers(0, len(record)))
         broken = bytearray(record[:cut])
@@ -425,7 +425,7 @@ def test_all_values_of_a_feature_are_those_that_protobuf_reads(features, data):
             broken[data.draw(st.integers(0, cut - 1))] = data.draw(st.integers(0, 255))
         for name in features:
             try:
-                assert isinstance(records.feature_values(bytes(broken), name), list)
+                assert isinstance(examples.feature_values(bytes(broken), name), list)
             except ValueError:
                 pass
 
@@ -444,4 +444,4 @@ def test_all_values_of_a_feature_are_those_that_protobuf_reads(features, data):
 )
 def test_a_list_that_is_damaged_is_refused(data):
     with pytest.raises(ValueError, match=r"tf\.train\.Example|multiple of element size"):
-        records.feature_values(data, "a")
+        examples.feature_values(data, "a")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import records
+from vit_jax.data import examples, records
 from vit_jax.data.images import BadImage, decode
 from vit_jax.errors import UserError, nearest
 
@@ -159,7 +159,7 @@ class VtabSource(records.RecordSource):
         task = TASKS[self.task]
         if task.rule is None:
             return super()._label(record, example)
-        return task.rule(*(records.feature_values(record, key) for key in task.features))
+        return task.rule(*(examples.feature_values(record, key) for key in task.features))
 
 
 def vtab(argument: str, split: str) -> VtabSource:
