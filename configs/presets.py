@@ -98,6 +98,8 @@ def read_data(
     for word in given:
         if ":" in word:
             data = data._replace(source=word)
+            if not word.startswith("tfds:"):  # where all training images are one split
+                data = data._replace(train="train")
         elif word in words:
             found.append(word)
         else:
@@ -221,7 +223,7 @@ def evaluators(args: Arguments, how: dict, few_shot_every: int | None = None) ->
     if "knn" in args.words:
         found["knn"] = dict(type="knn", train=train, test=test)
     if "probe" in args.words:
-        found["probe"] = dict(type="probe", train=fitted, val=chosen, test=test)
+        found["probe"] = dict(type="probe", train=fitted, val=chosen, test=dict(test))
     if "vtab" in args.words:
         found["vtab"] = dict(type="vtab")
     return ConfigDict(found)

@@ -15,27 +15,26 @@ Published (arXiv 2010.11929, Tables 2 and 9): from JFT-300M H/14 77.63, L/16 76.
 from ImageNet-21k 72.72. All tasks have the same settings (Table 4): 2,500 steps of 512 images at
 384 pixels, learning rate 0.01, which was chosen among two on the 200 images.
 
-Like BiT, whose preprocessing the paper takes: images are resized to a square, and a smaller square
-cut out of them and mirrored, except where that would change the label. Which tasks these are is not
-published; here, digits (svhn) are not mirrored and structured tasks neither cut nor mirrored.
-Images are cut out of 448 pixels (vit_jax's later configs; BiT's own ratio is 512 to 480). Warm-up
-and momentum are those of configs/finetune.py.
+As in BiT (arXiv 1912.11370, appendix F), whose preprocessing the paper takes: images are resized to
+a square, and a smaller square is cut out of them and mirrored, except where that would change the
+label. Cut out of 448 pixels, as in vit_jax's later configs. Warm-up and momentum are those of
+configs/finetune.py.
 """
 
 import presets
 
-CUT = "caltech101 cifar100 dtd flowers102 pets sun397 svhn".split()
-CUT += "patch_camelyon eurosat resisc45 diabetic_retinopathy".split()
-WHOLE = "clevr_count clevr_distance dmlab kitti_distance dsprites_location".split()
-WHOLE += "dsprites_orientation smallnorb_azimuth smallnorb_elevation".split()
-TASKS = {
-    task: presets.DataSet(f"vtab:{task}", "train800val200", "test", 20) for task in CUT + WHOLE
-}
+TASKS = "caltech101 cifar100 dtd flowers102 pets sun397 svhn".split()
+TASKS += "patch_camelyon eurosat resisc45 diabetic_retinopathy".split()
+TASKS += "clevr_count clevr_distance dmlab kitti_distance dsprites_location".split()
+TASKS += "dsprites_orientation smallnorb_azimuth smallnorb_elevation".split()
+TABLE = {task: presets.DataSet(f"vtab:{task}", "train800val200", "test", 20) for task in TASKS}
+NOT_CUT = "clevr_count clevr_distance dmlab kitti_distance dsprites_location".split()
+NOT_MIRRORED = "dsprites_location dsprites_orientation smallnorb_azimuth".split()
 
 
 def get_config(arg="B/16,caltech101"):
     """VARIANT,TASK[,dev][,SIZE]."""
-    args = presets.read(arg, tuple(TASKS), ("dev",), TASKS)
+    args = presets.read(arg, tuple(TASKS), ("dev",), TABLE)
     source, size = args.data.source, args.size or (378 if args.variant.endswith("/14") else 384)
 
     config = presets.base()
@@ -51,8 +50,9 @@ def get_config(arg="B/16,caltech101"):
     dev = "dev" in args.words
     split = "train800" if dev else args.data.train
     config.data.train = dict(source=source, split=split, **how)
-    if args.name in CUT:
-        config.data.train.update(crop=384 / 448, random_crop=True, flip=args.name != "svhn")
+    config.data.train.flip = args.name not in NOT_MIRRORED
+    if args.name not in NOT_CUT:
+        config.data.train.update(crop=384 / 448, random_crop=True)
     name, split = ("val", "val200") if dev else ("test", args.data.test)
     config.data[name] = dict(source=source, split=split, **how)
 
