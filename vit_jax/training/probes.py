@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Float32, Float64, Int, Int32, Shaped
 
 from vit_jax.errors import UserError
 
-# A block of similarities is 256 MiB, and a block of training features of width 1024 is 64 MiB:
-# with what normalising and sorting copy, nearest neighbours take about 1 GiB of the device,
-# however many examples there are.
+# A block of similarities is 256 MiB, one of training features of width 1024 is 64 MiB: with what
+# normalising and sorting copy, nearest neighbours take 1 to 2 GiB of the device, however many
+# examples there are.
 TEST_BLOCK, TRAIN_BLOCK = 4096, 16384
 
 
@@ -114,7 +114,7 @@ def knn(
     hits = np.zeros(k, np.int64)
     for i in range(0, total, rows):
         queries = jnp.asarray(_padded(test.x[i : i + rows], rows))
-        best = jnp.full((rows, k), -jnp.inf), jnp.zeros((rows, k), jnp.int32)
+        best = jnp.full((rows, k), -jnp.inf, jnp.float32), jnp.zeros((rows, k), jnp.int32)
         for j in range(0, n, columns):
             block = jnp.asarray(_padded(train.x[j : j + columns], columns))
             labels = jnp.asarray(_padded(train.y[j : j + columns], columns))
@@ -244,9 +244,9 @@ def fit(
         logits = jnp.matmul(x, weights, precision="highest")
         # log(1 + sum over the other classes of exp(logit - right logit)): the usual difference of
         # logsumexp and right logit has no digits left where the loss is small.
-        ahead = logits - jnp.take_along_axis(logits, y[:, None], axis=1)
-        others = jnp.where(jnp.arange(weights.shape[1]) == y[:, None], -jnp.inf, ahead)
-        losses = jax.nn.softplus(jax.nn.logsumexp(others, axis=1))
+        right = jnp.arange(weights.shape[1]) == y[:, None]
+        ahead = logits - jnp.sum(logits, axis=1, keepdims=True, where=right)
+        losses = jax.nn.softplus(jax.nn.logsumexp(ahead, axis=1, where=~right))
         return losses.mean() + l2 / 2 * jnp.sum(weights[:-1] ** 2)
 
     optimizer = optax.lbfgs()
@@ -287,7 +287,7 @@ def _scale(x: Float32[np.ndarray, "n d"]) -> Scale:
 
 
 def _scaled(
-    x: Float32[np.ndarray, "n d"], scale: Scale, constant: float, dtype: type
+    x: Float32[np.ndarray, "n d"], scale: Scale, constant: int, dtype: type
 ) -> Float[np.ndarray, "n e"]:
     """Standardised features and, as the last one, a constant for the bias."""
     result = np.full((len(x), x.shape[1] + 1), constant, dtype)
@@ -301,22 +301,22 @@ def _on_device(features: Features, scale: Scale) -> tuple[Float[Array, "n e"], I
 
 
 def _check(num_classes: int, train: Features, test: Features, val: Features | None = None):
-    for name, features in (("training", train), ("validation", val), ("test", test)):
-        if features is None:
+    for name, given in (("training", train), ("validation", val), ("test", test)):
+        if given is None:
             continue
-        width, expected = features.x.shape[1], train.x.shape[1]
-        if not len(features.x):
+        if not len(given.x):
             raise UserError(f"there are no {name} examples; expected at least one")
-        if width != expected:
-            raise UserError(f"the features of the {name} examples are {width} wide, not {expected}")
-        if not np.isfinite(features.x).all():
-            raise UserError(f"the features of the {name} examples are not finite: has it diverged?")
-        low, high = features.y.min(), features.y.max()
-        if low < 0 or high >= num_classes:
-            raise UserError(f"labels of {name} examples are {low} to {high}, of {num_classes}")
+        wide, expected = given.x.shape[1], train.x.shape[1]
+        if wide != expected:
+            raise UserError(f"{name} features are {wide} wide; expected {expected}, as in training")
+        if not np.isfinite(given.x).all():
+            raise UserError(f"the features of the {name} examples are not finite: a model diverged")
+        low, high, last = given.y.min(), given.y.max(), num_classes - 1
+        if low < 0 or high > last:
+            raise UserError(f"labels of {name} examples are {low} to {high}; expected 0 to {last}")
 
 
-def _check_positive(**numbers: Sequence[float]):
+def _check_positive(**numbers: Sequence[int] | Sequence[float]):
     for name, values in numbers.items():
         if not values or not all(0 < value < float("inf") for value in values):
             raise UserError(f"{name} is {list(values)}; expected numbers above 0")
