@@ -51,7 +51,8 @@ DATASETS = {
     "jft": DataSet("records:jft300m", "train", None, held_out=1),
 }
 # Table 1; Ti and S are those of DeiT and AugReg.
-WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024, "H": 1280, "g": 1408, "G": 1664}
+WIDTHS = {"mu": 32, "Ti": 192, "S": 384, "B": 768, "L": 1024, "So400m": 1152}
+WIDTHS |= {"H": 1280, "g": 1408, "G": 1664}
 
 
 class Arguments(NamedTuple):
@@ -210,14 +211,15 @@ def evaluators(args: Arguments, how: dict, few_shot_every: int | None = None) ->
             train, test = (dict(source=source, split=split, **squashed) for split in splits)
             section = dict(type="fewshot", train=train, test=test, every=few_shot_every)
             found[f"{name}_fewshot"] = dict(section, shots=(1, 5, 10, 25), seeds=3, l2=1024.0)
-    end = 100 if data.test else 100 - data.held_out
+    tested = data.test is not None and "dev" not in args.words
+    end = 100 if tested else 100 - data.held_out
     train, fitted, chosen, test = (
         dict(source=data.source, split=split, **how)
         for split in (
             data.part(0, end),
             data.part(0, end - 10),
             data.part(end - 10, end),
-            data.test or data.part(end, 100),
+            data.test if tested else data.part(end, 100),
         )
     )
     if "knn" in args.words:

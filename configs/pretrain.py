@@ -20,9 +20,10 @@ the learning rate: 0.1 at 8e-4 takes 8e-5 of each kernel a step (big_vision writ
 ImageNet alone, AugReg's recipe (configs/augreg.py) is far better than this one.
 
 Not said by the paper, and so chosen here as its authors' later code has it: kernels alone are
-decayed; inception crops of 5 to 100% and flips; a sigmoid loss with a head bias of -10 where images
-have more than one true class (ImageNet-21k, JFT); `linear` ends at 1e-5; the images held out.
-Evaluation squashes images to the model's size, as vit_jax does.
+decayed; no label smoothing (section 4.3 tunes it on small data); inception crops and flips; a
+sigmoid loss with a head bias of -10 where images have more than one true class (ImageNet-21k, JFT);
+`linear` ends at 1e-5; the images held out. Evaluation squashes images to the model's size, as
+vit_jax does.
 """
 
 import presets

@@ -1,4 +1,4 @@
-"""AugReg's fine-tuning: arXiv 2106.10270, section 3.4, as big_vision's transfer.py has it.
+"""AugReg's fine-tuning: arXiv 2106.10270, section 3.5, as big_vision's transfer.py has it.
 
     python -m vit_jax train --config=configs/transfer.py:B/32,cifar10 --workdir=runs/b32_cifar10 \\
         --config.init_from=B_32.npz --config.optim.lr=0.003

@@ -52,3 +52,8 @@ def tiny_run(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("run") / "pretrain"
     return workdir, train(load_config(DIGITS, TINY), workdir)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest go first, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_resume.py")

@@ -39,7 +39,7 @@ from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.config import ViTConfig
+from vit_jax.models.config import VARIANTS, ViTConfig
 from vit_jax.models.vit import structure
 from vit_jax.training.config import MODEL_KEYS, Config, load_config, unpack
 from vit_jax.training.evaluators import EVALUATORS, Evaluator
@@ -434,7 +434,7 @@ def test_vtab(task):
         assert (data.val and data.val.split) == ("val200" if dev else None)
         assert (data.test and data.test.split) == (None if dev else "test")
         check(data.train, aspect="squash", inception_crop=None)
-        check(data.val or data.test, aspect="squash", crop=1.0)
+        check(data.val or data.test, **SQUASHED)
 
 
 @pytest.mark.parametrize("task", VTAB)
@@ -970,7 +970,7 @@ def test_every_field_of_an_evaluator_is_used(kind):
 # An argument that says something else than it may, and what was expected.
 WRONG = {
     "pretrain:B/16,cifar10": "imagenet, imagenet21k, jft",
-    "pretrain:XL/16,imagenet": "Ti, S, B, L, H",
+    "pretrain:XL/16,imagenet": "Ti, S, B, L, So400m, H",
     "pretrain:B/16,imagenet,reel": "real, v2",
     "augreg:B/16,jft": "imagenet, imagenet21k",
     "augreg:B/16,imagenet,heavy": "light1, light2",
@@ -1016,3 +1016,29 @@ def test_evaluate_speaks_of_no_variant(capsys, tmp_path):
 @pytest.mark.parametrize("spec", ["evaluate:imagenet,384", "finetune:B/16,pets,0"])
 def test_a_word_that_changes_nothing_is_refused(spec, capsys, tmp_path):
     assert repr(spec.rpartition(",")[2]) in refused(spec, capsys, tmp_path)
+
+
+def test_a_config_of_a_data_set_by_its_folder(folder, monkeypatch):
+    """With TFDS's folder as the working directory its name is a folder as well."""
+    named = "imagenet_v2/matched-frequency"
+    monkeypatch.chdir(folder / "tfds")
+    for path in (named, str(folder / "tfds" / named)):
+        assert len(open_source(f"tfds:{path}", "test").label_names) == 1000
+
+
+def test_development_runs_leave_the_test_images_alone():
+    for name in ("finetune:B/16", "transfer:B/32"):
+        found = recipe(f"{name},pets,dev,knn,probe").eval.evaluators
+        assert {evaluator.test.split for evaluator in found.values()} == {"train[90%:]"}
+        assert found["knn"].train.split == "train[:90%]"
+        assert (found["probe"].train.split, found["probe"].val.split) == (
+            "train[:80%]",
+            "train[80%:90%]",
+        )
+
+
+def test_every_variant_has_a_recipe():
+    """configs/ knows the widths by itself, since it imports nothing from the package."""
+    for name, sizes in VARIANTS.items():
+        fields = recipe(f"plain:{name}/16,imagenet").vit(None, 10)
+        assert fields.width == fields.representation_size == sizes["width"]

@@ -146,9 +146,14 @@ def prepared(where: str, name: str, path: str | None = None) -> Any:
         if path and os.path.isfile(os.path.join(path, "dataset_info.json")):
             return tensorflow_datasets.builder_from_directory(path)
         if path:
-            return read_only_builder.builder_from_files(
-                os.path.basename(path), data_dir=os.path.dirname(os.path.abspath(path))
-            )
+            versions = [
+                found for found in os.listdir(path) if re.fullmatch(r"\d+\.\d+\.\d+", found)
+            ]
+            if versions:  # it is NAME or NAME/CONFIG
+                newest = max(versions, key=lambda found: [int(n) for n in found.split(".")])
+                return tensorflow_datasets.builder_from_directory(os.path.join(path, newest))
+            parent, name = os.path.split(os.path.abspath(path))
+            return read_only_builder.builder_from_files(name, data_dir=parent)
         folder = os.environ.get("TFDS_DATA_DIR")  # which TFDS reads at its import only
         return read_only_builder.builder_from_files(
             name, **({"data_dir": folder} if folder else {})
