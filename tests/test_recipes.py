@@ -11,7 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -1042,3 +1042,34 @@ def test_every_variant_has_a_recipe():
     for name, sizes in VARIANTS.items():
         fields = recipe(f"plain:{name}/16,imagenet").vit(None, 10)
         assert fields.width == fields.representation_size == sizes["width"]
+
+
+def script(name):
+    """A file of experiments/recipes/ as a module."""
+    path = ROOT / "experiments" / "recipes" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sweep_has_table_4s_learning_rates():
+    points = list(script("finetune_sweep").sweep("pod"))
+    for data, (_, _, lrs) in TABLE_4.items():
+        here = [point for point in points if point["config"].split(",")[1] == data]
+        assert tuple(point["optim.lr"] for point in here) == lrs
+        for point in here:
+            config = recipe(point["config"].removeprefix("configs/").replace(".py", ""))
+            assert config.data.test is None and config.data.val is not None
+    assert len({point["name"] for point in points}) == len(points) == 20
+    assert 1 < len(list(script("finetune_sweep").sweep())) < 4
+
+
+def test_the_table_of_vtab_has_the_means_of_its_groups():
+    text = script("vtab").table({"pets": 0.5, "dtd": 0.7, "dmlab": 0.3})
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[3:] == [
+        ["natural", "mean", "60.00%"],
+        ["structured", "mean", "30.00%"],
+        ["all", "mean", "50.00%"],
+    ]
