@@ -23,14 +23,12 @@ from vit_jax.data.pipeline import Batch, BatchReader, train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.vit import structure
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import Evaluation, read_config
 from vit_jax.training.metrics import Diverged, Recorder, due, read_metrics
-from vit_jax.training.optim import make_optimizer, make_schedule
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import check_batch, local_rows, make_mesh, placement, to_devices
-from vit_jax.training.state import abstract_state, from_saved, make_state, to_saved
-from vit_jax.training.steps import make_train_step
+from vit_jax.training.state import from_saved, make_state, to_saved
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +84,10 @@ def _run(
     total_steps = config.steps(len(source) if isinstance(source, Sized) else None)
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.optim.accumulate, mesh)
-    schedule = make_schedule(config.optim, total_steps)
-    optimizer = make_optimizer(config.optim, schedule)
 
     resume_step = store.newest()
     record, params = _start(config, workdir, source, resume_step, mesh)
+    program = make_program(config, record.config, record.preprocess, total_steps, mesh)
     read = BatchReader.of(
         source,
         config.data.train,
@@ -100,33 +97,17 @@ def _run(
     )
     evaluation = Evaluation(config, record, mesh)
 
-    abstract = abstract_state(record.config, optimizer, ema=config.optim.ema is not None, mesh=mesh)
     if resume_step is None:
-        state = make_state(abstract, record.config, optimizer, seed=config.seed, params=params)
+        state = make_state(
+            program.state, record.config, program.optimizer, seed=config.seed, params=params
+        )
         write_atomically(workdir / "config.json", to_json(config))
         record.write(workdir)
     else:
-        state = from_saved(store.restore(resume_step, to_saved(abstract)), abstract)
+        state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
     start_step = resume_step or 0
 
-    graphdef, _ = structure(record.config)
-    train_step = jax.jit(
-        make_train_step(
-            graphdef,
-            optimizer,
-            schedule,
-            record.preprocess,
-            num_classes=record.config.num_classes,
-            objective=config.objective,
-            augment=config.augment,
-            accumulate=config.optim.accumulate,
-            ema=config.optim.ema,
-            seed=config.seed,
-        ),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None),
-    )
     batches = stack.enter_context(
         train_batches(
             read,
@@ -152,7 +133,7 @@ def _run(
         began = time.perf_counter()
         batch, corrupt = next(arriving)
         waited = time.perf_counter() - began
-        state, metrics = train_step(state, batch)
+        state, metrics = program.step(state, batch)
         if config.data.on_corrupt == "skip":
             metrics["corrupt"] = corrupt
         recorder.step(step, metrics, config.batch_size, waited)

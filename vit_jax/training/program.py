@@ -1,0 +1,88 @@
+"""What a config compiles to: the training step, and what it takes. Nothing is allocated."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from vit_jax.data.transforms import Preprocess
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.vit import structure
+from vit_jax.training.config import Config
+from vit_jax.training.optim import make_optimizer, make_schedule
+from vit_jax.training.sharding import BATCH, check_batch
+from vit_jax.training.state import TrainState, abstract_state
+from vit_jax.training.steps import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's training step on a mesh.
+
+    Attributes:
+      state: shapes, types and places of what is trained.
+      batch: of what arrives.
+      step: (state, batch) -> (state, metrics), jitted; it takes the state's memory over.
+    """
+
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_program(
+    config: Config,
+    vit: ViTConfig,
+    preprocess: Preprocess,
+    total_steps: int,
+    mesh: Mesh,
+    *,
+    multi_label: bool = False,
+) -> Program:
+    """Returns the program of `config` for a model `vit` on the devices of `mesh`.
+
+    Raises:
+      UserError: the batch does not divide among the devices, or the warm-up is too long.
+    """
+    check_batch(config.batch_size, config.optim.accumulate, mesh)
+    schedule = make_schedule(config.optim, total_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    state = abstract_state(vit, optimizer, ema=config.optim.ema is not None, mesh=mesh)
+    b, k = config.batch_size, vit.num_classes
+    batch = {
+        "image": ((b, *vit.image_size, vit.in_channels), jnp.uint8),
+        "label": ((b, k), jnp.float32) if multi_label else ((b,), jnp.int32),
+        "mask": ((b,), jnp.bool_),
+    }
+    step = make_train_step(
+        structure(vit)[0],
+        optimizer,
+        schedule,
+        preprocess,
+        num_classes=k,
+        objective=config.objective,
+        augment=config.augment,
+        accumulate=config.optim.accumulate,
+        ema=config.optim.ema,
+        seed=config.seed,
+    )
+    return Program(
+        mesh,
+        optimizer,
+        state,
+        {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
+            for name, (shape, dtype) in batch.items()
+        },
+        jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        ),
+    )
