@@ -15,7 +15,6 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -26,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vit_jax.analysis.preflight import flops_per_image
 from vit_jax.models.config import CHOICES, ViTConfig, variant
 
 # JAX would take most of a GPU's memory when it starts; here torch shares the GPU.
@@ -45,29 +45,6 @@ COLUMNS = (
     "variant | image | batch | contestant | images/s | TFLOP/s | of ceiling | ours / this | "
     "peak GiB | compile s"
 )
-
-
-def flops_per_image(config: ViTConfig) -> int:
-    """Floating-point operations of one image's forward pass: its matrix products, 2 for each MAC.
-
-    A training step takes three times as many: each product has two of its size in the backward
-    pass (the patch embedding one, counted as two). Norms, softmax, GELU and the optimiser are left
-    out, as is usual.
-    """
-    n, d, m = config.num_tokens, config.width, config.mlp_dim
-    patches, pixels = math.prod(config.grid), math.prod(config.patch_size)
-    block = (
-        n * d * 3 * d  # Q, K and V
-        + 2 * n * n * d  # scores, then the weighted sum of the values
-        + n * d * d  # out
-        + 2 * n * d * m  # MLP
-    )
-    macs = patches * pixels * config.in_channels * d + config.depth * block
-    if config.pool == "map":  # one query attends to n tokens
-        macs += d * d + n * d * 2 * d + 2 * n * d + d * d + 2 * d * m
-    hidden = config.representation_size
-    macs += (d * hidden if hidden else 0) + (hidden or d) * config.num_classes
-    return 2 * macs
 
 
 @contextlib.contextmanager

@@ -1,0 +1,427 @@
+"""What a run will need, before anything is spent: its real training step, compiled and read.
+
+With a TPU topology the step is compiled by the TPU's own compiler, on a machine that has no TPU.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
+from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.record import ModelRecord
+from vit_jax.data.pipeline import BatchReader, train_batches
+from vit_jax.data.sources import Source, open_source
+from vit_jax.errors import UserError
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.layers import attention_backend
+from vit_jax.models.vit import structure
+from vit_jax.training.config import Config
+from vit_jax.training.program import Program, make_program, new_record
+from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
+
+GIB = 2**30
+_UTILISATION = 0.5  # of the peak, as well-run ViTs reach on TPUs and GPUs
+_SECONDS_OF_DATA = 5.0
+_REMATS = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of device: its memory in bytes, its bfloat16 products in FLOP/s."""
+
+    memory: int
+    flops: float
+
+
+# By `device_kind`. Sources: Google Cloud's TPU pages (v4, v5e, v5p, v6e), NVIDIA's data sheets
+# (without sparsity).
+CHIPS = {
+    "TPU v4": Chip(32 * GIB, 275e12),
+    "TPU v5 lite": Chip(16 * GIB, 197e12),
+    "TPU v5": Chip(95 * GIB, 459e12),
+    "TPU v6 lite": Chip(32 * GIB, 918e12),
+    "NVIDIA A100-SXM4-40GB": Chip(40 * GIB, 312e12),
+    "NVIDIA A100-SXM4-80GB": Chip(80 * GIB, 312e12),
+    "NVIDIA H100 80GB HBM3": Chip(80 * GIB, 989e12),
+    "NVIDIA H200": Chip(141 * GIB, 989e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """A training step, compiled but not run; bytes are those of one device.
+
+    Attributes:
+      state_bytes: parameters, optimiser state and averages.
+      peak_bytes: the most that is in use at once; None where the compiler refused.
+      limit_bytes: what the device has, None where that is not known.
+      collectives: what moves between devices in a step.
+      least_bytes: what the mesh needs at the least (see `least_traffic`).
+      seconds: it took to compile.
+    """
+
+    program: Program
+    state_bytes: int
+    peak_bytes: int | None
+    limit_bytes: int | None
+    collectives: tuple[Collective, ...] = ()
+    least_bytes: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes is not None and self.peak_bytes <= (self.limit_bytes or math.inf)
+
+    @property
+    def moved_bytes(self) -> float:
+        return sum(each.times * each.bytes for each in self.collectives)
+
+
+def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
+    """Compiles the training step of `config` for the devices of `mesh`, which need not exist."""
+    vit = record.config
+    program = make_program(config, vit, record.preprocess, config.steps(10**9), mesh)
+    state_bytes = shard_bytes(program.state)
+    limit, began = memory_limit(mesh.devices.flat[0]), time.perf_counter()
+    try:
+        compiled = program.step.trace(program.state, program.batch).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Rehearsal(program, state_bytes, None, limit)
+    memory = compiled.memory_analysis()
+    # The batches that are on their way (see loop.on_device) lie there too.
+    peak = 2 * shard_bytes(program.batch) + max(
+        memory.peak_memory_in_bytes,
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        if mesh.devices.flat[0].platform != "tpu"
+        else 0,
+    )
+    return Rehearsal(
+        program,
+        state_bytes,
+        peak + memory.generated_code_size_in_bytes,
+        limit,
+        tuple(read_collectives(compiled.as_text())) if mesh.size > 1 else (),
+        least_traffic(program, config, vit),
+        time.perf_counter() - began,
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that each device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes that a device has; for those of a CPU, their share of this machine's memory."""
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // jax.local_device_count()
+    known = CHIPS.get(device.device_kind)
+    try:
+        return int(device.memory_stats()["bytes_limit"])
+    except Exception:  # noqa: BLE001  a device of a topology has no statistics, and says it variously
+        return known.memory if known else None
+
+
+def least_traffic(program: Program, config: Config, vit: ViTConfig) -> float:
+    """Bytes that each device sends a step at the least, with parameters where they are.
+
+    Per micro-batch every split parameter is gathered twice, on the way there and back, and its
+    gradient is scattered once, all in the dtype of the computation; shards are summed over `data`,
+    and what is not split over all devices. Along `tensor`, each block's two sums of activations,
+    there and back.
+    """
+    data, fsdp, tensor = (program.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    size, total = jnp.dtype(vit.dtype).itemsize, 0.0
+
+    def ring(n: int) -> float:
+        return (n - 1) / n
+
+    for leaf in jax.tree.leaves(program.state.params):
+        part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * size
+        if "fsdp" in leaf.sharding.spec:
+            total += 3 * part * fsdp * ring(fsdp) + 2 * part * ring(data)
+        else:
+            total += 2 * part * ring(data * fsdp)
+    total *= config.optim.accumulate
+    rows = config.batch_size // (data * fsdp)
+    activations = rows * vit.num_tokens * vit.width * size
+    return total + vit.depth * 4 * 2 * activations * ring(tensor)
+
+
+def flops_per_image(vit: ViTConfig) -> int:
+    """Floating-point operations of one image's forward pass: its matrix products, 2 for each MAC.
+
+    Norms, softmax, GELU and the optimiser are left out, as is usual.
+    """
+    n, d, m = vit.num_tokens, vit.width, vit.mlp_dim
+    patches, pixels = math.prod(vit.grid), math.prod(vit.patch_size)
+    mlp = (3 if vit.mlp == "swiglu" else 2) * d * m
+    block = (
+        n * d * 3 * d  # Q, K and V
+        + 2 * n * n * d  # scores, then the weighted sum of the values
+        + n * d * d  # out
+        + n * mlp
+    )
+    macs = patches * pixels * vit.in_channels * d + vit.depth * block
+    if vit.pool == "map":  # one query attends to n tokens
+        macs += d * d + n * d * 2 * d + 2 * n * d + d * d + mlp
+    pooled = d * (2 if vit.pool == "token_gap" else 1)
+    hidden = vit.representation_size
+    macs += (pooled * hidden if hidden else 0) + (hidden or pooled) * vit.num_classes
+    return 2 * (macs + (d * vit.num_classes if vit.distillation == "head" else 0))
+
+
+def step_flops(config: Config, vit: ViTConfig) -> int:
+    """FLOPs of a training step: forward, twice as many backward, and what `remat` repeats.
+
+    Each product has two of its size on the way back (the patch embedding one, counted as two).
+    """
+    forward = flops_per_image(vit)
+    attention = 4 * vit.depth * vit.num_tokens**2 * vit.width
+    repeated = {"none": 0, "dots": attention, "full": forward}[vit.remat]
+    return config.batch_size * (3 * forward + repeated)
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU topology such as v5e:4x4 or v5p:8x8x4, of two slices as v5p:4x4x4*2.
+
+    Raises:
+      UserError: no such topology, or libtpu, which compiles for it, is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "--topology needs the compiler for TPUs, which runs anywhere: pip install "
+            "'vit_jax[tpu]'"
+        )
+    # Or libtpu looks for a TPU of this machine, at length, and lets no other process use it.
+    for variable, value in (
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(variable, value)
+    if not os.environ.get("JAX_PLATFORMS"):  # what runs meanwhile needs no accelerator
+        jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    shape, _, slices = name.partition("*")
+    options = {"num_slices": int(slices)} if slices.isdigit() else {}
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
+    except Exception as error:  # noqa: BLE001  libtpu raises what it likes
+        raise UserError(
+            f"--topology={name}: {str(error).splitlines()[0]}; expected one such as v5e:4x4, "
+            "v5p:8x8x4, v6e:16x16, or v5p:4x4x4*2 for two slices"
+        ) from None
+    return list(topology.devices)
+
+
+def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
+    """Yields the report of a config line by line, as it is found out.
+
+    Args:
+      topology: TPUs to compile for (see `topology_devices`); None is the devices at hand.
+
+    Raises:
+      UserError: the config cannot train, or it does not fit; then with the change that does.
+    """
+    config.check_trains()
+    devices = topology_devices(topology) if topology else jax.devices()
+    mesh = make_mesh(config.mesh, devices)
+    record, source, missing = open_record(config)
+    vit, hosts = record.config, len({device.process_index for device in devices})
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    yield _line("devices", f"{kind} of {hosts} host{'s' * (hosts > 1)}, mesh {axes}")
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure(vit)[1]))
+    yield _line("model", f"{params:,} parameters, {vit.num_tokens} tokens of {vit.width}")
+    flops = step_flops(config, vit)
+    forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
+    yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
+    on_tpu = devices[0].platform == "tpu"
+    sizes = (vit.dtype, vit.head_dim, vit.num_tokens)
+    yield _line("attention", "xla" if on_tpu else attention_backend(vit.attention, *sizes))
+
+    rehearsal = rehearse(config, record, mesh)
+    for name, size in unsplit(rehearsal.program.state.params, mesh):
+        told = f"{name}, {size / 2**20:.1f} MiB, is whole on every device: no axis divides it"
+        yield _line("not split", told)
+    yield _line("memory", _memory(rehearsal))
+    if rehearsal.collectives:
+        for kind, (count, size) in by_kind(rehearsal.collectives).items():
+            yield _line("moves", f"{count:,} x {kind}, {size / 1e9:.3f} GB a device and step")
+        ratio = rehearsal.moved_bytes / rehearsal.least_bytes
+        least = f"the least, {rehearsal.least_bytes / 1e9:.3f} GB"
+        yield _line("", f"together {rehearsal.moved_bytes / 1e9:.3f} GB, {ratio:.2f} times {least}")
+    rate, how = flop_rate(devices, vit)
+    seconds = None if rate is None else flops / rate
+    if seconds is not None:
+        steps = None if config.total_epochs and source is None else _steps(config, source)
+        whole = f", {_duration(steps * seconds)} for {steps:,} steps" if steps else ""
+        yield _line("time", f"about {seconds * 1e3:.4g} ms a step{whole} ({how})")
+    needed = None if seconds is None else config.batch_size / seconds / hosts
+    if source is None:
+        yield _line("data", f"not measured: {missing}")
+    else:
+        yield _line("data", _data_rate(config, record, source, config.batch_size // hosts, needed))
+    if rehearsal.fits:
+        return
+
+    yield "This does not fit. Looking for the smallest change that does:"
+    for flags, changed, remat in smaller(config, vit, rehearsal):
+        there = dataclasses.replace(record, config=dataclasses.replace(vit, remat=remat))
+        tried = rehearse(changed, there, make_mesh(changed.mesh, devices))
+        yield f"  {flags}: {_memory(tried)}"
+        if tried.fits:
+            raise UserError(f"this does not fit on the devices; it does with {flags}")
+    raise UserError("this does not fit, nor does any change tried: use more or larger devices")
+
+
+def smaller(
+    config: Config, vit: ViTConfig, rehearsal: Rehearsal
+) -> Iterator[tuple[str, Config, str]]:
+    """Yields flags, the config with them, and its `remat`: the smaller changes first.
+
+    Those come first that change one thing, and that a little: halves of the micro-batch, less to
+    keep for the way back, twice the devices along `fsdp` (out of those along `data`).
+    """
+    mesh, limit = rehearsal.program.mesh, rehearsal.limit_bytes or math.inf
+    remats = list(_REMATS[_REMATS.index(vit.remat) :])
+    halves = [2**i for i in range(6)]
+    wider = [2**i for i in range(20) if mesh.shape["data"] % 2**i == 0]
+    choices = itertools.product(range(len(halves)), range(len(remats)), range(len(wider)))
+    for a, r, f in sorted(choices, key=_size_of_change):
+        accumulate, fsdp = config.optim.accumulate * halves[a], mesh.shape["fsdp"] * wider[f]
+        state = rehearsal.state_bytes * mesh.shape["fsdp"] / fsdp
+        rows = config.batch_size % (batch_shards(mesh) * accumulate)
+        if (a, r, f) == (0, 0, 0) or rows or state > limit:
+            continue
+        sizes = dict(mesh.shape) | dict(data=mesh.shape["data"] // wider[f], fsdp=fsdp)
+        flags = [f"--config.optim.accumulate={accumulate}"] * (a > 0)
+        flags += [f"--config.model.remat={remats[r]}"] * (r > 0)
+        flags += [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()] * (f > 0)
+        changed = dataclasses.replace(
+            config,
+            optim=dataclasses.replace(config.optim, accumulate=accumulate),
+            mesh=dataclasses.replace(config.mesh, **sizes) if f else config.mesh,
+        )
+        yield " ".join(flags), changed, remats[r]
+
+
+def _size_of_change(steps: tuple[int, int, int]) -> tuple[int, int, list[int]]:
+    """How many things change, how much, and how late in the order of their costs."""
+    return sum(n > 0 for n in steps), sum(steps), [-n for n in steps]
+
+
+def flop_rate(devices: list[Any], vit: ViTConfig) -> tuple[float | None, str]:
+    """FLOP/s that the devices will do together, and how that is known."""
+    chip = CHIPS.get(devices[0].device_kind)
+    if chip is not None:
+        peak = chip.flops / (1 if vit.dtype == "bfloat16" else 2)
+        how = f"at {_UTILISATION:.0%} of the peak of {peak / 1e12:.0f} TFLOP/s"
+        return _UTILISATION * peak * len(devices), how
+    if devices[0] not in jax.local_devices():
+        return None, ""
+    tokens, inner = 2048, jnp.ones((vit.width, vit.mlp_dim), vit.dtype)
+    x = jnp.ones((tokens, vit.width), vit.dtype)
+    product = jax.jit(lambda x, y: x @ y).lower(x, inner).compile()
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        product(x, inner).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    rate = 2 * tokens * vit.width * vit.mlp_dim / best
+    # The devices of a CPU share its cores, and so the rate.
+    together = rate if devices[0].platform == "cpu" else rate * len(devices)
+    return together, f"if all ran as its MLP's product does here alone, {rate / 1e9:.4g} GFLOP/s"
+
+
+def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:
+    """The model, the data and, where that cannot be opened, why not."""
+    base = None if config.init_from is None else open_model(config.init_from).record
+    try:
+        source = open_source(config.data.train.source, config.data.train.split)
+        return new_record(config, source.label_names, source.fingerprint, base)[0], source, ""
+    except UserError as error:
+        classes = config.model.get("num_classes")
+        if classes is None:
+            raise UserError(
+                f"{error}; to go on without the data, say how many classes it has: "
+                "--config.model.num_classes=1000"
+            ) from None
+        labels = tuple(str(i) for i in range(classes))
+        return new_record(config, labels, "", base)[0], None, str(error)
+
+
+def _steps(config: Config, source: Source | None) -> int:
+    return config.steps(len(source) if isinstance(source, Sized) else None)
+
+
+def _data_rate(
+    config: Config, record: ModelRecord, source: Source, rows: int, needed: float | None
+) -> str:
+    """Reads training batches as one host would, for some seconds."""
+    read = BatchReader.of(
+        source,
+        config.data.train,
+        record.preprocess,
+        seed=config.seed,
+        on_corrupt=config.data.on_corrupt,
+    )
+    size = max(min(rows, 256), 1)
+    options = dict(workers=config.data.workers, threads=config.data.threads)
+    images, began = 0, None
+    with train_batches(read, size, start_step=0, stop_step=10**6, **options) as batches:
+        for batch in batches:
+            if began is None:  # what was read ahead before is not counted
+                began = time.perf_counter()
+                continue
+            images += len(batch["mask"])
+            if time.perf_counter() - began > _SECONDS_OF_DATA:
+                break
+    rate = images / (time.perf_counter() - began)
+    told = f"this machine reads {rate:,.0f} images/s"
+    if needed is None:
+        return told
+    enough = "enough" if rate >= needed else f"{needed / rate:.1f} times too slow"
+    return f"{told}, a host needs {needed:,.0f}: {enough}"
+
+
+def _memory(rehearsal: Rehearsal) -> str:
+    state, limit = rehearsal.state_bytes / GIB, rehearsal.limit_bytes
+    of = "" if limit is None else f" of {limit / GIB:.2f}"
+    if rehearsal.peak_bytes is None:
+        return f"the compiler needs more than the device has{of and of + ' GiB'}"
+    told = f"{rehearsal.peak_bytes / GIB:.2f}{of} GiB a device at the peak, {state:.2f} of it state"
+    return told if rehearsal.fits else f"{told}: too much"
+
+
+def _line(name: str, what: str) -> str:
+    return f"{name:<10} {what}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds > 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
