@@ -52,7 +52,7 @@ DATASETS = {
 }
 # Table 1; Ti and S are those of DeiT and AugReg.
 WIDTHS = {"mu": 32, "Ti": 192, "S": 384, "B": 768, "L": 1024, "So400m": 1152}
-WIDTHS |= {"H": 1280, "g": 1408, "G": 1664}
+WIDTHS |= {"H": 1280, "g": 1408, "G": 1664, "22B": 6144}
 
 
 class Arguments(NamedTuple):

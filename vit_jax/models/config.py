@@ -9,8 +9,8 @@ from typing import Any
 from vit_jax.errors import UserError, nearest
 
 # width, depth, mlp_dim, num_heads. L, B and H: paper, Table 1; Ti and S: DeiT and AugReg, Table 2;
-# g and G: "Scaling Vision Transformers", Table 2; So400m: "Getting ViT in Shape", 2305.13035; mu:
-# big_vision's smallest, for tests.
+# g and G: "Scaling Vision Transformers", Table 2; So400m: "Getting ViT in Shape", 2305.13035; 22B:
+# as wide and deep as ViT-22B (2302.05442), with plain blocks; mu: big_vision's smallest, for tests.
 VARIANTS = {
     "mu": dict(width=32, depth=1, mlp_dim=128, num_heads=2),
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
@@ -21,6 +21,7 @@ VARIANTS = {
     "H": dict(width=1280, depth=32, mlp_dim=5120, num_heads=16),
     "g": dict(width=1408, depth=40, mlp_dim=6144, num_heads=16),
     "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
+    "22B": dict(width=6144, depth=48, mlp_dim=24576, num_heads=48),
 }
 
 CHOICES = {
@@ -31,6 +32,7 @@ CHOICES = {
     "gelu": ("tanh", "erf", "quick"),
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn"),
+    "remat": ("none", "dots", "full"),
 }
 
 
@@ -44,7 +46,9 @@ class ViTConfig:
     linear head). `representation_size` is the width of the tanh layer before the head (paper,
     section 3.1), None for none. `num_classes=0` is a model without a head, whose output is the
     pooled representation. `dtype` is what the layers compute in; parameters are always float32.
-    `attention` and `scan` change how it is computed, never the parameters.
+    `attention`, `scan` and `remat` change how it is computed, never the parameters. `remat` is what
+    training computes anew on its way back, to save memory: nothing (`none`), all but the products
+    with kernels (`dots`), or each whole block (`full`).
 
     What other families do otherwise: tokens before the patches are the class token (`class_token`;
     None: where `pool` reads it), DeiT's distillation token (`distillation`: "token", or "head" with
@@ -87,6 +91,7 @@ class ViTConfig:
     dtype: str = "float32"
     attention: str = "auto"
     scan: bool = True
+    remat: str = "none"
 
     def __post_init__(self):
         for name in ("image_size", "patch_size"):

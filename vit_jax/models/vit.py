@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,17 @@ from jaxtyping import Array, Float, Key
 from vit_jax.errors import UserError
 from vit_jax.models import layers, posembed
 from vit_jax.models.config import ViTConfig, variant
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """Puts things in their places on a mesh of devices, of which the model knows nothing else."""
+
+    def params(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Takes the parameters of one block as they are kept; returns them as they are used."""
+
+    def tokens(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Returns what flows from block to block, in its place."""
 
 
 class ViT(nnx.Module):
@@ -64,6 +75,7 @@ class ViT(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
         capture: str | tuple[str, ...] = (),
+        layout: Layout | None = None,
     ) -> Float[Array, "b k"] | tuple[Float[Array, "b k"], dict[str, Any]]:
         """Classifies images.
 
@@ -73,6 +85,7 @@ class ViT(nnx.Module):
           capture: names of intermediates to return beside the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b d], `pre_logits` [b r].
+          layout: where things are on a mesh (see training/sharding.py).
 
         Returns:
           Logits [b num_classes] in float32 (the representation, where num_classes is 0), and with
@@ -98,7 +111,7 @@ class ViT(nnx.Module):
         if config.pre_norm:
             x = self.pre_norm(x)
 
-        x = self.encode(x, block_key, taps)  # Eq. 2 and 3, `depth` times
+        x = self.encode(x, block_key, taps, layout)  # Eq. 2 and 3, `depth` times
         if not config.norm_after_pool:
             x = self.norm(x)
         taps("encoded", lambda: x)
@@ -153,14 +166,21 @@ class ViT(nnx.Module):
         return (mean if config.pool == "gap" else jnp.concatenate([x[:, 0], mean], axis=1)), None
 
     def encode(
-        self, x: Float[Array, "b n d"], key: Key[Array, ""] | None, taps: layers.Taps
+        self,
+        x: Float[Array, "b n d"],
+        key: Key[Array, ""] | None,
+        taps: layers.Taps,
+        layout: Layout | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, as one scanned body or as a loop over slices of the same parameters."""
         graphdef, stacked = nnx.split(self.blocks)
+        stacked = nnx.to_pure_dict(stacked)
         depth = self.config.depth
 
         def body(x, inputs):
             params, index = inputs
+            if layout is not None:
+                params, x = layout.params(params), layout.tokens(x)
             inner = layers.Taps(taps.names)
             x = nnx.merge(graphdef, params)(
                 x,
@@ -171,6 +191,9 @@ class ViT(nnx.Module):
             inner("tokens", lambda: x)
             return x, inner.values
 
+        if self.config.remat != "none" or layout is not None:
+            policy = _REMAT[self.config.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.config.scan)
         if self.config.scan:
             x, captured = jax.lax.scan(body, x, (stacked, jnp.arange(depth)))
         else:
@@ -181,6 +204,18 @@ class ViT(nnx.Module):
             captured = jax.tree.map(lambda *values: jnp.stack(values), *captured)
         taps.values.update(captured)
         return x
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps all for the way back but the parameters that a layout gathered for one block."""
+    return primitive.name not in ("sharding_constraint", "linear_call")
+
+
+_REMAT = {
+    "none": _all_but_gathered,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def _layer(stacked: Any, index: int) -> Any:

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from vit_jax.checkpoints.families import fitted_preprocess
+from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config
 from vit_jax.training.optim import make_optimizer, make_schedule
-from vit_jax.training.sharding import BATCH, check_batch
+from vit_jax.training.sharding import BATCH, check_batch, make_layout
 from vit_jax.training.state import TrainState, abstract_state
 from vit_jax.training.steps import make_train_step
 
@@ -34,6 +37,35 @@ class Program:
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def new_record(
+    config: Config, labels: tuple[str, ...], fingerprint: str, base: ModelRecord | None
+) -> tuple[ModelRecord, bool]:
+    """Says what a new run's weights will mean, and whether it keeps the head of `base`.
+
+    Args:
+      base: the model that the run starts from, if any: what `config` leaves out is its.
+
+    Raises:
+      UserError: the model does not fit the classes, or `base`.
+    """
+    keep_head = base is not None and config.model.get("head") == "keep" and base.labels == labels
+    vit = config.vit(base and base.config, len(labels), keep_head)
+    if vit.num_classes != len(labels):
+        raise UserError(
+            f"model.num_classes is {vit.num_classes}, but {config.data.train.source} has "
+            f"{len(labels)} classes: leave model.num_classes out"
+        )
+    if base:
+        preprocess = fitted_preprocess(base.preprocess, vit)
+    else:
+        preprocess = Preprocess(vit.image_size, vit.in_channels)
+    # What `predict` does with a picture is what evaluation does.
+    evaluated = config.data.val or config.data.test or config.data.train
+    preprocess = evaluated.preprocess(preprocess)
+    method = config.model.get("position_resize") or (base.position_resize if base else "zoom")
+    return ModelRecord(vit, preprocess, labels, fingerprint, config.objective, method), keep_head
 
 
 def make_program(
@@ -71,6 +103,7 @@ def make_program(
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
         seed=config.seed,
+        layout=make_layout(mesh, vit.dtype),
     )
     return Program(
         mesh,

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vit_jax import hosts
 from vit_jax.data.pipeline import HOST_KEYS
 from vit_jax.errors import UserError
 
@@ -31,25 +33,30 @@ class MeshConfig:
     deterministic: bool = False
 
 
-# Path of a parameter -> the axes of its last dimensions; earlier ones (the depth) are not split.
-# Optimiser state and averages have the parameters' paths as endings, so they follow.
+# Path of a parameter -> which of its last dimensions `tensor` splits, and those that `fsdp` may
+# split, the best first; earlier ones (the depth) are not split. Optimiser state and averages have
+# the parameters' paths as endings, so they follow.
 PLACEMENT = (
-    (r"attention/qkv/kernel$", ("fsdp", None, "tensor", None)),
-    (r"attention/qkv/bias$", (None, "tensor", None)),
-    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
-    (r"mlp/fc1/kernel$", ("fsdp", "tensor")),
-    (r"mlp/fc1/bias$", ("tensor",)),
-    (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
-    (r"(patch_embed|pre_logits|head)/kernel$", (None, "fsdp")),
-    (r"pos_embed$", (None, "fsdp")),
+    (r"attention/qkv/kernel$", (None, None, "tensor", None), (-4, -1)),
+    (r"attention/qkv/bias$", (None, "tensor", None), ()),
+    (r"attention/out/kernel$", ("tensor", None, None), (-1, -2)),
+    (r"mlp/fc1/kernel$", (None, "tensor"), (-2, -1)),
+    (r"mlp/fc1/bias$", ("tensor",), ()),
+    (r"mlp/fc2/kernel$", ("tensor", None), (-1, -2)),
+    (r"patch_embed/kernel$", (None, None), (-1,)),
+    (r"(pre_logits|head|head_dist)/kernel$", (None, None), (-2, -1)),
+    (r"pos_embed$", (None, None), (-1,)),
 )
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Lays the devices out as (data, fsdp, tensor).
+    """Lays the devices out as (data, fsdp, tensor), neighbours in a torus next to one another.
+
+    Where they are several TPU slices or GPU nodes, between which links are slow, only `data` spans
+    these: once a step a gradient's shards cross, never parameters.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or `data` not to the slices.
     """
     if config.deterministic:  # XLA reads its flags when the first device is asked for
         flags = os.environ.get("XLA_FLAGS", "")
@@ -65,7 +72,27 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"mesh {wanted} does not fit {len(devices)} devices: set one axis to -1 to fill it"
         )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+    return Mesh(device_grid(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
+    """Returns the devices as an array [data fsdp tensor], as the machine's links favour it.
+
+    Raises:
+      UserError: there are several slices, which `data` does not span.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.data is {shape[0]} on {slices} slices of devices, and only data spans slices: "
+            f"mesh.data must be a multiple of {slices}"
+        )
+    inside = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -88,22 +115,78 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 def placement(tree: Any, mesh: Mesh) -> Any:
     """Returns a NamedSharding for every leaf of a tree of arrays or shapes, by the table above.
 
-    A dimension that its axis does not divide is not split.
+    A dimension that its axis does not divide is not split; `fsdp` takes the next one that it may,
+    but not after one of size 1: that was averaged over where the parameter is split (optim.py).
     """
 
     def place(path, leaf):
-        name = path_name(path)
-        for pattern, axes in PLACEMENT:
-            if re.search(pattern, name) and len(leaf.shape) >= len(axes):
-                dims = leaf.shape[len(leaf.shape) - len(axes) :]
-                split = [
-                    axis if axis and dim % mesh.shape[axis] == 0 else None
-                    for axis, dim in zip(axes, dims, strict=True)
+        name, shape = path_name(path), leaf.shape
+        for pattern, tensor, candidates in PLACEMENT:
+            if re.search(pattern, name) and len(shape) >= len(tensor):
+                spec = [None] * (len(shape) - len(tensor)) + [
+                    axis if axis and mesh.shape[axis] > 1 and dim % mesh.shape[axis] == 0 else None
+                    for axis, dim in zip(tensor, shape[len(shape) - len(tensor) :], strict=True)
                 ]
-                return NamedSharding(mesh, P(*[None] * (len(leaf.shape) - len(axes)), *split))
+                fsdp = mesh.shape["fsdp"]
+                free = [d for d in candidates if not spec[d]]
+                fit = [d for d in free if shape[d] % fsdp == 0 or shape[d] == 1]
+                if fsdp > 1 and fit and shape[fit[0]] > 1:
+                    spec[fit[0]] = "fsdp"
+                return NamedSharding(mesh, P(*spec))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def unsplit(params: Any, mesh: Mesh, least: int = 2**20) -> list[tuple[str, int]]:
+    """Names and bytes of the large parameters that the mesh should split, but that stay whole."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return []
+    return [
+        (path_name(path), int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if leaf.sharding.is_fully_replicated and np.prod(leaf.shape) * leaf.dtype.itemsize >= least
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshLayout:
+    """How a model uses what `placement` spread: the `Layout` of models/vit.py.
+
+    A block's kernels are gathered along `fsdp` when it runs, in the dtype that it computes in, and
+    their gradients go back to where the parameters are kept. Tokens stay with their images, so that
+    no device ever sees another's activations (but for the sums along `tensor`).
+    """
+
+    mesh: Mesh
+    dtype: str
+
+    def params(self, params: dict[str, Any]) -> dict[str, Any]:
+        places = placement(params, self.mesh)
+        return jax.tree.map(self._used, params, places)
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, BATCH))
+
+    def _used(self, value: jax.Array, kept: NamedSharding) -> jax.Array:
+        if "fsdp" not in kept.spec:
+            return value
+        whole = P(*(None if axis == "fsdp" else axis for axis in kept.spec))
+
+        def gather(_, value):
+            value = value.astype(self.dtype)  # in half precision, half the bytes to move
+            return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, whole))
+
+        def scatter(_, gradient):
+            gradient = jax.lax.with_sharding_constraint(gradient, kept)
+            return gradient.astype(value.dtype)
+
+        return jax.custom_derivatives.linear_call(gather, scatter, (), value)
+
+
+def make_layout(mesh: Mesh, dtype: str) -> MeshLayout | None:
+    """The layout of a model that computes in `dtype`; None on a single device."""
+    return MeshLayout(mesh, dtype) if mesh.size > 1 else None
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -111,19 +194,39 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def local_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The contiguous rows of a global batch that this process's devices own."""
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that this process's devices own: int64, ascending.
+
+    They need not be contiguous: a mesh follows the wiring of the devices, not the hosts. Hosts in
+    one `tensor` group own the same.
+    """
     sharding = NamedSharding(mesh, BATCH)
     owned = sharding.addressable_devices_indices_map((batch_size,)).values()
-    bounds = [rows[0].indices(batch_size)[:2] for rows in owned]
-    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+    parts = {rows[0].indices(batch_size) for rows in owned}
+    return np.concatenate([np.arange(*part, dtype=np.int64) for part in sorted(parts)])
 
 
 def to_devices(batch: dict[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
     """Makes global arrays out of this process's rows, but for the keys that stay on the host."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-        for name, rows in batch.items()
-        if name not in HOST_KEYS
-    }
+    sharding, rows = NamedSharding(mesh, BATCH), local_rows(batch_size, mesh)
+
+    def spread(values: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return values[first : first + stop - start]
+
+        shape = (batch_size, *values.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: spread(values) for name, values in batch.items() if name not in HOST_KEYS}
+
+
+def total(flags: np.ndarray, batch_size: int, mesh: Mesh) -> int | jax.Array:
+    """How many rows of the global batch have a flag (bool, of this process's rows).
+
+    With several processes a device adds them up, and this does not wait for it. Collective.
+    """
+    if hosts.count() == 1:
+        return int(flags.sum())
+    return to_devices({"flags": flags}, batch_size, mesh)["flags"].sum()

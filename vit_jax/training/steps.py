@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from vit_jax.data.transforms import Preprocess
+from vit_jax.models.vit import Layout, ViT
 from vit_jax.training import objectives
 from vit_jax.training.state import TrainState
 
@@ -19,6 +20,17 @@ Batch = dict[str, Array]
 def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
     """Batches carry pixels of 0 to 255, uint8 or float32; they are normalised on the device."""
     return preprocess.normalise(batch["image"])
+
+
+def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> ViT:
+    """The model with these parameters; with a `layout`, those of the blocks stay as they are kept.
+
+    Each block asks for its own when it runs (see `ViT.encode`).
+    """
+    if layout is not None:
+        others = {name: value for name, value in params.items() if name != "blocks"}
+        params = {**layout.params(others), "blocks": params["blocks"]}
+    return nnx.merge(graphdef, params)
 
 
 def make_train_step(
@@ -33,6 +45,7 @@ def make_train_step(
     accumulate: int = 1,
     ema: float | None = None,
     seed: int = 0,
+    layout: Layout | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with its state donated.
 
@@ -50,7 +63,7 @@ def make_train_step(
             others = objectives.to_targets(partner["label"], num_classes, augment.label_smoothing)
             share = mixing["share"][:, None]
             targets = share * targets + (1 - share) * others
-        logits = nnx.merge(graphdef, params)(inputs, key=key)
+        logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
         loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
         hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
         return loss, hits
@@ -119,7 +132,12 @@ def accumulated(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, preprocess: Preprocess, *, num_classes: int, objective: str
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    *,
+    num_classes: int,
+    objective: str,
+    layout: Layout | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
     """Returns (params, batch) -> sums over the batch's real examples; division comes last.
 
@@ -128,7 +146,7 @@ def make_eval_step(
     loss_of = objectives.OBJECTIVES[objective]
 
     def eval_step(params, batch):
-        logits = nnx.merge(graphdef, params)(images(batch, preprocess))
+        logits = merged(graphdef, params, layout)(images(batch, preprocess), layout=layout)
         targets = objectives.to_targets(batch["label"], num_classes)
         # Of several right classes the likeliest counts; where there is none, the image does not.
         mask = batch["mask"] & (targets.max(axis=-1) > 0)
@@ -151,13 +169,14 @@ def make_eval_step(
 
 
 def make_feature_step(
-    graphdef: nnx.GraphDef, preprocess: Preprocess
+    graphdef: nnx.GraphDef, preprocess: Preprocess, *, layout: Layout | None = None
 ) -> Callable[[Any, Batch], dict[str, Array]]:
     """Returns (params, batch) -> {x: what the head reads, float32 [b d], label, mask}."""
 
     def feature_step(params, batch):
-        model = nnx.merge(graphdef, params)
-        _, captured = model(images(batch, preprocess), capture="pre_logits")
+        model = merged(graphdef, params, layout)
+        inputs = images(batch, preprocess)
+        _, captured = model(inputs, capture="pre_logits", layout=layout)
         features = captured["pre_logits"].astype(jnp.float32)
         return {"x": features, "label": batch["label"], "mask": batch["mask"]}
 

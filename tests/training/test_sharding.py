@@ -1,0 +1,186 @@
+"""Any mesh computes the same, and moves parameters between devices, never activations."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.analysis.collectives import by_kind, read_collectives
+from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.models.config import ViTConfig
+from vit_jax.training.config import Config
+from vit_jax.training.objectives import Augment
+from vit_jax.training.optim import OptimConfig
+from vit_jax.training.program import make_program
+from vit_jax.training.sharding import MeshConfig, device_grid, make_mesh, to_devices, unsplit
+from vit_jax.training.state import make_state
+
+# Widths that every mesh below divides. No kernel is as large as a batch of tokens.
+VIT = ViTConfig(
+    image_size=(32, 32),
+    patch_size=(8, 8),
+    width=32,
+    depth=3,
+    mlp_dim=64,
+    num_heads=4,
+    num_classes=8,
+    dropout=0.1,
+)
+CONFIG = Config(
+    batch_size=32,
+    total_steps=5,
+    # Not Adam, which turns the sign of a tiny gradient into a whole step.
+    optim=OptimConfig(name="sgd", lr=0.3, grad_clip=1.0, accumulate=2),
+    augment=Augment(mixup=0.2),
+)
+MESHES = {
+    "data=8": MeshConfig(data=8),
+    "fsdp=8": MeshConfig(data=1, fsdp=8),
+    "data=4 tensor=2": MeshConfig(data=4, tensor=2),
+    "data=2 fsdp=2 tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+def program_of(mesh, vit=VIT, config=CONFIG):
+    devices = jax.devices()[:1] if mesh is None else jax.devices()
+    mesh = make_mesh(MeshConfig() if mesh is None else mesh, devices)
+    return make_program(config, vit, Preprocess(vit.image_size, 3), 5, mesh)
+
+
+def trained(mesh, vit=VIT, config=CONFIG):
+    """Losses of five steps, and the parameters after them."""
+    program = program_of(mesh, vit, config)
+    state = make_state(program.state, vit, program.optimizer, seed=0)
+    losses = []
+    for step in range(5):
+        random = np.random.default_rng(step)
+        b = config.batch_size
+        batch = {
+            "image": random.integers(0, 256, (b, *vit.image_size, 3), np.uint8),
+            "label": random.integers(0, 8, b).astype(np.int32),
+            "mask": np.ones(b, bool),
+        }
+        state, metrics = program.step(state, to_devices(batch, b, program.mesh))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return trained(None)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_every_mesh_trains_as_one_device_does(alone, mesh):
+    losses, params = trained(mesh)
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(alone[1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_losses_above_depend_on_everything(alone):
+    losses, params = alone
+    assert np.abs(np.diff(losses)).min() > 1e-3
+    fresh = jax.device_get(
+        make_state(program_of(None).state, VIT, program_of(None).optimizer, seed=0)
+    )
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(fresh.params), strict=True):
+        assert np.abs(ours - theirs).max() > 1e-4
+
+
+@pytest.mark.parametrize("remat, scan", [("dots", False), ("full", True)])
+def test_what_is_computed_anew_is_the_same(alone, remat, scan):
+    mesh = MESHES["data=2 fsdp=2 tensor=2"] if scan else None
+    losses, _ = trained(mesh, dataclasses.replace(VIT, remat=remat, scan=scan))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+
+
+def compiled(mesh, **fields):
+    config = dataclasses.replace(CONFIG, augment=Augment(), optim=OptimConfig(lr=1e-3))
+    program = program_of(mesh, dataclasses.replace(VIT, **fields), config)
+    return program, program.step.lower(program.state, program.batch).compile()
+
+
+def moved(mesh, **fields):
+    program, step = compiled(mesh, **fields)
+    return program, read_collectives(step.as_text())
+
+
+def test_what_is_computed_anew_needs_less_memory():
+    needed = [
+        compiled(MESHES["fsdp=8"], remat=remat, depth=12)[1].memory_analysis().temp_size_in_bytes
+        for remat in ("none", "dots", "full")
+    ]
+    assert needed[0] > 1.2 * needed[1] > 1.2 * 1.2 * needed[2]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_fsdp_gathers_each_block_twice_and_nothing_else(remat):
+    program, collectives = moved(MESHES["fsdp=8"], remat=remat)
+    split = {
+        jax.tree_util.keystr(path): 4 * leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)
+        if "fsdp" in leaf.sharding.spec
+    }
+    # On the way there and back; what is outside of them is used once, or kept.
+    blocks = sum(size for name, size in split.items() if "blocks" in name)
+    expected = (blocks + sum(split.values())) * 7 / 8
+    assert by_kind(collectives)["all-gather"][1] == pytest.approx(expected, rel=0.02)
+    # An activation would be: 4 images a device, 17 tokens of 32 channels, 8 devices.
+    tokens = 4 * 32 * 17 * 32
+    largest = max(each.bytes for each in collectives if each.kind != "all-reduce")
+    assert largest < tokens / 2
+    assert "all-to-all" not in by_kind(collectives)
+
+
+def test_data_parallelism_moves_gradients_alone():
+    program, collectives = moved(MESHES["data=8"])
+    gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(program.state.params))
+    totals = by_kind(collectives)
+    assert set(totals) == {"all-reduce"}
+    assert totals["all-reduce"][1] == pytest.approx(2 * 7 / 8 * gradients, rel=0.01)
+
+
+def test_tensor_parallelism_gathers_nothing():
+    _, collectives = moved(MESHES["data=4 tensor=2"])
+    gathers = [each for each in collectives if each.kind in ("all-gather", "all-to-all")]
+    assert sum(each.bytes * each.times for each in gathers) < 100
+
+
+def test_parameters_that_stay_whole_are_named():
+    program = program_of(MESHES["fsdp=8"], dataclasses.replace(VIT, width=36, mlp_dim=60))
+    names = dict(unsplit(program.state.params, program.mesh, least=2**10))
+    assert names["blocks/mlp/fc1/kernel"] == 4 * 3 * 36 * 60
+    # The head's input does not divide, its classes do not matter: the next dimension is taken.
+    assert "head/kernel" not in names
+    assert unsplit(program.state.params, program_of(None).mesh, least=0) == []
+
+
+def fake_slices(n):
+    """Eight devices of n slices, as TPUs describe themselves."""
+    return [
+        types.SimpleNamespace(
+            id=i, process_index=i // 2, slice_index=i * n // 8, platform="cpu", device_kind="fake"
+        )
+        for i in range(8)
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(data=2, fsdp=4), dict(data=4, fsdp=2), dict(data=2, fsdp=2, tensor=2)]
+)
+def test_only_data_spans_slices(sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    grid = device_grid(shape, fake_slices(2))
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    half = sizes["data"] // 2
+    assert (slices[:half] == slices[0, 0, 0]).all()
+    assert (slices[half:] == 1 - slices[0, 0, 0]).all()
+
+
+def test_a_mesh_whose_data_axis_does_not_span_the_slices_is_refused():
+    with pytest.raises(UserError, match=r"mesh.data must be a multiple of 2"):
+        make_mesh(MeshConfig(data=1, fsdp=8), fake_slices(2))
