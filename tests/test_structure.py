@@ -13,12 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vit_jax"
 BELOW = {
     "errors": set(),
+    "hosts": {"errors"},
     "models": {"errors"},
     "data": {"errors"},
-    "checkpoints": {"errors", "models", "data"},
-    "training": {"errors", "models", "data", "checkpoints"},
-    "analysis": {"errors", "models", "data", "checkpoints", "training"},
-    "launch": {"errors", "models", "data", "checkpoints", "training"},
+    "checkpoints": {"errors", "hosts", "models", "data"},
+    "training": {"errors", "hosts", "models", "data", "checkpoints"},
+    "analysis": {"errors", "hosts", "models", "data", "checkpoints", "training"},
+    "launch": {"errors", "hosts", "models", "data", "checkpoints", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

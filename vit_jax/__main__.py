@@ -1,7 +1,8 @@
 """`python -m vit_jax COMMAND`: flags in, one function called, a sentence and an exit code out.
 
-Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 143 stopped by
-SIGTERM after saving.
+Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
+the run is gone or never came (starting again goes on), 143 stopped by SIGTERM after saving. Where
+there are several processes, all end with the same one.
 """
 
 import argparse
@@ -11,8 +12,10 @@ import errno
 import json
 import logging
 import sys
+import traceback
 import warnings
 
+from vit_jax import hosts
 from vit_jax.errors import UserError, nearest
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -20,17 +23,20 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a model, or goes on with a run that was stopped."""
+    join(args, preemptible=True)
     from vit_jax.analysis.plots import curves
     from vit_jax.training import loop
     from vit_jax.training.config import load_config
 
     results = loop.train(load_config(args.config, overrides), args.workdir)
-    curves(args.workdir)
-    print(json.dumps(results))
+    if hosts.is_lead():
+        curves(args.workdir)
+        print(json.dumps(results))
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluates a run, or any model on the splits of a config."""
+    join(args, preemptible=False)
     from vit_jax.training.config import load_config
     from vit_jax.training.evaluate import evaluate_run, read_config
 
@@ -42,7 +48,22 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         config, model = load_config(args.config, overrides), args.model
     else:
         raise UserError("give --workdir=RUN, or --model=PATH and --config=FILE")
-    print(json.dumps(evaluate_run(model, config)))
+    results = evaluate_run(model, config)
+    if hosts.is_lead():
+        print(json.dumps(results))
+
+
+def join(args: argparse.Namespace, *, preemptible: bool) -> None:
+    """Joins the other processes, of which only the first shows its messages."""
+    hosts.connect(
+        args.coordinator,
+        args.processes,
+        args.process_id,
+        join_timeout=args.join_timeout,
+        preemptible=preemptible,
+    )
+    if not hosts.is_lead():
+        logging.getLogger("vit_jax").setLevel(logging.WARNING)
 
 
 def predict(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -88,6 +109,15 @@ def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     print(json.dumps({"source": f"records:{args.dst}", "split": args.split, **told}))
 
 
+def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Says what a run will need, before anything is spent; exit code 2 if it does not fit."""
+    from vit_jax.analysis.preflight import preflight
+    from vit_jax.training.config import load_config
+
+    for line in preflight(load_config(args.config, overrides), args.topology):
+        print(line, flush=True)
+
+
 def _fields(pairs: list[str]) -> dict[str, object]:
     """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of ViTConfig."""
     from vit_jax.models.config import ViTConfig
@@ -115,12 +145,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
     command.add_argument("--workdir", required=True, help="the run folder; resumed if it exists")
+    add_hosts(command)
     command.set_defaults(function=train, takes_overrides=True)
 
     command = commands.add_parser("evaluate", help=evaluate.__doc__)
     command.add_argument("--workdir", help="a run folder, evaluated as its own config says")
     command.add_argument("--model", help="whatever vit_jax.load reads, evaluated as --config says")
     command.add_argument("--config", metavar="FILE.py[:ARGUMENT]")
+    add_hosts(command)
     command.set_defaults(function=evaluate, takes_overrides=True)
 
     command = commands.add_parser("predict", help=predict.__doc__)
@@ -148,6 +180,17 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--set", **fields)
     command.set_defaults(function=inspect, takes_overrides=False)
 
+    command = commands.add_parser(
+        "preflight",
+        help=preflight.__doc__,
+        epilog="--config.KEY=VALUE changes any key of the config.",
+    )
+    command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    command.add_argument(
+        "--topology", help="TPUs to compile for, where there are none: v5e:4x4, v5p:8x8x4, ..."
+    )
+    command.set_defaults(function=preflight, takes_overrides=True)
+
     command = commands.add_parser("prepare", help=prepare.__doc__)
     command.add_argument("src", help="a folder, a tar, tars such as 'a-*.tar', or a source")
     command.add_argument("dst", help="a folder, read by the source records:DST")
@@ -168,9 +211,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_hosts(command: argparse.ArgumentParser) -> None:
+    """The flags of a program of several processes."""
+    group = command.add_argument_group(
+        "several processes", "needed only where JAX does not find them itself"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to listen")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--join-timeout",
+        type=int,
+        default=hosts.JOIN_TIMEOUT,
+        metavar="SECONDS",
+        help=f"how long to wait for all to start (default {hosts.JOIN_TIMEOUT})",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args, rest = make_parser().parse_known_args(argv)
+    code, message = 0, ""
     try:
         for flag in rest:
             if not (args.takes_overrides and flag.startswith("--config.") and "=" in flag):
@@ -178,21 +239,22 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"unknown argument {flag!r}; {nearest(flag, known)}")
         args.function(args, rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        print(f"error: {error}: make room or choose another place", file=sys.stderr)
-        return 2
+        code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except BaseException as error:
-        if type(error).__name__ != "Stopped":
-            raise
-        print(error, file=sys.stderr)
-        return 143
-    return 0
+        if isinstance(error, OSError) and error.errno in _DISK:
+            code, message = 2, f"error: {error}: make room or choose another place"
+        elif type(error).__name__ == "Stopped":
+            code, message = 143, str(error)
+        else:
+            hosts.explain(error)
+            if hosts.alone():
+                raise
+            traceback.print_exc()
+            code, message = 1, f"error: process {hosts.index()} failed: {error!r}"
+    hosts.leave(code, message)
+    return code
 
 
 def set_up_screen() -> None:

@@ -1,5 +1,6 @@
 """Schedules and update rules against formulas and a NumPy implementation written out here."""
 
+import functools
 import math
 
 import jax
@@ -9,9 +10,21 @@ import optax
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.training.optim import OptimConfig, is_kernel, make_optimizer, make_schedule
+from vit_jax.models.config import ViTConfig
+from vit_jax.training.optim import (
+    OptimConfig,
+    is_kernel,
+    make_optimizer,
+    make_schedule,
+    scale_by_factored_moment,
+)
+from vit_jax.training.sharding import MeshConfig, make_mesh
+from vit_jax.training.state import abstract_state, from_saved, to_saved
 
 LR = 0.4
+QUICK = {"xla_backend_optimization_level": 0}  # less time spent on compiling
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 COSINE = [LR / 2 * (1 + math.cos(math.pi * k / 80)) for k in (20, 40, 80)]
 
 
@@ -81,6 +94,10 @@ def nested(flat):
     return tree
 
 
+def assert_close(found, wanted, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, wanted)
+
+
 def reference(name, *, clip, decay, decayed, b1=0.8, b2=0.95, eps=1e-6, momentum=0.7):
     """Three steps, one parameter after another; returns all of their parameters."""
     params = parameters()
@@ -139,16 +156,191 @@ def test_three_steps(name, decay, which, clip):
     for grads, after in zip(gradients(), expected, strict=True):
         updates, state = jax.jit(optimizer.update)(nested(grads), state, params)
         params = optax.apply_updates(params, updates)
-        jax.tree.map(
-            lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6),
-            params,
-            nested(after),
-        )
+        assert_close(params, nested(after), rtol=2e-5, atol=2e-6)
 
 
 def test_the_gradients_above_are_clipped_twice():
     norms = [math.sqrt(sum((g**2).sum() for g in grads.values())) for grads in gradients()]
     assert [norm > CLIP for norm in norms] == [True, True, False]
+
+
+# Two stacked layers and what is around them. Adafactor has a matrix [36 40] or [40 36] for every
+# layer and head, of Q, K and V; sides of 32 and more are factored, which the last three lack.
+FACTORED = {
+    "blocks/attention/qkv/kernel": (2, 40, 3, 2, 36),
+    "blocks/attention/out/kernel": (2, 2, 36, 40),
+    "blocks/mlp/fc1/kernel": (2, 40, 48),
+    "blocks/mlp/fc2/kernel": (2, 48, 40),
+    "head/kernel": (40, 32),
+    "pos_embed": (35, 40),
+}
+WHOLE = {
+    "blocks/norm1/scale": (2, 40),
+    "blocks/mlp/fc1/bias": (33, 48),  # even where the depth is large enough
+    "cls_token": (1, 1, 40),
+    "patch_embed/kernel": (8, 8, 3, 40),
+    "pre_logits/kernel": (40, 31),
+}
+
+
+def stacked(seed, size=1.0):
+    random = np.random.default_rng(seed)
+    return {name: size * random.normal(size=s) for name, s in (FACTORED | WHOLE).items()}
+
+
+def stacked_gradients(t):
+    """Of which some are zero at first, as behind a zero head."""
+    grads = stacked(t, 0.02 / t)
+    if t == 1:
+        grads["blocks/mlp/fc1/kernel"][0] = 0.0
+        grads["blocks/norm1/scale"][:] = 0.0
+    return grads
+
+
+def matrices(name, array):
+    """Views of the matrices that Adafactor factors, or of all entries one by one."""
+    if name == "blocks/attention/qkv/kernel":
+        layers, _, three, heads, _ = array.shape
+        indices = np.ndindex(layers, three, heads)
+        return [array[layer, :, part, head] for layer, part, head in indices]
+    if name == "blocks/attention/out/kernel":
+        return [array[index] for index in np.ndindex(array.shape[:2])]
+    if name.startswith("blocks/mlp/f") and name in FACTORED:
+        return list(array)
+    return [array] if name in FACTORED else array.reshape(-1, 1, 1)
+
+
+def adafactor(*, clip, decay, decayed, b1, b2, dtype):
+    """Three steps of it, one matrix after another, with sums as in its paper's algorithm 4."""
+    params = stacked(0)
+    names = {key: matrices(key, p) for key, p in params.items()}  # views
+    rows = {key: [0.0] * len(each) for key, each in names.items()}
+    columns = {key: [0.0] * len(each) for key, each in names.items()}
+    m = {key: np.zeros_like(p) for key, p in params.items()}
+    steps = []
+    for t, lr in enumerate(LRS, 1):
+        grads = stacked_gradients(t)
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        shrink = 1.0 if clip is None else min(1.0, clip / norm)
+        beta = min(b2, 1 - t**-0.8)
+        for key, grad in grads.items():
+            update = np.zeros_like(grad)
+            views = matrices(key, update)
+            for i, g in enumerate(matrices(key, shrink * grad)):
+                square = g**2 + 1e-30
+                rows[key][i] = beta * rows[key][i] + (1 - beta) * square.sum(1)
+                columns[key][i] = beta * columns[key][i] + (1 - beta) * square.sum(0)
+                v = np.outer(rows[key][i], columns[key][i]) / rows[key][i].sum()
+                views[i][...] = g / np.sqrt(v)
+            m[key] = b1 * m[key] + (1 - b1) * update
+            update = m[key] + (decay * params[key] if key in decayed else 0.0)
+            params[key] = params[key] - lr * update
+            m[key] = m[key].astype(dtype).astype(np.float64)
+        steps.append(dict(params))
+    return steps
+
+
+@pytest.mark.parametrize(
+    "fields, clip, which",
+    [
+        (dict(b1=0.0), None, "all"),
+        (dict(b2=0.5), 0.9, "kernels"),  # which bounds the third step alone
+        (dict(mu_dtype="bfloat16"), 0.9, "kernels"),
+    ],
+    ids=str,
+)
+def test_three_steps_of_adafactor(fields, clip, which):
+    fields = dict(b1=0.9, b2=0.999, mu_dtype="float32") | fields
+    config = OptimConfig(LR, "adafactor", weight_decay=0.3, decayed=which, grad_clip=clip, **fields)
+    optimizer = make_optimizer(config, lambda step: jnp.array(LRS)[step])
+    decayed = {key for key in stacked(0) if which == "all" or key.endswith("kernel")}
+    dtype = fields.pop("mu_dtype")
+    expected = adafactor(clip=clip, decay=0.3, decayed=decayed, dtype=jnp.dtype(dtype), **fields)
+    tolerance = dict(atol=1e-3) if dtype == "bfloat16" else dict(rtol=2e-5, atol=2e-6)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = nested(stacked(0))
+    state = jax.jit(optimizer.init, compiler_options=QUICK)(params)
+    for t, after in enumerate(expected, 1):
+        params, state = step(params, state, nested(stacked_gradients(t)))
+        assert_close(params, nested(after), **tolerance)
+    kept = {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.size == 40 * 32}
+    assert kept == ({dtype} if config.b1 else set())  # of the head, the momentum alone
+
+
+def test_stacked_layers_are_updated_as_optax_updates_a_list_of_them():
+    """In Google's layout, [d heads head_dim] and [heads head_dim d], with big_vision's options."""
+
+    def layer(blocks, i):
+        layer = jax.tree.map(lambda leaf: leaf[i], blocks)
+        kernel = layer["attention"]["qkv"]["kernel"]
+        layer["attention"]["qkv"] = [kernel[:, part] for part in range(3)]
+        return layer
+
+    def separate(tree):
+        return tree | {"blocks": [layer(tree["blocks"], i) for i in range(2)]}
+
+    ours = scale_by_factored_moment(0.999)
+    theirs = optax.scale_by_factored_rms(
+        min_dim_size_to_factor=32,
+        decay_rate_fn=lambda step, power: jnp.minimum(0.999, 1 - (step + 1.0) ** -power),
+    )
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(params, gradients):
+        state, other = ours.init(params), theirs.init(separate(params))
+        for grads in gradients:
+            found, state = ours.update(grads, state)
+            wanted, other = theirs.update(separate(grads), other, separate(params))
+        return separate(found), wanted
+
+    gradients = [nested(stacked_gradients(t)) for t in (1, 2)]
+    assert_close(*both(nested(stacked(0)), gradients), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=4), dict(fsdp=2, tensor=2)], ids=str)
+def test_factored_moments_are_split_as_their_parameter_and_saved_by_its_name(sizes):
+    vit = ViTConfig(
+        image_size=(64, 64),
+        patch_size=(8, 8),
+        width=64,
+        depth=2,
+        mlp_dim=128,
+        num_heads=2,
+        num_classes=40,
+    )
+    optimizer = make_optimizer(OptimConfig(LR, "adafactor", mu_dtype="bfloat16"), lambda step: LR)
+    mesh = make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4])
+    abstract = abstract_state(vit, optimizer, ema=False, mesh=mesh)
+    params, (factored, momentum, _) = abstract.params, abstract.opt_state
+
+    def axes(leaf):
+        spec = leaf.sharding.spec
+        return list(zip(leaf.shape, (*spec, *[None] * len(leaf.shape)), strict=False))
+
+    def check(param, moment):
+        if moment is not None:
+            pairs = zip(axes(param), axes(moment), strict=True)
+            assert all(found in (wanted, (1, None)) for wanted, found in pairs)
+
+    for moments in (factored.row, factored.col, momentum.ema):
+        jax.tree.map(check, params, moments)
+    kernel = [tree["blocks"]["attention"]["qkv"]["kernel"] for tree in factored[1:]]
+    assert [leaf.shape for leaf in kernel] == [(2, 64, 3, 2, 1), (2, 1, 3, 2, 32)]
+    assert "fsdp" in kernel[0].sharding.spec
+
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    saved = to_saved(state)
+    assert "0/row/blocks/mlp/fc1/bias" in saved["opt_state"]
+    assert "0/col/blocks/mlp/fc1/bias" not in saved["opt_state"]
+    found = from_saved(saved, abstract)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True)
+    assert all(leaf is kept for leaf, kept in pairs)
 
 
 def test_kernels_are_the_matrices_of_layers():
@@ -171,10 +363,14 @@ def test_kernels_are_the_matrices_of_layers():
     "fields, message",
     [
         (dict(name="sdg"), r"optim.name is 'sdg'; did you mean 'sgd'\?"),
-        (dict(name="lion"), "optim.name is 'lion'; known: adam, adamw, sgd"),
+        (dict(name="lion"), "optim.name is 'lion'; known: adafactor, adam, adamw, sgd"),
         (dict(schedule="cosin"), "optim.schedule is 'cosin'; did you mean 'cosine'"),
         (dict(decayed="kernel"), "optim.decayed is 'kernel'; did you mean 'kernels'"),
         (dict(name="adam", weight_decay=0.1), "adam has no weight decay; adamw does"),
+        (dict(name="adafactor", eps=1e-6), "optim.eps is 1e-06, but adafactor has none to set"),
+        (dict(b1=1.0), r"optim.b1 is 1.0; it must be in \[0, 1\)"),
+        (dict(b2=-0.1), "optim.b2 is -0.1"),
+        (dict(momentum=1.5), "optim.momentum is 1.5"),
         (dict(accumulate=0), "optim.accumulate is 0"),
         (dict(lr=-1e-3), "optim.lr is -0.001; it must be 0 or more"),
         (dict(warmup=-5.0), "optim.warmup is -5.0"),

@@ -509,29 +509,31 @@ def test_a_batch_must_divide_among_devices_and_micro_batches(batch_size, accumul
 
 def test_one_process_reads_the_whole_batch():
     for mesh in (mesh_of(), mesh_of(data=8), mesh_of(data=2, fsdp=2, tensor=2)):
-        assert local_rows(16, mesh) == slice(0, 16)
+        assert local_rows(16, mesh).tolist() == [*range(16)]
 
 
 @pytest.mark.parametrize(
     "devices, rows",
     [
-        (slice(0, 4), slice(0, 8)),
-        (slice(4, 8), slice(8, 16)),
-        (slice(2, 4), slice(4, 8)),
-        (slice(0, 1), slice(0, 4)),  # two hosts that hold the two halves of the heads
-        (slice(1, 2), slice(0, 4)),
+        ([0, 1, 2, 3], [*range(8)]),
+        ([4, 5, 6, 7], [*range(8, 16)]),
+        ([2, 3], [4, 5, 6, 7]),
+        ([0], [0, 1, 2, 3]),  # two hosts that hold the two halves of the heads
+        ([1], [0, 1, 2, 3]),
+        ([6, 1, 0], [0, 1, 2, 3, 12, 13, 14, 15]),  # a mesh follows the wiring, not the hosts
+        ([5, 2], [4, 5, 6, 7, 8, 9, 10, 11]),
     ],
 )
 def test_a_host_reads_the_rows_of_its_devices(monkeypatch, devices, rows):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    mine = list(mesh.devices.flat)[devices]
+    mine = [mesh.devices.flat[i] for i in devices]
 
     class OneHost(jax.sharding.NamedSharding):
         def addressable_devices_indices_map(self, shape):
             return {d: index for d, index in self.devices_indices_map(shape).items() if d in mine}
 
     monkeypatch.setattr(sharding, "NamedSharding", OneHost)
-    assert local_rows(16, mesh) == rows
+    assert local_rows(16, mesh).tolist() == rows
 
 
 def test_a_batch_is_split_over_the_devices_but_those_of_tensor():
@@ -563,7 +565,7 @@ PARTS = {
     "patch_embed/bias": [(16,), (16,)],
     "cls_token": [(1, 1, 16), (1, 1, 16)],
     "pos_embed": [(7, 16), (7, 8)],
-    "head/kernel": [(16, 7), (16, 7)],  # two devices do not divide seven classes
+    "head/kernel": [(16, 7), (8, 7)],
 }
 
 

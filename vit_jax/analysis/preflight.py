@@ -224,9 +224,13 @@ def topology_devices(name: str) -> list[Any]:
         jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    shape, _, slices = name.partition("*")
-    options = {"num_slices": int(slices)} if slices.isdigit() else {}
+    shape, star, slices = name.partition("*")
+    options: dict[str, Any] = {"num_slices": int(slices)} if slices.isdigit() else {}
+    if shape.endswith((":1x1", ":1x1x1")):  # by themselves they are of a host of four
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
+        if star and not slices.isdigit():
+            raise ValueError(f"{slices!r} is no number of slices")
         topology = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except Exception as error:  # noqa: BLE001  libtpu raises what it likes
         raise UserError(

@@ -17,6 +17,7 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax import hosts
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.published import fetch
@@ -308,6 +309,18 @@ def _open_run(workdir: epath.Path, **known: Any) -> Opened:
         facts(f"run folder, {workdir}, step {step}", record.config),
         step=step,
     )
+
+
+def open_together(path: epath.PathLike) -> Opened:
+    """`open_model` on every process of a run, which must all find the same (collective)."""
+    opened = hosts.each("open", lambda: open_model(path))
+    steps = hosts.gather("opened", f"{opened.step} of {shapes_of(opened.record.config)}")
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"{os.fspath(path)}: the processes see different models there; is it being trained? "
+            "Wait for its end, and name a path that all hosts share"
+        )
+    return opened
 
 
 def read_model(path: epath.PathLike) -> tuple[ModelRecord, dict[str, Any], int | None]:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vit_jax import hosts
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,16 @@ class Store:
     """The checkpoints of one run folder.
 
     Saves run in the background, one at a time; an error of one is raised by the next call.
+
+    Where there are several processes, each writes its own parts of a checkpoint: `save`, `wait` and
+    `close` are collective (see hosts.py). Reading is not: a process restores what its devices need.
+    Only with `together` is `newest` collective too, and the same for all.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
+    def __init__(self, workdir: epath.PathLike, *, keep: int = 2, together: bool = False):
         self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
         self.keep = keep
+        self._together = together and hosts.count() > 1
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -48,30 +54,43 @@ class Store:
         """
         self.wait()
         path = self.directory / str(step)
+        hosts.first("make room", lambda: self._make_room(path))
+        with _writing(path):
+            if self._orbax is None:
+                everyone = range(hosts.count())
+                self._orbax = ocp.AsyncCheckpointer(
+                    ocp.PyTreeCheckpointHandler(multiprocessing_options=_of(everyone)),
+                    multiprocessing_options=_of(everyone),
+                )
+            self._orbax.save(path / _STATE, args=ocp.args.PyTreeSave(tree))
+        self._pending = self._thread.submit(self._commit, path)
+
+    def _make_room(self, path: epath.Path) -> None:
         with _writing(path):
             if path.exists():  # half-written or damaged, or it would not be saved again
                 path.rmtree()
             path.mkdir(parents=True)
-            if self._orbax is None:
-                self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-            self._orbax.save(path / _STATE, args=ocp.args.PyTreeSave(tree))
-        self._pending = self._thread.submit(self._commit, path)
 
     def _commit(self, path: epath.Path) -> None:
         with _writing(path):
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                sums = {name: _digest(path / name) for name in _files(path)}
-                write_atomically(path / _CHECKSUMS, json.dumps(sums, indent=1))
-                # Later ones can only be damaged: this run has come from before them.
-                kept = [step for step in self.steps() if step <= int(path.name)][-self.keep :]
-                for step, committed in self._found():
-                    if step < kept[0]:
-                        # The commit mark goes first, so that a kill leaves no half of a
-                        # checkpoint that claims to be whole.
-                        if committed:
-                            (self.directory / str(step) / _CHECKSUMS).unlink()
-                        (self.directory / str(step)).rmtree()
+            # Process 0 has waited until orbax had the parts of all.
+            names = hosts.first("written", lambda: list(_files(path)))
+            sums = _shared("sums", names, lambda name: _digest(path / name))
+            hosts.first("commit", lambda: self._mark(path, sums))
+
+    def _mark(self, path: epath.Path, sums: dict[str, str]) -> None:
+        with _writing(path):
+            write_atomically(path / _CHECKSUMS, json.dumps(sums, indent=1))
+            # Later ones can only be damaged: this run has come from before them.
+            kept = [step for step in self.steps() if step <= int(path.name)][-self.keep :]
+            for step, committed in self._found():
+                if step < kept[0]:
+                    # The commit mark goes first, so that a kill leaves no half of a checkpoint
+                    # that claims to be whole.
+                    if committed:
+                        (self.directory / str(step) / _CHECKSUMS).unlink()
+                    (self.directory / str(step)).rmtree()
 
     def wait(self) -> None:
         """Waits for the save under way, and raises its error if it had one."""
@@ -101,22 +120,25 @@ class Store:
     def newest(self) -> int | None:
         """Returns the newest step whose files all match their checksums, None if none was saved.
 
-        Warns of every newer one that is damaged or half-written, by name.
+        Warns of every newer one that is damaged or half-written, by name. With `together`, the
+        processes share the reading.
 
         Raises:
           UserError: there are checkpoints, and every one of them is damaged.
         """
-        damaged = []
-        for step, committed in reversed(self._found()):
+        damaged, together = [], self._together
+        warn = logger.warning if not together or hosts.is_lead() else logger.debug
+        found = hosts.first("found", self._found) if together else self._found()
+        for step, committed in reversed(found):
             path = self.directory / str(step)
             if not committed:
-                logger.warning("ignoring %s: it was not completely written", path)
+                warn("ignoring %s: it was not completely written", path)
                 continue
-            problem = verify(path)
+            problem = verify(path, together=together)
             if problem is None:
                 return step
             damaged.append(problem)
-            logger.warning("ignoring a damaged checkpoint: %s", problem)
+            warn("ignoring a damaged checkpoint: %s", problem)
         if damaged:
             raise UserError(
                 f"every checkpoint in {self.directory} is damaged: {'; '.join(damaged)}; move the "
@@ -139,7 +161,7 @@ class Store:
                 sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
             )
 
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        with _reader() as orbax:
             return orbax.restore(
                 self.directory / str(step) / _STATE,
                 args=ocp.args.PyTreeRestore(
@@ -151,25 +173,64 @@ class Store:
 
     def names(self, step: int) -> set[str]:
         """The top-level names of a checkpoint: step, params, opt_state and, where on, ema."""
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        with _reader() as orbax:
             return set(orbax.metadata(self.directory / str(step) / _STATE).item_metadata.tree)
 
 
-def verify(path: epath.Path) -> str | None:
+def verify(path: epath.Path, *, together: bool = False) -> str | None:
     """Returns what is wrong with a committed checkpoint, None if every file is as it was written.
 
-    Orbax alone restores most single flipped bits silently as other values.
+    Orbax alone restores most single flipped bits silently as other values. With `together`, each
+    process checks some of the files, and all get the same answer (collective).
     """
-    try:
-        expected = json.loads((path / _CHECKSUMS).read_text())
-        for name, digest in expected.items():
+
+    def check(name: str, digest: str) -> str:
+        try:
             if not (path / name).exists():
                 return f"{path / name} is missing"
             if _digest(path / name) != digest:
                 return f"{path / name} does not match its checksum"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{path} is unreadable ({error})"
-    return None
+        except OSError as error:
+            return f"{path} is unreadable ({error})"
+        return ""
+
+    def read() -> list[Any]:
+        try:
+            return [{**json.loads((path / _CHECKSUMS).read_text())}, None]
+        except (OSError, ValueError, TypeError) as error:
+            return [{}, f"{path} is unreadable ({error})"]
+
+    expected, problem = hosts.first("checksums", read) if together else read()
+    if problem is not None:
+        return problem
+    if not together:
+        return next(filter(None, (check(*item) for item in expected.items())), None)
+    found = _shared("verify", list(expected), lambda name: check(name, expected[name]))
+    return next(filter(None, found.values()), None)
+
+
+def _shared(name: str, files: list[str], work: Callable[[str], str]) -> dict[str, str]:
+    """Does `work` for each file on one of the processes; all get every result. Collective."""
+    mine = {file: work(file) for file in files[hosts.index() :: hosts.count()]}
+    merged: dict[str, str] = {}
+    for part in hosts.gather(name, json.dumps(mine)):
+        merged |= json.loads(part)
+    return {file: merged[file] for file in files}
+
+
+def _of(processes: Iterable[int]) -> Any:
+    """Orbax's word for who takes part; to name them makes it wait without using the devices."""
+    processes = set(processes)
+    return ocp.options.MultiprocessingOptions(
+        primary_host=min(processes), active_processes=processes
+    )
+
+
+def _reader() -> ocp.Checkpointer:
+    """A reader that waits for no other process."""
+    alone = _of({hosts.index()})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -306,12 +306,12 @@ class _Step:
 
     read: BatchReader
     batch_size: int
-    rows: slice
+    rows: slice | np.ndarray
     threads: int
 
     def __call__(self, step: int) -> Batch:
-        start, stop, _ = self.rows.indices(self.batch_size)
-        positions = np.arange(start, stop, dtype=np.int64) + int(step) * self.batch_size
+        rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
+        positions = rows + int(step) * self.batch_size
         return self.read(positions, self.indices(positions), self.threads)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
@@ -337,7 +337,7 @@ def train_batches(
     *,
     start_step: int,
     stop_step: int,
-    rows: slice = slice(None),
+    rows: slice | np.ndarray = slice(None),
     workers: int = 0,
     threads: int | None = None,
 ) -> contextlib.closing[Iterator[Batch]]:
@@ -347,7 +347,8 @@ def train_batches(
     Images are uint8, a quarter of the bytes, even where the model is evaluated in float32.
 
     Args:
-      batch_size: of the global batch; `rows` is the part of it that this process reads.
+      batch_size: of the global batch; `rows`, a slice or ascending numbers, is the part of it that
+        this process reads.
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
     preprocess = read.preprocess
@@ -359,9 +360,16 @@ def train_batches(
 
 
 def eval_batches(
-    read: BatchReader, batch_size: int, *, rows: slice = slice(None), threads: int | None = None
+    read: BatchReader,
+    batch_size: int,
+    *,
+    rows: slice | np.ndarray = slice(None),
+    threads: int | None = None,
 ) -> contextlib.closing[Iterator[Batch]]:
-    """Returns every example once, in order, the last batch padded, to be used in a `with`."""
+    """Returns every example once, in order, the last batch padded, to be used in a `with`.
+
+    Of each batch this process reads the `rows`, as in `train_batches`.
+    """
     step = _EvalStep(read, batch_size, rows, _threads(0, threads))
     return _iterate(grain.MapDataset.range(-(-len(read.source) // batch_size)).map(step), 0)
 

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.checkpoints.load import open_model, place
+from vit_jax import hosts
+from vit_jax.checkpoints.load import open_together, place
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data.pipeline import BatchReader, Split, eval_batches
 from vit_jax.data.sources import open_source, with_labels
@@ -21,7 +22,14 @@ from vit_jax.training.config import Config, from_json
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
 from vit_jax.training.probes import Features
-from vit_jax.training.sharding import batch_shards, local_rows, make_mesh, placement, to_devices
+from vit_jax.training.sharding import (
+    batch_shards,
+    local_rows,
+    make_mesh,
+    placement,
+    to_devices,
+    total,
+)
 from vit_jax.training.steps import make_eval_step, make_feature_step
 
 
@@ -102,7 +110,8 @@ class Evaluation:
         read, sums, corrupt = self._reads[split, True], [], 0
         with self._batches(read) as batches:
             for batch in batches:
-                corrupt += int(batch["corrupt"].sum())
+                if read.on_corrupt == "skip":
+                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
                 sums.append(self._eval_step(params, self._to_devices(batch)))
         totals = {
             name: np.sum([each[name] for each in jax.device_get(sums)], dtype=np.float64)
@@ -112,7 +121,7 @@ class Evaluation:
         if not count:
             raise UserError(f"{split.source} {split.split}: no image can be evaluated")
         means = {name: float(total / count) for name, total in totals.items()}
-        return {**means, "corrupt": corrupt} if read.on_corrupt == "skip" else means
+        return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
 
     def features(self, params: Any, split: Split) -> Features:
         """Returns what the head reads of every example, in order, on the host of every process."""
@@ -202,8 +211,9 @@ def evaluate_run(path: epath.PathLike, config: Config) -> dict[str, int | float]
       UserError: no model there, no split to evaluate, or classes that do not agree.
     """
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1))
-    opened = open_model(path)
-    evaluation = Evaluation(config, opened.record, mesh)
+    hosts.meet()
+    opened = open_together(path)
+    evaluation = hosts.each("evaluation", lambda: Evaluation(config, opened.record, mesh))
     if not evaluation.names:
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
     shardings = functools.partial(placement, mesh=mesh)

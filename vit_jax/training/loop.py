@@ -15,19 +15,25 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from vit_jax.checkpoints.families import fitted_preprocess
-from vit_jax.checkpoints.load import open_model, place
+from vit_jax import hosts
+from vit_jax.checkpoints.load import open_together, place
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.checkpoints.store import Store, lock, write_atomically
 from vit_jax.data.pipeline import Batch, BatchReader, train_batches
 from vit_jax.data.sources import Source, open_source
-from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import Evaluation, read_config
 from vit_jax.training.metrics import Diverged, Recorder, due, read_metrics
-from vit_jax.training.program import make_program
-from vit_jax.training.sharding import check_batch, local_rows, make_mesh, placement, to_devices
+from vit_jax.training.program import make_program, new_record
+from vit_jax.training.sharding import (
+    check_batch,
+    local_rows,
+    make_mesh,
+    placement,
+    to_devices,
+    total,
+)
 from vit_jax.training.state import from_saved, make_state, to_saved
 
 logger = logging.getLogger(__name__)
@@ -40,6 +46,8 @@ class Stopped(Exception):
 def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     """Trains until the config's last step, going on from what `workdir` holds.
 
+    Every process of a run calls this (after `hosts.connect`), with a `workdir` on a shared disk.
+
     Returns:
       The last value of every metric of the run, as in its metrics.jsonl.
 
@@ -51,14 +59,11 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     if "://" in os.fspath(workdir):
         raise UserError(f"{workdir}: a run folder must be on a local or mounted disk so far")
     workdir = epath.Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock(workdir))
+        store = Store(workdir, keep=config.checkpoint.keep, together=True)
+        stack.enter_context(hosts.advising(functools.partial(_advice, store)))
+        _claim(workdir, stack)
         stop = stack.enter_context(sigterm())
-        store = Store(workdir, keep=config.checkpoint.keep)
         stack.callback(store.close)
         try:
             return _run(config, workdir, store, stop, stack)
@@ -70,19 +75,60 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
                 f"{error}; {kept}. Lower optim.lr, set optim.grad_clip, or lengthen optim.warmup, "
                 "in another --workdir"
             ) from None
+        except Exception as error:
+            hosts.explain(error)  # before the store waits for a process that is gone
+            raise
+
+
+def _claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
+    """Makes the run folder and holds its lock, for all processes."""
+    token = epath.Path(workdir / f".seen_by_{os.getpid()}_{time.time_ns()}")
+
+    def claim() -> str:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
+        stack.enter_context(lock(workdir))
+        if hosts.count() > 1:
+            token.touch()
+        return token.name
+
+    name = hosts.first("claim", claim)
+
+    def see() -> None:
+        if hosts.count() > 1 and not (workdir / name).exists():
+            raise UserError(
+                f"{workdir} is not the folder that process 0 sees under this name: --workdir must "
+                "be on a disk that all hosts share"
+            )
+
+    try:
+        hosts.each("see", see)
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _advice(store: Store) -> str:
+    """What to do when a process of the run is lost."""
+    saved = store.steps()
+    begins = f"goes on from step {saved[-1]}" if saved else "begins anew, as nothing was saved yet"
+    return f"start the same command again: it {begins}"
 
 
 def _run(
     config: Config,
     workdir: epath.Path,
     store: Store,
-    stop: Callable[[], bool],
+    stop: Callable[[int], bool],
     stack: contextlib.ExitStack,
 ) -> dict[str, int | float]:
     config.check_trains()
-    source = open_source(config.data.train.source, config.data.train.split)
+    train = config.data.train
+    source = hosts.each("data", lambda: open_source(train.source, train.split))
     total_steps = config.steps(len(source) if isinstance(source, Sized) else None)
     mesh = make_mesh(config.mesh)
+    hosts.meet()
     check_batch(config.batch_size, config.optim.accumulate, mesh)
 
     resume_step = store.newest()
@@ -95,14 +141,15 @@ def _run(
         seed=config.seed,
         on_corrupt=config.data.on_corrupt,
     )
-    evaluation = Evaluation(config, record, mesh)
+    evaluation = hosts.each("evaluation", lambda: Evaluation(config, record, mesh))
 
     if resume_step is None:
         state = make_state(
             program.state, record.config, program.optimizer, seed=config.seed, params=params
         )
-        write_atomically(workdir / "config.json", to_json(config))
-        record.write(workdir)
+        if hosts.is_lead():
+            write_atomically(workdir / "config.json", to_json(config))
+            record.write(workdir)
     else:
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
@@ -128,17 +175,18 @@ def _run(
     )
     stack.callback(recorder.close)
 
-    arriving = on_device(batches, config.batch_size, mesh)
+    skips = config.data.on_corrupt == "skip"
+    arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     for step in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
         batch, corrupt = next(arriving)
         waited = time.perf_counter() - began
         state, metrics = program.step(state, batch)
-        if config.data.on_corrupt == "skip":
+        if skips:
             metrics["corrupt"] = corrupt
         recorder.step(step, metrics, config.batch_size, waited)
 
-        stopping = stop()
+        stopping = stop(step)
         measuring = evaluation.due(step, total_steps)
         saving = due(step, config.checkpoint.every, total_steps) or stopping
         if measuring or saving:
@@ -154,6 +202,10 @@ def _run(
             store.wait()
             raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
     store.wait()
+    return hosts.first("results", lambda: _last_values(workdir))
+
+
+def _last_values(workdir: epath.Path) -> dict[str, int | float]:
     last: dict[str, int | float] = {}
     for line in read_metrics(workdir):
         last |= line
@@ -187,36 +239,17 @@ def _start(
             )
         return record, None
 
-    num_classes = len(source.label_names)
-    opened = None if config.init_from is None else open_model(config.init_from)
-    base = opened and opened.record
-    keep_head = base is not None and (
-        config.model.get("head") == "keep" and base.labels == source.label_names
-    )
-    vit = config.vit(base and base.config, num_classes, keep_head)
-    if vit.num_classes != num_classes:
-        raise UserError(
-            f"model.num_classes is {vit.num_classes}, but {config.data.train.source} has "
-            f"{num_classes} classes: leave model.num_classes out"
-        )
-    if base:
-        preprocess = fitted_preprocess(base.preprocess, vit)
-    else:
-        preprocess = Preprocess(vit.image_size, vit.in_channels)
-    # What `predict` does with a picture is what evaluation does.
-    evaluated = config.data.val or config.data.test or config.data.train
-    preprocess = evaluated.preprocess(preprocess)
-    method = config.model.get("position_resize") or (base.position_resize if base else "zoom")
-    record = ModelRecord(
-        vit, preprocess, source.label_names, source.fingerprint, config.objective, method
+    opened = None if config.init_from is None else open_together(config.init_from)
+    record, keep_head = new_record(
+        config, source.label_names, source.fingerprint, opened and opened.record
     )
     if opened is None:
         return record, None
     params, lines = place(
         opened,
-        vit,
+        record.config,
         head="keep" if keep_head else "fresh",
-        method=method,
+        method=record.position_resize,
         seed=config.seed,
         shardings=functools.partial(placement, mesh=mesh),
     )
@@ -227,26 +260,33 @@ def _start(
 
 
 def on_device(
-    batches: Iterable[Batch], batch_size: int, mesh: Mesh, ahead: int = 2
-) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    batches: Iterable[Batch], batch_size: int, mesh: Mesh, *, corrupt: bool, ahead: int = 2
+) -> Iterator[tuple[dict[str, jax.Array], int | jax.Array]]:
     """Yields batches as global arrays, with `ahead` of them on their way to the devices.
 
-    With each comes how many of its images could not be read.
+    With each comes how many of its images could not be read, if `corrupt`.
     """
-    queue: collections.deque[tuple[dict[str, jax.Array], int]] = collections.deque()
+    queue: collections.deque[tuple[dict[str, jax.Array], int | jax.Array]] = collections.deque()
     for batch in batches:
-        queue.append((to_devices(batch, batch_size, mesh), int(batch["corrupt"].sum())))
+        unread = total(batch["corrupt"], batch_size, mesh) if corrupt else 0
+        queue.append((to_devices(batch, batch_size, mesh), unread))
         if len(queue) > ahead:
             yield queue.popleft()
     yield from queue
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM has come; a second one ends the process."""
+def sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that says, after a step, whether SIGTERM has come; a second one kills.
+
+    Where there are several processes, it says so to all of them after the same step.
+    """
     came = False
+    if hosts.count() > 1:
+        yield hosts.preempted
+        return
     if threading.current_thread() is not threading.main_thread():  # such as in some notebooks
-        yield lambda: False
+        yield lambda step: False
         return
 
     def note(number, frame):
@@ -256,6 +296,6 @@ def sigterm() -> Iterator[Callable[[], bool]]:
 
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda: came
+        yield lambda step: came
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -13,6 +13,7 @@ import jax
 import tqdm
 from etils import epath
 
+from vit_jax import hosts
 from vit_jax.checkpoints.store import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Recorder:
 
     Lines later than `start_step` are dropped first: the steps they are of will be run again. A
     step's metrics stay on the device until the step after it is on its way, so that logging never
-    makes the device wait.
+    makes the device wait. Where there are several processes, only process 0 writes anything.
 
     Args:
       every: steps between two lines; the last step always has one.
@@ -74,16 +75,18 @@ class Recorder:
     ):
         self._every, self._total_steps = every, total_steps
         lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        path = workdir / "metrics.jsonl"
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = path.open("a")
-        self._events = _tensorboard(workdir, start_step) if tensorboard else None
+        self._file, self._events = None, None
+        if hosts.is_lead():
+            path = workdir / "metrics.jsonl"
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._file = path.open("a")
+            self._events = _tensorboard(workdir, start_step) if tensorboard else None
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
             desc=workdir.name,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and hosts.is_lead()),
             dynamic_ncols=True,
         )
         # `seconds` goes on from where a resumed run stopped.
@@ -126,6 +129,8 @@ class Recorder:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line and flushes it; `step` counts the steps done."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -148,7 +153,8 @@ class Recorder:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

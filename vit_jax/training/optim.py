@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,20 @@ import optax
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.sharding import path_name
 
-NAMES = ("adamw", "adam", "sgd")
+NAMES = ("adamw", "adam", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 DECAYED = ("kernels", "all")
 MU_DTYPES = ("float32", "bfloat16")
+
+# Parameter -> the two axes of it that span the matrices whose second moments Adafactor factors:
+# one for each index of the other axes. Every layer, Q, K, V and head has its own [d head_dim] or
+# [head_dim d], as in big_vision, where these are the two largest axes of a layer's kernel. What
+# has a side below _LEAST_SIDE, and all other parameters, keep the moment of each entry.
+MATRICES = (
+    (r"attention/qkv/kernel$", (-4, -1)),
+    (r"(kernel|pos_embed)$", (-2, -1)),
+)
+_LEAST_SIDE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +34,8 @@ class OptimConfig:
     """The `optim` section.
 
     Attributes:
+      name: `adamw`, `adam`, `sgd`, or the `adafactor` of "Scaling Vision Transformers" (section
+        3.4): Adam with half of its state, and with a bfloat16 momentum a quarter.
       lr: the highest learning rate, reached at the end of the warm-up.
       schedule: the decay that follows: to `end_lr` by `cosine` or `linear`, `constant`, or `rsqrt`,
         lr / sqrt(1 + (step - warmup) / timescale) ("Scaling Vision Transformers", section 3.5).
@@ -31,9 +44,14 @@ class OptimConfig:
         absolute decay of 1e-4 at lr 1e-3 is 0.1 here), on `decayed` parameters: `kernels`, which
         leaves out biases, LayerNorm, tokens and positions, or `all`.
       grad_clip: largest global norm of the gradient, None for no bound.
-      mu_dtype: what the momentum, Adam's first moment, is kept in; Google's codes use bfloat16.
+      mu_dtype: what the momentum, the first moment of Adam and of Adafactor, is kept in; Google's
+        codes use bfloat16.
       accumulate: micro-batches that a batch is taken in.
       ema: decay of the running average of the parameters that is evaluated and loaded, or None.
+      b1: decay of the first moment of Adam and of Adafactor, which keeps none where it is 0.
+      b2: decay of their second moment; Adafactor's is 1 - step^-0.8, and b2 what bounds it.
+      eps: added to the root of Adam's second moment. Adafactor's is 1e-30, in the squares.
+      momentum: sgd's.
     """
 
     lr: float
@@ -65,6 +83,8 @@ class OptimConfig:
                 raise UserError(f"optim.{field} is {value!r}; {nearest(value, known)}")
         if self.name == "adam" and self.weight_decay:
             raise UserError("optim.name=adam has no weight decay; adamw does")
+        if self.name == "adafactor" and self.eps != OptimConfig.eps:
+            raise UserError(f"optim.eps is {self.eps}, but adafactor has none to set; adamw does")
         if self.accumulate < 1:
             raise UserError(f"optim.accumulate is {self.accumulate}; it must be at least 1")
         for field in ("lr", "end_lr", "warmup", "weight_decay"):
@@ -76,6 +96,9 @@ class OptimConfig:
                 raise UserError(f"optim.{field} is {value}; it must be positive")
         if self.end_lr and self.schedule not in ("cosine", "linear"):
             raise UserError(f"optim.schedule {self.schedule!r} has no end_lr; cosine and linear do")
+        for field in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"optim.{field} is {getattr(self, field)}; it must be in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"optim.ema is {self.ema}; it must be in [0, 1), such as 0.9999")
 
@@ -115,12 +138,17 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns clipping, the update rule, weight decay and the learning rate, in this order."""
     if config.name == "sgd":
-        rule = optax.trace(decay=config.momentum, accumulator_dtype=config.mu_dtype)
+        steps = [optax.trace(decay=config.momentum, accumulator_dtype=config.mu_dtype)]
+    elif config.name == "adafactor":
+        steps = [scale_by_factored_moment(config.b2)]
+        if config.b1:
+            steps.append(optax.ema(config.b1, debias=False, accumulator_dtype=config.mu_dtype))
     else:
-        rule = optax.scale_by_adam(
-            b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype
-        )
-    steps = [rule]
+        steps = [
+            optax.scale_by_adam(
+                b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype
+            )
+        ]
     if config.grad_clip is not None:
         steps.insert(0, optax.clip_by_global_norm(config.grad_clip))
     if config.weight_decay:
@@ -134,3 +162,71 @@ def is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_name(path).endswith("kernel"), params
     )
+
+
+class FactoredState(NamedTuple):
+    """Running means of squared gradients, in trees like the parameters'.
+
+    `row` is averaged over the columns of each matrix, `col` over its rows. The axis averaged over
+    stays, with size 1, so that both are placed as their parameter is. Of a parameter that is not
+    factored, `row` has the mean of each entry, and `col` is None.
+    """
+
+    count: Any
+    row: Any
+    col: Any
+
+
+def scale_by_factored_moment(b2: float) -> optax.GradientTransformation:
+    """Divides by the root of Adafactor's second moment (arXiv 1804.04235, algorithm 4).
+
+    As changed in section 3.4 of "Scaling Vision Transformers" (arXiv 2106.04560): its decay is at
+    most `b2`, and the learning rate does not follow the norm of the weights. As in big_vision, the
+    size of the update is not bounded.
+
+    optax.scale_by_factored_rms does the same to a single matrix. Of an array of more axes it takes
+    the two largest for the matrix, and among those of stacked parameters may be the depth.
+    """
+
+    def init(params: Any) -> FactoredState:
+        def zeros(path, param):
+            axes = _matrix_axes(path, param)
+            if axes is None:
+                return jnp.zeros_like(param), None
+            row, col = (jax.lax.slice_in_dim(param, 0, 1, axis=axis) for axis in axes[::-1])
+            return jnp.zeros_like(row), jnp.zeros_like(col)
+
+        return FactoredState(jnp.zeros((), jnp.int32), *_map_leaves(zeros, params))
+
+    def update(grads: Any, state: FactoredState, params: Any = None) -> tuple[Any, FactoredState]:
+        decay = jnp.minimum(b2, 1 - (state.count + 1.0) ** -0.8)
+
+        def divide(path, grad, row, col):
+            axes, square = _matrix_axes(path, grad), grad**2 + 1e-30
+            if axes is None:
+                row = decay * row + (1 - decay) * square
+                return grad * jax.lax.rsqrt(row), row, None
+            row = decay * row + (1 - decay) * square.mean(axes[1], keepdims=True)
+            col = decay * col + (1 - decay) * square.mean(axes[0], keepdims=True)
+            share = row / row.mean(axes[0], keepdims=True)
+            return grad * jax.lax.rsqrt(share) * jax.lax.rsqrt(col), row, col
+
+        updates, row, col = _map_leaves(divide, grads, state.row, state.col)
+        return updates, FactoredState(state.count + 1, row, col)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> tuple[int, int] | None:
+    for pattern, axes in MATRICES:
+        if re.search(pattern, path_name(path)):
+            return axes if min(leaf.shape[axis] for axis in axes) >= _LEAST_SIDE else None
+    return None
+
+
+def _map_leaves(function: Callable[..., tuple[Any, ...]], tree: Any, *rest: Any) -> list[Any]:
+    """Maps a function of path and leaves to a tree for each of its values; None is a leaf too."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    rest = [structure.flatten_up_to(each) for each in rest]
+    results = [function(*leaf, *more) for leaf, *more in zip(leaves, *rest, strict=True)]
+    return [structure.unflatten(values) for values in zip(*results, strict=True)]
