@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; print("" if "$(PYTHON)" == "python3" else "-" + v)')
 BIN = $(VENV)/bin
 RUNS ?= runs
-# An environment apart, for what test-parity compares with. Where pip would choose gigabytes of
+# An environment apart, for what test-parity compares with, and for the TPU's compiler. Where pip would choose gigabytes of
 # CUDA: TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
 PARITY = $(VENV)-parity
 TORCH_INDEX ?=
@@ -44,7 +44,7 @@ $(PARITY)/.parity: setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install --quiet --upgrade pip
 	$(PARITY)/bin/python -m pip install --quiet $(TORCH_INDEX) torch==2.13.0
-	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tpu]'
 	$(PARITY)/bin/python -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0
 	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt \
 		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow

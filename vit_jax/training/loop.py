@@ -33,6 +33,7 @@ from vit_jax.training.sharding import (
     placement,
     to_devices,
     total,
+    unsplit,
 )
 from vit_jax.training.state import from_saved, make_state, to_saved
 
@@ -134,6 +135,10 @@ def _run(
     resume_step = store.newest()
     record, params = _start(config, workdir, source, resume_step, mesh)
     program = make_program(config, record.config, record.preprocess, total_steps, mesh)
+    for name, size in unsplit(program.state.params, mesh):
+        logger.info(
+            "%s, %.1f MiB, is whole on every device: no axis divides it", name, size / 2**20
+        )
     read = BatchReader.of(
         source,
         config.data.train,
