@@ -765,6 +765,7 @@ SPECS = {
     "blocks/mlp/fc1/kernel": P(None, "fsdp", "tensor"),
     "blocks/mlp/fc1/bias": P(None, "tensor"),
     "blocks/mlp/fc2/kernel": P(None, "tensor", "fsdp"),
+    "head/kernel": P("fsdp", None),
 }
 
 
@@ -794,7 +795,8 @@ def test_a_run_folder_goes_to_its_devices(tiny_run):
     split = {
         "patch_embed/kernel": P(None, None, None, "fsdp"),
         "pos_embed": P(None, "fsdp"),
-        "pre_logits/kernel": P(None, "fsdp"),
+        "pre_logits/kernel": P("fsdp", None),
+        "head/kernel": P("fsdp", None),
         "blocks/attention/qkv/kernel": P(None, "fsdp", None, None, None),
         "blocks/attention/out/kernel": P(None, None, None, "fsdp"),
         "blocks/mlp/fc1/kernel": P(None, "fsdp", None),

@@ -100,20 +100,20 @@ def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
             raise
         return Rehearsal(program, state_bytes, None, limit)
     memory = compiled.memory_analysis()
-    # The batches that are on their way (see loop.on_device) lie there too.
-    peak = 2 * shard_bytes(program.batch) + max(
-        memory.peak_memory_in_bytes,
+    # All temporaries are one block, taken as a whole, whatever of it is in use at a time; and two
+    # more batches are on their way (see loop.on_device).
+    peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
-        if mesh.devices.flat[0].platform != "tpu"
-        else 0,
+        + memory.generated_code_size_in_bytes
+        + 2 * shard_bytes(program.batch)
     )
     return Rehearsal(
         program,
         state_bytes,
-        peak + memory.generated_code_size_in_bytes,
+        peak,
         limit,
         tuple(read_collectives(compiled.as_text())) if mesh.size > 1 else (),
         least_traffic(program, config, vit),
@@ -137,7 +137,7 @@ def memory_limit(device: Any) -> int | None:
     known = CHIPS.get(device.device_kind)
     try:
         return int(device.memory_stats()["bytes_limit"])
-    except Exception:  # noqa: BLE001  a device of a topology has no statistics, and says it variously
+    except Exception:  # noqa: BLE001  a topology's devices have none, and say so variously
         return known.memory if known else None
 
 
