@@ -141,8 +141,8 @@ This page is written by `python experiments/scale/run.py`; last on {date}, with 
 |---|---|---|---|---|---|---|---|---|---|
 {rows}
 
-- Memory is the most that a chip needs at once, of what it has; traffic is what each chip sends in
-  a step, and its ratio to the least.
+- Memory is what a chip sets aside for the step, of what it has: state, two batches and all
+  temporaries. Traffic is what each chip sends in a step, and its ratio to the least.
 - bfloat16 computation, float32 parameters, AdamW with its first moment in bfloat16, 1000 classes.
 - The least is what the mesh needs with parameters kept where they are: each split parameter is
   gathered twice, its gradient scattered once, in bfloat16; shards are summed over `data`. What is
