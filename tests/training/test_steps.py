@@ -469,6 +469,8 @@ def test_evaluation_sees_what_preprocess_gives(resize_dtype):
         (dict(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
         (dict(data=1, fsdp=1, tensor=-1), (1, 1, 8)),
         (dict(data=4, fsdp=2), (4, 2, 1)),
+        (dict(fsdp=-1), (1, 8, 1)),
+        (dict(fsdp=-1, tensor=2), (1, 4, 2)),
     ],
 )
 def test_mesh_axes(sizes, shape):
@@ -485,7 +487,7 @@ def test_mesh_axes(sizes, shape):
         (dict(fsdp=3), "data=-1xfsdp=3xtensor=1 does not fit 8 devices"),
         (dict(data=2, fsdp=2), "data=2xfsdp=2xtensor=1 does not fit 8 devices"),
         (dict(data=16), "data=16xfsdp=1xtensor=1 does not fit 8 devices"),
-        (dict(fsdp=-1), "at most one axis may be -1"),
+        (dict(fsdp=-1, tensor=-1), "at most one axis may be -1"),
         (dict(tensor=0), "the others at least 1"),
         (dict(data=-2), "the others at least 1"),
     ],

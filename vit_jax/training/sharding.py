@@ -21,7 +21,7 @@ BATCH = P(("data", "fsdp"))
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes those that are left.
+    """Devices along each axis; -1 takes those that are left: `data`, unless another one does.
 
     `data` replicates the model and splits the batch, `fsdp` splits both, `tensor` splits heads
     and MLP. `deterministic` makes a GPU repeat itself bit for bit, at a cost in speed.
@@ -63,6 +63,8 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
+    if sizes.count(-1) > 1 and sizes[0] == -1:  # the default, which makes way for another axis
+        sizes[0] = _slices(devices)
     wanted = "x".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     fixed = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -81,7 +83,7 @@ def device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     Raises:
       UserError: there are several slices, which `data` does not span.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = _slices(devices)
     if shape[0] % slices:
         raise UserError(
             f"mesh.data is {shape[0]} on {slices} slices of devices, and only data spans slices: "
@@ -93,6 +95,10 @@ def device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(
         inside, (slices, 1, 1), devices, allow_split_physical_axes=True
     )
+
+
+def _slices(devices: list[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def batch_shards(mesh: Mesh) -> int:
