@@ -6,15 +6,18 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import DIGITS, TINY
 
 from vit_jax.analysis.collectives import by_kind, read_collectives
+from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
-from vit_jax.training.config import Config
+from vit_jax.training.config import Config, load_config
+from vit_jax.training.evaluate import Evaluation
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
-from vit_jax.training.program import make_program
+from vit_jax.training.program import make_program, new_record
 from vit_jax.training.sharding import MeshConfig, device_grid, make_mesh, to_devices, unsplit
 from vit_jax.training.state import make_state
 
@@ -134,6 +137,21 @@ def test_fsdp_gathers_each_block_twice_and_nothing_else(remat):
     largest = max(each.bytes for each in collectives if each.kind != "all-reduce")
     assert largest < tokens / 2
     assert "all-to-all" not in by_kind(collectives)
+
+
+def test_evaluation_gathers_each_parameter_once():
+    config = load_config(DIGITS, [*TINY, "--config.mesh.fsdp=-1"])
+    mesh = make_mesh(config.mesh)
+    source = open_source(config.data.train.source, config.data.train.split)
+    record, _ = new_record(config, source.label_names, source.fingerprint, None)
+    program = make_program(config, record.config, record.preprocess, 24, mesh)
+    step = Evaluation(config, record, mesh)._eval_step
+    text = step.lower(program.state.params, program.batch).compile().as_text()
+    leaves = jax.tree.leaves(program.state.params)
+    split = sum(4 * leaf.size for leaf in leaves if "fsdp" in leaf.sharding.spec)
+    totals = by_kind(read_collectives(text))
+    assert totals["all-gather"][1] == pytest.approx(split * 7 / 8, rel=0.02)
+    assert totals["all-reduce"][1] < 100  # the sums
 
 
 def test_data_parallelism_moves_gradients_alone():

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,20 +19,19 @@ from jax.sharding import Mesh
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
 from vit_jax.checkpoints.load import open_model
 from vit_jax.checkpoints.record import ModelRecord
-from vit_jax.data.pipeline import BatchReader, train_batches
+from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
-from vit_jax.models.config import ViTConfig
+from vit_jax.models.config import CHOICES, ViTConfig
 from vit_jax.models.layers import attention_backend
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config
-from vit_jax.training.program import Program, make_program, new_record
+from vit_jax.training.program import Program, make_program, new_record, run_steps, train_reader
 from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
 
 GIB = 2**30
 _UTILISATION = 0.5  # of the peak, as well-run ViTs reach on TPUs and GPUs
 _SECONDS_OF_DATA = 5.0
-_REMATS = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,6 @@ class Rehearsal:
       limit_bytes: what the device has, None where that is not known.
       collectives: what moves between devices in a step.
       least_bytes: what the mesh needs at the least (see `least_traffic`).
-      seconds: it took to compile.
     """
 
     program: Program
@@ -76,7 +74,6 @@ class Rehearsal:
     limit_bytes: int | None
     collectives: tuple[Collective, ...] = ()
     least_bytes: float = 0.0
-    seconds: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -92,7 +89,7 @@ def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
     vit = record.config
     program = make_program(config, vit, record.preprocess, config.steps(10**9), mesh)
     state_bytes = shard_bytes(program.state)
-    limit, began = memory_limit(mesh.devices.flat[0]), time.perf_counter()
+    limit = memory_limit(mesh.devices.flat[0])
     try:
         compiled = program.step.trace(program.state, program.batch).lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -117,7 +114,6 @@ def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
         limit,
         tuple(read_collectives(compiled.as_text())) if mesh.size > 1 else (),
         least_traffic(program, config, vit),
-        time.perf_counter() - began,
     )
 
 
@@ -267,9 +263,8 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     yield _line("attention", "xla" if on_tpu else attention_backend(vit.attention, *sizes))
 
     rehearsal = rehearse(config, record, mesh)
-    for name, size in unsplit(rehearsal.program.state.params, mesh):
-        told = f"{name}, {size / 2**20:.1f} MiB, is whole on every device: no axis divides it"
-        yield _line("not split", told)
+    for parameter in unsplit(rehearsal.program.state.params, mesh):
+        yield _line("not split", str(parameter))
     yield _line("memory", _memory(rehearsal))
     if rehearsal.collectives:
         for kind, (count, size) in by_kind(rehearsal.collectives).items():
@@ -280,7 +275,7 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     rate, how = flop_rate(devices, vit)
     seconds = None if rate is None else flops / rate
     if seconds is not None:
-        steps = None if config.total_epochs and source is None else _steps(config, source)
+        steps = None if config.total_epochs and source is None else run_steps(config, source)
         whole = f", {_duration(steps * seconds)} for {steps:,} steps" if steps else ""
         yield _line("time", f"about {seconds * 1e3:.4g} ms a step{whole} ({how})")
     needed = None if seconds is None else config.batch_size / seconds / hosts
@@ -310,7 +305,7 @@ def smaller(
     keep for the way back, twice the devices along `fsdp` (out of those along `data`).
     """
     mesh, limit = rehearsal.program.mesh, rehearsal.limit_bytes or math.inf
-    remats = list(_REMATS[_REMATS.index(vit.remat) :])
+    remats = CHOICES["remat"][CHOICES["remat"].index(vit.remat) :]
     halves = [2**i for i in range(6)]
     wider = [2**i for i in range(20) if mesh.shape["data"] % 2**i == 0]
     choices = itertools.product(range(len(halves)), range(len(remats)), range(len(wider)))
@@ -377,21 +372,11 @@ def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:
         return new_record(config, labels, "", base)[0], None, str(error)
 
 
-def _steps(config: Config, source: Source | None) -> int:
-    return config.steps(len(source) if isinstance(source, Sized) else None)
-
-
 def _data_rate(
     config: Config, record: ModelRecord, source: Source, rows: int, needed: float | None
 ) -> str:
     """Reads training batches as one host would, for some seconds."""
-    read = BatchReader.of(
-        source,
-        config.data.train,
-        record.preprocess,
-        seed=config.seed,
-        on_corrupt=config.data.on_corrupt,
-    )
+    read = train_reader(config, record, source)
     size = max(min(rows, 256), 1)
     options = dict(workers=config.data.workers, threads=config.data.threads)
     images, began = 0, None

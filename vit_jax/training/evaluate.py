@@ -25,6 +25,7 @@ from vit_jax.training.probes import Features
 from vit_jax.training.sharding import (
     batch_shards,
     local_rows,
+    make_layout,
     make_mesh,
     placement,
     to_devices,
@@ -67,16 +68,18 @@ class Evaluation:
                         source, split, record.preprocess, on_corrupt=config.data.on_corrupt
                     )
         graphdef, _ = structure(record.config)
+        layout = make_layout(mesh, record.config.dtype)
         self._eval_step = jax.jit(
             make_eval_step(
                 graphdef,
                 record.preprocess,
                 num_classes=record.config.num_classes,
                 objective=config.objective,
+                layout=layout,
             )
         )
         self._feature_step = jax.jit(
-            make_feature_step(graphdef, record.preprocess),
+            make_feature_step(graphdef, record.preprocess, layout=layout),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
@@ -120,7 +123,7 @@ class Evaluation:
         count = totals.pop("count")
         if not count:
             raise UserError(f"{split.source} {split.split}: no image can be evaluated")
-        means = {name: float(total / count) for name, total in totals.items()}
+        means = {name: float(value / count) for name, value in totals.items()}
         return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
 
     def features(self, params: Any, split: Split) -> Features:

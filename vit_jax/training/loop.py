@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,13 +19,13 @@ from vit_jax import hosts
 from vit_jax.checkpoints.load import open_together, place
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.checkpoints.store import Store, lock, write_atomically
-from vit_jax.data.pipeline import Batch, BatchReader, train_batches
+from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import Evaluation, read_config
 from vit_jax.training.metrics import Diverged, Recorder, due, read_metrics
-from vit_jax.training.program import make_program, new_record
+from vit_jax.training.program import make_program, new_record, run_steps, train_reader
 from vit_jax.training.sharding import (
     check_batch,
     local_rows,
@@ -127,7 +127,7 @@ def _run(
     config.check_trains()
     train = config.data.train
     source = hosts.each("data", lambda: open_source(train.source, train.split))
-    total_steps = config.steps(len(source) if isinstance(source, Sized) else None)
+    total_steps = run_steps(config, source)
     mesh = make_mesh(config.mesh)
     hosts.meet()
     check_batch(config.batch_size, config.optim.accumulate, mesh)
@@ -135,17 +135,9 @@ def _run(
     resume_step = store.newest()
     record, params = _start(config, workdir, source, resume_step, mesh)
     program = make_program(config, record.config, record.preprocess, total_steps, mesh)
-    for name, size in unsplit(program.state.params, mesh):
-        logger.info(
-            "%s, %.1f MiB, is whole on every device: no axis divides it", name, size / 2**20
-        )
-    read = BatchReader.of(
-        source,
-        config.data.train,
-        record.preprocess,
-        seed=config.seed,
-        on_corrupt=config.data.on_corrupt,
-    )
+    for parameter in unsplit(program.state.params, mesh):
+        logger.info("%s", parameter)
+    read = train_reader(config, record, source)
     evaluation = hosts.each("evaluation", lambda: Evaluation(config, record, mesh))
 
     if resume_step is None:

@@ -1,7 +1,7 @@
-"""What a config compiles to: the training step, and what it takes. Nothing is allocated."""
+"""What a config comes to: the model's record, the data, the compiled step. Nothing is allocated."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.record import ModelRecord
+from vit_jax.data.pipeline import BatchReader
+from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
@@ -66,6 +68,22 @@ def new_record(
     preprocess = evaluated.preprocess(preprocess)
     method = config.model.get("position_resize") or (base.position_resize if base else "zoom")
     return ModelRecord(vit, preprocess, labels, fingerprint, config.objective, method), keep_head
+
+
+def run_steps(config: Config, source: Source | None) -> int:
+    """The length of a run of `config` on its training split, None where that is not at hand."""
+    return config.steps(len(source) if isinstance(source, Sized) else None)
+
+
+def train_reader(config: Config, record: ModelRecord, source: Source) -> BatchReader:
+    """What reads the training batches."""
+    return BatchReader.of(
+        source,
+        config.data.train,
+        record.preprocess,
+        seed=config.seed,
+        on_corrupt=config.data.on_corrupt,
+    )
 
 
 def make_program(

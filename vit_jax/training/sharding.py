@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -144,12 +144,23 @@ def placement(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def unsplit(params: Any, mesh: Mesh, least: int = 2**20) -> list[tuple[str, int]]:
-    """Names and bytes of the large parameters that the mesh should split, but that stay whole."""
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+class Whole(NamedTuple):
+    """A parameter that every device has all of, and its bytes."""
+
+    name: str
+    size: int
+
+    def __str__(self) -> str:
+        told = f"{self.name}, {self.size / 2**20:.1f} MiB"
+        return f"{told}, is whole on every device: no axis divides it"
+
+
+def unsplit(params: Any, mesh: Mesh, least: int = 2**20) -> list[Whole]:
+    """The large parameters that the mesh should split, but that stay whole."""
+    if not _splits(mesh):
         return []
     return [
-        (path_name(path), int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
+        Whole(path_name(path), int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if leaf.sharding.is_fully_replicated and np.prod(leaf.shape) * leaf.dtype.itemsize >= least
     ]
@@ -191,8 +202,13 @@ class MeshLayout:
 
 
 def make_layout(mesh: Mesh, dtype: str) -> MeshLayout | None:
-    """The layout of a model that computes in `dtype`; None on a single device."""
-    return MeshLayout(mesh, dtype) if mesh.size > 1 else None
+    """The layout of a model that computes in `dtype`; None where parameters are not split."""
+    return MeshLayout(mesh, dtype) if _splits(mesh) else None
+
+
+def _splits(mesh: Mesh) -> bool:
+    """Whether the mesh splits parameters."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
 
 def path_name(path: tuple[Any, ...]) -> str:
