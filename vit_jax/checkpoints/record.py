@@ -11,34 +11,44 @@ from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
-from vit_jax.models.config import ViTConfig, pair
+from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
 
 OBJECTIVES = ("softmax", "sigmoid")
 # What JSON of anybody's may make the reading of a record raise.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
-_FIELDS = {field.name: field.type for field in dataclasses.fields(ViTConfig)}
+_FAMILY_NAMES = {kind: name for name, kind in FAMILIES.items()}
 
 
-def typed_config(fields: Mapping[str, Any]) -> ViTConfig:
-    """A ViTConfig of what JSON or a user has, each value in the type that its field must have.
+def typed_config(fields: Mapping[str, Any], family: str = "vit") -> ModelConfig:
+    """A config of what JSON or a user has, each value in the type that its field must have.
 
     Raises:
       UserError: an unknown field, a value of another type, or sizes that do not fit together.
     """
-    return ViTConfig(**{name: _typed(name, value) for name, value in fields.items()})
+    if family not in FAMILIES:
+        raise UserError(f"family {family!r}; {nearest(str(family), FAMILIES)}")
+    kind = FAMILIES[family]
+    check_fields(kind, fields)
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    return kind(**{name: _typed(name, types[name], value) for name, value in fields.items()})
 
 
-def _typed(name: str, value: Any) -> Any:
-    if name not in _FIELDS:
-        raise UserError(f"unknown model field {name!r}; {nearest(name, _FIELDS)}")
+def family_of(config: ModelConfig) -> str:
+    """The name of a config's class in a record."""
+    return _FAMILY_NAMES[type(config)]
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
     parts = value if isinstance(value, (list, tuple)) else [value]
     if any(isinstance(part, int) and abs(part) >= 2**31 for part in parts):
         raise UserError(f"model.{name} is beyond all sizes")
     if name in ("image_size", "patch_size"):
         return pair(value, name)
-    kind, _, optional = str(getattr(_FIELDS[name], "__name__", _FIELDS[name])).partition(" | ")
+    kind, _, optional = str(getattr(kind, "__name__", kind)).partition(" | ")
     if optional and value is None:
         return None
+    if name == "resnet":
+        return value  # of JSON, a list: checked and made a tuple by the config
     if kind == "float" and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value).__name__ != kind:
@@ -98,7 +108,7 @@ class ModelRecord:
     `position_resize` is how the family resizes position embeddings (see models/posembed.py).
     """
 
-    config: ViTConfig
+    config: ModelConfig
     preprocess: Preprocess
     labels: tuple[str, ...]
     fingerprint: str = ""
@@ -107,16 +117,18 @@ class ModelRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Grid and prefix tokens stand in it for other readers."""
-        return {
-            **dataclasses.asdict(self),
-            "grid": self.config.grid,
-            "num_prefix_tokens": self.config.num_prefix_tokens,
-        }
+        told = {"family": family_of(self.config)}
+        if isinstance(self.config, ViTConfig):
+            told |= {
+                "grid": self.config.grid,
+                "num_prefix_tokens": self.config.num_prefix_tokens,
+            }
+        return {**dataclasses.asdict(self), **told}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "ModelRecord":
         """Raises one of `BROKEN` for what is no such record."""
-        config = typed_config(record["config"])
+        config = typed_config(record["config"], record.get("family", "vit"))
         labels = record["labels"]
         if not isinstance(labels, (list, tuple)) or not all(isinstance(x, str) for x in labels):
             raise ValueError("labels that are no list of texts")

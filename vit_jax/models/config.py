@@ -1,8 +1,8 @@
-"""What a Vision Transformer is, as one frozen record, and the published variants as one table."""
+"""What a model is, as one frozen record, and the published variants as one table."""
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +11,7 @@ from vit_jax.errors import UserError, nearest
 # width, depth, mlp_dim, num_heads. L, B and H: paper, Table 1; Ti and S: DeiT and AugReg, Table 2;
 # g and G: "Scaling Vision Transformers", Table 2; So400m: "Getting ViT in Shape", 2305.13035; 22B:
 # as wide and deep as ViT-22B (2302.05442), with plain blocks; mu: big_vision's smallest, for tests.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "mu": dict(width=32, depth=1, mlp_dim=128, num_heads=2),
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
     "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
@@ -23,6 +23,33 @@ VARIANTS = {
     "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
     "22B": dict(width=6144, depth=48, mlp_dim=24576, num_heads=48),
 }
+# Hybrids, whose whole name is in the table: what the ResNet in front has, and the patches of its
+# feature map. With /16 the paper's fourth stage is merged into the third (section 4.1). AugReg's
+# R+Ti/16 has a stem that shrinks 4 times and patches of 8, so that 224 pixels make 7 x 7 of them.
+VARIANTS |= {
+    f"R{name}+{size}": dict(VARIANTS[size.split("/")[0]], patch_size=(patch, patch), resnet=units)
+    for name, size, patch, units in (
+        ("", "Ti/16", 8, ()),
+        ("26", "S/32", 1, (2, 2, 2, 2)),
+        ("26", "B/32", 1, (2, 2, 2, 2)),
+        ("50", "B/16", 1, (3, 4, 9)),
+        ("50", "B/32", 1, (3, 4, 6, 3)),
+        ("50", "L/16", 1, (3, 4, 9)),
+        ("50", "L/32", 1, (3, 4, 6, 3)),
+    )
+}
+# ResNets: the paper's Table 6 and BiT's, arXiv 1912.11370.
+VARIANTS |= {
+    f"R{depth}x{factor}": dict(resnet=units, resnet_width=64 * factor)
+    for depth, units, factors in (
+        (26, (2, 2, 2, 2), (1,)),
+        (50, (3, 4, 6, 3), (1, 2, 3)),
+        (101, (3, 4, 23, 3), (1, 3)),
+        (152, (3, 8, 36, 3), (1, 2, 4)),
+        (200, (3, 24, 36, 3), (3,)),
+    )
+    for factor in factors
+}
 
 CHOICES = {
     "pool": ("token", "gap", "map", "token_gap"),
@@ -33,6 +60,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn"),
     "remat": ("none", "dots", "full"),
+    "resnet_style": ("v1", "v2", "timm_v1", "timm_v2"),
 }
 
 
@@ -58,6 +86,10 @@ class ViTConfig:
     fc_norm), `layer_scale` is the initial scale of each residual branch (CaiT; None for none).
     `mlp="swiglu"` has a gate of `mlp_dim` hidden units; `gelu="quick"` is x sigmoid(1.702 x).
 
+    A hybrid (paper, section 3.1) has a ResNet before the patches, which are then cut from its
+    feature map: `resnet`, `resnet_width` and `resnet_style` are as in `ResNetConfig`, but that
+    `resnet=()` is the root alone, and None no ResNet at all.
+
     Raises:
       UserError: a size that does not divide another, or a choice that does not exist.
     """
@@ -65,6 +97,9 @@ class ViTConfig:
     image_size: int | Sequence[int] = (224, 224)
     patch_size: int | Sequence[int] = (16, 16)
     in_channels: int = 3
+    resnet: tuple[int, ...] | None = None
+    resnet_width: int = 64
+    resnet_style: str = "v1"
     width: int = 768
     depth: int = 12
     mlp_dim: int = 3072
@@ -96,10 +131,9 @@ class ViTConfig:
     def __post_init__(self):
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, pair(getattr(self, name), name))
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise UserError(f"model.{name} is {value!r}: {nearest(value, choices)}")
+        _check_choices(self)
+        if self.resnet is not None:
+            _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
         smallest |= dict(registers=0)
         if self.representation_size is not None:
@@ -128,7 +162,7 @@ class ViTConfig:
                 f"model.position_prefix is {self.position_prefix}, but there are only "
                 f"{self.num_prefix_tokens} tokens before the patches"
             )
-        (h, w), (ph, pw) = self.image_size, self.patch_size
+        (h, w), (ph, pw) = self.image_size, self.patch_pixels
         if h % ph or w % pw:
             raise UserError(
                 f"an image of {h}x{w} pixels does not divide into patches of {ph}x{pw}: change "
@@ -144,12 +178,23 @@ class ViTConfig:
             raise UserError(f"position sincos2d needs a width of 8, 12, 16, ..., not {self.width}")
 
     @property
+    def patch_pixels(self) -> tuple[int, int]:
+        """The (h, w) in pixels of what a patch stands for: of a hybrid, `patch_size` strides."""
+        stride = 1 if self.resnet is None else resnet_stride(self.resnet)
+        return self.patch_size[0] * stride, self.patch_size[1] * stride
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of what the patches are cut from."""
+        if self.resnet is None:
+            return self.in_channels
+        return resnet_channels(self.resnet, self.resnet_width)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        return (
-            self.image_size[0] // self.patch_size[0],
-            self.image_size[1] // self.patch_size[1],
-        )
+        (h, w), (ph, pw) = self.image_size, self.patch_pixels
+        return h // ph, w // pw
 
     @property
     def has_class_token(self) -> bool:
@@ -190,6 +235,85 @@ class ViTConfig:
         return self.width // self.num_heads
 
 
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """A ResNet with group normalisation and standardised convolutions, as the paper compares with.
+
+    `resnet` has the number of bottleneck units in each stage, one to four of them, `resnet_width`
+    the channels of the root, a multiple of 32. `resnet_style` is whose: `v1` normalises behind each
+    convolution, as the ResNets of Google's hybrids and of big_vision's bit.py do, `v2` before it,
+    as BiT's (arXiv 1912.11370); `timm_v1` and `timm_v2` are timm's of both, which differ in the
+    constants that keep divisions from zero (see models/resnet.py). The rest is as in `ViTConfig`.
+
+    Raises:
+      UserError: a size or a choice that does not exist.
+    """
+
+    image_size: int | Sequence[int] = (224, 224)
+    in_channels: int = 3
+    resnet: tuple[int, ...] = (3, 4, 6, 3)
+    resnet_width: int = 64
+    resnet_style: str = "v2"
+    num_classes: int = 1000
+    head_bias: float = 0.0
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_size", pair(self.image_size, "image_size"))
+        _check_choices(self)
+        _check_resnet(self)
+        if not self.resnet:
+            raise UserError("model.resnet is (): a ResNet has at least one stage")
+        for name, least in {"in_channels": 1, "num_classes": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"model.{name} is {value!r}; expected an integer from {least} up")
+
+    @property
+    def width(self) -> int:
+        """Channels of the feature map that is pooled."""
+        return resnet_channels(self.resnet, self.resnet_width)
+
+    def with_fresh_head(self, num_classes: int) -> "ResNetConfig":
+        """The model to fine-tune: one linear layer on what is pooled."""
+        return dataclasses.replace(self, num_classes=num_classes, head_bias=0.0)
+
+
+ModelConfig = ViTConfig | ResNetConfig
+FAMILIES = {"vit": ViTConfig, "resnet": ResNetConfig}
+
+
+def resnet_stride(units: Sequence[int]) -> int:
+    """Pixels, down and across, for one position of a ResNet's feature map."""
+    return 4 * 2 ** max(len(units) - 1, 0)
+
+
+def resnet_channels(units: Sequence[int], width: int) -> int:
+    """Channels of a ResNet's feature map."""
+    return width * 4 * 2 ** (len(units) - 1) if units else width
+
+
+def _check_choices(config: ModelConfig) -> None:
+    for name, choices in CHOICES.items():
+        value = getattr(config, name, choices[0])
+        if value not in choices:
+            raise UserError(f"model.{name} is {value!r}: {nearest(value, choices)}")
+
+
+def _check_resnet(config: ModelConfig) -> None:
+    units, width = config.resnet, config.resnet_width
+    whole = isinstance(units, (tuple, list)) and all(isinstance(n, Integral) for n in units)
+    if not whole or len(units) > 4 or any(n < 1 for n in units):
+        raise UserError(
+            f"model.resnet is {units!r}; expected the units of up to four stages, such as (3, 4, 9)"
+        )
+    object.__setattr__(config, "resnet", tuple(int(n) for n in units))
+    if not isinstance(width, int) or width < 32 or width % 32:
+        raise UserError(f"model.resnet_width is {width!r}; expected 32, 64, 96, ... channels")
+
+
 def pair(value: Any, name: str) -> tuple[int, int]:
     """Reads (h, w) from an int or a sequence of one or two ints; one number means square."""
     sides = tuple(value) if isinstance(value, Sequence) else (value,)
@@ -199,28 +323,43 @@ def pair(value: Any, name: str) -> tuple[int, int]:
 
 
 def variant_fields(name: str) -> dict[str, Any]:
-    """What a variant such as "B/16", "L/14" or "Ti/16x8" says about a ViTConfig.
+    """What a variant such as "B/16", "Ti/16x8", "R50+B/16" or "R50x1" says about its config.
 
     Raises:
-      UserError: the name is not VARIANT/PATCH, or there is no such variant.
+      UserError: the name is neither in VARIANTS nor VARIANT/PATCH, or there is no such variant.
     """
+    if "resnet" in VARIANTS.get(name, {}):
+        return dict(VARIANTS[name])
     match = re.fullmatch(r"([^/]+)/(\d+)(?:x(\d+))?", name)
-    if not match:
-        raise UserError(f"model variant {name!r}: expected VARIANT/PATCH, such as B/16 or Ti/16x8")
-    size, ph, pw = match.groups()
-    if size not in VARIANTS:
-        raise UserError(f"model variant {name!r}: no variant {size!r}; {nearest(size, VARIANTS)}")
-    return {"patch_size": (int(ph), int(pw or ph)), **VARIANTS[size]}
+    size = match[1] if match else name
+    if size not in VARIANTS or "resnet" in VARIANTS[size] or not match:
+        if match and "+" not in size:
+            known = [each for each, fields in VARIANTS.items() if "resnet" not in fields]
+            raise UserError(f"model variant {name!r}: no variant {size!r}; {nearest(size, known)}")
+        known = [each for each, fields in VARIANTS.items() if "resnet" in fields]
+        raise UserError(
+            f"model variant {name!r}: expected VARIANT/PATCH, such as B/16 or Ti/16x8, or one with "
+            f"a ResNet, {nearest(name, known)}"
+        )
+    return {"patch_size": (int(match[2]), int(match[3] or match[2])), **VARIANTS[size]}
 
 
-def variant(name: str, **fields: Any) -> ViTConfig:
-    """Returns the config of a variant such as "B/16", with `fields` changed.
+def variant(name: str, **fields: Any) -> ModelConfig:
+    """Returns the config of a variant such as "B/16" or "R50x1", with `fields` changed.
 
     Raises:
       UserError: the variant or a field does not exist, or the fields do not fit together.
     """
-    known = {f.name for f in dataclasses.fields(ViTConfig)}
-    for field in fields:
-        if field not in known:
-            raise UserError(f"unknown model field {field!r}; {nearest(field, known)}")
-    return ViTConfig(**{**variant_fields(name), **fields})
+    sizes = variant_fields(name)
+    kind = ViTConfig if "width" in sizes else ResNetConfig
+    check_fields(kind, fields)
+    return kind(**{**sizes, **fields})
+
+
+def check_fields(kind: type[ModelConfig], names: Iterable[str]) -> None:
+    """Raises a UserError for the name of a field that such a config does not have."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in names:
+        if name not in known:
+            of = "" if kind is ViTConfig else " of a ResNet"
+            raise UserError(f"unknown model field {name!r}{of}; {nearest(name, known)}")

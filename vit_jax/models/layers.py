@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import operator
 from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import ViTConfig
+from vit_jax.models.config import ModelConfig, ViTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,80 @@ class Taps:
         """Keeps `value()` under `name` if it was asked for."""
         if name in self.names:
             self.values[name] = value()
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """Puts things in their places on a mesh of devices, of which a model knows nothing else."""
+
+    def params(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Takes the parameters of one block as they are kept; returns them as they are used."""
+
+    def activations(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Returns what flows from block to block, in its place."""
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps all for the way back but the parameters that a layout gathered for one block."""
+    return primitive.name not in ("sharding_constraint", "linear_call")
+
+
+def _products(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Keeps what kernels were multiplied with and convolved with."""
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or dots(primitive, *args, **params)
+
+
+_REMAT = {
+    "none": _all_but_gathered,
+    "dots": _products,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_block(
+    body: Callable[..., tuple[Array, Any]],
+    x: Float[Array, "b ..."],
+    params: dict[str, Any],
+    config: ModelConfig,
+    layout: Layout | None,
+    *,
+    depth: int | None = None,
+) -> tuple[Float[Array, "b ..."], Any]:
+    """Runs `body(x, params, index)` once, or `depth` times over the slices of stacked parameters.
+
+    Each time with its parameters where `layout` has them, and for the way back as `config.remat`
+    says. Returns the last x, and what the body returns beside it, stacked along the depth.
+    """
+
+    def step(x, inputs):
+        params, index = inputs
+        if layout is not None:
+            params, x = layout.params(params), layout.activations(x)
+        return body(x, params, index)
+
+    scan = depth is not None and config.scan
+    if config.remat != "none" or layout is not None:
+        step = jax.checkpoint(step, policy=_REMAT[config.remat], prevent_cse=not scan)
+    if depth is None:
+        return step(x, (params, 0))
+    if scan:
+        return jax.lax.scan(step, x, (params, jnp.arange(depth)))
+    beside = []
+    for index in range(depth):
+        x, values = step(x, (jax.tree.map(operator.itemgetter(index), params), index))
+        beside.append(values)
+    return x, jax.tree.map(lambda *values: jnp.stack(values), *beside)
+
+
+def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
+    """Raises a UserError for images of another size, or number of channels."""
+    expected = (*config.image_size, config.in_channels)
+    if images.shape[1:] != expected:
+        raise UserError(
+            f"images of shape {images.shape[1:]} (h, w, c) do not fit a model made for {expected}: "
+            "run them through .preprocess, or load the model with another image_size"
+        )
 
 
 def split_key(key: Key[Array, ""] | None, n: int) -> list[Key[Array, ""] | None]:
@@ -76,7 +152,7 @@ def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class PatchEmbed(nnx.Module):
-    """Cuts an image into patches and projects each one linearly (E in Eq. 1).
+    """Cuts an image, or a feature map, into patches and projects each one linearly (E in Eq. 1).
 
     A convolution whose stride is its window, written as a reshape and one matrix product. The
     kernel keeps the convolution's shape [ph pw c d] and initialisation (LeCun normal).
@@ -84,7 +160,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        shape = (*config.patch_size, config.in_channels, config.width)
+        shape = (*config.patch_size, config.patch_channels, config.width)
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
         if config.patch_bias:
             self.bias = nnx.Param(jnp.zeros(config.width))
@@ -92,7 +168,7 @@ class PatchEmbed(nnx.Module):
     def __call__(self, images: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b n d"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         (gh, gw), (ph, pw) = config.grid, config.patch_size
-        x = jnp.asarray(images, dtype).reshape(-1, gh, ph, gw, pw, config.in_channels)
+        x = jnp.asarray(images, dtype).reshape(-1, gh, ph, gw, pw, config.patch_channels)
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         x = x.reshape(-1, gh * gw, config.width)
         return x + self.bias[...].astype(dtype) if config.patch_bias else x

@@ -1,8 +1,8 @@
-"""The Vision Transformer (arXiv 2010.11929), in forward order."""
+"""The Vision Transformer (arXiv 2010.11929), in forward order; and any model from its config."""
 
 import dataclasses
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from vit_jax.errors import UserError
-from vit_jax.models import layers, posembed
-from vit_jax.models.config import ViTConfig, variant
-
-
-@runtime_checkable
-class Layout(Protocol):
-    """Puts things in their places on a mesh of devices, of which the model knows nothing else."""
-
-    def params(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Takes the parameters of one block as they are kept; returns them as they are used."""
-
-    def tokens(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Returns what flows from block to block, in its place."""
+from vit_jax.models import layers, posembed, resnet
+from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, variant
+from vit_jax.models.layers import Layout
 
 
 class ViT(nnx.Module):
@@ -36,6 +25,8 @@ class ViT(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, dtype = config.width, jnp.dtype(config.dtype)
+        if config.resnet is not None:
+            self.resnet = resnet.Backbone(config, rngs=rngs)
         self.patch_embed = layers.PatchEmbed(config, rngs=rngs)
         normal = nnx.initializers.normal(0.02)
         if config.has_class_token:
@@ -95,15 +86,11 @@ class ViT(nnx.Module):
           UserError: the images have another size or number of channels.
         """
         config, taps = self.config, layers.Taps(capture)
-        if images.shape[1:] != (*config.image_size, config.in_channels):
-            raise UserError(
-                f"images of shape {images.shape[1:]} (h, w, c) do not fit a model made for "
-                f"{(*config.image_size, config.in_channels)}: run them through .preprocess, or "
-                "load the model with another image_size"
-            )
+        layers.check_images(images, config)
         embedding_key, block_key = layers.split_key(key, 2)
 
-        x = self.patch_embed(images)  # Eq. 1, [b n d]
+        x = images if config.resnet is None else self.resnet(images, layout)  # [b h w c]
+        x = self.patch_embed(x)  # Eq. 1, [b n d]
         taps("patches", lambda: x)
         x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
         x = x + self.positions().astype(x.dtype)
@@ -174,13 +161,9 @@ class ViT(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, as one scanned body or as a loop over slices of the same parameters."""
         graphdef, stacked = nnx.split(self.blocks)
-        stacked = nnx.to_pure_dict(stacked)
         depth = self.config.depth
 
-        def body(x, inputs):
-            params, index = inputs
-            if layout is not None:
-                params, x = layout.params(params), layout.tokens(x)
+        def body(x, params, index):
             inner = layers.Taps(taps.names)
             x = nnx.merge(graphdef, params)(
                 x,
@@ -191,61 +174,42 @@ class ViT(nnx.Module):
             inner("tokens", lambda: x)
             return x, inner.values
 
-        if self.config.remat != "none" or layout is not None:
-            policy = _REMAT[self.config.remat]
-            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.config.scan)
-        if self.config.scan:
-            x, captured = jax.lax.scan(body, x, (stacked, jnp.arange(depth)))
-        else:
-            captured = []
-            for index in range(depth):
-                x, values = body(x, (_layer(stacked, index), index))
-                captured.append(values)
-            captured = jax.tree.map(lambda *values: jnp.stack(values), *captured)
+        stacked = nnx.to_pure_dict(stacked)
+        x, captured = layers.run_block(body, x, stacked, self.config, layout, depth=depth)
         taps.values.update(captured)
         return x
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps all for the way back but the parameters that a layout gathered for one block."""
-    return primitive.name not in ("sharding_constraint", "linear_call")
+Model = ViT | resnet.ResNet
+_MODELS = {ViTConfig: ViT, ResNetConfig: resnet.ResNet}
 
 
-_REMAT = {
-    "none": _all_but_gathered,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def _layer(stacked: Any, index: int) -> Any:
-    return jax.tree.map(lambda parameter: parameter[index], stacked)
-
-
-def structure(config: ViTConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Returns what `nnx.merge` takes beside parameters, and their shapes; allocates nothing."""
     graphdef, shapes = _structure(config)
     return graphdef, jax.tree.map(lambda leaf: leaf, shapes)  # the caller's own dict
 
 
 @functools.lru_cache(maxsize=32)
-def _structure(config: ViTConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    model = nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = nnx.split(model)
     return graphdef, nnx.to_pure_dict(shapes)
 
 
-def init_params(config: ViTConfig, seed: int) -> dict[str, Any]:
+def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
     """Fresh parameters as a nested dict of arrays, to be called inside `jax.jit`."""
-    return nnx.to_pure_dict(nnx.state(ViT(config, rngs=nnx.Rngs(params=seed))))
+    model = _MODELS[type(config)](config, rngs=nnx.Rngs(params=seed))
+    return nnx.to_pure_dict(nnx.state(model))
 
 
-def create(name: str | ViTConfig = "B/16", *, seed: int = 0, **fields: Any) -> ViT:
+def create(name: str | ModelConfig = "B/16", *, seed: int = 0, **fields: Any) -> Model:
     """Returns a freshly initialised model, as Google's code initialises it.
 
     Args:
-      name: a variant such as "B/16", or a ViTConfig.
+      name: a variant such as "B/16", "R50+B/16" or "R50x1", or a config.
       seed: of the initialisation.
-      **fields: `ViTConfig` fields to change, such as image_size=384 or num_classes=10.
+      **fields: of the config to change, such as image_size=384 or num_classes=10.
 
     Raises:
       UserError: no such variant or field, or sizes that do not fit together.

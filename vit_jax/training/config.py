@@ -20,7 +20,14 @@ from ml_collections import config_flags
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import CHOICES, ViTConfig, variant, variant_fields
+from vit_jax.models.config import (
+    CHOICES,
+    FAMILIES,
+    ModelConfig,
+    check_fields,
+    variant,
+    variant_fields,
+)
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.training.evaluators import Evaluator, evaluator_kind
 from vit_jax.training.objectives import OBJECTIVES, Augment
@@ -32,9 +39,13 @@ DURATIONS = ("total_steps", "total_epochs", "total_examples")
 RESUMABLE = ("mesh", "data.workers", "data.threads", "data.on_corrupt", "log", "eval", "checkpoint")
 # What the `model` section may say; what it computes in is `precision`.
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
-    field.name: field.type for field in dataclasses.fields(ViTConfig) if field.name != "dtype"
+    field.name: field.type
+    for kind in FAMILIES.values()
+    for field in dataclasses.fields(kind)
+    if field.name != "dtype"
 }
-MODEL_KEYS |= {"image_size": tuple, "patch_size": tuple, "representation_size": int}
+MODEL_KEYS |= {"image_size": tuple, "patch_size": tuple, "resnet": tuple}
+MODEL_KEYS |= {"representation_size": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +91,9 @@ class Config:
     To train, data.train, `optim` and exactly one of the three durations must be set; a config that
     only evaluates has none of them.
 
-    `model` has `variant`, any field of ViTConfig, and for fine-tuning `head` (`fresh`, or `keep`
-    the checkpoint's where the classes agree) and `position_resize` (see models/posembed.py).
-    With `init_from`, what `model` leaves out is the checkpoint's.
+    `model` has `variant`, any field of its ViTConfig or ResNetConfig, and for fine-tuning `head`
+    (`fresh`, or `keep` the checkpoint's where the classes agree) and `position_resize` (see
+    models/posembed.py). With `init_from`, what `model` leaves out is the checkpoint's.
     """
 
     batch_size: int
@@ -153,10 +164,15 @@ class Config:
             raise UserError(f"the run comes to {steps} steps; it must be at least 1")
         return steps
 
-    def vit(self, base: ViTConfig | None, num_classes: int, keep_head: bool = False) -> ViTConfig:
+    def model_config(
+        self, base: ModelConfig | None, num_classes: int, keep_head: bool = False
+    ) -> ModelConfig:
         """The model: `base` (the checkpoint's, where there is one) with what `model` says.
 
         Unless the checkpoint's head is kept, its hidden layer goes too.
+
+        Raises:
+          UserError: `model` names no variant, or says what such a model does not have.
         """
         fields = dict(self.model)
         name = fields.pop("variant", None)
@@ -172,8 +188,9 @@ class Config:
         if base is not None and not keep_head:
             base = base.with_fresh_head(num_classes)
         if base is not None:
-            sizes = variant_fields(name) if name is not None else {}
-            return dataclasses.replace(base, **{**sizes, **fields})
+            fields = {**(variant_fields(name) if name is not None else {}), **fields}
+            check_fields(type(base), fields)
+            return dataclasses.replace(base, **fields)
         if name is None:
             raise UserError("model.variant is not set: name one such as B/16, or an init_from")
         return variant(name, **fields)

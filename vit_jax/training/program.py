@@ -15,7 +15,7 @@ from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.config import ViTConfig
+from vit_jax.models.config import ModelConfig
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config
 from vit_jax.training.optim import make_optimizer, make_schedule
@@ -53,7 +53,7 @@ def new_record(
       UserError: the model does not fit the classes, or `base`.
     """
     keep_head = base is not None and config.model.get("head") == "keep" and base.labels == labels
-    vit = config.vit(base and base.config, len(labels), keep_head)
+    vit = config.model_config(base and base.config, len(labels), keep_head)
     if vit.num_classes != len(labels):
         raise UserError(
             f"model.num_classes is {vit.num_classes}, but {config.data.train.source} has "
@@ -88,7 +88,7 @@ def train_reader(config: Config, record: ModelRecord, source: Source) -> BatchRe
 
 def make_program(
     config: Config,
-    vit: ViTConfig,
+    vit: ModelConfig,
     preprocess: Preprocess,
     total_steps: int,
     mesh: Mesh,

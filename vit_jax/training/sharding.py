@@ -43,7 +43,7 @@ PLACEMENT = (
     (r"mlp/fc1/kernel$", (None, "tensor"), (-2, -1)),
     (r"mlp/fc1/bias$", ("tensor",), ()),
     (r"mlp/fc2/kernel$", ("tensor", None), (-1, -2)),
-    (r"patch_embed/kernel$", (None, None), (-1,)),
+    (r"(patch_embed|conv\w+)/kernel$", (None, None), (-1,)),
     (r"(pre_logits|head|head_dist)/kernel$", (None, None), (-2, -1)),
     (r"pos_embed$", (None, None), (-1,)),
 )
@@ -168,11 +168,11 @@ def unsplit(params: Any, mesh: Mesh, least: int = 2**20) -> list[Whole]:
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """How a model uses what `placement` spread: the `Layout` of models/vit.py.
+    """How a model uses what `placement` spread: the `Layout` of models/layers.py.
 
     A block's kernels are gathered along `fsdp` when it runs, in the dtype that it computes in, and
-    their gradients go back to where the parameters are kept. Tokens stay with their images, so that
-    no device ever sees another's activations (but for the sums along `tensor`).
+    their gradients go back to where the parameters are kept. Activations stay with their images, so
+    that no device ever sees another's (but for the sums along `tensor`).
     """
 
     mesh: Mesh
@@ -182,7 +182,7 @@ class MeshLayout:
         places = placement(params, self.mesh)
         return jax.tree.map(self._used, params, places)
 
-    def tokens(self, x: jax.Array) -> jax.Array:
+    def activations(self, x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, BATCH))
 
     def _used(self, value: jax.Array, kept: NamedSharding) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vit_jax.models.config import ViTConfig
+from vit_jax.models.config import ModelConfig
 from vit_jax.models.vit import init_params
 from vit_jax.training.sharding import path_name, placement
 
@@ -29,7 +29,7 @@ class TrainState:
 
 
 def abstract_state(
-    config: ViTConfig, optimizer: optax.GradientTransformation, *, ema: bool, mesh: Mesh
+    config: ModelConfig, optimizer: optax.GradientTransformation, *, ema: bool, mesh: Mesh
 ) -> TrainState:
     """The state's shapes, types and places: what is made, jitted over and restored into."""
     shapes = jax.eval_shape(lambda: _initial(init_params(config, 0), optimizer, ema))
@@ -42,7 +42,7 @@ def abstract_state(
 
 def make_state(
     abstract: TrainState,
-    config: ViTConfig,
+    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
     seed: int,

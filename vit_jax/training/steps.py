@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from vit_jax.data.transforms import Preprocess
-from vit_jax.models.vit import Layout, ViT
+from vit_jax.models.vit import Layout, Model
 from vit_jax.training import objectives
 from vit_jax.training.state import TrainState
 
@@ -22,14 +22,20 @@ def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
     return preprocess.normalise(batch["image"])
 
 
-def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> ViT:
+def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> Model:
     """The model with these parameters; with a `layout`, those of the blocks stay as they are kept.
 
-    Each block asks for its own when it runs (see `ViT.encode`).
+    Each block, and each unit of a ResNet, asks for its own when it runs (see `layers.run_block`).
     """
+
+    def in_place(params):
+        later = {n: v for n, v in params.items() if n == "blocks" or n.startswith("stage")}
+        now = {n: v for n, v in params.items() if n not in later and n != "resnet"}
+        inner = {"resnet": in_place(params["resnet"])} if "resnet" in params else {}
+        return {**layout.params(now), **inner, **later}
+
     if layout is not None:
-        others = {name: value for name, value in params.items() if name != "blocks"}
-        params = {**layout.params(others), "blocks": params["blocks"]}
+        params = in_place(params)
     return nnx.merge(graphdef, params)
 
 
