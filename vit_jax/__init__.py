@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 # Public names and where they live, imported at first use: `import vit_jax` touches no device.
 _PUBLIC = {
     "VARIANTS": "vit_jax.models.config",
+    "ResNet": "vit_jax.models.resnet",
+    "ResNetConfig": "vit_jax.models.config",
     "ViT": "vit_jax.models.vit",
     "ViTConfig": "vit_jax.models.config",
     "create": "vit_jax.models.vit",

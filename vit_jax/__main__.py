@@ -119,10 +119,10 @@ def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _fields(pairs: list[str]) -> dict[str, object]:
-    """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of ViTConfig."""
-    from vit_jax.models.config import ViTConfig
+    """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of the config."""
+    from vit_jax.models.config import FAMILIES
 
-    kinds = {field.name: field.type for field in dataclasses.fields(ViTConfig)}
+    kinds = {f.name: f.type for kind in FAMILIES.values() for f in dataclasses.fields(kind)}
     found = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
@@ -166,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         dest="known",
-        help="a field of ViTConfig that the file does not say, such as gelu=tanh or num_heads=8",
+        help="a field of the config that the file does not say, such as gelu=tanh or num_heads=8",
     )
     command = commands.add_parser("convert", help=convert.__doc__)
     command.add_argument("src", help="whatever vit_jax.load reads")

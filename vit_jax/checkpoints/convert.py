@@ -21,19 +21,16 @@ from jaxtyping import Float32
 
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.files import Weights, open_weights
-from vit_jax.checkpoints.infer import infer
+from vit_jax.checkpoints.infer import infer, infer_resnet
 from vit_jax.checkpoints.record import typed_config
-from vit_jax.checkpoints.tables import (
-    FOREIGN,
-    Dialect,
-    Found,
-    native,
-)
+from vit_jax.checkpoints.rows import Dialect, Found
+from vit_jax.checkpoints.tables import FOREIGN, native
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import ViTConfig
+from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
 from vit_jax.models.vit import structure
 
-_FIELDS = [field.name for field in dataclasses.fields(ViTConfig)]
+_FIELDS = {field.name for kind in FAMILIES.values() for field in dataclasses.fields(kind)}
+_KINDS = {"vit": "a ViT", "resnet": "a ResNet"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Foreign:
 
     weights: Weights
     dialect: str
-    config: ViTConfig
+    config: ModelConfig
     found: dict[str, Found]
     leftover: tuple[str, ...]
     assumed: dict[str, str]
@@ -81,7 +78,7 @@ class Foreign:
             # Reading, checksums and transposes all let go of the interpreter's lock.
             with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
                 list(pool.map(read, range(len(out)), out))
-        elif name.startswith("blocks/") and not row.plain:  # stacked in the file too
+        elif row.in_stack and not row.plain:  # stacked in the file too
             arrays = [self.weights.read(key) for key in row.keys(found.prefix)]
             for block, each in enumerate(out):
                 pieces = [array[block] for array in arrays]
@@ -103,7 +100,8 @@ def _pages(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
 
 
 @functools.lru_cache(maxsize=16)
-def shapes_of(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model, by its path."""
     return {k: v.shape for k, v in flatten_dict(structure(config)[1], sep="/").items()}
 
 
@@ -112,11 +110,11 @@ def read_foreign(path: str, file_size: tuple[int, int] | None = None, **known: A
 
     Args:
       file_size: the (h, w) in pixels of a file that does not say it and whose grid is no square.
-      known: fields of ViTConfig that the caller knows better than the file.
+      known: fields of the config that the caller knows better than the file.
 
     Raises:
-      UserError: the file is damaged, of no dialect that is known, or not of a plain ViT: a key
-        is missing, has another shape, or is one too many.
+      UserError: the file is damaged, of no dialect that is known, or of no such model: a key is
+        missing, has another shape, or is one too many.
     """
     return interpret(open_weights(path), file_size, **known)
 
@@ -129,6 +127,8 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
         if name not in _FIELDS:
             raise UserError(f"unknown model field {name!r}; {nearest(name, _FIELDS)}")
     dialect, prefix = _recognise(weights)
+    if dialect.aliases:
+        weights = weights.renamed(*dialect.aliases)
     record = weights.record.get("config") or {}
     if not isinstance(record, Mapping):
         raise UserError(f"{weights.path}: the record of its model is damaged")
@@ -138,13 +138,15 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
     if weights.stale:
         assumed["record"] = "nothing: the .json beside the file is of other weights"
     if record:
-        config = _config(weights, {**record, **known})
+        config = _config(weights, {**record, **known}, weights.record.get("family", "vit"))
     if dialect.name == "vit_jax":
         dialect = native(shapes_of(config))
     found = _find(weights, dialect, prefix)
     if not record:
-        told = {**families.hints(dialect.name, weights.config), **known}
-        config = _config(weights, infer(weights, dialect, found, told, file_size, assumed))
+        told = {**families.hints(dialect, weights.config), **known}
+        fields_of = {"vit": infer, "resnet": infer_resnet}[dialect.family]
+        fields = fields_of(weights, dialect, found, told, file_size, assumed)
+        config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
     taken = {key for each in found.values() for key in each.keys()}
     leftover = tuple(key for key in weights.shapes if key not in taken)
@@ -152,30 +154,28 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
         if not dialect.may_leave(key):
             missing = f"; {nearest(key, taken)}" if "?" in nearest(key, taken) else ""
             raise UserError(
-                f"{weights.path}: {key} {list(weights.shapes[key])} belongs to no part of a plain "
-                f"ViT under {dialect.name}'s names{missing}. Leaving it out would make another "
-                "model than the file's"
+                f"{weights.path}: {key} {list(weights.shapes[key])} belongs to no part of "
+                f"{_KINDS[dialect.family]} under {dialect.name}'s names{missing}. Leaving it out "
+                "would make another model than the file's"
             )
     return Foreign(weights, dialect.name, config, found, leftover, assumed)
 
 
-def _config(weights: Weights, fields: Mapping[str, Any]) -> ViTConfig:
+def _config(weights: Weights, fields: Mapping[str, Any], family: str) -> ModelConfig:
     try:
-        return typed_config(fields)
+        return typed_config(fields, family)
     except UserError as error:
         raise UserError(f"{weights.path}: {error}") from None
 
 
 def _recognise(weights: Weights) -> tuple[Dialect, str]:
     keys = list(weights.shapes)
-    if "patch_embed/kernel" in keys:
+    if native(()).prefix(keys) is not None:
         return native(()), ""
     for dialect in FOREIGN:
         prefix = dialect.prefix(keys)
         if prefix is not None:
             return dialect, prefix
-    if any("conv_root" in key for key in keys):
-        raise UserError(f"{weights.path} is a hybrid with a ResNet stem: not supported yet")
     markers = ", ".join(f"{dialect.markers[0]} ({dialect.name})" for dialect in FOREIGN)
     raise UserError(
         f"{weights.path} has the names of no known code base ({', '.join(keys[:3])}, ...): "
@@ -187,10 +187,10 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
     """Chooses, for each of our parameters that the file has, the spelling that it is under."""
     depths: dict[str, int] = {}
     for key in weights.shapes:  # how many blocks there are, whatever of them is there
-        match = re.search(r"\d+", key[len(prefix) :]) if key.startswith(prefix) else None
-        if match and len(match[0]) <= 6:
-            start = prefix + key[len(prefix) : len(prefix) + match.start()]
-            depths[start] = max(depths.get(start, 0), int(match[0]) + 1)
+        for match in re.finditer(r"\d+", key):
+            if len(match[0]) <= 6:
+                start = key[: match.start()]
+                depths[start] = max(depths.get(start, 0), int(match[0]) + 1)
     found: dict[str, Found] = {}
     complete: set[str] = set()
     for row in dialect.rows:
@@ -199,7 +199,7 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
         depth = None
         if row.per_block:
             depth = depths.get(prefix + row.theirs[0].split("{}")[0], 0)
-            depth = min(depth, len(weights.shapes))
+            depth = min(max(depth - row.first, 0), len(weights.shapes))
         one = row.keys(prefix)
         whole = all(key in weights.shapes for key in one)
         every = (row.keys(prefix, i) for i in range(depth or 0)) if row.per_block else (one,)
@@ -212,7 +212,7 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
 
 
 def _checked(
-    weights: Weights, dialect: Dialect, found: Mapping[str, Found], config: ViTConfig
+    weights: Weights, dialect: Dialect, found: Mapping[str, Found], config: ModelConfig
 ) -> dict[str, Found]:
     """Every parameter of the model with its place in the file; raises for what does not fit."""
     checked: dict[str, Found] = {}
@@ -228,7 +228,7 @@ def _checked(
             prefix = next(iter(found.values())).prefix if found else ""
             one = shape[1:] if rows[0].per_block else shape
             raise weights.missing(rows[0].keys(prefix)[0], rows[0].shapes(one)[0])
-        in_blocks = ours.startswith("blocks/") and bool(each.row.layout)
+        in_blocks = each.row.in_stack and bool(each.row.layout)
         one = shape[1:] if in_blocks else shape
         expected = each.row.shapes(one)
         if in_blocks and not each.row.per_block:
@@ -238,11 +238,14 @@ def _checked(
             for key, right in zip(each.row.keys(each.prefix, block), expected, strict=True):
                 if key not in weights.shapes:
                     raise weights.missing(key, right)
-                if weights.shapes[key] != right:
+                if not each.row.fits(weights.shapes[key], right):
+                    of = families.variant_name(config)
+                    if isinstance(config, ViTConfig):
+                        of += f" with {config.num_heads} heads and a grid of "
+                        of += "{}x{}".format(*config.grid)
                     raise UserError(
                         f"{weights.path}: {key} has the shape {list(weights.shapes[key])}; "
-                        f"{families.variant_name(config)} with {config.num_heads} heads and a grid "
-                        f"of {config.grid[0]}x{config.grid[1]} needs {list(right)}"
+                        f"{of} needs {list(right)}"
                     )
         checked[ours] = each
     return checked

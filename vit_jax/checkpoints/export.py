@@ -11,42 +11,57 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import families
+from vit_jax.checkpoints import sidecars
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_text, write_weights
 from vit_jax.checkpoints.load import Loaded, facts
 from vit_jax.checkpoints.record import Line, Report
+from vit_jax.checkpoints.rows import Dialect, Row
 from vit_jax.checkpoints.tables import (
     BIG_VISION,
     GOOGLE,
     HF_DINOV2,
     HF_SIGLIP,
     HF_VIT,
+    RESNET_BIT,
+    RESNET_PAPER,
+    RESNET_TIMM,
+    RESNET_V1,
     TIMM,
-    Dialect,
-    Row,
     native,
 )
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
-from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import ViT
+from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.models.resnet import STYLES
+from vit_jax.models.vit import Model
 
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
 # What no format says of the weights themselves: only a config beside them does.
 _SAID_ELSEWHERE = (
     *("gelu", "layernorm_eps", "layer_scale", "dropout", "drop_path", "head_bias", "dtype"),
-    *("attention", "scan"),
+    *("attention", "scan", "remat", "resnet_style"),
 )
 
 
-def choose(format: str, config: ViTConfig) -> Dialect:
+def choose(format: str, config: ModelConfig) -> Dialect:
     """The table that a model is written by."""
     if format not in FORMATS:
         raise UserError(f"format {format!r}: {nearest(format, FORMATS)}")
     if format == "vit_jax":
         return native(shapes_of(config))
+    if isinstance(config, ResNetConfig):
+        if STYLES[config.resnet_style].preact:
+            known = {"google": RESNET_BIT, "big_vision": RESNET_PAPER, "timm": RESNET_TIMM}
+        else:
+            known = {"big_vision": RESNET_V1}
+        if format not in known:
+            raise UserError(
+                f"{format} has no ResNet of style {config.resnet_style}: "
+                f"{nearest(format, [*known, 'vit_jax'])}"
+            )
+        return known[format]
     if format == "hf":
         if config.pool == "map" or config.pre_norm:
             return HF_SIGLIP
@@ -55,8 +70,8 @@ def choose(format: str, config: ViTConfig) -> Dialect:
 
 
 def to_names(
-    params: Mapping[str, Any], config: ViTConfig, format: str
-) -> tuple[dict[str, np.ndarray], ViTConfig, dict[str, str]]:
+    params: Mapping[str, Any], config: ModelConfig, format: str
+) -> tuple[dict[str, np.ndarray], ModelConfig, dict[str, str]]:
     """Renames and rearranges parameters as a dialect has them.
 
     Args:
@@ -70,11 +85,11 @@ def to_names(
       UserError: the dialect cannot hold the model.
     """
     dialect = choose(format, config)
-    for field, value in _cannot(dialect, config):
-        raise UserError(f"{format} has no models with model.{field}={value!r}")
-    params, config, notes = _respell(
-        {name: np.asarray(value) for name, value in params.items()}, config, dialect
-    )
+    params, notes = {name: np.asarray(value) for name, value in params.items()}, {}
+    if isinstance(config, ViTConfig):
+        for field, value in _cannot(dialect, config):
+            raise UserError(f"{format} has no models with model.{field}={value!r}")
+        params, config, notes = _respell(params, config, dialect)
     prefix = _written_prefix(dialect, config)
     arrays: dict[str, np.ndarray] = {}
     for ours, value in params.items():
@@ -95,19 +110,23 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     """Fields that a file could say, but that the code base's own models do not have."""
     head = config.num_classes > 0
     allowed: dict[str, tuple[Any, ...]] = {}
+    if dialect.name in ("big_vision", "hf"):
+        allowed["resnet"] = (None,)
+    elif config.resnet is not None:
+        allowed["resnet_style"] = tuple(name for name, style in STYLES.items() if not style.preact)
     if dialect in (GOOGLE, BIG_VISION):
-        allowed = {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
+        allowed |= {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["pool"] = ("token", "gap") if dialect is GOOGLE else ("token", "gap", "map")
     elif dialect is TIMM:
-        allowed = {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
+        allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
     elif dialect is HF_VIT:
-        allowed = {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
+        allowed |= {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["representation_size"] = (None, *(() if head else (config.representation_size,)))
     elif dialect is HF_DINOV2:
-        allowed = {"pool": ("token_gap" if head else "token",), "patch_bias": (True,)}
+        allowed |= {"pool": ("token_gap" if head else "token",), "patch_bias": (True,)}
     elif dialect is HF_SIGLIP:
-        allowed = {"patch_bias": (config.pool == "map",), "pre_norm": (config.pool != "map",)}
+        allowed |= {"patch_bias": (config.pool == "map",), "pre_norm": (config.pool != "map",)}
         allowed |= {"pool": ("map", "token"), "num_classes": (0,), "qkv_bias": (True,)}
         allowed["mlp"] = ("gelu",)
     if dialect.name in ("google", "hf") and config.position == "none":
@@ -119,7 +138,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
             yield field, getattr(config, field)
 
 
-def _written_row(dialect: Dialect, ours: str, config: ViTConfig) -> Row | None:
+def _written_row(dialect: Dialect, ours: str, config: ModelConfig) -> Row | None:
     return next(
         (
             row
@@ -130,10 +149,10 @@ def _written_row(dialect: Dialect, ours: str, config: ViTConfig) -> Row | None:
     )
 
 
-def _written_prefix(dialect: Dialect, config: ViTConfig) -> str:
+def _written_prefix(dialect: Dialect, config: ModelConfig) -> str:
     """Hugging Face puts the encoder of a classifier under the name of its family."""
-    if dialect is BIG_VISION:
-        return "params/"
+    if dialect.name != "hf":
+        return dialect.prefixes[0]
     if not config.num_classes:
         return ""
     if dialect is HF_VIT:
@@ -190,19 +209,20 @@ def _respell(
     return params, config, notes
 
 
-def _read_back(arrays: Mapping[str, np.ndarray], config: ViTConfig, dialect: Dialect) -> None:
+def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: Dialect) -> None:
     """Raises unless the names and shapes alone lead back to the same model."""
     if dialect.name == "vit_jax":
         return
     weights = Weights(f"a file of {dialect.name}")
     for name, array in arrays.items():
         weights.add(name, array.shape, "float32")
-    told = {name: getattr(config, name) for name in _SAID_ELSEWHERE}
-    told |= {"num_heads": config.num_heads, "image_size": config.image_size}
-    if dialect.name == "timm":
+    fields = [field.name for field in dataclasses.fields(config)]
+    told = {name: getattr(config, name) for name in _SAID_ELSEWHERE if name in fields}
+    told |= {name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields}
+    if dialect is TIMM:
         told["pool"] = config.pool
     back = interpret(weights, **told).config
-    for field in dataclasses.fields(ViTConfig):
+    for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(back, field.name)
         if field.name in ("class_token", "position_prefix"):
             continue  # compared by what they amount to, below
@@ -211,16 +231,21 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ViTConfig, dialect: Dia
                 f"{dialect.name} files cannot say model.{field.name}={mine!r}: they would be read "
                 f"as {theirs!r}"
             )
-    if (back.num_prefix_tokens, back.num_position_prefix) != (
+    if isinstance(config, ViTConfig) and (back.num_prefix_tokens, back.num_position_prefix) != (
         config.num_prefix_tokens,
         config.num_position_prefix,
     ):
         raise UserError(f"{dialect.name} files cannot say what tokens stand before the patches")
 
 
-def caveats(config: ViTConfig, format: str) -> dict[str, str]:
+def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     """What a reader of the format takes for granted and this model has otherwise."""
     found = {}
+    style = choose(format, config).resnet_style
+    if format != "vit_jax" and config.resnet is not None and config.resnet_style != style:
+        found["resnet_style"] = f"{config.resnet_style}, where {format}'s code has {style}"
+    if isinstance(config, ResNetConfig):
+        return found
     if format in ("google", "big_vision") and config.gelu != "tanh":
         found["gelu"] = f"{config.gelu}, where {format}'s code computes tanh"
     usual = {"google": 1e-6, "big_vision": 1e-6, "timm": 1e-5 if config.pre_norm else 1e-6}
@@ -229,7 +254,7 @@ def caveats(config: ViTConfig, format: str) -> dict[str, str]:
     return found
 
 
-def save(vit: Loaded | ViT, path: epath.PathLike, *, format: str = "vit_jax") -> Report:
+def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") -> Report:
     """Writes a model under the names of a code base, and what it means beside it.
 
     Args:
@@ -247,7 +272,7 @@ def save(vit: Loaded | ViT, path: epath.PathLike, *, format: str = "vit_jax") ->
       UserError: the format cannot hold the model, or the path is not of its kind.
     """
     path = os.fspath(path)
-    if isinstance(vit, ViT):
+    if isinstance(vit, Model):
         preprocess = Preprocess(vit.config.image_size, vit.config.in_channels)
         names = tuple(str(i) for i in range(vit.config.num_classes))
         vit = Loaded(vit, vit.config, preprocess, names, Report(()), None)
@@ -260,7 +285,7 @@ def save(vit: Loaded | ViT, path: epath.PathLike, *, format: str = "vit_jax") ->
     elif os.path.splitext(path)[1] in (".npz", ".safetensors") or ending == ".npz":
         raise UserError(f"{path}: a {format} file is named ...{ending}")
     else:
-        described = {"hf": families.hf_files, "timm": families.timm_files}.get(format)
+        described = {"hf": sidecars.hf_files, "timm": sidecars.timm_files}.get(format)
         files = described(config, vit.preprocess, vit.labels) if described else {}
         try:
             os.makedirs(path, exist_ok=True)

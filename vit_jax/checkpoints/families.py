@@ -1,7 +1,7 @@
 """What the names of weights do not say: activation, epsilon, heads, preprocessing, label names.
 
 Each code base keeps it elsewhere: timm and Hugging Face in the config.json of a folder, Google in
-its code alone. Read here, written here, and where it is nowhere, assumed here.
+its code alone. Read here, and where it is nowhere, assumed here; sidecars.py writes it.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from vit_jax.checkpoints.record import numbers
+from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import VARIANTS, ViTConfig, variant_fields
+from vit_jax.models.config import VARIANTS, ModelConfig, ResNetConfig, ViTConfig, variant_fields
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP = {
@@ -39,8 +40,8 @@ _TIMM_GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 _RESAMPLE = {2: "bilinear_antialias", 3: "bicubic_antialias"}  # PIL.Image.Resampling
 
 
-def hints(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of a ViTConfig; {} where there is none.
+def hints(dialect: Dialect, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of a ViTConfig or ResNetConfig; {} where there is none.
 
     Raises:
       UserError: it names a model that is no plain ViT, or a value of another type.
@@ -48,7 +49,9 @@ def hints(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if not config:
         return {}
     try:
-        return {"timm": _timm_hints, "hf": _hf_hints}.get(dialect, lambda config: {})(config)
+        if dialect.family == "resnet":
+            return _timm_size(config) if dialect.name == "timm" else {}
+        return {"timm": _timm_hints, "hf": _hf_hints}.get(dialect.name, lambda config: {})(config)
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise
@@ -107,22 +110,26 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["pool"] = pools[told["global_pool"]]
     elif told.get("global_pool"):
         raise UserError(f"config.json: global_pool {told['global_pool']!r}; {nearest('', pools)}")
-    size = told.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size")
-    if size is not None:
-        found["image_size"] = tuple(size[-2:]) if isinstance(size, (list, tuple)) else size
-    return found
+    return {**found, **_timm_size(told)}
 
 
-def position_resize(dialect: str, vit: ViTConfig) -> str:
+def _timm_size(told: Mapping[str, Any]) -> dict[str, Any]:
+    size = told.get("img_size") or (told.get("pretrained_cfg") or {}).get("input_size")
+    if size is None:
+        return {}
+    return {"image_size": tuple(size[-2:]) if isinstance(size, (list, tuple)) else size}
+
+
+def position_resize(dialect: str, vit: ModelConfig) -> str:
     """How a family resizes position embeddings (see models/posembed.py)."""
-    if dialect == "hf":
+    if dialect == "hf" and isinstance(vit, ViTConfig):
         return "bicubic_antialias" if vit.registers else "bicubic"
     return "bicubic_antialias" if dialect == "timm" else "zoom"
 
 
 def default_heads(width: int, mlp: str) -> int | None:
     """Heads of the known models of a width; 64 channels each elsewhere, None if it is unclear."""
-    known = {fields["width"]: fields["num_heads"] for fields in VARIANTS.values()}
+    known = {v["width"]: v["num_heads"] for v in VARIANTS.values() if "width" in v}
     if width == 1536:
         return 24 if mlp == "swiglu" else 16  # DINOv2's giant, SigLIP 2's
     if width in known:
@@ -143,7 +150,7 @@ def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, floa
     return "tanh", 1e-6
 
 
-def fitted_preprocess(preprocess: Preprocess, vit: ViTConfig) -> Preprocess:
+def fitted_preprocess(preprocess: Preprocess, vit: ModelConfig) -> Preprocess:
     """The preprocessing at a model's size and channels; other channels share the means' mean."""
     changes: dict[str, Any] = {"image_size": vit.image_size}
     if preprocess.in_channels != vit.in_channels:
@@ -154,7 +161,7 @@ def fitted_preprocess(preprocess: Preprocess, vit: ViTConfig) -> Preprocess:
 
 def read_preprocess(
     dialect: str,
-    vit: ViTConfig,
+    vit: ModelConfig,
     config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
     assumed: dict[str, str],
@@ -183,12 +190,14 @@ def read_preprocess(
         raise UserError(f"the preprocessing beside the weights is damaged: {error!r}") from None
 
 
-def _usual(dialect: str, vit: ViTConfig) -> dict[str, Any]:
+def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
     """Where no file says it: the preprocessing in the code of each family."""
-    if dialect == "google":  # vit_jax/input_pipeline.py
+    if dialect == "google":  # vit_jax/input_pipeline.py; for ResNets, big_transfer's
         return {"resize": "bilinear", "resize_dtype": "float32", "jpeg": "fast", **HALF}
     if dialect == "big_vision":  # resize(S)|value_range(-1, 1)
         return {"resize": "bilinear", "resize_dtype": "truncated", "jpeg": "fast", **HALF}
+    if isinstance(vit, ResNetConfig):
+        return {"resize": "bilinear_antialias", "aspect": "keep", "crop": 0.875, **HALF}
     if vit.pre_norm:
         return {"resize": "bicubic_antialias", "aspect": "keep", **CLIP}
     if vit.pool == "map":
@@ -239,7 +248,7 @@ def _hf_preprocess(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_labels(
-    vit: ViTConfig, config: Mapping[str, Any], assumed: dict[str, str]
+    vit: ModelConfig, config: Mapping[str, Any], assumed: dict[str, str]
 ) -> tuple[str, ...]:
     """The names of the classes: of the config.json, ImageNet's for 1,000, numbers for others."""
     count = vit.num_classes
@@ -259,167 +268,17 @@ def read_labels(
     return tuple(str(i) for i in range(count))
 
 
-def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json and preprocessor_config.json that transformers loads a model by."""
-    gelus = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
-    square = vit.image_size[0] == vit.image_size[1] and vit.patch_size[0] == vit.patch_size[1]
-    if not square:
-        raise UserError(f"transformers has square images and patches only, not {vit.image_size}")
-    config: dict[str, Any] = {
-        "hidden_act": gelus[vit.gelu],
-        "hidden_size": vit.width,
-        "image_size": vit.image_size[0],
-        "intermediate_size": vit.mlp_dim,
-        "layer_norm_eps": vit.layernorm_eps,
-        "num_attention_heads": vit.num_heads,
-        "num_channels": vit.in_channels,
-        "num_hidden_layers": vit.depth,
-        "patch_size": vit.patch_size[0],
-    }
-    if vit.num_classes:
-        config["id2label"] = {str(i): name for i, name in enumerate(labels)}
-        config["label2id"] = {name: i for i, name in enumerate(labels)}
-    head = vit.num_classes > 0
-    if vit.pool == "map":
-        kind, name = "siglip_vision_model", "SiglipVisionModel"
-    elif vit.pre_norm:
-        kind, name = "clip_vision_model", "CLIPVisionModel"
-    elif vit.layer_scale is not None:
-        kind, name = "dinov2", "Dinov2"
-        if vit.registers:
-            kind, name = "dinov2_with_registers", "Dinov2WithRegisters"
-            config["num_register_tokens"] = vit.registers
-        name += "ForImageClassification" if head else "Model"
-        config |= {"layerscale_value": vit.layer_scale, "qkv_bias": vit.qkv_bias}
-        if not vit.registers:
-            config["use_mask_token"] = False
-        config["use_swiglu_ffn"] = vit.mlp == "swiglu"
-        config["mlp_ratio"] = _hf_mlp_ratio(vit)
-        del config["intermediate_size"]
-    elif vit.distillation != "none":
-        kind = "deit"
-        name = "DeiTForImageClassification" if head else "DeiTModel"
-        name += "WithTeacher" if vit.distillation == "head" else ""
-    else:
-        kind, name = "vit", "ViTForImageClassification" if head else "ViTModel"
-        config["qkv_bias"] = vit.qkv_bias
-    if vit.representation_size:
-        config["pooler_output_size"] = vit.representation_size
-    config |= {"model_type": kind, "architectures": [name], "dtype": "float32"}
-    return {"config.json": config, "preprocessor_config.json": _hf_processor(kind, pre)}
-
-
-def _hf_mlp_ratio(vit: ViTConfig) -> int | float:
-    """DINOv2's config has no hidden size, only a ratio, which SwiGLU rounds (2/3, up to 8)."""
-    if vit.mlp == "gelu":
-        return vit.mlp_dim / vit.width if vit.mlp_dim % vit.width else vit.mlp_dim // vit.width
-    for ratio in range(1, 33):
-        if (int(vit.width * ratio * 2 / 3) + 7) // 8 * 8 == vit.mlp_dim:
-            return ratio
-    raise UserError(
-        f"transformers has no SwiGLU of {vit.mlp_dim} hidden units and {vit.width} wide"
-    )
-
-
-def _hf_processor(kind: str, pre: Preprocess) -> dict[str, Any]:
-    h, w = pre.image_size
-    classes = {
-        "deit": "DeiTImageProcessor",
-        "dinov2": "BitImageProcessor",
-        "dinov2_with_registers": "BitImageProcessor",
-        "siglip_vision_model": "SiglipImageProcessor",
-        "clip_vision_model": "CLIPImageProcessor",
-    }
-    found = {
-        "image_processor_type": classes.get(kind, "ViTImageProcessor"),
-        "do_resize": True,
-        "resample": 3 if pre.resize.startswith("bicubic") else 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": _per_channel(pre.mean, pre.in_channels),
-        "image_std": _per_channel(pre.std, pre.in_channels),
-    }
-    outer = math.floor(h / pre.crop)
-    found["size"] = (
-        {"shortest_edge": outer}
-        if pre.aspect != "squash"
-        else {"height": outer, "width": math.floor(w / pre.crop)}
-    )
-    found["do_center_crop"] = pre.aspect != "squash" or pre.crop < 1
-    if found["do_center_crop"]:
-        found["crop_size"] = {"height": h, "width": w}
-    return found
-
-
-def _per_channel(value: Any, channels: int) -> list[float]:
-    return list(value) if isinstance(value, (list, tuple)) else [value] * channels
-
-
-def timm_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json that `timm.create_model("local-dir:FOLDER")` builds a model by.
-
-    timm has no word for a LayerNorm epsilon; CLIP's architectures have 1e-5, the others 1e-6.
-    """
-    gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
-    square = vit.patch_size[0] == vit.patch_size[1]
-    args: dict[str, Any] = {
-        "img_size": list(vit.image_size),
-        "patch_size": vit.patch_size[0] if square else list(vit.patch_size),
-        "in_chans": vit.in_channels,
-        "embed_dim": vit.width,
-        "depth": vit.depth,
-        "num_heads": vit.num_heads,
-        "mlp_ratio": (vit.mlp_dim * (2 if vit.mlp == "swiglu" else 1) + 0.5) / vit.width,
-        "class_token": vit.has_class_token,
-        "global_pool": {"token": "token", "gap": "avg", "map": "map"}[vit.pool],
-        "fc_norm": vit.norm_after_pool,
-        "qkv_bias": vit.qkv_bias,
-        "init_values": vit.layer_scale,
-        "reg_tokens": vit.registers,
-        "no_embed_class": vit.num_position_prefix == 0,
-        "pos_embed": "learn" if vit.position == "learned" else "none",
-        "pre_norm": vit.pre_norm,
-        "act_layer": gelus[vit.gelu],
-    }
-    architecture = "vit_base_patch16_224"
-    if vit.layernorm_eps == 1e-5:
-        architecture = "vit_base_patch16_clip_224"
-    if vit.mlp == "swiglu":
-        architecture = "vit_giant_patch14_dinov2"
-        del args["act_layer"]
-    if vit.distillation != "none":
-        architecture = "deit_base_distilled_patch16_224"
-    methods = {"bicubic_antialias": "bicubic"}
-    config = {
-        "architecture": architecture,
-        "num_classes": vit.num_classes,
-        "num_features": vit.width,
-        "global_pool": args["global_pool"],
-        "model_args": args,
-        "pretrained_cfg": {
-            "input_size": [vit.in_channels, *vit.image_size],
-            "fixed_input_size": True,
-            "interpolation": methods.get(pre.resize, "bilinear"),
-            "crop_pct": pre.crop,
-            "crop_mode": "squash" if pre.aspect == "squash" else "center",
-            "mean": _per_channel(pre.mean, pre.in_channels),
-            "std": _per_channel(pre.std, pre.in_channels),
-            "num_classes": vit.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if vit.distillation == "head" else "head",
-        },
-    }
-    if vit.num_classes:
-        config["label_names"] = list(labels)
-    return {"config.json": config}
-
-
-def variant_name(vit: ViTConfig) -> str:
-    """The published variant that has these sizes, such as "B/16", or "custom"."""
-    patch = "x".join(str(side) for side in dict.fromkeys(vit.patch_size))
-    for size in VARIANTS:
-        fields = variant_fields(f"{size}/{patch}")
-        if all(getattr(vit, name) == value for name, value in fields.items()):
-            return f"{size}/{patch}"
+def variant_name(config: ModelConfig) -> str:
+    """The published variant that has these sizes, such as "B/16" or "R50x1", or "custom"."""
+    is_vit = isinstance(config, ViTConfig)
+    names = [
+        n for n, fields in VARIANTS.items() if "resnet" in fields and ("width" in fields) == is_vit
+    ]
+    if is_vit and config.resnet is None:
+        patch = "x".join(str(side) for side in dict.fromkeys(config.patch_size))
+        names = [f"{name}/{patch}" for name, fields in VARIANTS.items() if "resnet" not in fields]
+    for name in names:
+        fields = variant_fields(name)
+        if all(getattr(config, field) == value for field, value in fields.items()):
+            return name
     return "custom"

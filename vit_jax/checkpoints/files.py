@@ -5,12 +5,14 @@ checked against the size of the file, before anything is allocated; nothing is e
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -96,6 +98,15 @@ class Weights:
             return array.astype(np.float32, copy=False)
         out[...] = array
         return out
+
+    def renamed(self, pattern: str, replacement: str) -> "Weights":
+        """The same arrays, with another part in their names."""
+        other = copy.copy(self)
+        other.shapes, other.dtypes, other._places = {}, {}, {}
+        for name, shape in self.shapes.items():
+            place = self._places.get(name)
+            other.add(re.sub(pattern, replacement, name), shape, self.dtypes[name], place)
+        return other
 
     def missing(self, key: str, shape: tuple[int, ...] | None = None) -> UserError:
         """The error to raise where a key is not in the file; it names the one most like it."""

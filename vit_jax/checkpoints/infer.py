@@ -1,21 +1,15 @@
 """Which model a file of weights is of, from its names, its shapes, and what is told beside them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.files import Weights
-from vit_jax.checkpoints.tables import (
-    BIG_VISION,
-    GOOGLE,
-    HF_DINOV2,
-    HF_SIGLIP,
-    TIMM,
-    Dialect,
-    Found,
-)
+from vit_jax.checkpoints.rows import Dialect, Found
+from vit_jax.checkpoints.tables import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, TIMM
 from vit_jax.errors import UserError
+from vit_jax.models.config import pair, resnet_stride
 
 
 def infer(
@@ -27,28 +21,13 @@ def infer(
     assumed: dict[str, str],
 ) -> dict[str, Any]:
     """The fields of a ViTConfig: what names and shapes say, what was told, and guesses."""
-
-    def axis(ours: str, name: str) -> int:
-        if ours not in found or not found[ours].shapes:
-            rows = [found[ours].row] if ours in found else dialect.rows
-            keys = next(row.keys(weights_prefix) for row in rows if row.ours == ours)
-            raise weights.missing(next(k for k in keys if k not in weights.shapes))
-        each = found[ours]
-        shapes = each.shapes
-        if ours.startswith("blocks/") and not each.row.per_block:
-            shapes = [shape[1:] for shape in shapes]
-        try:
-            return each.row.axes(shapes)[name]
-        except (ValueError, IndexError) as error:
-            raise UserError(
-                f"{weights.path}: {each.row.keys(each.prefix)[0]} has the shape {list(shapes[0])}; "
-                f"expected {error}"
-            ) from None
-
+    axis = _axes(weights, dialect, found)
     weights_prefix = next(iter(found.values())).prefix if found else ""
     fields: dict[str, Any] = {}
     fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
     fields["in_channels"] = axis("patch_embed/kernel", "c")
+    if any(ours.startswith("resnet/") for ours in found):
+        fields |= _resnet(dialect, found, axis)
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
@@ -109,6 +88,73 @@ def infer(
     return fields
 
 
+def infer_resnet(
+    weights: Weights,
+    dialect: Dialect,
+    found: Mapping[str, Found],
+    told: Mapping[str, Any],
+    file_size: tuple[int, int] | None,
+    assumed: dict[str, str],
+) -> dict[str, Any]:
+    """The fields of a ResNetConfig, likewise."""
+    axis = _axes(weights, dialect, found)
+    fields = _resnet(dialect, found, axis)
+    fields["num_classes"] = axis("head/kernel", "o") if "head/kernel" in found else 0
+    fields |= told
+    if file_size is not None:
+        fields["image_size"] = file_size
+    elif "image_size" not in told:
+        fields["image_size"] = (224, 224)
+        assumed["image_size"] = "not in the file: any size will do"
+    return {**fields, "image_size": pair(fields["image_size"], "image_size")}
+
+
+def _resnet(
+    dialect: Dialect, found: Mapping[str, Found], axis: Callable[[str, str], int]
+) -> dict[str, Any]:
+    """What the keys say of a ResNet: units a stage, width, channels."""
+    units = []
+    for stage in range(1, 5):
+        names = [ours for ours in found if ours.startswith(f"resnet/stage{stage}/")]
+        if names:
+            units.append(1 + max(found[name].depth or 0 for name in names))
+    return {
+        "resnet": tuple(units),
+        "resnet_width": axis("resnet/conv_root/kernel", "o"),
+        "resnet_style": dialect.resnet_style,
+        "in_channels": axis("resnet/conv_root/kernel", "i"),
+    }
+
+
+def _axes(
+    weights: Weights, dialect: Dialect, found: Mapping[str, Found]
+) -> Callable[[str, str], int]:
+    """Returns (one of our parameters, an axis of its layout) -> the size in the file.
+
+    That raises a UserError where the parameter is missing, or has another number of axes.
+    """
+    prefix = next(iter(found.values())).prefix if found else ""
+
+    def axis(ours: str, name: str) -> int:
+        if ours not in found or not found[ours].shapes:
+            rows = [found[ours].row] if ours in found else dialect.rows
+            keys = next(row.keys(prefix) for row in rows if row.ours == ours)
+            raise weights.missing(next(k for k in keys if k not in weights.shapes))
+        each = found[ours]
+        shapes = each.shapes
+        if each.row.in_stack and not each.row.per_block:
+            shapes = [shape[1:] for shape in shapes]
+        try:
+            return each.row.axes(shapes)[name]
+        except (ValueError, IndexError) as error:
+            raise UserError(
+                f"{weights.path}: {each.row.keys(each.prefix)[0]} has the shape {list(shapes[0])}; "
+                f"expected {error}"
+            ) from None
+
+    return axis
+
+
 def _pool(
     weights: Weights,
     found: Mapping[str, Found],
@@ -136,7 +182,8 @@ def _pool(
 
 def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) -> dict[str, Any]:
     """The grid and the prefix rows of the position embedding, and the image size from them."""
-    ph, pw = fields["patch_size"]
+    stride = resnet_stride(fields["resnet"]) if "resnet" in fields else 1
+    ph, pw = (side * stride for side in fields["patch_size"])
     wanted = told.get("image_size")
     if wanted is not None:
         wanted = tuple(wanted) if isinstance(wanted, (list, tuple)) else (wanted, wanted)

@@ -21,13 +21,13 @@ from vit_jax import hosts
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.published import fetch
-from vit_jax.checkpoints.record import BROKEN, Line, ModelRecord, Report
+from vit_jax.checkpoints.record import BROKEN, Line, ModelRecord, Report, family_of
 from vit_jax.checkpoints.store import Store
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
-from vit_jax.models.config import ViTConfig, pair
-from vit_jax.models.vit import ViT, init_params, structure
+from vit_jax.models.config import ModelConfig, ResNetConfig, check_fields, pair
+from vit_jax.models.vit import Model, init_params, structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Loaded:
     """A model that is ready to use.
 
     Attributes:
-      model: a `ViT`; `model(images)` takes [b h w c] of what `preprocess` returns.
-      config: its ViTConfig.
+      model: a `ViT` or `ResNet`; `model(images)` takes [b h w c] of what `preprocess` returns.
+      config: its ViTConfig or ResNetConfig.
       preprocess: a path, a Pillow image or uint8 pixels -> float32 [h w c].
       labels: the name of each class.
       report: where it came from, and what became of every parameter.
       step: of the checkpoint that the weights are from; None for a file of weights.
     """
 
-    model: ViT
-    config: ViTConfig
+    model: Model
+    config: ModelConfig
     preprocess: Preprocess
     labels: tuple[str, ...]
     report: Report
@@ -122,10 +122,10 @@ def load(
       shardings: nested dict of shapes -> the same of shardings, such as
         `functools.partial(training.sharding.placement, mesh=mesh)`: every parameter goes to its
         devices as it is read, so that the host never holds all of them.
-      **known: fields of ViTConfig that a file does not say, such as gelu="tanh" or num_heads=8.
+      **known: fields of the config that a file does not say, such as gelu="tanh" or num_heads=8.
 
     Raises:
-      UserError: no such file, a damaged one, or one of no plain ViT; sizes that do not fit.
+      UserError: no such file, a damaged one, or one of another model; sizes that do not fit.
     """
     size = None if image_size is None else pair(image_size, "image_size")
     opened = open_model(path, file_size=size, **known)
@@ -133,9 +133,9 @@ def load(
     changes: dict[str, Any] = {"image_size": size, "in_channels": in_channels, "dtype": dtype}
     if patch_size is not None:
         changes["patch_size"] = pair(patch_size, "patch_size")
-    config = dataclasses.replace(
-        record.config, **{name: value for name, value in changes.items() if value is not None}
-    )
+    changes = {name: value for name, value in changes.items() if value is not None}
+    check_fields(type(record.config), changes)
+    config = dataclasses.replace(record.config, **changes)
     if num_classes is not None:
         config = config.with_fresh_head(num_classes)
         record = dataclasses.replace(record, labels=tuple(str(i) for i in range(num_classes)))
@@ -181,7 +181,7 @@ class Opened:
     leftover: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     step: int | None = None
 
-    def dropped(self, config: ViTConfig) -> list[Line]:
+    def dropped(self, config: ModelConfig) -> list[Line]:
         """What a model of `config` does not take."""
         kept = shapes_of(config)
         lines = [
@@ -199,7 +199,7 @@ def open_model(
 
     Args:
       file_size: the (h, w) in pixels of a file that does not say it and whose grid is no square.
-      known: fields of ViTConfig that the caller knows better than the file.
+      known: fields of the config that the caller knows better than the file.
 
     Raises:
       UserError: as `load`.
@@ -213,7 +213,8 @@ def open_model(
     weights, config, assumed = foreign.weights, foreign.config, dict(foreign.assumed)
     if weights.record:
         try:
-            told = {**weights.record, "config": dataclasses.asdict(config)}
+            told = {"config": dataclasses.asdict(config), "family": family_of(config)}
+            told = {**weights.record, **told}
             record = ModelRecord.from_json(told)
         except BROKEN as error:
             raise UserError(f"the record of {local} is damaged: {error!r}") from None
@@ -257,8 +258,16 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     return Report(tuple(lines), told, opened.assumed)
 
 
-def facts(origin: str, config: ViTConfig) -> dict[str, str]:
+def facts(origin: str, config: ModelConfig) -> dict[str, str]:
+    """What a model is, in words, by what it is a word for."""
     total = sum(int(np.prod(shape)) for shape in shapes_of(config).values())
+    image = "{}x{} pixels of {} channels".format(*config.image_size, config.in_channels)
+    known = {"file": origin, "variant": f"{families.variant_name(config)}, {total:,} parameters"}
+    resnet = f"{config.resnet} units, width {config.resnet_width}, style {config.resnet_style}"
+    if isinstance(config, ResNetConfig):
+        return {**known, "ResNet": resnet, "image": image, "head": f"{config.num_classes} classes"}
+    if config.resnet is not None:
+        known["ResNet"] = resnet
     tokens = {
         "class token": config.has_class_token,
         "distillation token": config.distillation != "none",
@@ -267,11 +276,10 @@ def facts(origin: str, config: ViTConfig) -> dict[str, str]:
     with_rows = f", {config.num_position_prefix} with positions"
     prefix = ", ".join(name for name, there in tokens.items() if there)
     return {
-        "file": origin,
-        "variant": f"{families.variant_name(config)}, {total:,} parameters",
+        **known,
         "sizes": f"width {config.width}, depth {config.depth}, MLP {config.mlp_dim} "
         f"({config.mlp}), {config.num_heads} heads",
-        "image": "{}x{} pixels of {} channels".format(*config.image_size, config.in_channels),
+        "image": image,
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
         "positions": config.position,
@@ -332,7 +340,7 @@ def read_model(path: epath.PathLike) -> tuple[ModelRecord, dict[str, Any], int |
 
 def place(
     opened: Opened,
-    config: ViTConfig,
+    config: ModelConfig,
     *,
     head: str = "keep",
     method: str = "zoom",
@@ -358,7 +366,7 @@ def place(
 
 
 def fitted(
-    opened: Opened, new: ViTConfig, *, head: str = "keep", method: str = "zoom", seed: int = 0
+    opened: Opened, new: ModelConfig, *, head: str = "keep", method: str = "zoom", seed: int = 0
 ) -> Iterator[tuple[np.ndarray, Line]]:
     """Fits parameters to another resolution, patch, stem or head, one after another.
 
@@ -381,7 +389,9 @@ def fitted(
             continue
         value, fate = opened.read(name), "kept"
         if name == "patch_embed/kernel":
-            value, fate = _fit_stem(value, new)
+            value, fate = _fit_stem(value, new.patch_channels, new.patch_size)
+        elif name == "resnet/conv_root/kernel":
+            value, fate = _fit_stem(value, new.in_channels, value.shape[:2])
         elif name == "pos_embed" and old.grid != new.grid:
             value = posembed.resize(value, old.grid, new.grid, old.num_position_prefix, method)
             fate = "resized {}x{} -> {}x{} ({})".format(*old.grid, *new.grid, method)
@@ -393,18 +403,18 @@ def fitted(
         yield value, Line(name, shape, fate, opened.sources[name])
 
 
-def _fit_stem(kernel: np.ndarray, new: ViTConfig) -> tuple[np.ndarray, str]:
-    (*patch, channels, _), fates = kernel.shape, []
-    if channels != new.in_channels:
-        kernel = posembed.adapt_channels(kernel, new.in_channels)
-        fates.append(f"{channels} -> {new.in_channels} channels")
-    if tuple(patch) != new.patch_size:
-        kernel = posembed.resample_patches(kernel, new.patch_size)
-        fates.append("resampled {}x{} -> {}x{}".format(*patch, *new.patch_size))
+def _fit_stem(kernel: np.ndarray, channels: int, patch: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    (*old_patch, old_channels, _), fates = kernel.shape, []
+    if old_channels != channels:
+        kernel = posembed.adapt_channels(kernel, channels)
+        fates.append(f"{old_channels} -> {channels} channels")
+    if tuple(old_patch) != patch:
+        kernel = posembed.resample_patches(kernel, patch)
+        fates.append("resampled {}x{} -> {}x{}".format(*old_patch, *patch))
     return kernel, ", ".join(fates) or "kept"
 
 
-def _fresh(config: ViTConfig, names: list[str], seed: int) -> dict[str, np.ndarray]:
+def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.ndarray]:
     """New parameters by their paths; a head alone, which starts at zero, compiles nothing."""
     if all(name.startswith("head") for name in names):
         shapes = shapes_of(config)
@@ -418,5 +428,6 @@ def _fresh(config: ViTConfig, names: list[str], seed: int) -> dict[str, np.ndarr
     return jax.device_get(jax.jit(some)())
 
 
-def _heads_differ(old: ViTConfig, new: ViTConfig) -> bool:
-    return (old.num_classes, old.representation_size) != (new.num_classes, new.representation_size)
+def _heads_differ(old: ModelConfig, new: ModelConfig) -> bool:
+    hidden = [getattr(config, "representation_size", None) for config in (old, new)]
+    return (old.num_classes, hidden[0]) != (new.num_classes, hidden[1])

@@ -1,181 +1,9 @@
-"""The names of weights in other code bases, as tables of rows: theirs, ours, and the axes between.
-
-A row's layout reads `their axes -> our axes` in einops' notation, for one block where the name has
-a `{}` for its index. Several of their arrays make one of ours joined along `t`: Google's query, key
-and value [d h k] are stacked to `t d h k`, Hugging Face's [(h k) d] concatenated to `(t h k) d`.
-Where several rows give the same parameter, they are spellings: the first one is what is written.
-A name that starts with / does not take the dialect's prefix.
-"""
+"""The names of weights in other code bases, as tables of rows (see rows.py)."""
 
 import dataclasses
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
 
-import cv2
-import einops
-import numpy as np
-from jaxtyping import Float32
-
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One of our parameters, and where it is in a file.
-
-    Attributes:
-      ours: "blocks/attention/qkv/kernel"; what is under `blocks` has a leading depth axis.
-      theirs: one name or several; without a `{}`, blocks are stacked in the file too.
-      layout: as the module's docstring says; empty where nothing changes.
-      parts: how much of `t` each of `theirs` holds.
-      says: fields of ViTConfig that this spelling stands for.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    layout: str = ""
-    parts: tuple[int, ...] = ()
-    says: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def per_block(self) -> bool:
-        return "{}" in self.theirs[0]
-
-    def keys(self, prefix: str, block: int | str = 0) -> list[str]:
-        """The full names of one block's arrays."""
-        names = (name.replace("{}", str(block)) for name in self.theirs)
-        return [name[1:] if name.startswith("/") else prefix + name for name in names]
-
-    def joined(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape of one block's arrays together, as the left side of the layout has it."""
-        if self.stacked:
-            return (len(shapes), *shapes[0])
-        if not shapes[0]:
-            return ()
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-    def pieces(self, joint: np.ndarray) -> list[np.ndarray]:
-        """Views of the single arrays of a file, out of all of them together."""
-        if self.stacked:
-            return list(joint)
-        if len(self.theirs) == 1:
-            return [joint]
-        parts = self.parts or (1,) * len(self.theirs)
-        return np.split(joint, np.cumsum(parts)[:-1] * (joint.shape[0] // sum(parts)))
-
-    def axes(self, shapes: Sequence[Shape]) -> dict[str, int]:
-        """Solves the sizes of our axes from the shapes of a file, where each stands alone.
-
-        Raises:
-          ValueError: the shapes have another number of axes.
-        """
-        left, right = _sides(self.layout)
-        shape = self.joined(shapes)
-        if len(shape) != len(left) or any(len(s) != len(shapes[0]) for s in shapes):
-            raise ValueError(f"{len(left) - self.stacked} axes")
-        sizes = {group[0]: n for group, n in zip(left, shape, strict=True) if len(group) == 1}
-        return {axis: n for axis, n in sizes.items() if [axis] in right}
-
-    def shapes(self, ours: Shape) -> list[Shape]:
-        """The shapes in the file of one block of a parameter of shape `ours`."""
-        if not self.layout:
-            return [ours]
-        left, right = _sides(self.layout)
-        sizes = {group[0]: n for group, n in zip(right, ours, strict=True) if group}
-        shape = tuple(math.prod(sizes.get(axis, 1) for axis in group) for group in left)
-        if self.stacked:
-            return [shape[1:]] * len(self.theirs)
-        parts = self.parts or (1,) * len(self.theirs)
-        return [(shape[0] // sum(parts) * part, *shape[1:]) if shape else () for part in parts]
-
-    def read(self, joint: Float32[np.ndarray, "..."], out: Float32[np.ndarray, "..."]) -> None:
-        """Rearranges one block's arrays, joined and contiguous, into `out`, contiguous too."""
-        left, right = _sides(self.layout)
-        if [axis for group in right for axis in group] == left[-1] + left[0] and len(left) == 2:
-            # OpenCV transposes a matrix 8 times faster than NumPy.
-            cv2.transpose(joint, dst=out.reshape(joint.shape[::-1]))
-        else:
-            sizes = {group[0]: n for group, n in zip(right, out.shape, strict=True) if group}
-            out[...] = einops.rearrange(joint, self.layout, **sizes)
-
-    def write(self, array: np.ndarray) -> list[np.ndarray]:
-        """The inverse of `read`: contiguous arrays as the file has them."""
-        if self.layout:
-            left, right = self.layout.split(" -> ")
-            array = einops.rearrange(array, f"{right} -> {left}")
-        return [np.ascontiguousarray(piece) for piece in self.pieces(array)]
-
-    @property
-    def plain(self) -> bool:
-        """Whether one of their arrays has the bytes of ours."""
-        if not self.layout:
-            return True
-        left, right = ([axis for group in side for axis in group] for side in _sides(self.layout))
-        return len(self.theirs) == 1 and left == right
-
-    @property
-    def stacked(self) -> bool:
-        return len(self.theirs) > 1 and self.layout.startswith("t ")
-
-
-def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
-    """`(t h) d -> d t h` -> [[t h] [d]], [[d] [t] [h]]; an axis of 1 is an empty group."""
-
-    def groups(side):
-        for inner, name in re.findall(r"\(([^)]*)\)|(\S+)", side):
-            yield inner.split() if inner else [] if name == "1" else [name]
-
-    left, right = layout.split(" -> ")
-    return list(groups(left)), list(groups(right))
-
-
-class Found(NamedTuple):
-    """A row whose names are in a file: of `depth` blocks, under `prefix`, one block's `shapes`."""
-
-    row: Row
-    prefix: str
-    depth: int | None
-    shapes: list[tuple[int, ...]]
-
-    def keys(self) -> list[str]:
-        if not self.row.per_block:
-            return self.row.keys(self.prefix)
-        return [key for i in range(self.depth or 0) for key in self.row.keys(self.prefix, i)]
-
-    def label(self) -> str:
-        """The names, all blocks in one: blocks.{0..11}.attn.qkv.weight."""
-        block = f"{{0..{(self.depth or 1) - 1}}}"
-        return " + ".join(self.row.keys(self.prefix, block))
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialect:
-    """How one code base names the parameters of a ViT.
-
-    Attributes:
-      name: what the user calls it.
-      markers: keys, after the prefix, one of which every file of it has and no other's.
-      rows: see `Row`.
-      leftover: patterns of full names that are no part of the encoder and may be left alone.
-      prefixes: what may stand before every name; the first one is written.
-    """
-
-    name: str
-    markers: tuple[str, ...]
-    rows: tuple[Row, ...]
-    leftover: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ("",)
-
-    def prefix(self, keys: Iterable[str]) -> str | None:
-        """What stands before a marker in `keys`, None where all markers are missing."""
-        keys = set(keys)
-        found = (p for p in self.prefixes for marker in self.markers if p + marker in keys)
-        return next(found, None)
-
-    def may_leave(self, key: str) -> bool:
-        return any(re.match(pattern, key) for pattern in self.leftover)
+from vit_jax.checkpoints.rows import Dialect, Row
 
 
 def _each(
@@ -250,6 +78,91 @@ def _flax_block(block: str, attention: int, norm2: int, mlp: int) -> list[Row]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _ResNet:
+    """How a code base names a ResNet: its root, and units in stages of 1, 2, ... or 0, 1, ...
+
+    `stage` is what stands before the number of a unit, and `norms` and `convs` what is inside, the
+    last of each in the shortcut.
+    """
+
+    root: str
+    norm_root: str | None
+    stage: str
+    convs: tuple[str, str, str, str]
+    norms: tuple[str, str, str, str]
+    norm: str | None = None
+    sep: str = "/"
+    leaves: tuple[str, str] = ("scale", "bias")
+    layout: str = "p q i o -> p q i o"
+    first: int = 1
+    digits: int = 1
+
+    def rows(self, prefix: str = "") -> list[Row]:
+        rows = [Row("resnet/conv_root/kernel", (prefix + self.root,), self.layout)]
+        for ours, theirs in (("norm_root", self.norm_root), ("norm", self.norm)):
+            rows += self._norm(f"resnet/{ours}", prefix + theirs) if theirs else []
+        for stage in range(4):
+            ours = f"resnet/stage{stage + 1}"
+            theirs = prefix + self.stage.replace("{}", str(stage + self.first))
+            first = f"{theirs}{self.first:0{self.digits}}{self.sep}"
+            rows += self._unit(f"{ours}/first", first, 4)
+            rest = self._unit(f"{ours}/rest", f"{theirs}{{}}{self.sep}", 3)
+            counted = dict(first=self.first + 1, digits=self.digits)
+            rows += [dataclasses.replace(row, **counted) for row in rest]
+        return rows
+
+    def _unit(self, ours: str, theirs: str, parts: int) -> list[Row]:
+        names, rows = ("1", "2", "3", "_proj"), []
+        for name, conv, norm in list(zip(names, self.convs, self.norms, strict=True))[:parts]:
+            rows.append(Row(f"{ours}/conv{name}/kernel", (theirs + conv,), self.layout))
+            rows += self._norm(f"{ours}/norm{name}", theirs + norm)
+        return rows
+
+    def _norm(self, ours: str, theirs: str) -> list[Row]:
+        rows = _norm(ours, theirs, *(self.sep + leaf for leaf in self.leaves))
+        return [dataclasses.replace(row, any_rank=True) for row in rows]
+
+
+_CONVS = ("conv1/kernel", "conv2/kernel", "conv3/kernel", "conv_proj/kernel")
+_GROUP_NORMS = ("gn1", "gn2", "gn3", "gn_proj")
+_STANDARDIZED = "standardized_conv2d/kernel"
+# google-research/vision_transformer: models_resnet.py; google-research/big_vision: models/bit.py
+_RESNET = _ResNet("conv_root/kernel", "gn_root", "block{}/unit", _CONVS, _GROUP_NORMS)
+# google-research/big_transfer: bit_jax/models.py, whose files are those of its TensorFlow
+_RESNET_BIT = _ResNet(
+    f"root_block/{_STANDARDIZED}",
+    None,
+    "block{}/unit",
+    tuple(f"{part}/{_STANDARDIZED}" for part in ("a", "b", "c", "a/proj")),
+    ("a/group_norm", "b/group_norm", "c/group_norm", "a/proj/group_norm"),
+    "group_norm",
+    leaves=("gamma", "beta"),
+    digits=2,
+)
+# google-research/big_vision: models/bit_paper.py
+_RESNET_PAPER = dataclasses.replace(
+    _RESNET,
+    root="root_block/conv_root/kernel",
+    norm_root=None,
+    norm="norm-pre-head",
+    digits=2,
+)
+# huggingface/pytorch-image-models: timm/models/resnetv2.py
+_RESNET_TIMM = _ResNet(
+    "stem.conv.weight",
+    "stem.norm",
+    "stages.{}.blocks.",
+    ("conv1.weight", "conv2.weight", "conv3.weight", "downsample.conv.weight"),
+    ("norm1", "norm2", "norm3", "downsample.norm"),
+    "norm",
+    sep=".",
+    leaves=("weight", "bias"),
+    layout="o i p q -> p q i o",
+    first=0,
+)
+
+
 _FLAX_ENDS = (
     Row("patch_embed/kernel", ("embedding/kernel",), "p q c d -> p q c d"),
     Row("patch_embed/bias", ("embedding/bias",), "d -> d"),
@@ -269,6 +182,7 @@ GOOGLE = Dialect(
         "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel",
     ),
     (
+        *_RESNET.rows(),
         *_FLAX_ENDS,
         Row("pos_embed", ("Transformer/posembed_input/pos_embedding",), "1 n d -> n d"),
         *_flax_block("Transformer/encoderblock_{}", *_PRE_LINEN),
@@ -304,6 +218,14 @@ TIMM = Dialect(
     "timm",
     ("patch_embed.proj.weight",),
     (
+        # A stem without stages is not wrapped in a network.
+        *(
+            dataclasses.replace(row, says={"resnet": ()})
+            for row in dataclasses.replace(
+                _RESNET_TIMM, root="conv.weight", norm_root="norm", norm=None
+            ).rows("patch_embed.backbone.")[:3]
+        ),
+        *_RESNET_TIMM.rows("patch_embed.backbone."),
         *_conv("patch_embed.proj"),
         Row("cls_token", ("cls_token",), "1 1 d -> 1 1 d"),
         Row("dist_token", ("dist_token",), "1 1 d -> 1 1 d"),
@@ -334,6 +256,7 @@ TIMM = Dialect(
     ),
     leftover=(r"mask_token$", r"decoder_"),
     prefixes=("", "model.", "module."),
+    resnet_style="timm_v1",
 )
 
 
@@ -471,10 +394,58 @@ HF_SIGLIP = Dialect(
     prefixes=("", "vision_model."),
 )
 
+# ResNets as classifiers: see the names above.
+RESNET_V1 = Dialect(
+    "big_vision",
+    ("conv_root/kernel",),
+    (*_RESNET.rows(), *_dense("head", "head")),
+    leftover=(r"opt/",),
+    prefixes=("params/", "", "opt/target/", "target/"),
+    family="resnet",
+)
+RESNET_PAPER = Dialect(
+    "big_vision",
+    ("root_block/conv_root/kernel",),
+    (*_RESNET_PAPER.rows(), *_dense("head", "head")),
+    leftover=(r"opt/",),
+    prefixes=("params/", ""),
+    family="resnet",
+    resnet_style="v2",
+)
+RESNET_BIT = Dialect(
+    "google",
+    (f"root_block/{_STANDARDIZED}",),
+    (
+        *_RESNET_BIT.rows(),
+        Row("head/kernel", ("head/conv2d/kernel",), "1 1 i o -> i o"),
+        Row("head/bias", ("head/conv2d/bias",), "o -> o"),
+    ),
+    prefixes=("resnet/",),
+    family="resnet",
+    resnet_style="v2",
+    aliases=(r"/standardized_conv2d_\d+/", "/standardized_conv2d/"),
+)
+RESNET_TIMM = Dialect(
+    "timm",
+    ("stages.0.blocks.0.downsample.conv.weight",),
+    (
+        *_RESNET_TIMM.rows(),
+        Row("head/kernel", ("head.fc.weight",), "o i 1 1 -> i o"),
+        Row("head/bias", ("head.fc.bias",), "o -> o"),
+    ),
+    prefixes=("", "model.", "module."),
+    family="resnet",
+    resnet_style="timm_v2",
+)
+
 # In the order in which files are recognised: DINOv2's has HF_VIT's marker too.
-FOREIGN = (GOOGLE, BIG_VISION, TIMM, HF_DINOV2, HF_SIGLIP, HF_VIT)
+FOREIGN = (
+    *(GOOGLE, BIG_VISION, TIMM, HF_DINOV2, HF_SIGLIP, HF_VIT),
+    *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),
+)
 
 
 def native(names: Iterable[str]) -> Dialect:
     """Our own names, as they are."""
-    return Dialect("vit_jax", ("patch_embed/kernel",), tuple(Row(name, (name,)) for name in names))
+    markers = ("patch_embed/kernel", "resnet/conv_root/kernel")
+    return Dialect("vit_jax", markers, tuple(Row(name, (name,)) for name in names))

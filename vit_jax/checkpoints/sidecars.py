@@ -1,0 +1,209 @@
+"""The config files that timm and transformers load a folder of weights by, written by `save`."""
+
+import math
+from typing import Any
+
+from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.models.config import VARIANTS, ModelConfig, ResNetConfig, ViTConfig
+
+
+def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:
+    """The config.json and preprocessor_config.json that transformers loads a model by."""
+    gelus = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
+    square = vit.image_size[0] == vit.image_size[1] and vit.patch_size[0] == vit.patch_size[1]
+    if not square:
+        raise UserError(f"transformers has square images and patches only, not {vit.image_size}")
+    config: dict[str, Any] = {
+        "hidden_act": gelus[vit.gelu],
+        "hidden_size": vit.width,
+        "image_size": vit.image_size[0],
+        "intermediate_size": vit.mlp_dim,
+        "layer_norm_eps": vit.layernorm_eps,
+        "num_attention_heads": vit.num_heads,
+        "num_channels": vit.in_channels,
+        "num_hidden_layers": vit.depth,
+        "patch_size": vit.patch_size[0],
+    }
+    if vit.num_classes:
+        config["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        config["label2id"] = {name: i for i, name in enumerate(labels)}
+    head = vit.num_classes > 0
+    if vit.pool == "map":
+        kind, name = "siglip_vision_model", "SiglipVisionModel"
+    elif vit.pre_norm:
+        kind, name = "clip_vision_model", "CLIPVisionModel"
+    elif vit.layer_scale is not None:
+        kind, name = "dinov2", "Dinov2"
+        if vit.registers:
+            kind, name = "dinov2_with_registers", "Dinov2WithRegisters"
+            config["num_register_tokens"] = vit.registers
+        name += "ForImageClassification" if head else "Model"
+        config |= {"layerscale_value": vit.layer_scale, "qkv_bias": vit.qkv_bias}
+        if not vit.registers:
+            config["use_mask_token"] = False
+        config["use_swiglu_ffn"] = vit.mlp == "swiglu"
+        config["mlp_ratio"] = _hf_mlp_ratio(vit)
+        del config["intermediate_size"]
+    elif vit.distillation != "none":
+        kind = "deit"
+        name = "DeiTForImageClassification" if head else "DeiTModel"
+        name += "WithTeacher" if vit.distillation == "head" else ""
+    else:
+        kind, name = "vit", "ViTForImageClassification" if head else "ViTModel"
+        config["qkv_bias"] = vit.qkv_bias
+    if vit.representation_size:
+        config["pooler_output_size"] = vit.representation_size
+    config |= {"model_type": kind, "architectures": [name], "dtype": "float32"}
+    return {"config.json": config, "preprocessor_config.json": _hf_processor(kind, pre)}
+
+
+def _hf_mlp_ratio(vit: ViTConfig) -> int | float:
+    """DINOv2's config has no hidden size, only a ratio, which SwiGLU rounds (2/3, up to 8)."""
+    if vit.mlp == "gelu":
+        return vit.mlp_dim / vit.width if vit.mlp_dim % vit.width else vit.mlp_dim // vit.width
+    for ratio in range(1, 33):
+        if (int(vit.width * ratio * 2 / 3) + 7) // 8 * 8 == vit.mlp_dim:
+            return ratio
+    raise UserError(
+        f"transformers has no SwiGLU of {vit.mlp_dim} hidden units and {vit.width} wide"
+    )
+
+
+def _hf_processor(kind: str, pre: Preprocess) -> dict[str, Any]:
+    h, w = pre.image_size
+    classes = {
+        "deit": "DeiTImageProcessor",
+        "dinov2": "BitImageProcessor",
+        "dinov2_with_registers": "BitImageProcessor",
+        "siglip_vision_model": "SiglipImageProcessor",
+        "clip_vision_model": "CLIPImageProcessor",
+    }
+    found = {
+        "image_processor_type": classes.get(kind, "ViTImageProcessor"),
+        "do_resize": True,
+        "resample": 3 if pre.resize.startswith("bicubic") else 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _per_channel(pre.mean, pre.in_channels),
+        "image_std": _per_channel(pre.std, pre.in_channels),
+    }
+    outer = math.floor(h / pre.crop)
+    found["size"] = (
+        {"shortest_edge": outer}
+        if pre.aspect != "squash"
+        else {"height": outer, "width": math.floor(w / pre.crop)}
+    )
+    found["do_center_crop"] = pre.aspect != "squash" or pre.crop < 1
+    if found["do_center_crop"]:
+        found["crop_size"] = {"height": h, "width": w}
+    return found
+
+
+def _per_channel(value: Any, channels: int) -> list[float]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * channels
+
+
+# By units and width: what timm has hybrids and BiT's ResNets of.
+_TIMM_HYBRIDS = {
+    ((), 64): "vit_tiny_r_s16_p8_224",
+    ((2, 2, 2, 2), 64): "vit_base_r26_s32_224",
+    ((3, 4, 9), 64): "vit_base_r50_s16_224",
+    ((3, 4, 6, 3), 64): "vit_large_r50_s32_224",
+}
+_TIMM_RESNETS = {
+    (VARIANTS[name]["resnet"], VARIANTS[name]["resnet_width"]): f"resnetv2_{name[1:]}_bit"
+    for name in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
+}
+
+
+def timm_files(model: ModelConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:
+    """The config.json that `timm.create_model("local-dir:FOLDER")` builds a model by.
+
+    timm has no word for a LayerNorm epsilon; CLIP's architectures have 1e-5, the others 1e-6. Nor
+    has it one for the units of a ResNet: only what it has a name for can be built.
+
+    Raises:
+      UserError: it has none for this model.
+    """
+    named = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    if isinstance(model, ResNetConfig):
+        named = {"first_conv": "stem.conv", "classifier": "head.fc"}
+        architecture = _timm_named(_TIMM_RESNETS, (model.resnet, model.resnet_width))
+        args, pool = {"in_chans": model.in_channels}, "avg"
+    else:
+        architecture, args = _timm_vit(model)
+        pool = args["global_pool"]
+        if model.resnet is not None:
+            stem = "backbone.stem" if model.resnet else "backbone"
+            named["first_conv"] = f"patch_embed.{stem}.conv"
+        if model.distillation == "head":
+            named["classifier"] = ["head", "head_dist"]
+    methods = {"bicubic_antialias": "bicubic"}
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.width,
+        "global_pool": pool,
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [model.in_channels, *model.image_size],
+            "fixed_input_size": isinstance(model, ViTConfig),
+            "interpolation": methods.get(pre.resize, "bilinear"),
+            "crop_pct": pre.crop,
+            "crop_mode": "squash" if pre.aspect == "squash" else "center",
+            "mean": _per_channel(pre.mean, pre.in_channels),
+            "std": _per_channel(pre.std, pre.in_channels),
+            "num_classes": model.num_classes,
+            **named,
+        },
+    }
+    if model.num_classes:
+        config["label_names"] = list(labels)
+    return {"config.json": config}
+
+
+def _timm_named(names: dict[Any, str], sizes: tuple[tuple[int, ...], int]) -> str:
+    if sizes not in names:
+        raise UserError(
+            f"timm has no architecture with a ResNet of {sizes[0]} units and {sizes[1]} channels: "
+            "write a FILE.safetensors, without a config"
+        )
+    return names[sizes]
+
+
+def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
+    """An architecture of timm's, and the arguments that make it this model."""
+    gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
+    square = vit.patch_size[0] == vit.patch_size[1]
+    args: dict[str, Any] = {
+        "img_size": list(vit.image_size),
+        "patch_size": vit.patch_size[0] if square else list(vit.patch_size),
+        "in_chans": vit.in_channels,
+        "embed_dim": vit.width,
+        "depth": vit.depth,
+        "num_heads": vit.num_heads,
+        "mlp_ratio": (vit.mlp_dim * (2 if vit.mlp == "swiglu" else 1) + 0.5) / vit.width,
+        "class_token": vit.has_class_token,
+        "global_pool": {"token": "token", "gap": "avg", "map": "map"}[vit.pool],
+        "fc_norm": vit.norm_after_pool,
+        "qkv_bias": vit.qkv_bias,
+        "init_values": vit.layer_scale,
+        "reg_tokens": vit.registers,
+        "no_embed_class": vit.num_position_prefix == 0,
+        "pos_embed": "learn" if vit.position == "learned" else "none",
+        "pre_norm": vit.pre_norm,
+        "act_layer": gelus[vit.gelu],
+    }
+    architecture = "vit_base_patch16_224"
+    if vit.layernorm_eps == 1e-5:
+        architecture = "vit_base_patch16_clip_224"
+    if vit.mlp == "swiglu":
+        architecture = "vit_giant_patch14_dinov2"
+        del args["act_layer"]
+    if vit.distillation != "none":
+        architecture = "deit_base_distilled_patch16_224"
+    if vit.resnet is not None:
+        architecture = _timm_named(_TIMM_HYBRIDS, (vit.resnet, vit.resnet_width))
+    return architecture, args
