@@ -24,7 +24,7 @@ import presets
 
 def get_config(arg="S/16,imagenet"):
     """VARIANT,imagenet[,EVALUATOR...][,SOURCE]."""
-    args = presets.read(arg, ("imagenet",), presets.EVALUATORS)
+    args = presets.read(arg, ("imagenet",), presets.EVALUATORS, kind="vit")
     source, evaluated = args.data.source, presets.BIG_VISION_EVAL
 
     config = presets.base()

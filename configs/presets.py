@@ -53,10 +53,14 @@ DATASETS = {
 # Table 1; Ti and S are those of DeiT and AugReg.
 WIDTHS = {"mu": 32, "Ti": 192, "S": 384, "B": 768, "L": 1024, "So400m": 1152}
 WIDTHS |= {"H": 1280, "g": 1408, "G": 1664, "22B": 6144}
+# Whole names: hybrids are as wide as their ViT, ResNets have nothing of that width.
+HYBRIDS = "R+Ti/16 R26+S/32 R26+B/32 R50+B/16 R50+B/32 R50+L/16 R50+L/32".split()
+HYBRIDS = {name: WIDTHS[name.partition("+")[2].partition("/")[0]] for name in HYBRIDS}
+RESNETS = "R26x1 R50x1 R50x2 R50x3 R101x1 R101x3 R152x1 R152x2 R152x4 R200x3".split()
 
 
 class Arguments(NamedTuple):
-    """What a recipe's argument says; `width` is the variant's."""
+    """What a recipe's argument says; `width` is the variant's, 0 for a ResNet."""
 
     name: str
     data: DataSet
@@ -66,26 +70,47 @@ class Arguments(NamedTuple):
     size: int | None = None
 
 
+VITS = "one of " + ", ".join(WIDTHS) + ", a slash and the patch size"
+KINDS = {
+    "any": f"{VITS}, or one of {', '.join([*HYBRIDS, *RESNETS])}",
+    "vit": f"{VITS}, or one of {', '.join(HYBRIDS)}",
+    "resnet": "one of " + ", ".join(RESNETS),
+}
+
+
 def read(
-    arg: str, names: tuple[str, ...], words: tuple[str, ...] = (), table: dict = DATASETS
+    arg: str,
+    names: tuple[str, ...],
+    words: tuple[str, ...] = (),
+    table: dict = DATASETS,
+    kind: str = "any",
 ) -> Arguments:
     """Reads VARIANT,DATA and, in any order: some of `words`, an image size, another source.
 
+    Args:
+      kind: which variants a recipe is for: `vit` (hybrids are among them), `resnet` or `any`.
+
     Raises:
-      ValueError: another data set than `names`, or a word that means nothing.
+      ValueError: another variant, another data set than `names`, or a word that means nothing.
     """
     variant, _, rest = arg.partition(",")
-    width = WIDTHS.get(variant.partition("/")[0])
-    if width is None or "/" not in variant:
+    known = dict.fromkeys(RESNETS, 0) if kind != "vit" else {}
+    if kind != "resnet":
+        known |= HYBRIDS
+        size, slash, _ = variant.partition("/")
+        known |= {variant: WIDTHS[size]} if slash and size in WIDTHS else {}
+    if variant not in known:
+        example = "R50x1" if kind == "resnet" else "B/16"
         raise ValueError(
-            f"argument {arg!r}: expected VARIANT,DATA such as B/16,{names[0]}; a variant is one of "
-            f"{', '.join(WIDTHS)}, a slash and the patch size"
+            f"argument {arg!r}: expected VARIANT,DATA such as {example},{names[0]}; a variant is "
+            f"{KINDS[kind]}"
         )
     name, *given = rest.split(",")
     sizes = [word for word in given if word.isdigit() and int(word)]
     given = [word for word in given if word not in sizes]
     args = read_data(",".join([name, *given]), names, words, table)
-    return args._replace(variant=variant, width=width, size=int(sizes[-1]) if sizes else None)
+    size = int(sizes[-1]) if sizes else None
+    return args._replace(variant=variant, width=known[variant], size=size)
 
 
 def read_data(
@@ -119,6 +144,17 @@ def base() -> ConfigDict:
     # Parameters stay float32. On TPUs the published codes multiply in bfloat16 as well.
     config.precision = "bfloat16"
     return config
+
+
+def fine_tuned(args: Arguments, size: int, dropout: float = 0.0) -> ConfigDict:
+    """The section `model` for fine-tuning: what regularised the checkpoint is set anew.
+
+    A ResNet has neither dropout nor stochastic depth.
+    """
+    model = ConfigDict(dict(variant=args.variant, image_size=(size, size)))
+    if args.width:
+        model.update(dropout=dropout, drop_path=0.0)
+    return model
 
 
 # What big_vision's configs do to images: decode_jpeg_and_inception_crop(224)|flip_lr for training,

@@ -21,7 +21,8 @@ that were best on the held-out images:
 They held out what `dev` holds out and did not train on it for these numbers: name `dev` and set
 `--config.data.test` to get both. Of Flowers they take the half that TFDS calls train. What is known
 to matter: the learning rate and the crop, so both are chosen on `dev`. No dropout or stochastic
-depth, no weight decay, momentum in bfloat16.
+depth, no weight decay, momentum in bfloat16. ResNets and hybrids take the same; what hybrids reach
+on ImageNet is in configs/augreg.py.
 """
 
 import presets
@@ -42,10 +43,7 @@ def get_config(arg="B/32,cifar10"):
     config.batch_size = 512
     config.total_steps = data.steps
 
-    config.model.variant = args.variant
-    config.model.image_size = (size, size)
-    config.model.dropout = 0.0
-    config.model.drop_path = 0.0
+    config.model = presets.fine_tuned(args, size)
 
     # 384 of 448; resize_small and its kin cast to uint8, which cuts.
     evaluated = dict(presets.BIG_VISION_EVAL, crop=384 / 448)

@@ -41,10 +41,7 @@ def get_config(arg="B/16,caltech101"):
     config.batch_size = 512
     config.total_steps = 2500
 
-    config.model.variant = args.variant
-    config.model.image_size = (size, size)
-    config.model.dropout = 0.0
-    config.model.drop_path = 0.0
+    config.model = presets.fine_tuned(args, size)
 
     how = dict(aspect="squash", resize="bilinear", jpeg="fast", resize_dtype="float32", crop=1.0)
     dev = "dev" in args.words

@@ -181,8 +181,8 @@ def test_flags_reach_every_key_and_none_takes_back():
     flags += ["--config.optim.ema=0.9", "--config.model.image_size=12", "--config.total_steps=5"]
     config = load_config(DIGITS, flags)
     assert config.optim.grad_clip is None and config.optim.ema == 0.9
-    assert config.vit(None, 10).representation_size is None
-    assert config.vit(None, 10).image_size == (12, 12)
+    assert config.model_config(None, 10).representation_size is None
+    assert config.model_config(None, 10).image_size == (12, 12)
     assert (config.total_steps, config.total_epochs) == (5, None)
     assert load_config(DIGITS).optim.grad_clip == 1.0
 
@@ -192,7 +192,7 @@ def test_a_variant_beside_init_from_changes_its_sizes_alone():
         width=32, num_heads=2, gelu="erf", layernorm_eps=1e-12, in_channels=1, num_classes=10
     )
     config = load_config(f"{DIGITS}:finetune", ["--config.model.variant=mu/2"])
-    vit = config.vit(base, 10)
+    vit = config.model_config(base, 10)
     assert (vit.gelu, vit.layernorm_eps, vit.in_channels) == ("erf", 1e-12, 1)
     assert (vit.patch_size, vit.depth) == ((2, 2), 1)
 

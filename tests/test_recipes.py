@@ -111,7 +111,7 @@ def test_table_3(variants, data, epochs, lr, decay, weight_decay, dropout):
         check(config.augment, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
         width = WIDTHS[variant[0]]
         check(
-            config.vit(None, 10),
+            config.model_config(None, 10),
             image_size=(224, 224),
             patch_size=(int(variant[2:]),) * 2,
             width=width,
@@ -140,7 +140,7 @@ def test_images_of_the_papers_pretraining(data):
 
 @pytest.mark.parametrize("variant", ["Ti/16", "S/16", "B/16", "L/16", "H/14", "g/14", "G/14"])
 def test_the_hidden_layer_is_as_wide_as_the_model(variant):
-    model = recipe(f"pretrain:{variant},imagenet").vit(None, 10)
+    model = recipe(f"pretrain:{variant},imagenet").model_config(None, 10)
     assert model.representation_size == model.width
 
 
@@ -235,7 +235,7 @@ def check_big_vision(config, setting):
     assert config.data.train.inception_crop.area == (0.05, 1.0)
     for split in filter(None, (config.data.val, config.data.test)):
         check_resized(split, 224, 256)
-    check(config.vit(None, 10), image_size=(224, 224), dropout=0.0, drop_path=0.0)
+    check(config.model_config(None, 10), image_size=(224, 224), dropout=0.0, drop_path=0.0)
 
 
 def check_resized(split, size, small):
@@ -250,7 +250,7 @@ def test_augreg(variant, data, setting):
     check_big_vision(config, setting)
     check(config, batch_size=4096, total_epochs=300.0)
     width = WIDTHS[variant.split("/")[0]]
-    model = config.vit(None, 10)
+    model = config.model_config(None, 10)
     check(model, width=width, position="learned")
     if data == "imagenet":
         assert config.objective == "softmax"
@@ -270,7 +270,7 @@ def test_better_plain_vit():
     config = recipe("plain:S/16,imagenet")
     check_big_vision(config, "light2")
     check(config, batch_size=1024, total_epochs=90.0, objective="softmax")
-    model = config.vit(None, 1000)
+    model = config.model_config(None, 1000)
     check(model, width=384, pool="gap", position="sincos2d", representation_size=384)
 
 
@@ -315,7 +315,7 @@ def check_sgd(config, steps, warmup):
     check(config.data.train, rand_augment=None, erasing=0.0)
     # What is fine-tuned gets one linear layer of zeros, whatever its head was.
     trained = ViTConfig(width=64, num_heads=2, representation_size=64, drop_path=0.1, dropout=0.1)
-    check(config.vit(trained, 7), representation_size=None, num_classes=7, drop_path=0.0)
+    check(config.model_config(trained, 7), representation_size=None, num_classes=7, drop_path=0.0)
 
 
 @pytest.mark.parametrize("data", TABLE_4)
@@ -325,7 +325,7 @@ def test_table_4(data):
         config = recipe(f"finetune:B/16,{data}{dev}")
         check_sgd(config, steps, warmup)
         assert config.optim.ema is None and config.optim.lr in lrs
-        assert config.vit(None, 10).image_size == (384, 384)
+        assert config.model_config(None, 10).image_size == (384, 384)
         check(config.data.train, flip=True, resize="bilinear", jpeg="fast")
         assert config.data.train.inception_crop.area == (0.05, 1.0)
         check(config.data.val if dev else config.data.test, **SQUASHED)
@@ -363,7 +363,7 @@ def test_development_splits(name, data):
 )
 def test_sizes_and_averaging(argument, size, ema):
     config = recipe(f"finetune:{argument}")
-    assert config.vit(None, 10).image_size == (size, size) and config.optim.ema == ema
+    assert config.model_config(None, 10).image_size == (size, size) and config.optim.ema == ema
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_dropout_of_fine_tuning(variant, dropout):
 
     (Table 4 says nothing of dropout; Table 5 has 85.15%.)
     """
-    assert recipe(f"finetune:{variant},imagenet").vit(None, 1000).dropout == dropout
+    assert recipe(f"finetune:{variant},imagenet").model_config(None, 1000).dropout == dropout
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_dropout_of_fine_tuning(variant, dropout):
 )
 def test_a_fresh_head_is_zero_after_a_sigmoid_loss(name):
     """Section B.1.1, for models that were pre-trained with a head bias of -10."""
-    assert recipe(name).vit(ViTConfig(head_bias=-10.0), 100).head_bias == 0.0
+    assert recipe(name).model_config(ViTConfig(head_bias=-10.0), 100).head_bias == 0.0
 
 
 @pytest.mark.parametrize("data", TABLE_4)
@@ -391,7 +391,7 @@ def test_transfer(data, crop):
     """big_vision's transfer.py: h_res=448, l_res=384; resmall_crop without another word."""
     config = recipe(f"transfer:B/32,{data}" + (crop and f",{crop}"))
     check_sgd(config, *TABLE_4[data][:2])
-    check(config.vit(None, 10), image_size=(384, 384), dropout=0.0)
+    check(config.model_config(None, 10), image_size=(384, 384), dropout=0.0)
     assert config.optim.lr == 0.01 and config.optim.ema is None
     for evaluated in (config.data.test, recipe(f"transfer:B/32,{data},dev").data.val):
         check_resized(evaluated, 384, 448)
@@ -427,7 +427,7 @@ def test_vtab(task):
         config = recipe(f"vtab:B/16,{task}{dev}")
         check_sgd(config, 2500, 500)
         assert config.optim.lr == 0.01
-        check(config.vit(None, 10), image_size=(384, 384), dropout=0.0)
+        check(config.model_config(None, 10), image_size=(384, 384), dropout=0.0)
         data = config.data
         assert {s.source for s in (data.train, data.val, data.test) if s} == {f"vtab:{task}"}
         assert data.train.split == ("train800" if dev else "train800val200")
@@ -603,7 +603,7 @@ WEIGHT_DECAY = {
 def test_weight_decay(spec):
     """optax.py and its default wd_mults, ".*/kernel$", by names; the amount, by a zero gradient."""
     config = recipe(spec, *SMALL[:-1])
-    model = dataclasses.replace(config.vit(None, 5), head_bias=0.0)
+    model = dataclasses.replace(config.model_config(None, 5), head_bias=0.0)
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), structure(model)[1])
     warmup = int(config.optim.warmup)
     schedule = make_schedule(config.optim, 200_000)
@@ -760,7 +760,7 @@ def test_two_steps_of_training(spec, here, tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "save", lambda store, step, tree: saved.update(tree))
     loss, measured = RUNS[spec]
     flags = [*SMALL, *STEPS]
-    if recipe(spec).vit(None, 2).representation_size:
+    if recipe(spec).model_config(None, 2).representation_size:
         flags.append("--config.model.representation_size=16")
     if spec.startswith("fractals"):
         flags.append("--config.model.image_size=24")
@@ -797,7 +797,7 @@ READ = {
 @pytest.mark.parametrize("spec", READ)
 def test_images_arrive_at_the_recipes_size(spec, here):
     config = recipe(spec)
-    h, w = config.vit(None, 10).image_size
+    h, w = config.model_config(None, 10).image_size
     for name in ("train", "val", "test"):
         split = getattr(config.data, name)
         if split is None:
@@ -856,16 +856,29 @@ FORMS = {
         "B/16,imagenet21k,records:shards/imagenet21k",
         "L/16,jft,records:shards/mine",
         "g/14,jft,fewshot,392",
+        "R50+L/16,jft,records:shards/mine",
+        "R50x1,jft,records:shards/mine",
+        f"R101x3,imagenet,{WORDS}",
+    ],
+    "bit_pretrain": [
+        "R50x1,imagenet",
+        "R152x2,imagenet21k,records:shards/imagenet21k",
+        "R152x4,jft,knn,160",
+        f"R50x1,imagenet,cosine,{WORDS}",
+        "R101x1,imagenet21k,cosine",
     ],
     "augreg": [
         "B/16,imagenet",
         "S/16,imagenet21k,light2,records:shards/imagenet21k",
         f"Ti/16,imagenet,strong1,{WORDS},folder:/data/imagenet",
+        "R50+L/32,imagenet21k",
+        "R+Ti/16,imagenet,light2",
     ],
     "plain": [
         "S/16,imagenet",
         f"S/16,imagenet,{WORDS}",
         "B/16,imagenet,fractals:classes=1000",
+        "R26+S/32,imagenet",
     ],
     "finetune": [
         *(f"B/16,{name}{dev}" for name in NAMES for dev in ("", ",dev")),
@@ -875,18 +888,30 @@ FORMS = {
         "B/16,flowers,records:shards/flowers",
         "B/16,flowers,dev,records:shards/flowers",
         "B/16,imagenet,fewshot,records:shards/imagenet",
+        "R50+B/16,cifar100",
+        "R50x1,imagenet,dev",
+    ],
+    "bit": [
+        *(f"R50x1,{name}{dev}" for name in NAMES for dev in ("", ",dev")),
+        f"R152x2,imagenet,384,{WORDS}",
+        "R101x3,pets,dev,knn,probe",
+        "R50x3,cifar10,records:shards/cifar10",
     ],
     "transfer": [
         *(f"B/32,{name}{dev}" for name in NAMES for dev in ("", ",dev")),
         f"B/32,imagenet,dev,{WORDS}",
         *(f"B/32,pets,dev,{crop}" for crop in ("resmall_crop", "resize_crop", "inception_crop")),
         "S/16,cifar10,224,resize_crop,knn",
+        "R+Ti/16,pets,dev",
+        "R26x1,flowers,inception_crop",
     ],
     "vtab": [
         "B/16,caltech101",
         "B/16,pets,dev",
         "L/16,dmlab,224",
         "H/14,svhn,dev",
+        "R50+B/32,dtd",
+        "R50x1,pets",
     ],
     "evaluate": [
         "cifar100",
@@ -914,7 +939,7 @@ def test_every_form_of_the_argument(name):
             if split.source.startswith("records:"):
                 assert parse_split(split.split)[0].isidentifier(), split.split
         if "variant" in config.model:
-            config.vit(None, 10)
+            config.model_config(None, 10)
 
 
 class Odd:
@@ -941,7 +966,9 @@ def test_every_leaf_of_a_recipe_is_taken(monkeypatch):
             if path[0] == "model":
                 assert last in MODEL_KEYS
                 with contextlib.suppress(UserError, TypeError):
-                    assert unpack(Config, odd).vit(None, 10) != unpack(Config, raw).vit(None, 10)
+                    assert unpack(Config, odd).model_config(None, 10) != unpack(
+                        Config, raw
+                    ).model_config(None, 10)
                 continue
             with pytest.raises(UserError, match=re.escape(".".join(path))):
                 unpack(Config, odd)
@@ -974,7 +1001,19 @@ WRONG = {
     "pretrain:B/16,imagenet,reel": "real, v2",
     "augreg:B/16,jft": "imagenet, imagenet21k",
     "augreg:B/16,imagenet,heavy": "light1, light2",
+    "augreg:R50x1,imagenet": r"Ti, S, B, .*, or one of R\+Ti/16, R26\+S/32",
     "plain:S/16,cifar10": "imagenet",
+    "plain:R26x1,imagenet": r"expected VARIANT,DATA such as B/16,imagenet; .* R50\+L/32$",
+    "bit:B/16,cifar10": r"expected VARIANT,DATA such as R50x1,imagenet; .* R26x1, R50x1",
+    "bit:R50x5,cifar10": "R50x1, R50x2, R50x3",
+    "bit:R50+B/16,pets": "one of R26x1",
+    "bit:R50x1,imagenet21k": "imagenet, cifar10, cifar100, pets, flowers",
+    "bit:R50x1,pets,resize_crop": r"expected .*\bdev\b",
+    "bit_pretrain:R50x1,pets": "imagenet, imagenet21k, jft",
+    "bit_pretrain:R50x1,jft,cosine": "cosine goes with imagenet or imagenet21k",
+    "bit_pretrain:S/16,imagenet": "one of R26x1",
+    "pretrain:R50+B/8,imagenet": r"R50\+B/16, R50\+B/32",
+    "finetune:R50x1/16,pets": "R26x1, R50x1",
     "finetune:B/16,imagenet21k": "cifar10, cifar100, pets, flowers",
     "finetune:cifar10": "expected VARIANT,DATA",
     "transfer:B/32,pets,random_crop": "resmall_crop, resize_crop, inception_crop",
@@ -1038,10 +1077,12 @@ def test_development_runs_leave_the_test_images_alone():
 
 
 def test_every_variant_has_a_recipe():
-    """configs/ knows the widths by itself, since it imports nothing from the package."""
+    """configs/ knows names and widths by itself, since it imports nothing from the package."""
     for name, sizes in VARIANTS.items():
-        fields = recipe(f"plain:{name}/16,imagenet").vit(None, 10)
-        assert fields.width == fields.representation_size == sizes["width"]
+        spec = name if "resnet" in sizes else f"{name}/16"
+        fields = recipe(f"pretrain:{spec},imagenet").model_config(None, 10)
+        assert {key: getattr(fields, key) for key in sizes} == sizes
+        assert getattr(fields, "representation_size", None) == sizes.get("width")
 
 
 def script(name):

@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vit_jax.analysis.preflight import flops_per_image
+from vit_jax.analysis.cost import flops_per_image
 from vit_jax.models.config import CHOICES, ViTConfig, variant
 
 # JAX would take most of a GPU's memory when it starts; here torch shares the GPU.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from vit_jax.analysis import preflight
+from vit_jax.analysis import cost, preflight
 from vit_jax.analysis.collectives import by_kind
 from vit_jax.models.config import variant
 from vit_jax.training.config import load_config
@@ -70,7 +70,7 @@ def rehearse(name: str) -> dict:
         "moves": by_kind(found.collectives),
         "moved_gb": found.moved_bytes / 1e9,
         "least_gb": found.least_bytes / 1e9,
-        "milliseconds_at_half_peak": preflight.step_flops(config, record.config) / rate * 1e3,
+        "milliseconds_at_half_peak": cost.step_flops(config, record.config) / rate * 1e3,
         "compile_seconds": time.perf_counter() - began,
     }
 

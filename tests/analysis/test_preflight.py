@@ -8,7 +8,7 @@ import pytest
 from conftest import DIGITS, TINY
 
 from vit_jax.__main__ import main
-from vit_jax.analysis import preflight
+from vit_jax.analysis import cost, preflight
 from vit_jax.errors import UserError
 from vit_jax.models.config import variant
 from vit_jax.training.config import load_config
@@ -68,9 +68,9 @@ def test_state_is_a_share_and_the_least_traffic_is_counted():
 def test_flops_of_a_step_count_what_remat_repeats(dtype):
     config = load_config(DIGITS, TINY)
     vit = variant("B/16", dtype=dtype)
-    forward = preflight.flops_per_image(vit)
-    assert preflight.step_flops(config, vit) == 32 * 3 * forward
-    full = preflight.step_flops(config, dataclasses.replace(vit, remat="full"))
+    forward = cost.flops_per_image(vit)
+    assert cost.step_flops(config, vit) == 32 * 3 * forward
+    full = cost.step_flops(config, dataclasses.replace(vit, remat="full"))
     assert full == 32 * 4 * forward
 
 

@@ -50,6 +50,23 @@ COSINE = [LR / 2 * (1 + math.cos(math.pi * k / 80)) for k in (20, 40, 80)]
                 (dict(schedule="rsqrt", timescale=9.0), {47: LR / 2, 92: LR / 3}),
             ]
         ],
+        # Drops in steps and as shares; the named step itself still has the rate from before.
+        *[
+            (
+                dict(schedule="staircase", drops=drops, warmup=20.0),
+                {0: 0.0, 10: LR / 2, 20: LR, 30: LR, 31: LR / 10, 60: LR / 10, 61: LR / 100}
+                | {90: LR / 100, 91: LR / 1000, 100: LR / 1000},
+            )
+            for drops in ((30.0, 60.0, 90.0), (0.3, 0.6, 0.9), (0.3, 60.0, 90.0))
+        ],
+        (
+            dict(schedule="staircase", drops=(0.5,), drop_factor=0.25),
+            {0: LR, 50: LR, 51: LR / 4, 100: LR / 4},
+        ),
+        (  # right behind the warm-up; two that round to one step; behind the last step
+            dict(schedule="staircase", drops=(20.0, 50.4, 50.6, 50.8, 100.0), warmup=20.0),
+            {19: 0.95 * LR, 20: LR, 21: LR / 10, 50: LR / 10, 51: LR / 100, 52: LR / 10_000},
+        ),
         (dict(warmup=1.0), {0: 0.0, 1: LR, 100: 0.0}),  # one step, not the whole run
         (dict(warmup=100.0), {0: 0.0, 50: LR / 2, 100: LR}),
     ],
@@ -64,6 +81,13 @@ def test_learning_rate_of_a_run_of_a_hundred_steps(fields, expected):
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match=r"warmup of 101 steps is longer than the run of 100"):
         make_schedule(OptimConfig(LR, warmup=101.0), 100)
+
+
+@pytest.mark.parametrize("drop", [19.0, 0.1, 101.0])
+def test_a_drop_outside_of_what_follows_the_warmup_is_refused(drop):
+    message = r"optim.drops has step \d+, but the warm-up ends at 20 and the run at 100"
+    with pytest.raises(UserError, match=message):
+        make_schedule(OptimConfig(LR, schedule="staircase", drops=(drop,), warmup=20.0), 100)
 
 
 # Three steps: the first two gradients are longer than the clip, the last is not.
@@ -378,6 +402,19 @@ def test_kernels_are_the_matrices_of_layers():
         (dict(grad_clip=0.0), "optim.grad_clip is 0.0; it must be positive"),
         (dict(grad_clip=-1.0), "optim.grad_clip is -1.0"),
         (dict(timescale=0.0), "optim.timescale is 0.0"),
+        (dict(schedule="staircase"), r"'staircase' and optim.drops \(\): staircase needs drops"),
+        (dict(drops=(0.5,)), r"'cosine' and optim.drops \(0.5,\): .*, the others have none"),
+        *[
+            (dict(schedule="staircase", drops=drops), "expected ascending numbers above 0")
+            for drops in ((0.0, 0.5), (-1.0,), (0.6, 0.3), (0.5, 0.5), (math.inf,), (math.nan,))
+        ],
+        *[
+            (
+                dict(schedule="staircase", drops=(0.5,), drop_factor=factor),
+                rf"optim.drop_factor is {factor}; it must be in \(0, 1\)",
+            )
+            for factor in (0.0, 1.0, -0.1, 10.0)
+        ],
         (dict(ema=1.0), r"optim.ema is 1.0; it must be in \[0, 1\)"),
         (dict(ema=-0.5), "optim.ema is -0.5"),
     ],

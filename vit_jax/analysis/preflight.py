@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
+from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
 from vit_jax.checkpoints.load import open_model
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
-from vit_jax.models.config import CHOICES, ViTConfig
+from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
 from vit_jax.models.layers import attention_backend
 from vit_jax.models.vit import structure
 from vit_jax.training.config import Config
@@ -137,66 +138,6 @@ def memory_limit(device: Any) -> int | None:
         return known.memory if known else None
 
 
-def least_traffic(program: Program, config: Config, vit: ViTConfig) -> float:
-    """Bytes that each device sends a step at the least, with parameters where they are.
-
-    Per micro-batch every split parameter is gathered twice, on the way there and back, and its
-    gradient is scattered once, all in the dtype of the computation; shards are summed over `data`,
-    and what is not split over all devices. Along `tensor`, each block's two sums of activations,
-    there and back.
-    """
-    data, fsdp, tensor = (program.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-    size, total = jnp.dtype(vit.dtype).itemsize, 0.0
-
-    def ring(n: int) -> float:
-        return (n - 1) / n
-
-    for leaf in jax.tree.leaves(program.state.params):
-        part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * size
-        if "fsdp" in leaf.sharding.spec:
-            total += 3 * part * fsdp * ring(fsdp) + 2 * part * ring(data)
-        else:
-            total += 2 * part * ring(data * fsdp)
-    total *= config.optim.accumulate
-    rows = config.batch_size // (data * fsdp)
-    activations = rows * vit.num_tokens * vit.width * size
-    return total + vit.depth * 4 * 2 * activations * ring(tensor)
-
-
-def flops_per_image(vit: ViTConfig) -> int:
-    """Floating-point operations of one image's forward pass: its matrix products, 2 for each MAC.
-
-    Norms, softmax, GELU and the optimiser are left out, as is usual.
-    """
-    n, d, m = vit.num_tokens, vit.width, vit.mlp_dim
-    patches, pixels = math.prod(vit.grid), math.prod(vit.patch_size)
-    mlp = (3 if vit.mlp == "swiglu" else 2) * d * m
-    block = (
-        n * d * 3 * d  # Q, K and V
-        + 2 * n * n * d  # scores, then the weighted sum of the values
-        + n * d * d  # out
-        + n * mlp
-    )
-    macs = patches * pixels * vit.in_channels * d + vit.depth * block
-    if vit.pool == "map":  # one query attends to n tokens
-        macs += d * d + n * d * 2 * d + 2 * n * d + d * d + mlp
-    pooled = d * (2 if vit.pool == "token_gap" else 1)
-    hidden = vit.representation_size
-    macs += (pooled * hidden if hidden else 0) + (hidden or pooled) * vit.num_classes
-    return 2 * (macs + (d * vit.num_classes if vit.distillation == "head" else 0))
-
-
-def step_flops(config: Config, vit: ViTConfig) -> int:
-    """FLOPs of a training step: forward, twice as many backward, and what `remat` repeats.
-
-    Each product has two of its size on the way back (the patch embedding one, counted as two).
-    """
-    forward = flops_per_image(vit)
-    attention = 4 * vit.depth * vit.num_tokens**2 * vit.width
-    repeated = {"none": 0, "dots": attention, "full": forward}[vit.remat]
-    return config.batch_size * (3 * forward + repeated)
-
-
 def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU topology such as v5e:4x4 or v5p:8x8x4, of two slices as v5p:4x4x4*2.
 
@@ -254,13 +195,17 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     kind = f"{len(devices)} x {devices[0].device_kind}"
     yield _line("devices", f"{kind} of {hosts} host{'s' * (hosts > 1)}, mesh {axes}")
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure(vit)[1]))
-    yield _line("model", f"{params:,} parameters, {vit.num_tokens} tokens of {vit.width}")
+    if isinstance(vit, ViTConfig):
+        sizes = f"{vit.num_tokens} tokens of {vit.width}"
+    else:
+        sizes = f"{sum(vit.resnet)} units, {vit.width:,} channels"
+    yield _line("model", f"{params:,} parameters, {sizes}")
     flops = step_flops(config, vit)
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
-    on_tpu = devices[0].platform == "tpu"
-    sizes = (vit.dtype, vit.head_dim, vit.num_tokens)
-    yield _line("attention", "xla" if on_tpu else attention_backend(vit.attention, *sizes))
+    if isinstance(vit, ViTConfig):
+        on_tpu, sizes = devices[0].platform == "tpu", (vit.dtype, vit.head_dim, vit.num_tokens)
+        yield _line("attention", "xla" if on_tpu else attention_backend(vit.attention, *sizes))
 
     rehearsal = rehearse(config, record, mesh)
     for parameter in unsplit(rehearsal.program.state.params, mesh):
@@ -297,7 +242,7 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
 
 
 def smaller(
-    config: Config, vit: ViTConfig, rehearsal: Rehearsal
+    config: Config, vit: ModelConfig, rehearsal: Rehearsal
 ) -> Iterator[tuple[str, Config, str]]:
     """Yields flags, the config with them, and its `remat`: the smaller changes first.
 
@@ -332,7 +277,7 @@ def _size_of_change(steps: tuple[int, int, int]) -> tuple[int, int, list[int]]:
     return sum(n > 0 for n in steps), sum(steps), [-n for n in steps]
 
 
-def flop_rate(devices: list[Any], vit: ViTConfig) -> tuple[float | None, str]:
+def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float | None, str]:
     """FLOP/s that the devices will do together, and how that is known."""
     chip = CHIPS.get(devices[0].device_kind)
     if chip is not None:
@@ -341,7 +286,8 @@ def flop_rate(devices: list[Any], vit: ViTConfig) -> tuple[float | None, str]:
         return _UTILISATION * peak * len(devices), how
     if devices[0] not in jax.local_devices():
         return None, ""
-    tokens, inner = 2048, jnp.ones((vit.width, vit.mlp_dim), vit.dtype)
+    hidden = vit.mlp_dim if isinstance(vit, ViTConfig) else vit.width
+    tokens, inner = 2048, jnp.ones((vit.width, hidden), vit.dtype)
     x = jnp.ones((tokens, vit.width), vit.dtype)
     product = jax.jit(lambda x, y: x @ y).lower(x, inner).compile()
     best = math.inf
@@ -349,10 +295,13 @@ def flop_rate(devices: list[Any], vit: ViTConfig) -> tuple[float | None, str]:
         began = time.perf_counter()
         product(x, inner).block_until_ready()
         best = min(best, time.perf_counter() - began)
-    rate = 2 * tokens * vit.width * vit.mlp_dim / best
+    rate = 2 * tokens * vit.width * hidden / best
     # The devices of a CPU share its cores, and so the rate.
     together = rate if devices[0].platform == "cpu" else rate * len(devices)
-    return together, f"if all ran as its MLP's product does here alone, {rate / 1e9:.4g} GFLOP/s"
+    return (
+        together,
+        f"if all ran as a product of its width does here alone, {rate / 1e9:.4g} GFLOP/s",
+    )
 
 
 def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:

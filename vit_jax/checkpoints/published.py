@@ -218,7 +218,7 @@ def published(
 
     Args:
       index: None for the table in this module, or a path or url of AugReg's index.csv, such as
-        gs://vit_models/augreg/index.csv, of which hybrids with a ResNet are left out.
+        gs://vit_models/augreg/index.csv.
       variant, pretraining, image_size: keep only these; see `Published`.
       adapted: None for the pre-trained weights of the index, or the data set that they were
         fine-tuned on: "imagenet2012", "cifar100", "kitti", "oxford_iiit_pet" or "resisc45".
@@ -266,7 +266,6 @@ def _read_index(index: str, adapted: str | None, folder: str | os.PathLike) -> l
     for column in columns:
         if column not in header:
             raise UserError(f"{index} has no column {column!r}; {nearest(column, header)}")
-    rows = [row for row in rows if "+" not in row["name"]]
     rows = _keep(rows, lambda row: row["adapt_ds"], "adapted", adapted)
     prefix = "" if adapted is None else "adapt_"
     scores = ("final_val", prefix + "final_val")
@@ -295,6 +294,7 @@ def _read_index(index: str, adapted: str | None, folder: str | os.PathLike) -> l
 _INDEX = "AugReg (arXiv 2106.10270), index.csv"
 _README = "google-research/vision_transformer README"
 _TIMM = "timm results-imagenet.csv"
+_BIT = "google-research/big_transfer README"
 _DEIT = "DeiT (arXiv 2012.12877), README"
 
 # Augmentation, weight decay and so on of pre-training, learning rate and size of fine-tuning: those
@@ -306,6 +306,9 @@ _AUGREG = (
     ("Ti/16", "none-wd_0.03-do_0.0-sd_0.0", "0.03", 384, 78.22, _README),
     ("B/32", "light1-wd_0.1-do_0.0-sd_0.0", "0.01", 384, 83.59, _README),
     ("S/32", "none-wd_0.1-do_0.0-sd_0.0", "0.01", 384, 79.58, _README),
+    ("R50+L/32", "medium1-wd_0.1-do_0.1-sd_0.1", "0.01", 384, 85.99, _README),
+    ("R26+S/32", "light1-wd_0.1-do_0.0-sd_0.0", "0.01", 384, 83.85, _README),
+    ("R+Ti/16", "none-wd_0.03-do_0.0-sd_0.0", "0.03", 384, 75.40, _README),
     ("B/8", "medium2-wd_0.1-do_0.0-sd_0.0", "0.03", 224, 85.578, _INDEX),
     ("L/16", "medium1-wd_0.1-do_0.1-sd_0.1", "0.01", 384, 87.084, _TIMM),
     ("B/16", "medium1-wd_0.1-do_0.0-sd_0.0", "0.01", 224, 84.532, _TIMM),
@@ -328,15 +331,18 @@ _HUB = (
 
 def _table() -> Iterator[Published]:
     def vit(title, folder, variant, size, top1, source, ending=""):
-        path = f"gs://vit_models/{folder}/ViT-{variant.replace('/', '_')}{ending}.npz"
+        stem, plus, size_of = variant.rpartition("+")
+        file = f"{stem}{plus}ViT-{size_of.replace('/', '_')}{ending}.npz"
+        path = f"gs://vit_models/{folder}/{file}"
         pretraining = title.split()[1]
         return Published(f"{variant} {title}", path, variant, pretraining, size, top1, source)
 
     paper, adapted = "ViT (arXiv 2010.11929), Table 5", "imagenet21k+imagenet2012"
-    for variant in ("B/16", "B/32", "L/16", "L/32", "H/14"):
+    for variant in ("B/16", "B/32", "L/16", "L/32", "H/14", "R50+B/16"):
         yield vit("vit i21k", "imagenet21k", variant, 224, None, _README)
     for variant, top1 in (("B/16", 83.97), ("B/32", 81.28), ("L/16", 85.15), ("L/32", 80.99)):
         yield vit("vit i21k -> imagenet 384", adapted, variant, 384, top1, paper)
+    yield vit("vit i21k -> imagenet 384", adapted, "R50+B/16", 384, None, _README)
     for variant, top1 in (("B/16", 81.2), ("L/16", 82.7)):
         yield vit("vit i21k -> imagenet 224", adapted, variant, 224, top1, _README, "-224")
     for variant, top1 in (("B/16", 80.244), ("B/32", 73.694), ("S/16", None)):
@@ -346,12 +352,21 @@ def _table() -> Iterator[Published]:
         yield Published(name, path, "S/16", "i1k", 224, top1, "arXiv 2205.01580")
     for variant, recipe, lr, size, top1, source in _AUGREG:
         name = f"{variant} augreg i21k"
-        path = f"{AUGREG}/{variant.replace('/', '_')}-i21k-300ep-lr_0.001-aug_{recipe}"
+        path = f"{AUGREG}/{re.sub('[/+]', '_', variant)}-i21k-300ep-lr_0.001-aug_{recipe}"
         if source != _TIMM:
             yield Published(name, f"{path}.npz", variant, "i21k", 224, None, _README)
         name += f" -> imagenet {size}{' (timm)' if (size, source) == (384, _TIMM) else ''}"
         path += f"--imagenet2012-steps_20k-lr_{lr}-res_{size}.npz"
         yield Published(name, path, variant, "i21k", size, top1, source)
+    for variant in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4"):
+        name, path = f"{variant} bit i21k", f"gs://bit_models/BiT-M-{variant}"
+        yield Published(name, f"{path}.npz", variant, "i21k", 224, None, _BIT)
+        # big_transfer's code fine-tunes at 480 pixels; no file says it.
+        adapted = (f"{name} -> imagenet", f"{path}-ILSVRC2012.npz", variant, "i21k")
+        yield Published(*adapted, 480, None, _BIT)
+    for size, top1 in ((224, 82.8), (160, 80.5)):
+        name, path = f"R50x1 distilled i1k {size}", f"gs://bit_models/distill/R50x1_{size}.npz"
+        yield Published(name, path, "R50x1", "i1k", size, top1, "arXiv 2106.05237")
     for variant, repo, *rest in _HUB:
         yield Published(f"{variant} {repo.partition('@')[0]}", f"hf:{repo}", variant, *rest)
 

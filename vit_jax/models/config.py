@@ -11,7 +11,7 @@ from vit_jax.errors import UserError, nearest
 # width, depth, mlp_dim, num_heads. L, B and H: paper, Table 1; Ti and S: DeiT and AugReg, Table 2;
 # g and G: "Scaling Vision Transformers", Table 2; So400m: "Getting ViT in Shape", 2305.13035; 22B:
 # as wide and deep as ViT-22B (2302.05442), with plain blocks; mu: big_vision's smallest, for tests.
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS = {
     "mu": dict(width=32, depth=1, mlp_dim=128, num_heads=2),
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
     "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
@@ -97,7 +97,7 @@ class ViTConfig:
     image_size: int | Sequence[int] = (224, 224)
     patch_size: int | Sequence[int] = (16, 16)
     in_channels: int = 3
-    resnet: tuple[int, ...] | None = None
+    resnet: Sequence[int] | None = None
     resnet_width: int = 64
     resnet_style: str = "v1"
     width: int = 768
@@ -251,7 +251,7 @@ class ResNetConfig:
 
     image_size: int | Sequence[int] = (224, 224)
     in_channels: int = 3
-    resnet: tuple[int, ...] = (3, 4, 6, 3)
+    resnet: Sequence[int] = (3, 4, 6, 3)
     resnet_width: int = 64
     resnet_style: str = "v2"
     num_classes: int = 1000
@@ -304,12 +304,12 @@ def _check_choices(config: ModelConfig) -> None:
 
 def _check_resnet(config: ModelConfig) -> None:
     units, width = config.resnet, config.resnet_width
-    whole = isinstance(units, (tuple, list)) and all(isinstance(n, Integral) for n in units)
+    whole = isinstance(units, (tuple, list)) and all(type(n) is int for n in units)
     if not whole or len(units) > 4 or any(n < 1 for n in units):
         raise UserError(
             f"model.resnet is {units!r}; expected the units of up to four stages, such as (3, 4, 9)"
         )
-    object.__setattr__(config, "resnet", tuple(int(n) for n in units))
+    object.__setattr__(config, "resnet", tuple(units))
     if not isinstance(width, int) or width < 32 or width % 32:
         raise UserError(f"model.resnet_width is {width!r}; expected 32, 64, 96, ... channels")
 
@@ -328,20 +328,19 @@ def variant_fields(name: str) -> dict[str, Any]:
     Raises:
       UserError: the name is neither in VARIANTS nor VARIANT/PATCH, or there is no such variant.
     """
-    if "resnet" in VARIANTS.get(name, {}):
+    with_resnet = [each for each, fields in VARIANTS.items() if "resnet" in fields]
+    if name in with_resnet:
         return dict(VARIANTS[name])
     match = re.fullmatch(r"([^/]+)/(\d+)(?:x(\d+))?", name)
-    size = match[1] if match else name
-    if size not in VARIANTS or "resnet" in VARIANTS[size] or not match:
-        if match and "+" not in size:
-            known = [each for each, fields in VARIANTS.items() if "resnet" not in fields]
-            raise UserError(f"model variant {name!r}: no variant {size!r}; {nearest(size, known)}")
-        known = [each for each, fields in VARIANTS.items() if "resnet" in fields]
-        raise UserError(
-            f"model variant {name!r}: expected VARIANT/PATCH, such as B/16 or Ti/16x8, or one with "
-            f"a ResNet, {nearest(name, known)}"
-        )
-    return {"patch_size": (int(match[2]), int(match[3] or match[2])), **VARIANTS[size]}
+    if match and match[1] in VARIANTS and match[1] not in with_resnet:
+        return {"patch_size": (int(match[2]), int(match[3] or match[2])), **VARIANTS[match[1]]}
+    if match and not match[1].startswith("R"):
+        known = [each for each in VARIANTS if each not in with_resnet]
+        hint = f"no variant {match[1]!r}; {nearest(match[1], known)}"
+    else:
+        hint = "expected VARIANT/PATCH, such as B/16 or Ti/16x8, or a name with a ResNet; "
+        hint += nearest(name, with_resnet)
+    raise UserError(f"model variant {name!r}: {hint}")
 
 
 def variant(name: str, **fields: Any) -> ModelConfig:

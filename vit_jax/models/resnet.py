@@ -1,9 +1,10 @@
 """The ResNet that the paper compares with, and puts before its hybrids: BiT's, arXiv 1912.11370.
 
 Group normalisation, and standardised convolutions (arXiv 1903.10520), in place of batch
-normalisation. Parameters are float32; norms and kernels are standardised in float32.
+normalisation; both in float32.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,27 +45,62 @@ STYLES = {
 }
 
 
-class StdConv(nnx.Module):
-    """A convolution without a bias, whose kernel [h w i o] is standardised for each output."""
+class Conv(nnx.Module):
+    """A convolution without a bias, by a kernel [h w i o] that `run` has standardised."""
 
     def __init__(self, shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs):
-        self.dtype, self.style = jnp.dtype(config.dtype), STYLES[config.resnet_style]
+        self.dtype, self.preact = jnp.dtype(config.dtype), STYLES[config.resnet_style].preact
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
 
     def __call__(self, x: Float[Array, "b h w i"], stride: int = 1) -> Float[Array, "b p q o"]:
-        # First rounded, as a kernel is that a mesh gathers: the result is the same on every mesh.
-        kernel = self.kernel[...].astype(self.dtype).astype(jnp.float32)
-        kernel = kernel - kernel.mean(axis=(0, 1, 2))
-        variance = jnp.square(kernel).mean(axis=(0, 1, 2))
-        kernel = kernel / (jnp.sqrt(variance + self.style.var_eps) + self.style.std_eps)
-        side = kernel.shape[0] // 2
+        side = self.kernel.shape[0] // 2
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
             (stride, stride),
-            [(side, side)] * 2 if self.style.preact else "SAME",
+            [(side, side)] * 2 if self.preact else "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+
+def standardised(
+    kernel: Float[Array, "*depth h w i o"], style: Style
+) -> Float[Array, "*depth h w i o"]:
+    """Kernels with a mean of 0 and a deviation of 1, for each output."""
+    kernel = kernel - kernel.mean(axis=(-4, -3, -2), keepdims=True)
+    variance = jnp.square(kernel).mean(axis=(-4, -3, -2), keepdims=True)
+    return kernel / (jnp.sqrt(variance + style.var_eps) + style.std_eps)
+
+
+def run(
+    modules: dict[str, nnx.Module],
+    forward: Callable[..., Array],
+    x: Float[Array, "b ..."],
+    config: ModelConfig,
+    layout: Layout | None,
+    depth: int | None = None,
+) -> Float[Array, "b ..."]:
+    """Runs `forward(x, **modules)`, once or `depth` times, by `layers.run_block`.
+
+    Kernels are standardised before, where they are kept: on a mesh each device does its share of
+    them, for all units, and the results are what is gathered.
+    """
+    split = {name: nnx.split(module) for name, module in modules.items()}
+    style, dtype = STYLES[config.resnet_style], jnp.dtype(config.dtype)
+
+    @jax.checkpoint  # cheap, and else more than the kernels would be kept for the way back
+    def used(params):
+        def each(path, leaf):
+            return standardised(leaf, style).astype(dtype) if path[-1].key == "kernel" else leaf
+
+        return jax.tree_util.tree_map_with_path(each, params)
+
+    def body(x, params, index):
+        merged = {name: nnx.merge(split[name][0], params[name]) for name in params}
+        return forward(x, **merged), ()
+
+    params = {name: nnx.to_pure_dict(state) for name, (_, state) in split.items()}
+    return run_block(body, x, used(params), config, layout, depth=depth)[0]
 
 
 def group_norm(channels: int, config: ModelConfig, rngs: nnx.Rngs, scale: float = 1.0):
@@ -89,11 +125,11 @@ class Unit(nnx.Module):
     def __init__(self, inputs: int, middle: int, config: ModelConfig, *, rngs: nnx.Rngs):
         outputs = 4 * middle
         self.preact, self.projects = STYLES[config.resnet_style].preact, inputs != outputs
-        self.conv1 = StdConv((1, 1, inputs, middle), config, rngs)
-        self.conv2 = StdConv((3, 3, middle, middle), config, rngs)
-        self.conv3 = StdConv((1, 1, middle, outputs), config, rngs)
+        self.conv1 = Conv((1, 1, inputs, middle), config, rngs)
+        self.conv2 = Conv((3, 3, middle, middle), config, rngs)
+        self.conv3 = Conv((1, 1, middle, outputs), config, rngs)
         if self.projects:
-            self.conv_proj = StdConv((1, 1, inputs, outputs), config, rngs)
+            self.conv_proj = Conv((1, 1, inputs, outputs), config, rngs)
         if self.preact:
             channels = (inputs, middle, middle)
         else:
@@ -131,17 +167,12 @@ class Stage(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w i"], stride: int, layout: Layout | None
     ) -> Float[Array, "b p q o"]:
-        def run(units, x, stride, depth=None):
-            graphdef, params = nnx.split(units)
-
-            def body(x, params, index):
-                return nnx.merge(graphdef, params)(x, stride), ()
-
-            params = nnx.to_pure_dict(params)
-            return run_block(body, x, params, self.config, layout, depth=depth)[0]
-
-        x = run(self.first, x, stride)
-        return run(self.rest, x, 1, depth=self.units - 1) if self.units > 1 else x
+        config = self.config
+        x = run({"unit": self.first}, lambda x, unit: unit(x, stride), x, config, layout)
+        if self.units == 1:
+            return x
+        rest, depth = {"unit": self.rest}, self.units - 1
+        return run(rest, lambda x, unit: unit(x), x, config, layout, depth)
 
 
 class Backbone(nnx.Module):
@@ -150,7 +181,7 @@ class Backbone(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config, width = config, config.resnet_width
         self.preact = STYLES[config.resnet_style].preact
-        self.conv_root = StdConv((7, 7, config.in_channels, width), config, rngs)
+        self.conv_root = Conv((7, 7, config.in_channels, width), config, rngs)
         if not self.preact:
             self.norm_root = group_norm(width, config, rngs)
         inputs = width
@@ -164,13 +195,15 @@ class Backbone(nnx.Module):
     def __call__(
         self, images: Float[Array | np.ndarray, "b h w c"], layout: Layout | None = None
     ) -> Float[Array, "b p q d"]:
-        x = self.conv_root(jnp.asarray(images), 2)
-        if self.preact:
-            pool = [(0, 0), (1, 1), (1, 1), (0, 0)]
-            x, padding = jnp.pad(x, pool), "VALID"
-        else:
-            x, padding = jax.nn.relu(self.norm_root(x)), "SAME"
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+        def root(x, conv_root):
+            x = conv_root(x, 2)
+            if self.preact:
+                x, padding = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]), "VALID"
+            else:
+                x, padding = jax.nn.relu(self.norm_root(x)), "SAME"
+            return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+
+        x = run({"conv_root": self.conv_root}, root, jnp.asarray(images), self.config, layout)
         for index in range(len(self.config.resnet)):
             stage = getattr(self, f"stage{index + 1}")
             x = stage(x, 1 if index == 0 else 2, layout)

@@ -1,6 +1,7 @@
 """Schedules and optimisers, put together from optax."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.training.sharding import path_name
 
 NAMES = ("adamw", "adam", "adafactor", "sgd")
-SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
+SCHEDULES = ("cosine", "linear", "rsqrt", "staircase", "constant")
 DECAYED = ("kernels", "all")
 MU_DTYPES = ("float32", "bfloat16")
 
@@ -37,8 +38,11 @@ class OptimConfig:
       name: `adamw`, `adam`, `sgd`, or the `adafactor` of "Scaling Vision Transformers" (section
         3.4): Adam with half of its state, and with a bfloat16 momentum a quarter.
       lr: the highest learning rate, reached at the end of the warm-up.
-      schedule: the decay that follows: to `end_lr` by `cosine` or `linear`, `constant`, or `rsqrt`,
-        lr / sqrt(1 + (step - warmup) / timescale) ("Scaling Vision Transformers", section 3.5).
+      schedule: the decay that follows: to `end_lr` by `cosine` or `linear`, `constant`, `rsqrt`,
+        lr / sqrt(1 + (step - warmup) / timescale) ("Scaling Vision Transformers", section 3.5), or
+        `staircase`, `drop_factor` times the rate after each of `drops`.
+      drops: steps of the run, ascending; below 1, shares of it. As in BiT's code, step `drop`
+        itself, counted from 0, still has the rate from before.
       warmup: steps of linear warm-up from zero; below 1, a share of the run.
       weight_decay: decoupled and multiplied by the learning rate, as in optax (big_vision's
         absolute decay of 1e-4 at lr 1e-3 is 0.1 here), on `decayed` parameters: `kernels`, which
@@ -60,6 +64,8 @@ class OptimConfig:
     end_lr: float = 0.0
     warmup: float = 0.0
     timescale: float = 10_000.0
+    drops: tuple[float, ...] = ()
+    drop_factor: float = 0.1
     weight_decay: float = 0.0
     decayed: str = "kernels"
     grad_clip: float | None = None
@@ -96,6 +102,15 @@ class OptimConfig:
                 raise UserError(f"optim.{field} is {value}; it must be positive")
         if self.end_lr and self.schedule not in ("cosine", "linear"):
             raise UserError(f"optim.schedule {self.schedule!r} has no end_lr; cosine and linear do")
+        if bool(self.drops) != (self.schedule == "staircase"):
+            raise UserError(
+                f"optim.schedule is {self.schedule!r} and optim.drops {self.drops}: staircase "
+                "needs drops such as (0.3, 0.6, 0.9), the others have none"
+            )
+        if not all(low < high for low, high in itertools.pairwise((0, *self.drops, math.inf))):
+            raise UserError(f"optim.drops is {self.drops}; expected ascending numbers above 0")
+        if not 0 < self.drop_factor < 1:
+            raise UserError(f"optim.drop_factor is {self.drop_factor}; it must be in (0, 1)")
         for field in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"optim.{field} is {getattr(self, field)}; it must be in [0, 1)")
@@ -107,9 +122,9 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]
     """Returns step -> learning rate.
 
     Raises:
-      UserError: the warm-up is longer than the run.
+      UserError: the warm-up is longer than the run, or a drop is outside of what follows it.
     """
-    warmup = round(config.warmup * total_steps) if config.warmup < 1 else round(config.warmup)
+    warmup = _steps(config.warmup, total_steps)
     decay_steps = total_steps - warmup
     if decay_steps < 0:
         raise UserError(
@@ -126,11 +141,35 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]
         def decay(step):
             return config.lr / jnp.sqrt(1 + step / config.timescale)
 
+    elif config.schedule == "staircase":
+        decay = _staircase(config, warmup, total_steps)
     else:
         decay = optax.constant_schedule(config.lr)
     if not warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), decay], [warmup])
+
+
+def _staircase(config: OptimConfig, warmup: int, total_steps: int) -> Callable[[Any], Any]:
+    """What follows the warm-up, from steps counted from its end."""
+    factors = {}
+    for drop in config.drops:
+        step = _steps(drop, total_steps)
+        if not warmup <= step <= total_steps:
+            raise UserError(
+                f"optim.drops has step {step}, but the warm-up ends at {warmup} and the run at "
+                f"{total_steps}: name a step between them, a share of the run such as 0.6, or a "
+                "shorter optim.warmup"
+            )
+        first = step - warmup + 1
+        # In a short run several shares may be one step.
+        factors[first] = factors.get(first, 1.0) * config.drop_factor
+    return optax.piecewise_constant_schedule(config.lr, factors)
+
+
+def _steps(number: float, total_steps: int) -> int:
+    """A number of steps, or below 1 a share of the run."""
+    return round(number * total_steps) if number < 1 else round(number)
 
 
 def make_optimizer(

@@ -27,15 +27,10 @@ def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None
 
     Each block, and each unit of a ResNet, asks for its own when it runs (see `layers.run_block`).
     """
-
-    def in_place(params):
-        later = {n: v for n, v in params.items() if n == "blocks" or n.startswith("stage")}
-        now = {n: v for n, v in params.items() if n not in later and n != "resnet"}
-        inner = {"resnet": in_place(params["resnet"])} if "resnet" in params else {}
-        return {**layout.params(now), **inner, **later}
-
     if layout is not None:
-        params = in_place(params)
+        later = {name: value for name, value in params.items() if name in ("blocks", "resnet")}
+        now = {name: value for name, value in params.items() if name not in later}
+        params = {**layout.params(now), **later}
     return nnx.merge(graphdef, params)
 
 

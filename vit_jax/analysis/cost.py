@@ -1,0 +1,99 @@
+"""What a step costs at the least, by hand: operations, and bytes between devices."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.training.config import Config
+from vit_jax.training.program import Program
+
+
+def flops_per_image(model: ModelConfig) -> int:
+    """Floating-point operations of one image's forward pass: its products.
+
+    A multiplication and its addition count as 2. Norms, softmax, GELU and the optimiser are left
+    out, as is usual.
+    """
+    macs = 0 if model.resnet is None else _resnet_macs(model)
+    if isinstance(model, ResNetConfig):
+        return 2 * (macs + model.width * model.num_classes)
+    return 2 * (macs + _vit_macs(model))
+
+
+def _resnet_macs(model: ModelConfig) -> int:
+    """Those of a ResNet up to its feature map: of the 7x7 root and the units' 1x1, 3x3 and 1x1."""
+    width = model.resnet_width
+    h, w = (math.ceil(side / 2) for side in model.image_size)
+    macs = h * w * 49 * model.in_channels * width
+    h, w = math.ceil(h / 2), math.ceil(w / 2)  # the pooling
+    inputs = width
+    for stage, units in enumerate(model.resnet):
+        middle, before = width * 2**stage, h * w
+        if stage:
+            h, w = math.ceil(h / 2), math.ceil(w / 2)
+        inside = h * w * (9 * middle * middle + middle * 4 * middle)
+        macs += before * inputs * middle + inside + h * w * inputs * 4 * middle  # and the shortcut
+        macs += (units - 1) * (h * w * 4 * middle * middle + inside)
+        inputs = 4 * middle
+    return macs
+
+
+def _vit_macs(vit: ViTConfig) -> int:
+    n, d, m = vit.num_tokens, vit.width, vit.mlp_dim
+    patches, pixels = math.prod(vit.grid), math.prod(vit.patch_size)
+    mlp = (3 if vit.mlp == "swiglu" else 2) * d * m
+    block = (
+        n * d * 3 * d  # Q, K and V
+        + 2 * n * n * d  # scores, then the weighted sum of the values
+        + n * d * d  # out
+        + n * mlp
+    )
+    macs = patches * pixels * vit.patch_channels * d + vit.depth * block
+    if vit.pool == "map":  # one query attends to n tokens
+        macs += d * d + n * d * 2 * d + 2 * n * d + d * d + mlp
+    pooled = d * (2 if vit.pool == "token_gap" else 1)
+    hidden = vit.representation_size
+    macs += (pooled * hidden if hidden else 0) + (hidden or pooled) * vit.num_classes
+    return macs + (d * vit.num_classes if vit.distillation == "head" else 0)
+
+
+def step_flops(config: Config, model: ModelConfig) -> int:
+    """FLOPs of a training step: forward, twice as many backward, and what `remat` repeats.
+
+    Each product has two of its size on the way back (what reads the image has one, counted as two).
+    """
+    forward, attention = flops_per_image(model), 0
+    if isinstance(model, ViTConfig):
+        attention = 4 * model.depth * model.num_tokens**2 * model.width
+    repeated = {"none": 0, "dots": attention, "full": forward}[model.remat]
+    return config.batch_size * (3 * forward + repeated)
+
+
+def least_traffic(program: Program, config: Config, model: ModelConfig) -> float:
+    """Bytes that each device sends a step at the least, with parameters where they are.
+
+    Per micro-batch every split parameter is gathered twice, on the way there and back, and its
+    gradient is scattered once, all in the dtype of the computation; shards are summed over `data`,
+    and what is not split over all devices. Along `tensor`, each block's two sums of activations,
+    there and back.
+    """
+    data, fsdp, tensor = (program.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    size, total = jnp.dtype(model.dtype).itemsize, 0.0
+
+    def ring(n: int) -> float:
+        return (n - 1) / n
+
+    for leaf in jax.tree.leaves(program.state.params):
+        part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * size
+        if "fsdp" in leaf.sharding.spec:
+            total += 3 * part * fsdp * ring(fsdp) + 2 * part * ring(data)
+        else:
+            total += 2 * part * ring(data * fsdp)
+    total *= config.optim.accumulate
+    if isinstance(model, ResNetConfig):  # which `tensor` does not split
+        return total
+    rows = config.batch_size // (data * fsdp)
+    activations = rows * model.num_tokens * model.width * size
+    return total + model.depth * 4 * 2 * activations * ring(tensor)
