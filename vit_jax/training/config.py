@@ -349,7 +349,8 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         if items is not None and kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(items)
         if items is None or len(items) != len(kinds):
-            raise UserError(f"config {where} is {value!r}; expected {len(kinds)} values")
+            count = "several" if kinds[-1] is Ellipsis else len(kinds)
+            raise UserError(f"config {where} is {value!r}; expected {count} values")
         return tuple(unpack(k, item, where) for k, item in zip(kinds, items, strict=True))
     if kind == dict[str, Evaluator]:
         sections = {k: v for k, v in value.items() if v is not None}
