@@ -188,9 +188,14 @@ def draw(model, size):
     return arrays
 
 
+@functools.cache
+def _program(model):
+    return jax.jit(model.apply)
+
+
 def compute(model, arrays, images):
     """What the model makes of such arrays, in float64."""
     with jax.enable_x64(True):
         arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
         variables = {"params": unflatten_dict(arrays, sep="/")}
-        return np.asarray(jax.jit(model.apply)(variables, images.astype(np.float64)))
+        return np.asarray(_program(model)(variables, images.astype(np.float64)))

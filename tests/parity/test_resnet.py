@@ -206,7 +206,7 @@ def test_another_style_would_be_seen(folders, tmp_path):
         agree(vit, in_float64(narrow_of(name), vit.config))
 
 
-@pytest.mark.parametrize("case, size", [("R50+B/16", (96, 48)), ("R26+B/32", (128, 64))])
+@pytest.mark.parametrize("case, size", [("R50+B/16", (96, 48))])
 def test_another_image_size(case, size, folders, record):
     vit = loaded(folders(case), image_size=size)
     model = timm.create_model(
@@ -230,7 +230,7 @@ def test_another_number_of_channels(case, stem, channels, folders):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", ["R+Ti/16", "R50+B/16", "R26+S/32", "R50x1"])
+@pytest.mark.parametrize("case", ["R+Ti/16", "R50+B/16", "R50x1"])
 def test_timm_reads_what_we_write_in_googles_names(case, folders, tmp_path):
     """By its own reader of Google's .npz files, of both kinds."""
     path = tmp_path / "model.npz"

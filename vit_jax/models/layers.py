@@ -151,6 +151,18 @@ def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
+def zero_head(inputs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    """A classifier that knows nothing yet: a zero kernel, and `config.head_bias`."""
+    return nnx.Linear(
+        inputs,
+        config.num_classes,
+        dtype=jnp.dtype(config.dtype),
+        kernel_init=nnx.initializers.zeros,
+        bias_init=nnx.initializers.constant(config.head_bias),
+        rngs=rngs,
+    )
+
+
 class PatchEmbed(nnx.Module):
     """Cuts an image, or a feature map, into patches and projects each one linearly (E in Eq. 1).
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, ResNetConfig
-from vit_jax.models.layers import Layout, Taps, check_images, run_block
+from vit_jax.models.layers import Layout, Taps, check_images, run_block, zero_head
 
 CAPTURES = ("encoded", "pooled", "pre_logits")
 
@@ -217,14 +217,7 @@ class ResNet(nnx.Module):
         self.config = config
         self.resnet = Backbone(config, rngs=rngs)
         if config.num_classes:
-            self.head = nnx.Linear(
-                config.width,
-                config.num_classes,
-                dtype=jnp.dtype(config.dtype),
-                kernel_init=nnx.initializers.zeros,
-                bias_init=nnx.initializers.constant(config.head_bias),
-                rngs=rngs,
-            )
+            self.head = zero_head(config.width, config, rngs)
 
     def __call__(
         self,

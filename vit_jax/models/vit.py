@@ -48,17 +48,10 @@ class ViT(nnx.Module):
         if config.representation_size:
             self.pre_logits = nnx.Linear(pooled, config.representation_size, dtype=dtype, rngs=rngs)
         if config.num_classes:
-            linear = functools.partial(
-                nnx.Linear,
-                config.representation_size or pooled,
-                config.num_classes,
-                dtype=dtype,
-                kernel_init=nnx.initializers.zeros,
-                bias_init=nnx.initializers.constant(config.head_bias),
-            )
-            self.head = linear(rngs=rngs)
+            inputs = config.representation_size or pooled
+            self.head = layers.zero_head(inputs, config, rngs)
             if config.distillation == "head":
-                self.head_dist = linear(rngs=rngs)
+                self.head_dist = layers.zero_head(inputs, config, rngs)
 
     def __call__(
         self,
