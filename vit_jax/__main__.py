@@ -87,10 +87,23 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Says what a file of weights is: every key, what maps where, what it could not know."""
-    from vit_jax.checkpoints.load import inspect as inspect_file
+    """Says what a file of weights is: every key, what maps where, what it could not know.
 
-    print(inspect_file(args.src, **_fields(args.known)))
+    With --pictures it draws what they have learnt instead, and what they attend to in images.
+    """
+    from vit_jax.checkpoints.load import inspect as inspect_file
+    from vit_jax.checkpoints.load import load
+
+    known = _fields(args.known)
+    if args.pictures is None:
+        if args.images:
+            raise UserError(f"{args.images[0]} is drawn with --pictures=DIR only: where to?")
+        print(inspect_file(args.src, **known))
+        return
+    from vit_jax.analysis.plots import pictures
+
+    paths, notes = pictures(load(args.src, **known), args.pictures, args.images)
+    print(*paths, *(f"note: {note}" for note in notes), sep="\n")
 
 
 def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -135,10 +148,22 @@ def _fields(pairs: list[str]) -> dict[str, object]:
     return found
 
 
+class Command(argparse.ArgumentParser):
+    """The flags of a command, which may stand anywhere among its images."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, rest = super().parse_known_args(args, namespace)
+        if hasattr(namespace, "images"):  # argparse takes those before the first flag alone
+            late = [value for value in rest if not value.startswith("-")]
+            namespace.images = [*namespace.images, *late]
+            rest = [value for value in rest if value.startswith("-")]
+        return namespace, rest
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their flags; `--config.KEY=VALUE` is left to the config."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
     command = commands.add_parser(
         "train", help=train.__doc__, epilog="--config.KEY=VALUE changes any key of the config."
@@ -177,6 +202,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", help=inspect.__doc__)
     command.add_argument("src", help="whatever vit_jax.load reads")
+    command.add_argument("images", nargs="*", metavar="IMAGE", help="what to see attention on")
+    command.add_argument(
+        "--pictures", metavar="DIR", help="draw filters and positions there, and attention"
+    )
     command.add_argument("--set", **fields)
     command.set_defaults(function=inspect, takes_overrides=False)
 

@@ -1,9 +1,28 @@
 """Pictures; matplotlib comes with the `plot` extra."""
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
+from vit_jax.analysis.attention import (
+    attention_distance,
+    embedding_filters,
+    filter_components,
+    inspect_attention,
+    overlay,
+    position_similarity,
+)
+from vit_jax.checkpoints.load import Loaded
+from vit_jax.errors import UserError
+from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.training.metrics import read_metrics
+
+_COLOURS = "viridis"
+_TILES = 16  # to a side of the picture of positions; of larger grids some are left out
 
 
 def curves(workdir: str | os.PathLike) -> Path | None:
@@ -27,3 +46,169 @@ def curves(workdir: str | os.PathLike) -> Path | None:
     path = Path(workdir) / "curves.png"
     figure.savefig(path, dpi=110)
     return path
+
+
+def pictures(
+    vit: Loaded, folder: str | os.PathLike, images: Sequence[str | os.PathLike] = ()
+) -> tuple[list[Path], list[str]]:
+    """Draws what a model has learnt: filters.png and positions.png, and, of images, attention.
+
+    That is attention_distance.png, and rollout_NAME.png for each image file NAME.jpg.
+
+    Returns:
+      The paths written, and a sentence on each picture that there cannot be.
+
+    Raises:
+      UserError: no matplotlib, an image that cannot be read, or a folder that is a file.
+    """
+    figures, notes = {"filters": filters(filter_components(embedding_filters(vit.model)))}, []
+    try:
+        figures["positions"] = positions(position_similarity(vit.model))
+    except UserError as error:
+        notes.append(f"no positions.png: {error}")
+    if isinstance(vit.config, ResNetConfig):
+        notes[:] = ["a ResNet has neither positions nor attention: there are only its filters"]
+    elif images:
+        seen = inspect_attention(vit, images)
+        figures["attention_distance"] = distances(seen.distance, vit.config)
+        for name, image, share in zip(_names(images), seen.images, seen.rollout, strict=True):
+            figures[f"rollout_{name}"] = attended(image, share)
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{os.fspath(folder)!r} is a file; expected a folder for pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    return paths, notes
+
+
+def _names(paths: Iterable[str | os.PathLike]) -> list[str]:
+    """The files' names without folder and suffix, numbered where two are alike."""
+    names: list[str] = []
+    for path in paths:
+        stem = name = Path(path).stem
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}"
+        names.append(name)
+    return names
+
+
+def filters(components: Float[np.ndarray, "n p q c"]) -> Any:
+    """Principal components of the filters that see pixels (Figure 7, left), as a Figure.
+
+    Each is scaled by its largest value; zero is grey. Of channels other than RGB, it is the mean.
+    """
+    count = len(components)
+    columns = min(7, count)
+    rows = -(-count // columns)
+    figure = _figure(max(columns * 0.9, 3.6), rows * 0.9 + 0.5)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, component in zip(cells, components, strict=False):
+        _show(axes, 0.5 + component / np.abs(component).max() / 2)
+    for axes in cells[count:]:
+        axes.set_visible(False)
+    figure.suptitle(f"Embedding filters, first {count} principal components", fontsize=10)
+    return figure
+
+
+def positions(similarity: Float[np.ndarray, "gh gw gh gw"]) -> Any:
+    """Similarity of position embeddings (Figure 7, centre), as a Figure: a grid of grids.
+
+    The tile in row i and column j compares the patch there with all patches.
+    """
+    gh, gw = similarity.shape[:2]
+    rows, columns = (
+        np.linspace(0, side - 1, min(side, _TILES)).round().astype(int) for side in (gh, gw)
+    )
+    gap = max(1, round(max(gh, gw) / 12))
+    mosaic = np.full((len(rows) * (gh + gap) - gap, len(columns) * (gw + gap) - gap), np.nan)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            top, left = i * (gh + gap), j * (gw + gap)
+            mosaic[top : top + gh, left : left + gw] = similarity[row, column]
+    height = min(max(5.5 * mosaic.shape[0] / mosaic.shape[1], 2), 11)
+    figure = _figure(6.6, height)
+    axes = figure.subplots()
+    drawn = axes.imshow(mosaic, cmap=_COLOURS, vmin=-1, vmax=1, interpolation="nearest")
+    axes.set_xticks(np.arange(len(columns)) * (gw + gap) + (gw - 1) / 2, columns + 1)
+    axes.set_yticks(np.arange(len(rows)) * (gh + gap) + (gh - 1) / 2, rows + 1)
+    axes.set(xlabel="patch column", ylabel="patch row")
+    axes.set_title("Position embedding similarity", fontsize=10)
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(drawn, label="cosine similarity", shrink=0.8)
+    return figure
+
+
+def distances(distance: Float[np.ndarray, "depth heads"], config: ViTConfig) -> Any:
+    """How far each head reaches, by depth (Figure 7, right), as a Figure; one dot a head.
+
+    The dashed line is where a head would be that attends to all patches alike.
+    """
+    depth, heads = distance.shape
+    n = config.grid[0] * config.grid[1]
+    even = np.full((1, 1, 1, n, n), 1 / n, np.float32)
+    even = float(attention_distance(even, config.grid, 0, config.patch_pixels)[0, 0])
+    figure = _figure(5.2, 3.8)
+    axes = figure.subplots()
+    layer, head = np.mgrid[1 : depth + 1, 1 : heads + 1]
+    axes.axhline(even, color="grey", linestyle="--", linewidth=1, label="all patches alike")
+    dots = axes.scatter(layer, distance, c=head, cmap=_COLOURS, s=22, alpha=0.8, linewidth=0)
+    axes.set_xlim(0.4, depth + 0.6)
+    axes.set_ylim(0, 1.1 * max(even, float(distance.max())) or 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("network depth (layer)")
+    axes.set_ylabel("mean attention distance (pixels of {}x{})".format(*config.image_size))
+    axes.set_title("Attention distance", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    ticks = np.linspace(1, heads, min(heads, 8)).round()
+    figure.colorbar(dots, label="head", ticks=ticks, format="%d")
+    return figure
+
+
+def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh gw"]) -> Any:
+    """An image, the same darkened where attention is low (Figure 6), and the map, as a Figure."""
+    h, w, _ = image.shape
+    figure = _figure(9, min(max(2.7 * h / w, 1), 8) + 0.5)
+    left, middle, right = figure.subplots(1, 3)
+    for axes, title, panel in (
+        (left, "input", image),
+        (middle, "attention", overlay(image, attention)),
+    ):
+        _show(axes, panel)
+        axes.set_title(title, fontsize=10)
+    share = attention / max(attention.max(), np.finfo(np.float32).tiny)
+    drawn = right.imshow(share, cmap=_COLOURS, vmin=0, vmax=1, extent=(0, w, h, 0))
+    right.set_title("attention by patch", fontsize=10)
+    _bare(right)
+    figure.colorbar(drawn, label="share of the largest", shrink=0.8)
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty Figure, in inches, which needs no screen."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "pictures are drawn with matplotlib, which is missing: pip install 'vit_jax[plot]'"
+        ) from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _show(axes: Any, image: Float[np.ndarray, "h w c"]) -> None:
+    """Draws pixels of 0 to 1 as they are: RGB, or else the mean of the channels in grey."""
+    if image.shape[-1] != 3:
+        image = image.mean(axis=-1)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    _bare(axes)
+
+
+def _bare(axes: Any) -> None:
+    """Nothing around a picture but a thin line, against the white of the page."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(linewidth=0.5, color="grey")

@@ -173,7 +173,8 @@ def _recognise(weights: Weights) -> tuple[Dialect, str]:
     if native(()).prefix(keys) is not None:
         return native(()), ""
     for dialect in FOREIGN:
-        prefix = dialect.prefix(keys)
+        aliases = dialect.aliases
+        prefix = dialect.prefix([re.sub(*aliases, key) for key in keys] if aliases else keys)
         if prefix is not None:
             return dialect, prefix
     markers = ", ".join(f"{dialect.markers[0]} ({dialect.name})" for dialect in FOREIGN)

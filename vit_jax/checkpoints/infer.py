@@ -7,7 +7,7 @@ from typing import Any
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.files import Weights
 from vit_jax.checkpoints.rows import Dialect, Found
-from vit_jax.checkpoints.tables import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, TIMM
+from vit_jax.checkpoints.tables import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, RESNET_PAPER, TIMM
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
 
@@ -101,6 +101,8 @@ def infer_resnet(
     fields = _resnet(dialect, found, axis)
     fields["num_classes"] = axis("head/kernel", "o") if "head/kernel" in found else 0
     fields |= told
+    if dialect is RESNET_PAPER:
+        assumed["resnet_style"] = "with zeros around what is pooled, as BiT; bit_paper.py has none"
     if file_size is not None:
         fields["image_size"] = file_size
     elif "image_size" not in told:
@@ -117,6 +119,8 @@ def _resnet(
     for stage in range(1, 5):
         names = [ours for ours in found if ours.startswith(f"resnet/stage{stage}/")]
         if names:
+            for number in range(1, stage + 1):  # raises where a first unit is missing
+                axis(f"resnet/stage{number}/first/conv1/kernel", "o")
             units.append(1 + max(found[name].depth or 0 for name in names))
     return {
         "resnet": tuple(units),

@@ -95,6 +95,7 @@ class _ResNet:
     sep: str = "/"
     leaves: tuple[str, str] = ("scale", "bias")
     layout: str = "p q i o -> p q i o"
+    norm_layout: str = "d -> d"
     first: int = 1
     digits: int = 1
 
@@ -121,7 +122,8 @@ class _ResNet:
 
     def _norm(self, ours: str, theirs: str) -> list[Row]:
         rows = _norm(ours, theirs, *(self.sep + leaf for leaf in self.leaves))
-        return [dataclasses.replace(row, any_rank=True) for row in rows]
+        changes = dict(layout=self.norm_layout, any_rank=True)
+        return [dataclasses.replace(row, **changes) for row in rows]
 
 
 _CONVS = ("conv1/kernel", "conv2/kernel", "conv3/kernel", "conv_proj/kernel")
@@ -146,6 +148,7 @@ _RESNET_PAPER = dataclasses.replace(
     root="root_block/conv_root/kernel",
     norm_root=None,
     norm="norm-pre-head",
+    norm_layout="1 1 1 d -> d",
     digits=2,
 )
 # huggingface/pytorch-image-models: timm/models/resnetv2.py
