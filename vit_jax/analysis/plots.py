@@ -63,21 +63,22 @@ def pictures(
     """
     figures, notes = {"filters": filters(filter_components(embedding_filters(vit.model)))}, []
     try:
-        figures["positions"] = positions(position_similarity(vit.model))
-    except UserError as error:
-        notes.append(f"no positions.png: {error}")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{os.fspath(folder)!r} is no folder: where to put pictures?") from None
     if isinstance(vit.config, ResNetConfig):
-        notes[:] = ["a ResNet has neither positions nor attention: there are only its filters"]
-    elif images:
+        notes.append("a ResNet has neither positions nor attention: there are only its filters")
+        images = ()
+    elif vit.config.position == "none":
+        notes.append("there is no positions.png: the model has no position embeddings")
+    else:
+        figures["positions"] = positions(position_similarity(vit.model))
+    if images:
         seen = inspect_attention(vit, images)
         figures["attention_distance"] = distances(seen.distance, vit.config)
         for name, image, share in zip(_names(images), seen.images, seen.rollout, strict=True):
             figures[f"rollout_{name}"] = attended(image, share)
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{os.fspath(folder)!r} is a file; expected a folder for pictures")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png" for name in figures]
+    paths = [Path(folder) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=150, bbox_inches="tight")
     return paths, notes
@@ -104,7 +105,7 @@ def filters(components: Float[np.ndarray, "n p q c"]) -> Any:
     count = len(components)
     columns = min(7, count)
     rows = -(-count // columns)
-    figure = _figure(max(columns * 0.9, 3.6), rows * 0.9 + 0.5)
+    figure = _figure(max(columns * 0.9, 3.6), rows * 0.9 + 0.3)
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, component in zip(cells, components, strict=False):
         _show(axes, 0.5 + component / np.abs(component).max() / 2)
@@ -129,7 +130,7 @@ def positions(similarity: Float[np.ndarray, "gh gw gh gw"]) -> Any:
         for j, column in enumerate(columns):
             top, left = i * (gh + gap), j * (gw + gap)
             mosaic[top : top + gh, left : left + gw] = similarity[row, column]
-    height = min(max(5.5 * mosaic.shape[0] / mosaic.shape[1], 2), 11)
+    height = min(max(5.5 * mosaic.shape[0] / mosaic.shape[1], 2.0), 11.0)
     figure = _figure(6.6, height)
     axes = figure.subplots()
     drawn = axes.imshow(mosaic, cmap=_COLOURS, vmin=-1, vmax=1, interpolation="nearest")
@@ -173,7 +174,7 @@ def distances(distance: Float[np.ndarray, "depth heads"], config: ViTConfig) -> 
 def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh gw"]) -> Any:
     """An image, the same darkened where attention is low (Figure 6), and the map, as a Figure."""
     h, w, _ = image.shape
-    figure = _figure(9, min(max(2.7 * h / w, 1), 8) + 0.5)
+    figure = _figure(9.0, min(max(2.7 * h / w, 1), 8) + 0.5)
     left, middle, right = figure.subplots(1, 3)
     for axes, title, panel in (
         (left, "input", image),
