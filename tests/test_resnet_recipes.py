@@ -28,8 +28,11 @@ from test_recipes import (
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
-from vit_jax.models.config import VARIANTS, ResNetConfig, ViTConfig
+from vit_jax.errors import UserError
+from vit_jax.models import config as models
+from vit_jax.models.config import VARIANTS, ResNetConfig
 from vit_jax.models.vit import structure
+from vit_jax.training.config import Config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optim import is_kernel, make_schedule
@@ -156,11 +159,13 @@ def test_fine_tuning(name, variant):
     assert model.image_size == (384, 384)
     if variant in RESNETS:
         assert isinstance(model, ResNetConfig)
-        check(config.model_config(ResNetConfig(head_bias=-10.0), 7), num_classes=7, head_bias=0.0)
+        trained = models.variant(variant, head_bias=-10.0)
+        check(config.model_config(trained, 7), num_classes=7, head_bias=0.0)
     else:
         rate = DROPOUT[variant] if name == "finetune" else 0.0
         check(model, dropout=rate, drop_path=0.0, representation_size=None)
-        trained = ViTConfig(representation_size=768, head_bias=-10.0, drop_path=0.1)
+        had = dict(representation_size=768, head_bias=-10.0, drop_path=0.1)
+        trained = models.variant(variant, **had)
         tuned = config.model_config(trained, 7)
         check(tuned, drop_path=0.0, representation_size=None, head_bias=0.0)
 
@@ -390,3 +395,38 @@ def test_images_arrive_at_the_rules_size(spec, here):
         with batches as images:
             batch = next(images)
         assert batch["image"].shape == (4, *size, 3) and batch["image"][0].std() > 10
+
+
+@pytest.mark.parametrize(
+    "spec, base",
+    [
+        ("bit:R50x1,cifar10", "R50+B/32"),
+        ("bit:R50x1,imagenet,512", "B/16"),
+        ("bit:R50x1,cifar10", "R101x1"),
+        ("finetune:R50x1,cifar10", "R50+L/32"),
+        ("finetune:B/16,cifar10,512", "R50+B/16"),
+        ("finetune:B/16,cifar10", "R50x1"),
+        ("finetune:R50+B/16,cifar10", "B/16"),
+        ("finetune:R50+B/16,cifar10", "R26+B/32"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(spec, base):
+    config = recipe(spec)
+    with pytest.raises(UserError, match=r"is to be a .* the checkpoint of init_from is a "):
+        config.model_config(models.variant(base), 10)
+
+
+@pytest.mark.parametrize("fields", [{"resnet": (1,)}, {"resnet": ()}])
+def test_a_resnet_is_not_put_before_a_vit(fields):
+    config = Config(batch_size=8, model=fields)
+    with pytest.raises(UserError, match="the checkpoint of init_from is a ViT without a ResNet"):
+        config.model_config(models.variant("B/16"), 10)
+
+
+def test_what_fine_tuning_may_change_of_a_hybrid():
+    base = models.variant("R50+B/16", resnet_style="timm_v1", representation_size=768)
+    config = Config(batch_size=8, model={"variant": "R50+B/16", "image_size": (384, 384)})
+    new = config.model_config(base, 10)
+    assert (new.resnet, new.resnet_style, new.grid) == ((3, 4, 9), "timm_v1", (24, 24))
+    with pytest.raises(UserError, match="a ViT on a pre-activation ResNet"):
+        Config(batch_size=8, model={"resnet_style": "v2"}).model_config(base, 10)

@@ -181,10 +181,10 @@ def test_what_is_amiss_is_named(name, tmp_path):
 @pytest.mark.parametrize(
     "name, format, message",
     [
-        (V1.name, "hf", "hf has no ResNet of style v1"),
-        (V1.name, "google", "google has no ResNet of style v1"),
-        (V1.name, "timm", "timm has no ResNet of style v1"),
-        (BIT.name, "hf", "hf has no ResNet of style v2"),
+        (V1.name, "hf", "hf has no ResNets of style v1"),
+        (V1.name, "google", "google has no ResNets of style v1"),
+        (V1.name, "timm", "timm has no ResNets of style v1"),
+        (BIT.name, "hf", "hf has no ResNets of style v2"),
         (GOOGLE.name, "hf", r"hf has no models with model\.resnet=\(2, 1\)"),
         (GOOGLE.name, "big_vision", r"big_vision has no models with model\.resnet=\(2, 1\)"),
     ],
@@ -212,6 +212,23 @@ def test_a_hybrid_before_normalising_has_no_file_of_others(units, tmp_path):
         ending = "npz" if format == "google" else "safetensors"
         with pytest.raises(UserError, match=r"model\.resnet_style='v2'"):
             vit_jax.save(of(config), tmp_path / f"out.{ending}", format=format)
+    vit = of(config)
+    vit_jax.save(vit, tmp_path / "ours.safetensors")
+    assert_same(
+        parameters(vit_jax.load(tmp_path / "ours.safetensors").model), parameters(vit.model)
+    )
+
+
+@pytest.mark.parametrize("told", [None, 3, (1,)])
+def test_another_resnet_than_the_keys_say(told, tmp_path):
+    path = GOOGLE.write(tmp_path)
+    with pytest.raises(UserError, match=r"resnet .* does not fit its keys, which are of \(2, 1\)"):
+        vit_jax.load(path, resnet=told, image_size=GOOGLE.known.get("image_size"))
+
+
+def test_big_visions_border_is_said_when_it_is_written(loaded, tmp_path):
+    report = vit_jax.save(loaded(BIT.name), tmp_path / "out.npz", format="big_vision")
+    assert "bit_paper.py has none" in report.assumed["pooling"]
 
 
 @pytest.mark.parametrize(

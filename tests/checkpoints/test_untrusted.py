@@ -579,6 +579,14 @@ def test_odd_values_in_the_record_of_a_model(tmp_path):
     with_odd_values(fields, write)
 
 
+@pytest.mark.parametrize("family", [[], {"a": 1}, 3, None, "cnn", "resnet"])
+def test_a_record_of_an_odd_family(family, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(ours_with(json.dumps({**OURS.record, "family": family})))
+    with pytest.raises(UserError):
+        open_model(path)
+
+
 def test_odd_values_in_the_rest_of_a_record(tmp_path):
     path = tmp_path / "x.safetensors"
 

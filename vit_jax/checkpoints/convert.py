@@ -22,7 +22,7 @@ from jaxtyping import Float32
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer, infer_resnet
-from vit_jax.checkpoints.record import typed_config
+from vit_jax.checkpoints.record import family_of, typed_config
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FOREIGN, native
 from vit_jax.errors import UserError, nearest
@@ -155,13 +155,13 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
             missing = f"; {nearest(key, taken)}" if "?" in nearest(key, taken) else ""
             raise UserError(
                 f"{weights.path}: {key} {list(weights.shapes[key])} belongs to no part of "
-                f"{_KINDS[dialect.family]} under {dialect.name}'s names{missing}. Leaving it out "
-                "would make another model than the file's"
+                f"{_KINDS[family_of(config)]} under {dialect.name}'s names{missing}. Leaving it "
+                "out would make another model than the file's"
             )
     return Foreign(weights, dialect.name, config, found, leftover, assumed)
 
 
-def _config(weights: Weights, fields: Mapping[str, Any], family: str) -> ModelConfig:
+def _config(weights: Weights, fields: Mapping[str, Any], family: Any) -> ModelConfig:
     try:
         return typed_config(fields, family)
     except UserError as error:
@@ -241,6 +241,8 @@ def _checked(
                     raise weights.missing(key, right)
                 if not each.row.fits(weights.shapes[key], right):
                     of = families.variant_name(config)
+                    if config.resnet is not None:
+                        of += f", a ResNet of {config.resnet} units,"
                     if isinstance(config, ViTConfig):
                         of += f" with {config.num_heads} heads and a grid of "
                         of += "{}x{}".format(*config.grid)

@@ -58,7 +58,7 @@ def choose(format: str, config: ModelConfig) -> Dialect:
             known = {"big_vision": RESNET_V1}
         if format not in known:
             raise UserError(
-                f"{format} has no ResNet of style {config.resnet_style}: "
+                f"{format} has no ResNets of style {config.resnet_style}: "
                 f"{nearest(format, [*known, 'vit_jax'])}"
             )
         return known[format]
@@ -112,7 +112,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     allowed: dict[str, tuple[Any, ...]] = {}
     if dialect.name in ("big_vision", "hf"):
         allowed["resnet"] = (None,)
-    elif config.resnet is not None:
+    elif config.resnet is not None and dialect.name != "vit_jax":
         allowed["resnet_style"] = tuple(name for name, style in STYLES.items() if not style.preact)
     if dialect in (GOOGLE, BIG_VISION):
         allowed |= {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
@@ -120,6 +120,8 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     elif dialect is TIMM:
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
+        if config.resnet is not None:
+            allowed |= {"distillation": ("none",), "mlp": ("gelu",)}
     elif dialect is HF_VIT:
         allowed |= {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["representation_size"] = (None, *(() if head else (config.representation_size,)))
@@ -245,6 +247,8 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     if format != "vit_jax" and config.resnet is not None and config.resnet_style != style:
         found["resnet_style"] = f"{config.resnet_style}, where {format}'s code has {style}"
     if isinstance(config, ResNetConfig):
+        if choose(format, config) is RESNET_PAPER:
+            found["pooling"] = "zeros around it, as BiT has; big_vision's bit_paper.py has none"
         return found
     if format in ("google", "big_vision") and config.gelu != "tanh":
         found["gelu"] = f"{config.gelu}, where {format}'s code computes tanh"

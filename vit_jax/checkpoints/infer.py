@@ -83,7 +83,14 @@ def infer(
             fields[name] = value
             assumed[name] = f"as in {dialect.name}'s code"
 
-    fields |= {k: v for k, v in told.items() if k not in ("image_size", "pool")}
+    units = told.get("resnet", fields.get("resnet"))
+    if (tuple(units) if isinstance(units, list) else units) != fields.get("resnet"):
+        raise UserError(
+            f"{weights.path}: resnet {units!r} does not fit its keys, which are of "
+            f"{fields.get('resnet')}"
+        )
+    fields |= {k: v for k, v in told.items() if k not in ("image_size", "pool", "resnet")}
+    fields["patch_size"] = pair(fields["patch_size"], "patch_size")
     fields |= _positions(weights, dialect, found, fields, told, file_size, axis, assumed)
     return fields
 

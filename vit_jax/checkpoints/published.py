@@ -188,9 +188,10 @@ class Published:
     Attributes:
       name: short, and no other's in the same table.
       path: what `vit_jax.load` takes.
-      variant: size and patch, such as "B/16".
+      variant: size and patch, such as "B/16", or another name of VARIANTS.
       pretraining: the data set; "i1k" and "i21k" are ImageNet's.
-      image_size: pixels a side that the position embeddings are for.
+      image_size: pixels a side that the position embeddings are for; of a ResNet, that it was
+        fitted at, which its file does not say: give it to `load`.
       top1: published ImageNet-1k accuracy of exactly these weights, head and all, in percent; None
         where there is no such number.
       source: where that number, or else the weights, are described.

@@ -19,13 +19,13 @@ BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, Recu
 _FAMILY_NAMES = {kind: name for name, kind in FAMILIES.items()}
 
 
-def typed_config(fields: Mapping[str, Any], family: str = "vit") -> ModelConfig:
+def typed_config(fields: Mapping[str, Any], family: Any = "vit") -> ModelConfig:
     """A config of what JSON or a user has, each value in the type that its field must have.
 
     Raises:
       UserError: an unknown field, a value of another type, or sizes that do not fit together.
     """
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"family {family!r}; {nearest(str(family), FAMILIES)}")
     kind = FAMILIES[family]
     check_fields(kind, fields)

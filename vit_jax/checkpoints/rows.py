@@ -169,7 +169,7 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one code base names the parameters of a ViT.
+    """How one code base names the parameters of a model.
 
     Attributes:
       name: what the user calls it.

@@ -338,8 +338,9 @@ def variant_fields(name: str) -> dict[str, Any]:
         known = [each for each in VARIANTS if each not in with_resnet]
         hint = f"no variant {match[1]!r}; {nearest(match[1], known)}"
     else:
-        hint = "expected VARIANT/PATCH, such as B/16 or Ti/16x8, or a name with a ResNet; "
-        hint += nearest(name, with_resnet)
+        hint = "expected VARIANT/PATCH, such as B/16 or Ti/16x8"
+        if name.startswith("R"):
+            hint += f", or a name with a ResNet; {nearest(name, with_resnet)}"
     raise UserError(f"model variant {name!r}: {hint}")
 
 

@@ -195,15 +195,18 @@ class Backbone(nnx.Module):
     def __call__(
         self, images: Float[Array | np.ndarray, "b h w c"], layout: Layout | None = None
     ) -> Float[Array, "b p q d"]:
-        def root(x, conv_root):
+        def root(x, conv_root, norm_root=None):
             x = conv_root(x, 2)
             if self.preact:
                 x, padding = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]), "VALID"
             else:
-                x, padding = jax.nn.relu(self.norm_root(x)), "SAME"
+                x, padding = jax.nn.relu(norm_root(x)), "SAME"
             return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
-        x = run({"conv_root": self.conv_root}, root, jnp.asarray(images), self.config, layout)
+        modules = {"conv_root": self.conv_root}
+        if not self.preact:
+            modules["norm_root"] = self.norm_root
+        x = run(modules, root, jnp.asarray(images), self.config, layout)
         for index in range(len(self.config.resnet)):
             stage = getattr(self, f"stage{index + 1}")
             x = stage(x, 1 if index == 0 else 2, layout)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.models import layers, posembed, resnet
-from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, variant
+from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
 from vit_jax.models.layers import Layout
 
 
@@ -210,6 +210,7 @@ def create(name: str | ModelConfig = "B/16", *, seed: int = 0, **fields: Any) ->
     if isinstance(name, str):
         config = variant(name, **fields)
     else:
+        check_fields(type(name), fields)
         config = dataclasses.replace(name, **fields)
     params = jax.jit(lambda: init_params(config, seed))()  # one program, not one a parameter
     return nnx.merge(structure(config)[0], params)

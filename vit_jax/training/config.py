@@ -24,11 +24,13 @@ from vit_jax.models.config import (
     CHOICES,
     FAMILIES,
     ModelConfig,
+    ViTConfig,
     check_fields,
     variant,
     variant_fields,
 )
 from vit_jax.models.posembed import RESIZE_METHODS
+from vit_jax.models.resnet import STYLES
 from vit_jax.training.evaluators import Evaluator, evaluator_kind
 from vit_jax.training.objectives import OBJECTIVES, Augment
 from vit_jax.training.optim import OptimConfig
@@ -172,7 +174,8 @@ class Config:
         Unless the checkpoint's head is kept, its hidden layer goes too.
 
         Raises:
-          UserError: `model` names no variant, or says what such a model does not have.
+          UserError: `model` names no variant, says what such a model does not have, or has
+            another ResNet than `base`, or one where that has none.
         """
         fields = dict(self.model)
         name = fields.pop("variant", None)
@@ -188,12 +191,31 @@ class Config:
         if base is not None and not keep_head:
             base = base.with_fresh_head(num_classes)
         if base is not None:
-            fields = {**(variant_fields(name) if name is not None else {}), **fields}
+            is_vit = isinstance(base, ViTConfig)
+            old, wanted = _network(is_vit, base.resnet, base.resnet_style), is_vit
+            if name is not None:
+                sizes = {"resnet": None, **variant_fields(name)}
+                fields, wanted = {**sizes, **fields}, "width" in sizes
+            units, style = (fields.get(f, getattr(base, f)) for f in ("resnet", "resnet_style"))
+            if (new := _network(wanted, units, style)) != old:
+                raise UserError(
+                    f"the model is to be {new}, but the checkpoint of init_from is {old}: leave "
+                    "model.variant and model.resnet out, or start from such a model"
+                )
             check_fields(type(base), fields)
             return dataclasses.replace(base, **fields)
         if name is None:
             raise UserError("model.variant is not set: name one such as B/16, or an init_from")
         return variant(name, **fields)
+
+
+def _network(is_vit: bool, units: Sequence[int] | None, style: str) -> str:
+    """What a checkpoint and a model that starts from it have to agree in, in words."""
+    if units is None:
+        return "a ViT without a ResNet" if is_vit else "a ResNet of no units"
+    normed = "pre" if style in STYLES and STYLES[style].preact else "post"
+    resnet = f"a {normed}-activation ResNet of {tuple(units)} units"
+    return f"a ViT on {resnet}" if is_vit else resnet
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
