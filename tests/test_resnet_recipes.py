@@ -416,7 +416,7 @@ def test_a_checkpoint_of_another_network_is_refused(spec, base):
         config.model_config(models.variant(base), 10)
 
 
-@pytest.mark.parametrize("fields", [{"resnet": (1,)}, {"resnet": ()}])
+@pytest.mark.parametrize("fields", [{"resnet": (1,)}, {"resnet": ()}, {"resnet": 3}])
 def test_a_resnet_is_not_put_before_a_vit(fields):
     config = Config(batch_size=8, model=fields)
     with pytest.raises(UserError, match="the checkpoint of init_from is a ViT without a ResNet"):

@@ -209,12 +209,13 @@ class Config:
         return variant(name, **fields)
 
 
-def _network(is_vit: bool, units: Sequence[int] | None, style: str) -> str:
+def _network(is_vit: bool, units: Any, style: Any) -> str:
     """What a checkpoint and a model that starts from it have to agree in, in words."""
     if units is None:
         return "a ViT without a ResNet" if is_vit else "a ResNet of no units"
     normed = "pre" if style in STYLES and STYLES[style].preact else "post"
-    resnet = f"a {normed}-activation ResNet of {tuple(units)} units"
+    units = tuple(units) if isinstance(units, list) else units
+    resnet = f"a {normed}-activation ResNet of {units} units"
     return f"a ViT on {resnet}" if is_vit else resnet
 
 
