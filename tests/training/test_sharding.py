@@ -101,15 +101,24 @@ def test_what_is_computed_anew_is_the_same(alone, remat, scan):
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
 
 
-def compiled(mesh, **fields):
+def compiled(mesh, model=VIT, **fields):
     config = dataclasses.replace(CONFIG, augment=Augment(), optim=OptimConfig(lr=1e-3))
-    program = program_of(mesh, dataclasses.replace(VIT, **fields), config)
+    program = program_of(mesh, dataclasses.replace(model, **fields), config)
     return program, program.step.lower(program.state, program.batch).compile()
 
 
-def moved(mesh, **fields):
-    program, step = compiled(mesh, **fields)
+def moved(mesh, model=VIT, **fields):
+    program, step = compiled(mesh, model, **fields)
     return program, read_collectives(step.as_text())
+
+
+def split_sizes(program):
+    """Bytes of each parameter that fsdp splits."""
+    return {
+        jax.tree_util.keystr(path): 4 * leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)
+        if "fsdp" in leaf.sharding.spec
+    }
 
 
 def test_what_is_computed_anew_needs_less_memory():
@@ -123,11 +132,7 @@ def test_what_is_computed_anew_needs_less_memory():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_fsdp_gathers_each_block_twice_and_nothing_else(remat):
     program, collectives = moved(MESHES["fsdp=8"], remat=remat)
-    split = {
-        jax.tree_util.keystr(path): 4 * leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)
-        if "fsdp" in leaf.sharding.spec
-    }
+    split = split_sizes(program)
     # On the way there and back; what is outside of them is used once, or kept.
     blocks = sum(size for name, size in split.items() if "blocks" in name)
     expected = (blocks + sum(split.values())) * 7 / 8
@@ -147,8 +152,7 @@ def test_evaluation_gathers_each_parameter_once():
     program = make_program(config, record.config, record.preprocess, 24, mesh)
     step = Evaluation(config, record, mesh)._eval_step
     text = step.lower(program.state.params, program.batch).compile().as_text()
-    leaves = jax.tree.leaves(program.state.params)
-    split = sum(4 * leaf.size for leaf in leaves if "fsdp" in leaf.sharding.spec)
+    split = sum(split_sizes(program).values())
     totals = by_kind(read_collectives(text))
     assert totals["all-gather"][1] == pytest.approx(split * 7 / 8, rel=0.02)
     assert totals["all-reduce"][1] < 100  # the sums
@@ -222,19 +226,13 @@ def test_resnets_and_hybrids_train_on_a_mesh_as_on_one_device(kind):
 
 
 def test_fsdp_gathers_each_unit_of_a_resnet_when_it_runs():
-    config = dataclasses.replace(CONFIG, augment=Augment(), optim=OptimConfig(lr=1e-3))
-    program = program_of(MESHES["fsdp=8"], OTHERS["resnet"], config)
+    program, collectives = moved(MESHES["fsdp=8"], OTHERS["resnet"])
     kernels = program.state.params["resnet"]["stage1"]["rest"]
     assert tuple(kernels["conv2"]["kernel"].sharding.spec) == (*4 * (None,), "fsdp")
-    text = program.step.lower(program.state, program.batch).compile().as_text()
-    split = {
-        jax.tree_util.keystr(path): 4 * leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)
-        if "fsdp" in leaf.sharding.spec
-    }
+    split = split_sizes(program)
     # On the way there and back, standardised; root, first unit and head are gathered once and kept.
     scanned = sum(size for name, size in split.items() if "rest" in name)
     expected = (scanned + sum(split.values())) * 7 / 8
-    totals = by_kind(read_collectives(text))
+    totals = by_kind(collectives)
     assert totals["all-gather"][1] == pytest.approx(expected, rel=0.02)
     assert "all-to-all" not in totals

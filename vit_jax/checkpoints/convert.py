@@ -21,7 +21,7 @@ from jaxtyping import Float32
 
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.files import Weights, open_weights
-from vit_jax.checkpoints.infer import infer, infer_resnet
+from vit_jax.checkpoints.infer import infer
 from vit_jax.checkpoints.record import family_of, typed_config
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FOREIGN, native
@@ -128,7 +128,7 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
             raise UserError(f"unknown model field {name!r}; {nearest(name, _FIELDS)}")
     dialect, prefix = _recognise(weights)
     if dialect.aliases:
-        weights = weights.renamed(*dialect.aliases)
+        weights = weights.renamed(dialect.spelt)
     record = weights.record.get("config") or {}
     if not isinstance(record, Mapping):
         raise UserError(f"{weights.path}: the record of its model is damaged")
@@ -144,8 +144,7 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
     found = _find(weights, dialect, prefix)
     if not record:
         told = {**families.hints(dialect, weights.config), **known}
-        fields_of = {"vit": infer, "resnet": infer_resnet}[dialect.family]
-        fields = fields_of(weights, dialect, found, told, file_size, assumed)
+        fields = infer(weights, dialect, found, told, file_size, assumed)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
     taken = {key for each in found.values() for key in each.keys()}
@@ -173,8 +172,7 @@ def _recognise(weights: Weights) -> tuple[Dialect, str]:
     if native(()).prefix(keys) is not None:
         return native(()), ""
     for dialect in FOREIGN:
-        aliases = dialect.aliases
-        prefix = dialect.prefix([re.sub(*aliases, key) for key in keys] if aliases else keys)
+        prefix = dialect.prefix(keys)
         if prefix is not None:
             return dialect, prefix
     markers = ", ".join(f"{dialect.markers[0]} ({dialect.name})" for dialect in FOREIGN)

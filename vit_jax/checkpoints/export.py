@@ -242,12 +242,12 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
 
 def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     """What a reader of the format takes for granted and this model has otherwise."""
-    found = {}
-    style = choose(format, config).resnet_style
-    if format != "vit_jax" and config.resnet is not None and config.resnet_style != style:
-        found["resnet_style"] = f"{config.resnet_style}, where {format}'s code has {style}"
+    found, dialect = {}, choose(format, config)
+    mine, theirs = config.resnet_style, dialect.resnet_style
+    if format != "vit_jax" and config.resnet is not None and mine != theirs:
+        found["resnet_style"] = f"{mine}, where {format}'s code has {theirs}"
     if isinstance(config, ResNetConfig):
-        if choose(format, config) is RESNET_PAPER:
+        if dialect is RESNET_PAPER:
             found["pooling"] = "zeros around it, as BiT has; big_vision's bit_paper.py has none"
         return found
     if format in ("google", "big_vision") and config.gelu != "tanh":

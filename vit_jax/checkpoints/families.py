@@ -17,7 +17,7 @@ from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import VARIANTS, ModelConfig, ResNetConfig, ViTConfig, variant_fields
+from vit_jax.models.config import VARIANTS, ModelConfig, ResNetConfig, ViTConfig, variant_kind
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP = {
@@ -270,15 +270,12 @@ def read_labels(
 
 def variant_name(config: ModelConfig) -> str:
     """The published variant that has these sizes, such as "B/16" or "R50x1", or "custom"."""
-    is_vit = isinstance(config, ViTConfig)
-    names = [
-        n for n, fields in VARIANTS.items() if "resnet" in fields and ("width" in fields) == is_vit
-    ]
-    if is_vit and config.resnet is None:
-        patch = "x".join(str(side) for side in dict.fromkeys(config.patch_size))
-        names = [f"{name}/{patch}" for name, fields in VARIANTS.items() if "resnet" not in fields]
-    for name in names:
-        fields = variant_fields(name)
-        if all(getattr(config, field) == value for field, value in fields.items()):
-            return name
+    for name, sizes in VARIANTS.items():
+        fields = {"resnet": None, **sizes}
+        if variant_kind(sizes) is type(config) and all(
+            getattr(config, field) == value for field, value in fields.items()
+        ):
+            if fields["resnet"] is not None:
+                return name
+            return f"{name}/" + "x".join(str(side) for side in dict.fromkeys(config.patch_size))
     return "custom"

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import struct
 import zipfile
 import zlib
@@ -99,13 +98,13 @@ class Weights:
         out[...] = array
         return out
 
-    def renamed(self, pattern: str, replacement: str) -> "Weights":
-        """The same arrays, with another part in their names."""
+    def renamed(self, rename: Callable[[str], str]) -> "Weights":
+        """The same arrays under other names."""
         other = copy.copy(self)
         other.shapes, other.dtypes, other._places = {}, {}, {}
         for name, shape in self.shapes.items():
             place = self._places.get(name)
-            other.add(re.sub(pattern, replacement, name), shape, self.dtypes[name], place)
+            other.add(rename(name), shape, self.dtypes[name], place)
         return other
 
     def missing(self, key: str, shape: tuple[int, ...] | None = None) -> UserError:

@@ -20,8 +20,10 @@ def infer(
     file_size: tuple[int, int] | None,
     assumed: dict[str, str],
 ) -> dict[str, Any]:
-    """The fields of a ViTConfig: what names and shapes say, what was told, and guesses."""
+    """The fields of the dialect's config: what names and shapes say, what was told, and guesses."""
     axis = _axes(weights, dialect, found)
+    if dialect.family == "resnet":
+        return _classifier(dialect, found, told, file_size, axis, assumed)
     weights_prefix = next(iter(found.values())).prefix if found else ""
     fields: dict[str, Any] = {}
     fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
@@ -95,16 +97,8 @@ def infer(
     return fields
 
 
-def infer_resnet(
-    weights: Weights,
-    dialect: Dialect,
-    found: Mapping[str, Found],
-    told: Mapping[str, Any],
-    file_size: tuple[int, int] | None,
-    assumed: dict[str, str],
-) -> dict[str, Any]:
-    """The fields of a ResNetConfig, likewise."""
-    axis = _axes(weights, dialect, found)
+def _classifier(dialect, found, told, file_size, axis, assumed) -> dict[str, Any]:
+    """The fields of a ResNetConfig."""
     fields = _resnet(dialect, found, axis)
     fields["num_classes"] = axis("head/kernel", "o") if "head/kernel" in found else 0
     fields |= told

@@ -193,9 +193,13 @@ class Dialect:
 
     def prefix(self, keys: Iterable[str]) -> str | None:
         """What stands before a marker in `keys`, None where all markers are missing."""
-        keys = set(keys)
+        keys = {self.spelt(key) for key in keys}
         found = (p for p in self.prefixes for marker in self.markers if p + marker in keys)
         return next(found, None)
+
+    def spelt(self, key: str) -> str:
+        """A name of a file as the rows have it."""
+        return re.sub(*self.aliases, key) if self.aliases else key
 
     def may_leave(self, key: str) -> bool:
         return any(re.match(pattern, key) for pattern in self.leftover)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -351,9 +351,14 @@ def variant(name: str, **fields: Any) -> ModelConfig:
       UserError: the variant or a field does not exist, or the fields do not fit together.
     """
     sizes = variant_fields(name)
-    kind = ViTConfig if "width" in sizes else ResNetConfig
+    kind = variant_kind(sizes)
     check_fields(kind, fields)
     return kind(**{**sizes, **fields})
+
+
+def variant_kind(sizes: Mapping[str, Any]) -> type[ModelConfig]:
+    """Which config an entry of VARIANTS is for."""
+    return ViTConfig if "width" in sizes else ResNetConfig
 
 
 def check_fields(kind: type[ModelConfig], names: Iterable[str]) -> None:

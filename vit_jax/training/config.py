@@ -28,6 +28,7 @@ from vit_jax.models.config import (
     check_fields,
     variant,
     variant_fields,
+    variant_kind,
 )
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
@@ -195,7 +196,7 @@ class Config:
             old, wanted = _network(is_vit, base.resnet, base.resnet_style), is_vit
             if name is not None:
                 sizes = {"resnet": None, **variant_fields(name)}
-                fields, wanted = {**sizes, **fields}, "width" in sizes
+                fields, wanted = {**sizes, **fields}, variant_kind(sizes) is ViTConfig
             units, style = (fields.get(f, getattr(base, f)) for f in ("resnet", "resnet_style"))
             if (new := _network(wanted, units, style)) != old:
                 raise UserError(
