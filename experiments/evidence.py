@@ -1,0 +1,240 @@
+"""The paper's claims, run: sweeps, what came out, and a README of each.
+
+    python experiments/evidence.py [NAME ...] [--runs=runs/evidence] [--jobs=2]
+    python experiments/evidence.py --tell     # the READMEs again, from each results.json
+    python experiments/evidence.py --data     # the images alone
+
+Each experiment is a folder: `sweep.py` has the points (`python -m vit_jax sweep` runs them too, at
+the paper's scale with `sweep.py:paper`), `report.py` what they come to. Here the points are run,
+those that are finished are not run again, and what came out goes to `results.json`, a picture and
+README.md, and for all of them together to experiments/README.md.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/evidence")
+EXPERIMENTS = (
+    "inspection",
+    "positions",
+    "token_or_mean",
+    "data_size",
+    "compute",
+    "shape",
+    "masked_patches",
+    "segmentation",
+)
+SIZES = (500, 2000, 8000, 32000)  # training images, each split a part of the next
+FRACTALS = "fractals:size=24,color=false,classes=100"
+
+
+def make_data(folder: Path = RUNS, sizes: tuple[int, ...] = SIZES, tests: int = 2000) -> None:
+    """Writes the images of configs/evidence.py, unless they are there: 45 s on one core.
+
+    fractals.npz has the splits train500, ... and val, of 100 classes; others.npz has 10 images of
+    each of 100 other classes in `train`, and `tests` in `test`.
+    """
+    from vit_jax.data.sources import open_source
+
+    def take(spec: str, split: str, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        source = open_source(spec, split)
+        examples = [source[start + i] for i in range(count)]
+        images = np.stack([each["image"][..., 0] for each in examples])
+        return images, np.array([each["label"] for each in examples], np.int32)
+
+    others = f"{FRACTALS},seed=1"
+    parts = {
+        "fractals": {
+            "train": (FRACTALS, "train", 0, max(sizes)),
+            "val": (FRACTALS, "val", 0, 1000),
+        },
+        "others": {"train": (others, "train", 0, 1000), "test": (others, "train", 10_000, tests)},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, splits in parts.items():
+        path = folder / f"{name}.npz"
+        if path.exists():
+            continue
+        arrays = {}
+        for split, how in splits.items():
+            images, labels = take(*how)
+            counts = (
+                {f"train{n}": n for n in sizes} if (name, split) == ("fractals", "train") else {}
+            )
+            for part, count in (counts or {split: len(images)}).items():
+                arrays |= {f"{part}_images": images[:count], f"{part}_labels": labels[:count]}
+        unfinished = path.with_suffix(".partial.npz")
+        np.savez(unfinished, **arrays)
+        unfinished.rename(path)
+
+
+def run(name: str, runs: Path, jobs: int, scale: str = "laptop") -> None:
+    """Runs an experiment's sweep, and writes its results.json; finished points are not run again.
+
+    Raises:
+      UserError: a point failed.
+    """
+    from vit_jax.errors import UserError
+    from vit_jax.launch.launchers import Local
+    from vit_jax.launch.run import run_sweep
+    from vit_jax.launch.sweep import load_sweep
+
+    sweep = load_sweep(f"{HERE / name / 'sweep.py'}:{scale}")
+    results = run_sweep(sweep, runs / name, Local(jobs=jobs))
+    failed = [each.name for each in results if each.state != "finished"]
+    if failed:
+        raise UserError(f"{name}: {', '.join(failed)} did not finish; see {runs / name}/*.log")
+    collect(name, runs, results)
+
+
+def collect(name: str, runs: Path, results: list[Any], folder: Path | None = None) -> None:
+    """Writes results.json: what was run on what, and of each point what it is and came to."""
+    points = []
+    for each in results:
+        described = {"name": each.name, "overrides": dict(each.overrides)}
+        points.append(described | {"metrics": of_run(runs / name / each.name)})
+    found = {"machine": machine(), "points": points}
+    measure = getattr(report(name), "measure", None)
+    if measure is not None:
+        found["measured"] = measure(runs / name, folder or HERE / name)
+    text = json.dumps(found, indent=1, sort_keys=True, default=float)
+    ((folder or HERE / name) / "results.json").write_text(text + "\n")
+
+
+def of_run(workdir: Path) -> dict[str, float]:
+    """A run's last metrics, its parameters (millions) and the GFLOPs of all its steps."""
+    from vit_jax.analysis.cost import step_flops
+    from vit_jax.checkpoints.record import ModelRecord
+    from vit_jax.models.vit import structure
+    from vit_jax.training.evaluate import read_config
+    from vit_jax.training.metrics import read_metrics
+
+    import jax
+
+    last: dict[str, float] = {}
+    for line in read_metrics(workdir):
+        last |= line
+    model = ModelRecord.read(workdir).config
+    sizes = [np.prod(leaf.shape) for leaf in jax.tree.leaves(structure(model)[1])]
+    last["parameters"] = float(sum(sizes)) / 1e6
+    last["gflops"] = last["step"] * step_flops(read_config(workdir), model) / 1e9
+    return {key: round(float(value), 6) for key, value in last.items()}
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    import jax
+
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = f"{cores} CPU cores" if device.platform == "cpu" else device.device_kind
+    return {
+        "device": f"{kind} ({platform.machine()})",
+        "python": platform.python_version(),
+        "jax": version("jax"),
+        "date": datetime.date.today().strftime("%B %Y"),
+    }
+
+
+def report(name: str) -> Any:
+    """An experiment's report.py, as a module."""
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))  # for telling.py
+    path = HERE / name / "report.py"
+    spec = importlib.util.spec_from_file_location(f"report_of_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tell(name: str, folder: Path | None = None) -> Any:
+    """Writes an experiment's README.md and picture from its results.json; returns what it told."""
+    from telling import Point
+
+    folder, module = folder or HERE / name, report(name)
+    found = json.loads((folder / "results.json").read_text())
+    points = [Point(**each) for each in found["points"]]
+    if "measured" in found:
+        told = module.tell(points, found["measured"])
+    else:
+        told = module.tell(points)
+    if told.figure is not None:
+        told.figure.savefig(folder / "picture.png", dpi=110)
+    where = found["machine"]
+    hours = sum(each.metrics.get("seconds", 0) for each in points) / 60
+    (folder / "README.md").write_text(
+        f"""# {module.TITLE}
+
+{module.__doc__.strip()}
+
+```
+python experiments/evidence.py {name}
+python -m vit_jax sweep experiments/{name}/sweep.py --workdir=runs/evidence/{name} --jobs=2
+python -m vit_jax sweep experiments/{name}/sweep.py:paper --workdir=runs/paper/{name}
+```
+The first does it all on a laptop and writes this page, the second runs the same points alone, the
+third is the paper's scale, for which no hardware was at hand.
+
+## What came out
+
+{told.table}
+
+![{module.TITLE}](picture.png)
+
+{told.verdict}
+
+{told.spread} {len(points)} runs on {where["device"]}, {hours:.0f} minutes of training in all; Python
+{where["python"]}, jax {where["jax"]}, {where["date"]}. All numbers: `results.json`.
+"""
+    )
+    return told
+
+
+def front_page() -> None:
+    """Writes experiments/README.md: a row for each experiment that has results."""
+    rows = []
+    for name in EXPERIMENTS:
+        if not (HERE / name / "results.json").exists():
+            continue
+        module, told = report(name), tell(name)
+        rows.append(
+            f"| [{module.TITLE}]({name}/README.md) | {module.CLAIM} | {told.short} | {told.agrees} "
+            f'| <img src="{name}/picture.png" width="220"> |'
+        )
+    text = (HERE / "front_page.md").read_text()
+    (HERE / "README.md").write_text(text.replace("ROWS", "\n".join(rows)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where run folders go")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    parser.add_argument("--tell", action="store_true", help="write the READMEs again, run nothing")
+    parser.add_argument("--data", action="store_true", help="write the images, run nothing")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(EXPERIMENTS):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; {', '.join(EXPERIMENTS)}")
+    if not args.tell:
+        make_data()
+    if not args.tell and not args.data:
+        for name in args.names or EXPERIMENTS:
+            print(f"\n{name}", flush=True)
+            run(name, args.runs, args.jobs)
+            tell(name)
+    front_page()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Table 8: none, learned 1D and 2D, sine-cosine, relative; at the input, in every layer, shared."""
+
+from vit_jax.launch.sweep import product
+
+config = "configs/evidence.py"
+# What and where, in the order of Table 8; `learned2d_added` and `sincos2d` are not in it.
+POSITIONS = (
+    ("none", "input"),
+    ("learned", "input"),
+    ("learned", "layers"),
+    ("learned", "layers_shared"),
+    ("learned2d", "input"),
+    ("learned2d", "layers"),
+    ("learned2d", "layers_shared"),
+    ("learned2d_added", "input"),
+    ("sincos2d", "input"),
+    ("relative", "input"),
+)
+PAPER = {"config": "configs/pretrain.py:B/16,jft,fewshot,records:shards/jft"}
+SCALES = {
+    "smoke": (POSITIONS[-1:], [0], {"total_examples": 64}),
+    "laptop": (POSITIONS, [0, 1, 2], {}),
+    "paper": (POSITIONS, [0], PAPER),
+}
+
+
+def sweep(scale="laptop"):
+    """Yields each position embedding with each seed."""
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
+    positions, seeds, common = SCALES[scale]
+    for what, where in positions:
+        for seed in product({"seed": seeds}):
+            position = {"model.position": what, "model.position_at": where}
+            yield {"name": f"{what}_{where}_{seed['seed']}", **position, **seed, **common}

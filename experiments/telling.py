@@ -1,0 +1,136 @@
+"""What the reports of experiments/ share: means and spreads, tables, curves."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+FEW = "others/5shot"  # what most of them measure by; see configs/evidence.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run: its overrides, and the last value of each metric."""
+
+    name: str
+    overrides: dict[str, Any]
+    metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What an experiment came to.
+
+    Attributes:
+      table, verdict: Markdown, for its own page.
+      short, agrees: what was measured, and whether it is what the paper saw, for the front page.
+      figure: the picture, or None where `measure` has drawn it.
+      spread: what the numbers' spread is over.
+    """
+
+    table: str
+    verdict: str
+    short: str
+    agrees: str
+    figure: Any = None
+    spread: str = "Means and standard deviations are over seeds."
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """Mean, standard deviation and number of some values; prints as percents."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def std(self) -> float:
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        spread = f" ± {self.std:.1%}" if len(self.values) > 1 else ""
+        return f"{self.mean:.1%}{spread}"
+
+    def minus(self, other: "Mean") -> tuple[float, float]:
+        """The difference of the means, and its standard error."""
+        parts = [each.std**2 / len(each.values) for each in (self, other)]
+        return self.mean - other.mean, math.sqrt(sum(parts))
+
+    def beats(self, other: "Mean") -> bool:
+        """Whether it is larger by more than twice the standard error of the difference."""
+        difference, error = self.minus(other)
+        return difference > 2 * error
+
+
+def means(
+    points: Iterable[Point], key: Callable[[Point], Hashable], metric: str = FEW
+) -> dict[Any, Mean]:
+    """A metric's mean for each value of `key`, in the order of the points; None is left out."""
+    found: dict[Hashable, list[float]] = {}
+    for point in points:
+        if key(point) is not None and metric in point.metrics:
+            found.setdefault(key(point), []).append(point.metrics[metric])
+    return {value: Mean(tuple(values)) for value, values in found.items()}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def figure(width: float = 6.4, height: float = 3.8) -> tuple[Any, Any]:
+    """An empty Figure, which needs no screen, and its axes."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    axes = drawn.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn, axes
+
+
+def bars(values: dict[str, Mean], label: str, reference: str = "") -> Any:
+    """Horizontal bars with their spread; the dashed line is at the value of `reference`."""
+    drawn, axes = figure(6.4, 0.8 + 0.32 * len(values))
+    names = list(values)[::-1]
+    axes.barh(
+        names,
+        [100 * values[name].mean for name in names],
+        xerr=[100 * values[name].std for name in names],
+        color="#4878a8",
+        error_kw=dict(lw=1, capsize=2),
+    )
+    if reference:
+        axes.axvline(100 * values[reference].mean, color="grey", linestyle="--", linewidth=1)
+    axes.set_xlabel(f"{label} (%)")
+    axes.grid(axis="y", visible=False)
+    return drawn
+
+
+def curves(
+    lines: dict[str, dict[float, Mean]], x: str, y: str, *, log: bool = True, axes: Any = None
+) -> Any:
+    """A line a name, with error bars of one standard deviation; a figure of its own, or `axes`."""
+    drawn = None
+    if axes is None:
+        drawn, axes = figure()
+    for name, values in lines.items():
+        axes.errorbar(
+            list(values),
+            [100 * each.mean for each in values.values()],
+            [100 * each.std for each in values.values()],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
+    if log:
+        axes.set_xscale("log")
+    axes.set(xlabel=x, ylabel=f"{y} (%)")
+    axes.legend(fontsize=8)
+    return drawn
