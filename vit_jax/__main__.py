@@ -134,7 +134,8 @@ def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
 def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs every point of a sweep file, or goes on with a sweep that was stopped."""
     from vit_jax.launch.launchers import make_launcher
-    from vit_jax.launch.sweep import failures, load_sweep, run_sweep
+    from vit_jax.launch.run import failures, run_sweep
+    from vit_jax.launch.sweep import load_sweep
 
     launcher = make_launcher(args.launcher, jobs=args.jobs)
     failed = failures(run_sweep(load_sweep(args.file), args.workdir, launcher))

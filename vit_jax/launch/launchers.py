@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.launch import child
@@ -50,6 +50,7 @@ class Change:
     exit_code: int | None = None
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """Runs jobs. `dry` says that nothing is run at all."""
 
@@ -129,8 +130,8 @@ class Local:
                         failed.add(job.name)
                         yield Change(job.name, "failed", code)
 
+                unfinished = {*(job.name for job in left), *running}
                 for job in list(left):
-                    unfinished = {*(other.name for other in left), *running}
                     if failed & set(job.after):
                         left.remove(job)
                         failed.add(job.name)

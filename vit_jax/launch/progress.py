@@ -29,7 +29,7 @@ class Progress:
         if not self._live:
             states = [result.state for result in self._results.values()]
             done = states.count("finished")
-            self._print(f"{len(states)} points, {done} of them finished before")
+            self._print(f"{done} of {len(states)} points are finished")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -84,6 +84,8 @@ class Progress:
         width = max(len(name) for name in self._results)
         row = f"{result.name:<{min(width, 60)}}  {result.state:<8}"
         if result.state == "running":
+            from vit_jax.training.metrics import last_values
+
             metrics = last_values(self._root / result.name)
             step, total = metrics.get("step", 0), self._total(result.name)
             row += f"  {step}/{total or '?'}  {measured(result, metrics)}"
@@ -104,16 +106,6 @@ def measured(result: Any, metrics: Mapping[str, Any] | None = None) -> str:
     metrics = result.metrics if metrics is None else metrics
     name = next((name for name in SHOWN if name in metrics), None)
     return "" if name is None else f"{name} {metrics[name]:.4g}"
-
-
-def last_values(folder: epath.Path) -> dict[str, int | float]:
-    """The last value of every metric of a run, {} if it has not begun."""
-    from vit_jax.training.metrics import read_metrics
-
-    last: dict[str, int | float] = {}
-    for line in read_metrics(folder):
-        last |= line
-    return last
 
 
 def _tail(path: epath.Path, size: int = 4096) -> str:
