@@ -131,6 +131,18 @@ def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
         print(line, flush=True)
 
 
+def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Runs every point of a sweep file, or goes on with a sweep that was stopped."""
+    from vit_jax.launch.launchers import make_launcher
+    from vit_jax.launch.run import failures, run_sweep
+    from vit_jax.launch.sweep import load_sweep
+
+    launcher = make_launcher(args.launcher, jobs=args.jobs)
+    failed = failures(run_sweep(load_sweep(args.file), args.workdir, launcher))
+    if failed:
+        raise UserError(failed)
+
+
 def _fields(pairs: list[str]) -> dict[str, object]:
     """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of the config."""
     from vit_jax.models.config import FAMILIES
@@ -219,6 +231,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--topology", help="TPUs to compile for, where there are none: v5e:4x4, v5p:8x8x4, ..."
     )
     command.set_defaults(function=preflight, takes_overrides=True)
+
+    command = commands.add_parser("sweep", help=sweep.__doc__)
+    command.add_argument("file", metavar="FILE[:SCALE]", help="a Python file that yields points")
+    command.add_argument("--workdir", required=True, help="a run folder a point is made in it")
+    command.add_argument("--launcher", default="local", help="local (default), or print commands")
+    command.add_argument("--jobs", type=int, metavar="N", help="how many at a time (default 1)")
+    command.set_defaults(function=sweep, takes_overrides=False)
 
     command = commands.add_parser("prepare", help=prepare.__doc__)
     command.add_argument("src", help="a folder, a tar, tars such as 'a-*.tar', or a source")

@@ -24,7 +24,7 @@ from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import Evaluation, read_config
-from vit_jax.training.metrics import Diverged, Recorder, due, read_metrics
+from vit_jax.training.metrics import Diverged, Recorder, due, last_values
 from vit_jax.training.program import make_program, new_record, run_steps, train_reader
 from vit_jax.training.sharding import (
     check_batch,
@@ -199,14 +199,7 @@ def _run(
             store.wait()
             raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
     store.wait()
-    return hosts.first("results", lambda: _last_values(workdir))
-
-
-def _last_values(workdir: epath.Path) -> dict[str, int | float]:
-    last: dict[str, int | float] = {}
-    for line in read_metrics(workdir):
-        last |= line
-    return last
+    return hosts.first("results", lambda: last_values(workdir))
 
 
 def _start(

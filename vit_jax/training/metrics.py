@@ -44,6 +44,14 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return lines
 
 
+def last_values(workdir: epath.PathLike) -> dict[str, int | float]:
+    """The last value of every metric of a run, {} if it has none yet."""
+    last: dict[str, int | float] = {}
+    for line in read_metrics(workdir):
+        last |= line
+    return last
+
+
 def due(step: int, every: int, total_steps: int) -> bool:
     """Whether something that happens `every` steps (0: never), and at the last one, is due."""
     return step == total_steps or (every > 0 and step % every == 0)

@@ -1,0 +1,278 @@
+"""How the points of a sweep are run: on this machine, some at a time, or printed as commands.
+
+A launcher is an iterator of what changes, so that another (a cluster's queue) is one class more.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from vit_jax.errors import UserError, nearest
+from vit_jax.launch import child
+
+STATES = ("waiting", "running", "finished", "failed", "stopped")
+
+
+class Stopped(Exception):
+    """The sweep was asked to stop; its runs have saved, and the same command goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A point as a command, which writes to `log` and waits for the jobs named in `after`."""
+
+    name: str
+    command: tuple[str, ...]
+    log: str
+    after: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A job is now in `state`, one of STATES, perhaps as its command ended with `exit_code`.
+
+    A command that a signal ended has 128 and the signal's number, as in a shell.
+    """
+
+    name: str
+    state: str
+    exit_code: int | None = None
+
+
+@runtime_checkable
+class Launcher(Protocol):
+    """Runs jobs. `dry` says that nothing is run at all."""
+
+    dry: bool
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Change | None]:
+        """Yields every change of a job, and None about every second, until all have ended.
+
+        A job starts once those it is `after` are finished (one that is not among `jobs` is), and
+        never if one of them failed. The order of `jobs` respects `after`. Closing the iterator
+        stops what runs.
+
+        Raises:
+          Stopped: SIGTERM or SIGINT came, and was passed on to what runs.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Print:
+    """Prints the commands, quoted for a shell, in an order in which they can be run."""
+
+    dry = True
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Change | None]:
+        for job in jobs:
+            print(shlex.join(job.command))
+        yield from ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Runs `jobs` at a time on this machine, each on an equal share of its cores and GPUs.
+
+    A command that was preempted (it ended with 75, 143 or by a signal) is started again, up to
+    `retries` times, after `delay` seconds. On Linux no command outlives this process.
+    """
+
+    jobs: int = 1
+    retries: int = 3
+    delay: float = 2.0
+    poll: float = 0.1
+
+    dry = False
+
+    def __post_init__(self):
+        if self.jobs < 1:
+            raise UserError(f"--jobs is {self.jobs}; it must be at least 1")
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Change | None]:
+        left, failed = list(jobs), set[str]()
+        free = shares(self.jobs)
+        running: dict[str, tuple[Job, subprocess.Popen, Share]] = {}
+        tries: collections.Counter[str] = collections.Counter()
+        not_before: dict[str, float] = {}
+        passed_on, shown = 0, 0.0
+        with _signals() as came, _ending(running):
+            while True:
+                for job, process, share in list(running.values()):
+                    if process.poll() is None:
+                        continue
+                    del running[job.name]
+                    free.insert(0, share)
+                    code = process.returncode
+                    code = code if code >= 0 else 128 - code
+                    preempted = code == 75 or code > 128
+                    if code == 0:
+                        yield Change(job.name, "finished", code)
+                    elif preempted and came():
+                        yield Change(job.name, "stopped", code)
+                    elif preempted and tries[job.name] < self.retries:
+                        tries[job.name] += 1
+                        not_before[job.name] = time.monotonic() + self.delay
+                        left.insert(0, job)
+                        yield Change(job.name, "waiting", code)
+                    else:
+                        failed.add(job.name)
+                        yield Change(job.name, "failed", code)
+
+                unfinished = {*(job.name for job in left), *running}
+                for job in list(left):
+                    if failed & set(job.after):
+                        left.remove(job)
+                        failed.add(job.name)
+                    elif free and not came() and not unfinished & set(job.after):
+                        if not_before.get(job.name, 0.0) <= time.monotonic():
+                            share = free.pop(0)
+                            running[job.name] = job, _start(job, share), share
+                            left.remove(job)
+                            yield Change(job.name, "running")
+
+                while passed_on < came():  # a second one ends what runs at once
+                    passed_on += 1
+                    for _, process, _ in running.values():
+                        process.terminate()
+                if not running and (came() or not left):
+                    break
+                if time.monotonic() - shown > 1.0:
+                    shown = time.monotonic()
+                    yield None
+                time.sleep(self.poll)
+            if came():
+                raise Stopped("stopped: what ran has saved, and the same command goes on")
+
+
+LAUNCHERS: dict[str, Callable[..., Any]] = {"local": Local, "print": Print}
+
+
+def make_launcher(name: str, **options: Any) -> Launcher:
+    """The launcher of that name; those `options` that are None are left at their defaults.
+
+    Raises:
+      UserError: no such launcher, or one that has no such option.
+    """
+    if name not in LAUNCHERS:
+        raise UserError(f"there is no launcher {name!r}; {nearest(name, LAUNCHERS)}")
+    known = {field.name for field in dataclasses.fields(LAUNCHERS[name])}
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in known:
+            raise UserError(f"the launcher {name!r} has no --{option}: leave it out")
+    return LAUNCHERS[name](**given)
+
+
+def python() -> str:
+    """What to call this Python in a command: `python`, where that is what a shell would run."""
+    found = shutil.which("python") or ""
+    same = os.path.dirname(found) == os.path.dirname(sys.executable)
+    return "python" if same else sys.executable
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one job at a time may use: cores (none: all of them) and changes of the environment."""
+
+    cores: tuple[int, ...] = ()
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def shares(jobs: int) -> list[Share]:
+    """Splits cores and GPUs between `jobs`: to each as many, for they decide how sums are rounded.
+
+    Where there are fewer than jobs, several share one.
+    """
+    if jobs == 1:
+        return [Share()]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    gpus, found = _gpus(), []
+    for i in range(jobs):
+        environment = {}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(_part(gpus, i, jobs))
+            if len(gpus) < jobs and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+                at_once = -(-jobs // len(gpus))  # otherwise the first to come takes most of it
+                environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / at_once:.3f}"
+        found.append(Share(tuple(_part(cores, i, jobs)), environment))
+    return found
+
+
+def _part(items: list[Any], i: int, count: int) -> list[Any]:
+    each = len(items) // count
+    return items[i * each : (i + 1) * each] if each else items[i % max(len(items), 1) :][:1]
+
+
+def _gpus() -> list[str]:
+    """The NVIDIA GPUs that a command would see; this process needs no JAX to know."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    folder = Path("/proc/driver/nvidia/gpus")
+    return [str(i) for i in range(len(list(folder.iterdir())))] if folder.is_dir() else []
+
+
+def _start(job: Job, share: Share) -> subprocess.Popen:
+    """Starts a job in a session of its own, as Ctrl-C is for the sweep, which passes it on."""
+    cores = ",".join(map(str, share.cores))
+    wrapper = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), cores]
+    with open(job.log, "a") as log:
+        log.write(f"$ {shlex.join(job.command)}\n")
+        log.flush()
+        return subprocess.Popen(
+            [*wrapper, *job.command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **share.environment},
+            start_new_session=True,
+        )
+
+
+@contextlib.contextmanager
+def _ending(running: dict[str, Any], patience: float = 60.0) -> Iterator[None]:
+    """Whatever happens, nothing runs on afterwards: first asked to save and end, then killed."""
+    try:
+        yield
+    finally:
+        processes = [process for _, process, _ in running.values()]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + patience
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0.0))
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that says how often SIGTERM or SIGINT has come."""
+    count = 0
+    if threading.current_thread() is not threading.main_thread():  # such as in some notebooks
+        yield lambda: 0
+        return
+
+    def note(number, frame):
+        nonlocal count
+        count += 1
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: count
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,117 @@
+"""What a sweep shows while it runs: a table on a terminal, a line a change elsewhere."""
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from etils import epath
+
+from vit_jax.launch.launchers import Change
+
+# What says best how far a run is; the first that it has measured is shown.
+SHOWN = ("test/accuracy", "val/accuracy", "train/accuracy", "train/loss")
+
+
+class Progress:
+    """Shows the `results` of points, which others change, in the folder `root`."""
+
+    def __init__(self, root: epath.Path, results: Mapping[str, Any], stream: TextIO | None = None):
+        self._root, self._results = root, results
+        self._stream = sys.stdout if stream is None else stream
+        self._live = self._stream.isatty()
+        self._lines = 0
+        self._began: dict[str, float] = {}
+
+    def __enter__(self) -> "Progress":
+        if not self._live:
+            states = [result.state for result in self._results.values()]
+            done = states.count("finished")
+            self._print(f"{done} of {len(states)} points are finished")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._live:
+            self._draw()
+
+    def show(self, change: Change | None) -> None:
+        """Tells a change; None means that time has passed."""
+        if self._live:
+            self._draw()
+        elif change is not None:
+            self._print(self._sentence(change))
+
+    def _sentence(self, change: Change) -> str:
+        if change.state == "running":
+            self._began[change.name] = time.monotonic()
+            return f"{change.name}: started"
+        seconds = time.monotonic() - self._began.get(change.name, time.monotonic())
+        told = {
+            "finished": f"finished in {seconds:.0f} s, {measured(self._results[change.name])}",
+            "failed": f"failed with exit code {change.exit_code}: {self._last_words(change.name)}",
+            "stopped": f"stopped with exit code {change.exit_code}",
+            "waiting": f"preempted with exit code {change.exit_code}, will be started again",
+        }
+        return f"{change.name}: {told[change.state]}"
+
+    def _last_words(self, name: str) -> str:
+        lines = [line for line in _tail(self._root / f"{name}.log").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return (errors or lines or ["it said nothing"])[-1]
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def _draw(self) -> None:
+        size = shutil.get_terminal_size()
+        rows = [self._row(result) for result in self._results.values()]
+        if len(rows) > size.lines - 2:  # what cannot be drawn over must not be drawn
+            states = [result.state for result in self._results.values()]
+            counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+            active = [
+                row for row, s in zip(rows, states, strict=True) if s in ("running", "failed")
+            ]
+            rows = [counts, *active[-(size.lines - 3) :]]
+        up = f"\x1b[{self._lines}F" if self._lines else ""
+        text = "".join(f"\x1b[2K{row[: size.columns - 1]}\n" for row in rows)
+        self._stream.write(f"{up}{text}\x1b[J")
+        self._stream.flush()
+        self._lines = len(rows)
+
+    def _row(self, result: Any) -> str:
+        width = max(len(name) for name in self._results)
+        row = f"{result.name:<{min(width, 60)}}  {result.state:<8}"
+        if result.state == "running":
+            from vit_jax.training.metrics import last_values
+
+            metrics = last_values(self._root / result.name)
+            step, total = metrics.get("step", 0), self._total(result.name)
+            row += f"  {step}/{total or '?'}  {measured(result, metrics)}"
+            if total and step and "seconds" in metrics:
+                row += f"  {metrics['seconds'] / step * (total - step):.0f} s left"
+        elif result.metrics:
+            row += f"  {result.metrics.get('step', 0)}  {measured(result)}"
+        return row
+
+    def _total(self, name: str) -> int | None:
+        """How many steps the run has; it says so in its log only, as it knows its data."""
+        found = re.findall(r"step \d+(?:/| of )(\d+)", _tail(self._root / f"{name}.log"))
+        return int(found[-1]) if found else None
+
+
+def measured(result: Any, metrics: Mapping[str, Any] | None = None) -> str:
+    """The best that is known of how well a run does: "val/accuracy 0.98"."""
+    metrics = result.metrics if metrics is None else metrics
+    name = next((name for name in SHOWN if name in metrics), None)
+    return "" if name is None else f"{name} {metrics[name]:.4g}"
+
+
+def _tail(path: epath.Path, size: int = 4096) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(file.tell() - size, 0))
+        return file.read().decode(errors="replace")

@@ -1,0 +1,253 @@
+"""A sweep's folder: its points are run, each in a run folder of its own, and recorded.
+
+WORKDIR/NAME/        the run folder of a point
+WORKDIR/NAME.log     what its command said, each time that it was started
+WORKDIR/sweep.json   every point and its state, at any time
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from vit_jax.errors import UserError
+from vit_jax.launch.launchers import STATES, Job, Launcher, python
+from vit_jax.launch.progress import Progress
+from vit_jax.launch.sweep import RECORD, Sweep, point_config
+
+PATIENCE = 10.0  # seconds that a run which was just killed may still hold its folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a point: its state, one of STATES, and the last value of every metric."""
+
+    name: str
+    config: str
+    overrides: dict[str, Any]
+    after: tuple[str, ...]
+    state: str = "waiting"
+    exit_code: int | None = None
+    metrics: dict[str, int | float] = dataclasses.field(default_factory=dict)
+
+
+def train_command(config: str, workdir: str, flags: Sequence[str]) -> list[str]:
+    """The plain command that starts a run, and goes on with one that was stopped."""
+    return [
+        *(python(), "-m", "vit_jax", "train"),
+        *(f"--config={config}", f"--workdir={workdir}"),
+        *flags,
+    ]
+
+
+def run_sweep(
+    sweep: Sweep,
+    workdir: epath.PathLike,
+    launcher: Launcher,
+    *,
+    command: Callable[[str, str, Sequence[str]], list[str]] = train_command,
+) -> list[Result]:
+    """Runs every point in WORKDIR/NAME that is not finished there, with its output in NAME.log.
+
+    WORKDIR/sweep.json has the state of every point at any time. A point that fails stops only
+    those that are after it.
+
+    Raises:
+      UserError: another sweep runs in this folder; a run folder is in use, or holds a run of
+        another config. Nothing was started.
+      Stopped: SIGTERM or SIGINT came.
+    """
+    from vit_jax.checkpoints.store import lock
+    from vit_jax.training.metrics import last_values
+
+    if "://" in os.fspath(workdir):
+        raise UserError(f"{workdir}: a sweep's folder must be on a local or mounted disk so far")
+    root = epath.Path(os.path.abspath(workdir))
+    names = [point.name for point in sweep.points]
+    jobs = {
+        point.name: Job(
+            point.name,
+            tuple(
+                command(
+                    point.config,
+                    str(root / point.name),
+                    point.flags(lambda name: str(root / name)),
+                )
+            ),
+            str(root / f"{point.name}.log"),
+            point.after,
+        )
+        for point in sweep.points
+    }
+    if launcher.dry:
+        list(launcher.run(list(jobs.values())))
+        return []
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{root} is a file; --workdir must be a folder") from None
+        stack.enter_context(lock(root))
+        results = {
+            point.name: Result(point.name, point.config, point.overrides, point.after)
+            for point in sweep.points
+        }
+        for result in _finished(sweep, root):
+            results[result.name] = result
+        unfinished = [name for name in names if results[name].state != "finished"]
+        for name in unfinished:
+            _wait_until_free(root / name)
+        _write(root, sweep.spec, results.values())
+        progress = stack.enter_context(Progress(root, results))
+        changes = launcher.run([jobs[name] for name in unfinished])
+        for change in stack.enter_context(contextlib.closing(changes)):
+            if change is not None:
+                results[change.name] = dataclasses.replace(
+                    results[change.name],
+                    state=change.state,
+                    exit_code=change.exit_code,
+                    metrics=last_values(root / change.name),
+                )
+                _write(root, sweep.spec, results.values())
+            progress.show(change)
+        return list(results.values())
+
+
+def failures(results: Sequence[Result]) -> str | None:
+    """One sentence on what is not finished, None if everything is."""
+    failed = [result for result in results if result.state == "failed"]
+    if not failed:
+        return None
+    told = [f"{result.name} with exit code {result.exit_code}" for result in failed]
+    waiting = [result.name for result in results if result.state == "waiting"]
+    rest = f"; not run, as they are after these: {', '.join(waiting)}" if waiting else ""
+    return f"{len(failed)} of {len(results)} points failed: {', '.join(told)} (see NAME.log){rest}"
+
+
+def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:
+    """Yields the points that need not be run again.
+
+    The record says of such a point that its command ended well, and its folder still holds a run
+    of this config, whose last checkpoint is of the step that its metrics end with. Where only the
+    record is gone, the command runs once more, which takes a finished run no more than a start.
+
+    Raises:
+      UserError: a folder holds a run of another config.
+    """
+    from vit_jax.checkpoints.store import Store
+    from vit_jax.training.config import differences
+    from vit_jax.training.evaluate import read_config
+    from vit_jax.training.metrics import last_values
+
+    recorded = {result.name: result for result in _read(root)}
+    for point in sweep.points:
+        folder = root / point.name
+        saved = Store(folder).steps()
+        if not saved:
+            continue
+        changed = differences(
+            read_config(folder), point_config(point, lambda name: str(root / name))
+        )
+        if changed:
+            raise UserError(
+                f"{folder} holds a run of another config ({'; '.join(changed)}): give the sweep "
+                "another --workdir, or the point another name"
+            )
+        metrics = last_values(folder)
+        old = recorded.get(point.name)
+        if old and old.state == "finished" and saved[-1] == metrics.get("step"):
+            yield Result(
+                point.name, point.config, point.overrides, point.after, "finished", 0, metrics
+            )
+
+
+def _wait_until_free(folder: epath.Path) -> None:
+    """Raises a UserError if a live run holds the folder; what does not exist is free."""
+    from vit_jax.checkpoints.store import lock
+
+    deadline = time.monotonic() + PATIENCE
+    while (folder / ".lock").exists():
+        try:
+            with lock(folder):
+                return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def read_results(workdir: epath.PathLike) -> list[Result]:
+    """What a sweep's folder holds: every point, its state, the last value of every metric.
+
+    Where only sweep.json was kept, metrics are those that it had when a point ended.
+
+    Raises:
+      UserError: it is no sweep's folder.
+    """
+    from vit_jax.training.metrics import last_values
+
+    root = epath.Path(workdir)
+    if not (root / RECORD).exists():
+        raise UserError(f"{workdir} holds no sweep: it has no {RECORD}")
+    results = [
+        dataclasses.replace(result, metrics=last_values(root / result.name) or result.metrics)
+        for result in _read(root)
+    ]
+    if any(result.state == "running" for result in results) and not _is_held(root):
+        results = [
+            dataclasses.replace(result, state="stopped") if result.state == "running" else result
+            for result in results
+        ]
+    return results
+
+
+def _is_held(root: epath.Path) -> bool:
+    """Whether a sweep runs in this folder; one that was killed could not say that it does not."""
+    with contextlib.suppress(FileNotFoundError), open(root / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _read(root: epath.Path) -> list[Result]:
+    path = root / RECORD
+    if not path.exists():
+        return []
+    try:
+        points = json.loads(path.read_text())["points"]
+        results = [
+            Result(
+                **{
+                    **point,
+                    "after": tuple(point["after"]),
+                    "overrides": {
+                        key: tuple(value) if isinstance(value, list) else value
+                        for key, value in point["overrides"].items()
+                    },
+                }
+            )
+            for point in points
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged or of another version ({error}): move it away, and what is "
+            "finished is found by running the sweep again"
+        ) from None
+    if any(result.state not in STATES for result in results):
+        raise UserError(f"{path} is of another version: it has states other than {STATES}")
+    return results
+
+
+def _write(root: epath.Path, spec: str, results: Iterable[Result]) -> None:
+    from vit_jax.checkpoints.store import write_atomically
+
+    record = {"sweep": spec, "points": [dataclasses.asdict(result) for result in results]}
+    write_atomically(root / RECORD, json.dumps(record, indent=1))

@@ -1,0 +1,236 @@
+"""A sweep: a file that yields points, each of which becomes one run folder.
+
+    config = "configs/digits.py"
+
+    def sweep(scale="laptop"):
+        for point in product({"optim.lr": [1e-3, 3e-3], "seed": [0, 1, 2]}):
+            yield point
+
+A point is a dict of overrides of the config. It may also have a `name` (otherwise what differs
+between the points makes one), a `config` of its own, and `after`: the name of a point, or several,
+that must be finished first. A value "@NAME" is the run folder of that point, and implies `after`.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vit_jax.errors import UserError, nearest
+
+RECORD = "sweep.json"  # beside the run folders; see run.py
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+_LONGEST = 150  # of a name; file systems take 255 bytes
+
+
+def product(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the axes' values, the last axis fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def together(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """The axes' first values, then their second, ...; all axes are as long.
+
+    Points combine with `|`: `a | b for a in together(...) for b in product(...)`.
+    """
+    return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep; `overrides` are as the file has them, with "@NAME" in them."""
+
+    name: str
+    config: str
+    overrides: dict[str, Any]
+    after: tuple[str, ...] = ()
+
+    def flags(self, folder: Callable[[str], str]) -> list[str]:
+        """The overrides as flags, with what `folder` says for the run folder of a point."""
+        return [
+            f"--config.{key}={folder(value[1:]) if _refers(value) else value}"
+            for key, value in self.overrides.items()
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The points of a sweep file, checked, in an order that respects `after`."""
+
+    spec: str
+    points: tuple[Point, ...]
+
+
+def load_sweep(spec: str) -> Sweep:
+    """Reads `FILE` or `FILE:SCALE`, and checks every point of it, its config included.
+
+    A config file is looked for from the current directory, then from the folders that the sweep
+    file is in, the nearest first.
+
+    Raises:
+      UserError: no such file, function or scale; points that have no name of their own, wait for
+        one another or for none that exists; an override that their config does not take.
+    """
+    path, _, scale = spec.partition(":")
+    default, raw = _read_file(spec, path, scale)
+    points = [_point(spec, fields, default) for fields in raw]
+    if not points:
+        raise UserError(f"{spec} yields no points; expected dicts of overrides of the config")
+    points = _named(spec, points)
+    points = _ordered(spec, [_waiting(point) for point in points])
+    points = [
+        dataclasses.replace(point, config=_find_config(point.config, path)) for point in points
+    ]
+    for point in points:
+        try:
+            point_config(point, lambda name: name).check_trains()
+        except UserError as error:
+            raise UserError(f"{spec}, point {point.name}: {error}") from None
+    return Sweep(spec, tuple(points))
+
+
+def _read_file(spec: str, path: str, scale: str) -> tuple[Any, list[Any]]:
+    """Returns the file's `config` and what its function yields."""
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        raise UserError(f"there is no sweep file {path!r} ({spec}); expected FILE.py or FILE:SCALE")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("s", path))
+    try:
+        module.__spec__.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    function = getattr(module, "sweep", None)
+    if not callable(function):
+        raise UserError(f"{path} is no sweep file: it has no function sweep")
+    try:
+        return getattr(module, "config", None), list(function(scale) if scale else function())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{spec}: {error}") from None
+
+
+def _point(spec: str, fields: Any, default: Any) -> Point:
+    """Takes what a sweep yields to a Point, whose name may still be empty."""
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        raise UserError(f"{spec} yields {fields!r}; expected a dict of overrides")
+    overrides = dict(fields)
+    name, config = overrides.pop("name", ""), overrides.pop("config", default)
+    after = overrides.pop("after", ())
+    after = (after,) if isinstance(after, str) else after
+    if not isinstance(name, str) or ("name" in fields and not _NAME.fullmatch(name)):
+        raise UserError(
+            f"{spec}: a point is named {name!r}; a name is a folder's, of letters, digits and "
+            "._=,+- and begins with one of the former"
+        )
+    if not isinstance(config, str):
+        raise UserError(
+            f"{spec}: the config of a point is {config!r}; expected the path of a config file, "
+            "from the file's `config` or the point's own"
+        )
+    if not isinstance(after, (list, tuple)) or not all(isinstance(each, str) for each in after):
+        raise UserError(f"{spec}: `after` is {after!r}; expected the name of a point, or several")
+    overrides = {key: _plain(spec, key, value) for key, value in overrides.items()}
+    return Point(name, config, overrides, tuple(after))
+
+
+def _plain(spec: str, key: str, value: Any) -> Any:
+    """A value as a flag can say it; NumPy's numbers become Python's."""
+    if hasattr(value, "item") and hasattr(value, "dtype"):
+        value = value.item() if value.ndim == 0 else tuple(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(spec, key, each) for each in value)
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise UserError(
+            f"{spec}: {key} is {value!r}; an override is a number, a text, a bool, None or a "
+            "tuple of these, and a key of a section is written section.key"
+        )
+    return value
+
+
+def _refers(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("@")
+
+
+def _waiting(point: Point) -> Point:
+    """Adds to `after` the points whose folders the overrides name."""
+    named = [value[1:] for value in point.overrides.values() if _refers(value)]
+    return dataclasses.replace(point, after=tuple(dict.fromkeys([*point.after, *named])))
+
+
+def _named(spec: str, points: list[Point]) -> list[Point]:
+    """Names those points that have no name by the overrides in which they differ."""
+    settings = [{"config": point.config, **point.overrides} for point in points if not point.name]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    varied = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
+    named = []
+    for point in points:
+        if not point.name:
+            own = {"config": point.config, **point.overrides}
+            parts = [f"{key}={_text(own[key])}" for key in varied if key in own]
+            name = ",".join(parts) or "point"
+            if len(name) > _LONGEST:
+                digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+                name = f"{name[: _LONGEST - 9]}-{digest}"
+            point = dataclasses.replace(point, name=name)
+        named.append(point)
+    names = [point.name for point in named]
+    for name in names:
+        if names.count(name) > 1:
+            same = [point for point in named if point.name == name]
+            what = "the same point" if same[0] == same[1] else "different ones"
+            raise UserError(
+                f"{spec}: {names.count(name)} points have the name {name!r} ({what}): leave one "
+                "out, or give each a `name` of its own"
+            )
+        if name == RECORD or f"{name}.log" in names or len(name) > 200:
+            raise UserError(f"{spec}: a point cannot be named {name!r}: choose another `name`")
+    return named
+
+
+def _text(value: Any) -> str:
+    """A value as a part of a file's name."""
+    if isinstance(value, tuple):
+        return "x".join(map(_text, value))
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", str(value)).strip("_")
+
+
+def _ordered(spec: str, points: list[Point]) -> list[Point]:
+    """The points in their own order, but each after those that it waits for."""
+    by_name = {point.name: point for point in points}
+    done: dict[str, Point] = {}
+
+    def visit(point: Point, path: tuple[str, ...]) -> None:
+        if point.name in path:
+            circle = [*path[path.index(point.name) :], point.name]
+            raise UserError(f"{spec}: points wait for one another: {' after '.join(circle)}")
+        if point.name not in done:
+            for name in point.after:
+                if name not in by_name:
+                    raise UserError(
+                        f"{spec}: {point.name} is after {name!r}, which is no point; "
+                        f"{nearest(name, by_name)}"
+                    )
+                visit(by_name[name], (*path, point.name))
+            done[point.name] = point
+
+    for point in points:
+        visit(point, ())
+    return list(done.values())
+
+
+def _find_config(config: str, sweep_file: str) -> str:
+    path, colon, argument = config.partition(":")
+    if not os.path.exists(path):
+        for folder in Path(os.path.abspath(sweep_file)).parents:
+            if (folder / path).is_file():
+                return f"{folder / path}{colon}{argument}"
+    return config
+
+
+def point_config(point: Point, folder: Callable[[str], str]) -> Any:
+    from vit_jax.training.config import load_config
+
+    return load_config(point.config, point.flags(folder))
