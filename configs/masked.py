@@ -39,7 +39,9 @@ def get_config(arg="B/16,imagenet"):
     name, _, word = arg.partition(",")
     if name == "fractals":
         if word not in ("", *OBJECTIVES):
-            raise ValueError(f"argument {arg!r}: expected fractals, fractals,small, fractals,pixels")
+            raise ValueError(
+                f"argument {arg!r}: expected fractals, fractals,small, fractals,pixels"
+            )
         config = fractals.get_config()
         config.objective = OBJECTIVES.get(word, "masked_colour")
         return config

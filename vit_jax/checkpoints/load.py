@@ -273,6 +273,8 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "distillation token": config.distillation != "none",
         f"{config.registers} registers": config.registers,
     }
+    if config.patch_outputs:
+        known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
     with_rows = f", {config.num_position_prefix} with positions"
     prefix = ", ".join(name for name, there in tokens.items() if there)
     return {

@@ -66,6 +66,11 @@ class Evaluation:
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
             where = f"data.{name}" if name in ("val", "test") else f"eval.evaluators.{name}"
+            if ours and not masked and not record.labels:
+                raise UserError(
+                    f"{where}: the model has no classes to tell images by: fine-tune it, or "
+                    "measure its features by eval.evaluators of type fewshot, knn or probe"
+                )
             for splits in evaluator.data_sets():
                 labels = record.labels if ours and not masked else None
                 for split in splits:
