@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
 from vit_jax.training.config import Config
+from vit_jax.training.masking import num_corrupted
 from vit_jax.training.program import Program
 
 
@@ -56,6 +57,8 @@ def _vit_macs(vit: ViTConfig) -> int:
     pooled = d * (2 if vit.pool == "token_gap" else 1)
     hidden = vit.representation_size
     macs += (pooled * hidden if hidden else 0) + (hidden or pooled) * vit.num_classes
+    if vit.patch_outputs:  # masked patch prediction: at the corrupted patches alone
+        macs += num_corrupted(patches) * d * vit.patch_outputs
     return macs + (d * vit.num_classes if vit.distillation == "head" else 0)
 
 

@@ -41,7 +41,8 @@ def curves(workdir: str | os.PathLike) -> Path | None:
                 axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=split)
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:  # there is no accuracy of predicted pixels
+            axes.legend()
     figure.suptitle(str(workdir), fontsize=9)
     path = Path(workdir) / "curves.png"
     figure.savefig(path, dpi=110)

@@ -26,6 +26,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
 from vit_jax.models.layers import attention_backend
 from vit_jax.models.vit import structure
+from vit_jax.training import masking
 from vit_jax.training.config import Config
 from vit_jax.training.program import Program, make_program, new_record, run_steps, train_reader
 from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
@@ -311,7 +312,8 @@ def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:
         source = open_source(config.data.train.source, config.data.train.split)
         return new_record(config, source.label_names, source.fingerprint, base)[0], source, ""
     except UserError as error:
-        classes = config.model.get("num_classes")
+        masked = config.objective in masking.OBJECTIVES
+        classes = 0 if masked else config.model.get("num_classes")
         if classes is None:
             raise UserError(
                 f"{error}; to go on without the data, say how many classes it has: "

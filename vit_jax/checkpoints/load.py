@@ -273,6 +273,8 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "distillation token": config.distillation != "none",
         f"{config.registers} registers": config.registers,
     }
+    if config.patch_outputs:
+        known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
     with_rows = f", {config.num_position_prefix} with positions"
     prefix = ", ".join(name for name, there in tokens.items() if there)
     return {
@@ -372,7 +374,7 @@ def fitted(
 
     Args:
       head: `fresh` drops the head, and the hidden layer before it, for a zero linear layer
-        (paper, B.1.1); `keep` keeps both where the classes agree.
+        (paper, B.1.1); `keep` keeps both where the classes agree. So it is with a `patch_head`.
       method: how position embeddings are resized (see `posembed.resize`; paper, section 3.2).
       seed: of parameters that the old model does not have.
 
@@ -380,7 +382,9 @@ def fitted(
       UserError: a parameter that is none of these has another shape.
     """
     old, expected = opened.record.config, shapes_of(new)
-    replaced = ("head", "pre_logits/") if head == "fresh" or _heads_differ(old, new) else ()
+    replaced = (
+        ("head", "pre_logits/", "patch_head/") if head == "fresh" or _heads_differ(old, new) else ()
+    )
     fresh = [n for n in expected if n not in opened.shapes or n.startswith(replaced)]
     made = _fresh(new, fresh, seed)
     for name, shape in expected.items():
@@ -429,5 +433,8 @@ def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.nda
 
 
 def _heads_differ(old: ModelConfig, new: ModelConfig) -> bool:
-    hidden = [getattr(config, "representation_size", None) for config in (old, new)]
-    return (old.num_classes, hidden[0]) != (new.num_classes, hidden[1])
+    def sizes(config):
+        beside = (getattr(config, name, None) for name in ("representation_size", "patch_outputs"))
+        return config.num_classes, *beside
+
+    return sizes(old) != sizes(new)

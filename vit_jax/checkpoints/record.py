@@ -13,7 +13,7 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
 
-OBJECTIVES = ("softmax", "sigmoid")
+OBJECTIVES = ("softmax", "sigmoid", "masked_colour", "masked_small", "masked_pixels")
 # What JSON of anybody's may make the reading of a record raise.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _FAMILY_NAMES = {kind: name for name, kind in FAMILIES.items()}

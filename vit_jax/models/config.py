@@ -90,6 +90,9 @@ class ViTConfig:
     feature map: `resnet`, `resnet_width` and `resnet_style` are as in `ResNetConfig`, but that
     `resnet=()` is the root alone, and None no ResNet at all.
 
+    `patch_outputs` is how many numbers are predicted for a corrupted patch, in masked patch
+    prediction (paper, section 4.6); 0 is a model that is not made for it. A run sets it itself.
+
     Raises:
       UserError: a size that does not divide another, or a choice that does not exist.
     """
@@ -123,6 +126,7 @@ class ViTConfig:
     patch_bias: bool = True
     qkv_bias: bool = True
     head_bias: float = 0.0
+    patch_outputs: int = 0
     dtype: str = "float32"
     attention: str = "auto"
     scan: bool = True
@@ -135,7 +139,7 @@ class ViTConfig:
         if self.resnet is not None:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
-        smallest |= dict(registers=0)
+        smallest |= dict(registers=0, patch_outputs=0)
         if self.representation_size is not None:
             smallest["representation_size"] = 1
         if self.position_prefix is not None:
@@ -220,7 +224,10 @@ class ViTConfig:
         return self.num_position_prefix + self.grid[0] * self.grid[1]
 
     def with_fresh_head(self, num_classes: int) -> "ViTConfig":
-        """The model to fine-tune: one linear layer on what is pooled (paper, B.1.1)."""
+        """The model to fine-tune: one linear layer on what is pooled (paper, B.1.1).
+
+        What masked patch prediction needs beside goes as well.
+        """
         distillation = "token" if self.distillation == "head" else self.distillation
         return dataclasses.replace(
             self,
@@ -228,6 +235,7 @@ class ViTConfig:
             representation_size=None,
             distillation=distillation,
             head_bias=0.0,
+            patch_outputs=0,
         )
 
     @property

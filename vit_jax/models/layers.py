@@ -4,13 +4,13 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, ViTConfig
@@ -184,6 +184,27 @@ class PatchEmbed(nnx.Module):
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         x = x.reshape(-1, gh * gw, config.width)
         return x + self.bias[...].astype(dtype) if config.patch_bias else x
+
+
+class Corruption(NamedTuple):
+    """What is done to the patches of each image before the blocks (paper, section 4.6).
+
+    Attributes:
+      where: the patches that are corrupted, and so to be predicted.
+      source: of which patch of the image each one has the embedding; most have their own.
+      masked: which have a learned [mask] embedding instead.
+    """
+
+    where: Int[Array, "b m"]
+    source: Int[Array, "b n"]
+    masked: Bool[Array, "b n"]
+
+    def apply(
+        self, x: Float[Array, "b n d"], mask_token: Float[Array, "1 1 d"]
+    ) -> Float[Array, "b n d"]:
+        """Corrupts patch embeddings."""
+        x = jnp.take_along_axis(x, self.source[..., None], axis=1)
+        return jnp.where(self.masked[..., None], mask_token.astype(x.dtype), x)
 
 
 class Attention(nnx.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from vit_jax.models import layers, posembed, resnet
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
-from vit_jax.models.layers import Layout
+from vit_jax.models.layers import Corruption, Layout
 
 
 class ViT(nnx.Module):
@@ -52,6 +52,12 @@ class ViT(nnx.Module):
             self.head = layers.zero_head(inputs, config, rngs)
             if config.distillation == "head":
                 self.head_dist = layers.zero_head(inputs, config, rngs)
+        if config.patch_outputs:
+            self.mask_token = nnx.Param(normal(rngs.params(), (1, 1, width)))
+            zeros = nnx.initializers.zeros
+            self.patch_head = nnx.Linear(
+                width, config.patch_outputs, dtype=dtype, kernel_init=zeros, rngs=rngs
+            )
 
     def __call__(
         self,
@@ -59,9 +65,10 @@ class ViT(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
         capture: str | tuple[str, ...] = (),
+        corruption: Corruption | None = None,
         layout: Layout | None = None,
-    ) -> Float[Array, "b k"] | tuple[Float[Array, "b k"], dict[str, Any]]:
-        """Classifies images.
+    ) -> Float[Array, "b *k"] | tuple[Float[Array, "b *k"], dict[str, Any]]:
+        """Classifies images, or predicts corrupted patches.
 
         Args:
           images: normalised as the model's preprocessing says, of exactly `config.image_size`.
@@ -69,11 +76,13 @@ class ViT(nnx.Module):
           capture: names of intermediates to return beside the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b d], `pre_logits` [b r].
+          corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: where things are on a mesh (see training/sharding.py).
 
         Returns:
-          Logits [b num_classes] in float32 (the representation, where num_classes is 0), and with
-          `capture` also a dict of the named arrays.
+          Logits [b num_classes] in float32 (the representation, where num_classes is 0), or for
+          each corrupted patch what its own token predicts [b m patch_outputs], and with `capture`
+          also a dict of the named arrays.
 
         Raises:
           UserError: the images have another size or number of channels.
@@ -85,6 +94,8 @@ class ViT(nnx.Module):
         x = images if config.resnet is None else self.resnet(images, layout)  # [b h w c]
         x = self.patch_embed(x)  # Eq. 1, [b n d]
         taps("patches", lambda: x)
+        if corruption is not None:
+            x = corruption.apply(x, self.mask_token[...])
         x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
         x = x + self.positions().astype(x.dtype)
         x = layers.dropout(x, config.dropout, embedding_key)
@@ -95,6 +106,9 @@ class ViT(nnx.Module):
         if not config.norm_after_pool:
             x = self.norm(x)
         taps("encoded", lambda: x)
+        if corruption is not None:
+            predictions = self.predicted(x, corruption)
+            return (predictions, taps.values) if capture else predictions
 
         x, x_dist = self.pooled(x)
         if config.norm_after_pool:
@@ -144,6 +158,15 @@ class ViT(nnx.Module):
             return self.attention_pool(x[:, config.num_prefix_tokens :]), None
         mean = x[:, config.num_prefix_tokens :].mean(axis=1)
         return (mean if config.pool == "gap" else jnp.concatenate([x[:, 0], mean], axis=1)), None
+
+    def predicted(
+        self, x: Float[Array, "b n d"], corruption: Corruption
+    ) -> Float[Array, "b m outputs"]:
+        """What the tokens of corrupted patches say of them, in float32."""
+        index = self.config.num_prefix_tokens + corruption.where
+        x = jnp.take_along_axis(x, index[..., None], axis=1)
+        x = self.norm(x) if self.config.norm_after_pool else x
+        return self.patch_head(x).astype(jnp.float32)
 
     def encode(
         self,

@@ -32,7 +32,8 @@ from vit_jax.models.config import (
 )
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
-from vit_jax.training.evaluators import Evaluator, evaluator_kind
+from vit_jax.training import masking
+from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import OBJECTIVES, Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
@@ -129,7 +130,7 @@ class Config:
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         for name, value, known in (
-            ("objective", self.objective, OBJECTIVES),
+            ("objective", self.objective, (*OBJECTIVES, *masking.OBJECTIVES)),
             ("precision", self.precision, CHOICES["dtype"]),
         ):
             if value not in known:
@@ -142,6 +143,23 @@ class Config:
         for name in self.model:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
+
+        if self.objective in masking.OBJECTIVES:
+            self._check_masked()
+
+    def _check_masked(self) -> None:
+        for name in ("mixup", "cutmix", "label_smoothing"):
+            if getattr(self.augment, name):
+                raise UserError(
+                    f"augment.{name} is for classification: set it to 0 with objective "
+                    f"{self.objective}, which reads no labels"
+                )
+        for name, evaluator in self.eval.evaluators.items():
+            if isinstance(evaluator, Classification):
+                raise UserError(
+                    f"eval.evaluators.{name} classifies, but a model of objective {self.objective} "
+                    "has no classes: use fewshot, knn or probe, which read features"
+                )
 
     def check_trains(self) -> None:
         """Raises a UserError for a config that can only evaluate."""
@@ -204,10 +222,22 @@ class Config:
                     "model.variant and model.resnet out, or start from such a model"
                 )
             check_fields(type(base), fields)
-            return dataclasses.replace(base, **fields)
+            return self._predicting(dataclasses.replace(base, **fields))
         if name is None:
             raise UserError("model.variant is not set: name one such as B/16, or an init_from")
-        return variant(name, **fields)
+        return self._predicting(variant(name, **fields))
+
+    def _predicting(self, model: ModelConfig) -> ModelConfig:
+        """The model with what the objective has it predict of patches."""
+        given, wanted = self.model.get("patch_outputs"), 0
+        if self.objective in masking.OBJECTIVES:
+            wanted = masking.patch_outputs(self.objective, model)
+        if given not in (None, wanted):
+            raise UserError(
+                f"model.patch_outputs is {given}, but objective {self.objective} needs {wanted}: "
+                "leave it out"
+            )
+        return dataclasses.replace(model, patch_outputs=wanted) if wanted else model
 
 
 def _network(is_vit: bool, units: Any, style: Any) -> str:

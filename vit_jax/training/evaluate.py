@@ -18,6 +18,7 @@ from vit_jax.data.pipeline import BatchReader, Split, eval_batches
 from vit_jax.data.sources import open_source, with_labels
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
+from vit_jax.training import masking
 from vit_jax.training.config import Config, from_json
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
@@ -31,7 +32,7 @@ from vit_jax.training.sharding import (
     to_devices,
     total,
 )
-from vit_jax.training.steps import make_eval_step, make_feature_step
+from vit_jax.training.steps import make_eval_step, make_feature_step, make_masked_eval_step
 
 
 class Evaluation:
@@ -54,13 +55,24 @@ class Evaluation:
             if split is not None
         }
         self._evaluators |= config.eval.evaluators
+        masked = config.objective in masking.OBJECTIVES
+        if masked and getattr(record.config, "patch_outputs", 0) == 0:
+            raise UserError(
+                f"objective {config.objective} measures predicted patches, which this model does "
+                "not predict: name a run of that objective, or set objective to softmax"
+            )
         # By split, and whether its classes are the model's.
         self._reads: dict[tuple[Split, bool], BatchReader] = {}
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
             where = f"data.{name}" if name in ("val", "test") else f"eval.evaluators.{name}"
+            if ours and not masked and not record.labels:
+                raise UserError(
+                    f"{where}: the model has no classes to tell images by: fine-tune it, or "
+                    "measure its features by eval.evaluators of type fewshot, knn or probe"
+                )
             for splits in evaluator.data_sets():
-                labels = record.labels if ours else None
+                labels = record.labels if ours and not masked else None
                 for split in splits:
                     source = _open(where, split, labels)
                     labels = labels or source.label_names
@@ -69,15 +81,14 @@ class Evaluation:
                     )
         graphdef, _ = structure(record.config)
         layout = make_layout(mesh, record.config.dtype)
-        self._eval_step = jax.jit(
-            make_eval_step(
-                graphdef,
-                record.preprocess,
-                num_classes=record.config.num_classes,
-                objective=config.objective,
-                layout=layout,
-            )
-        )
+        options = dict(objective=config.objective, layout=layout)
+        if masked:
+            step = make_masked_eval_step(graphdef, record.preprocess, seed=config.seed, **options)
+            self._eval_step = jax.jit(step)
+        else:
+            classes = record.config.num_classes
+            step = make_eval_step(graphdef, record.preprocess, num_classes=classes, **options)
+            self._eval_step = jax.jit(lambda params, batch, start: step(params, batch))
         self._feature_step = jax.jit(
             make_feature_step(graphdef, record.preprocess, layout=layout),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
@@ -107,15 +118,19 @@ class Evaluation:
     def classify(self, params: Any, split: Split) -> dict[str, float]:
         """Returns the means over all examples: accuracy (top-1), top5 and loss.
 
+        Of a model that predicts masked patches, loss and accuracy of that, each example corrupted
+        as ever.
+
         Padding is masked; the sums of all batches are added on the host, and divided last. Where
         images that cannot be read are skipped, they are masked too, and `corrupt` is their number.
         """
         read, sums, corrupt = self._reads[split, True], [], 0
         with self._batches(read) as batches:
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 if read.on_corrupt == "skip":
                     corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
-                sums.append(self._eval_step(params, self._to_devices(batch)))
+                start = number * self._batch_size
+                sums.append(self._eval_step(params, self._to_devices(batch), start))
         totals = {
             name: np.sum([each[name] for each in jax.device_get(sums)], dtype=np.float64)
             for name in sums[0]

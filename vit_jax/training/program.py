@@ -17,6 +17,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig
 from vit_jax.models.vit import structure
+from vit_jax.training import masking
 from vit_jax.training.config import Config
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.sharding import BATCH, check_batch, make_layout
@@ -47,17 +48,23 @@ def new_record(
     """Says what a new run's weights will mean, and whether it keeps the head of `base`.
 
     Args:
+      labels: of the data; with masked patch prediction the model has none.
       base: the model that the run starts from, if any: what `config` leaves out is its.
 
     Raises:
       UserError: the model does not fit the classes, or `base`.
     """
+    masked = config.objective in masking.OBJECTIVES
+    labels = () if masked else labels
     keep_head = base is not None and config.model.get("head") == "keep" and base.labels == labels
+    # A patch head that was trained for one target says nothing of another.
+    keep_head = keep_head and (not masked or base.objective == config.objective)
     vit = config.model_config(base and base.config, len(labels), keep_head)
     if vit.num_classes != len(labels):
+        data = f"objective {config.objective}" if masked else config.data.train.source
         raise UserError(
-            f"model.num_classes is {vit.num_classes}, but {config.data.train.source} has "
-            f"{len(labels)} classes: leave model.num_classes out"
+            f"model.num_classes is {vit.num_classes}, but {data} has {len(labels)} classes: leave "
+            "model.num_classes out"
         )
     if base:
         preprocess = fitted_preprocess(base.preprocess, vit)

@@ -44,7 +44,7 @@ PLACEMENT = (
     (r"mlp/fc1/bias$", ("tensor",), ()),
     (r"mlp/fc2/kernel$", ("tensor", None), (-1, -2)),
     (r"(patch_embed|conv\w+)/kernel$", (None, None), (-1,)),
-    (r"(pre_logits|head|head_dist)/kernel$", (None, None), (-2, -1)),
+    (r"(pre_logits|head|head_dist|patch_head)/kernel$", (None, None), (-2, -1)),
     (r"pos_embed$", (None, None), (-1,)),
 )
 

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.vit import Layout, Model
-from vit_jax.training import objectives
+from vit_jax.training import masking, objectives
 from vit_jax.training.state import TrainState
 
 Batch = dict[str, Array]
+# (params, batch, key, weight) -> (loss, other sums); all are over real examples, by `weight`.
+Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
@@ -34,6 +36,75 @@ def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None
     return nnx.merge(graphdef, params)
 
 
+def class_loss(
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    objective: str,
+    num_classes: int,
+    smoothing: float,
+    layout: Layout | None,
+) -> Loss:
+    """The loss of a classifier, and the accuracy; images may be mixed with a `partner`."""
+    loss_of = objectives.OBJECTIVES[objective]
+
+    def loss_fn(params, batch, key, weight):
+        inputs = images(batch, preprocess)
+        targets = objectives.to_targets(batch["label"], num_classes, smoothing)
+        if "partner" in batch:
+            partner, mixing = batch["partner"], batch["mixing"]
+            inputs = objectives.mix_images(inputs, images(partner, preprocess), mixing)
+            others = objectives.to_targets(partner["label"], num_classes, smoothing)
+            share = mixing["share"][:, None]
+            targets = share * targets + (1 - share) * others
+        logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
+        loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
+        hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
+        return loss, {"accuracy": hits / weight}
+
+    return loss_fn
+
+
+def patch_loss(
+    graphdef: nnx.GraphDef, preprocess: Preprocess, objective: str, layout: Layout | None
+) -> Loss:
+    """The loss of masked patch prediction, and the accuracy, if any; labels are not read."""
+
+    def loss_fn(params, batch, key, weight):
+        key, drawn = jax.random.split(key)
+        keys = jax.random.split(drawn, len(batch["mask"]))
+        model = merged(graphdef, params, layout)
+        sums = masked_sums(model, batch, preprocess, objective, keys, key=key, layout=layout)
+        means = {name: value / weight for name, value in sums.items()}
+        return means.pop("loss"), means
+
+    return loss_fn
+
+
+def masked_sums(
+    model: Model,
+    batch: Batch,
+    preprocess: Preprocess,
+    objective: str,
+    keys: Key[Array, " b"],
+    *,
+    key: Key[Array, ""] | None = None,
+    layout: Layout | None = None,
+) -> dict[str, Array]:
+    """Sums over real examples of the loss at corrupted patches, and of their accuracy, if any.
+
+    Args:
+      keys: of each image, from which its corruption is drawn.
+      key: of dropout.
+    """
+    config, pixels = model.config, batch["image"]
+    corruption = masking.draw_corruption(keys, config.grid[0] * config.grid[1])
+    inputs = preprocess.normalise(pixels)
+    predictions = model(inputs, key=key, corruption=corruption, layout=layout)
+    wanted = masking.targets(objective, pixels, preprocess, config, corruption.where)
+    loss, others = masking.losses(objective, predictions, wanted)
+    return {name: jnp.sum(x * batch["mask"]) for name, x in {"loss": loss, **others}.items()}
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -50,25 +121,14 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with its state donated.
 
-    The metrics are scalars of this batch alone: loss, accuracy (top-1), grad_norm (before
-    clipping), param_norm (after the update) and lr.
+    The metrics are scalars of this batch alone: loss, accuracy (top-1, or of predicted patches; not
+    of pixels), grad_norm (before clipping), param_norm (after the update) and lr.
     """
-    loss_of = objectives.OBJECTIVES[objective]
-
-    def loss_fn(params, batch, key, weight):
-        inputs = images(batch, preprocess)
-        targets = objectives.to_targets(batch["label"], num_classes, augment.label_smoothing)
-        if "partner" in batch:
-            partner, mixing = batch["partner"], batch["mixing"]
-            inputs = objectives.mix_images(inputs, images(partner, preprocess), mixing)
-            others = objectives.to_targets(partner["label"], num_classes, augment.label_smoothing)
-            share = mixing["share"][:, None]
-            targets = share * targets + (1 - share) * others
-        logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
-        loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
-        hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
-        return loss, hits
-
+    if objective in masking.OBJECTIVES:
+        loss_fn = patch_loss(graphdef, preprocess, objective, layout)
+    else:
+        smoothing = augment.label_smoothing
+        loss_fn = class_loss(graphdef, preprocess, objective, num_classes, smoothing, layout)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state, batch):
@@ -84,9 +144,9 @@ def make_train_step(
             batch = {**batch, "partner": partner, "mixing": mixing}
         weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
         if accumulate == 1:
-            (loss, hits), grads = grad_fn(state.params, batch, key, weight)
+            (loss, means), grads = grad_fn(state.params, batch, key, weight)
         else:
-            loss, hits, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
+            loss, means, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema
@@ -94,7 +154,7 @@ def make_train_step(
             average = optax.incremental_update(params, state.ema, 1 - ema)
         metrics = {
             "loss": loss,
-            "accuracy": hits / weight,
+            **means,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
@@ -111,8 +171,8 @@ def accumulated(
     key: Array,
     weight: Float[Array, ""],
     micro_batches: int,
-) -> tuple[Float[Array, ""], Int[Array, ""], Any]:
-    """Sums loss, hits and gradient (float32) over micro-batches, one after another.
+) -> tuple[Float[Array, ""], Any, Any]:
+    """Sums loss, what is beside it, and gradient (float32) over micro-batches, one after another.
 
     Micro-batch i takes rows i, i + m, i + 2m, ...: each device cuts its own rows, none travel.
     """
@@ -120,15 +180,17 @@ def accumulated(
     def interleave(x: Shaped[Array, "b ..."]):
         return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, inputs):
-        micro, index = inputs
-        (loss, hits), grads = grad_fn(params, micro, jax.random.fold_in(key, index), weight)
-        return jax.tree.map(jnp.add, total, (loss, hits, grads)), None
+    def one(micro, index):
+        (loss, means), grads = grad_fn(params, micro, jax.random.fold_in(key, index), weight)
+        return loss, means, grads
 
-    zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(
-        add, zeros, (jax.tree.map(interleave, batch), jnp.arange(micro_batches))
-    )
+    def add(total, inputs):
+        return jax.tree.map(jnp.add, total, one(*inputs)), None
+
+    inputs = (jax.tree.map(interleave, batch), jnp.arange(micro_batches))
+    loss, means, _ = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, means))
+    total, _ = jax.lax.scan(add, (*zeros, jax.tree.map(jnp.zeros_like, params)), inputs)
     return total
 
 
@@ -165,6 +227,30 @@ def make_eval_step(
             "top5": jnp.sum((rank < min(5, num_classes)) & right),
             "loss": jnp.sum(loss_of(logits, targets) * mask),
         }
+
+    return eval_step
+
+
+def make_masked_eval_step(
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    *,
+    objective: str,
+    seed: int,
+    layout: Layout | None = None,
+) -> Callable[[Any, Batch, Any], dict[str, Array]]:
+    """Returns (params, batch, start) -> sums over the batch's real examples, as `make_eval_step`.
+
+    `start` is the position of the batch's first example in its split: how an example is corrupted
+    depends on the seed and its own position alone, the same at every evaluation.
+    """
+
+    def eval_step(params, batch, start):
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys = fold(jax.random.key(seed), start + jnp.arange(len(batch["mask"])))
+        model = merged(graphdef, params, layout)
+        sums = masked_sums(model, batch, preprocess, objective, keys, layout=layout)
+        return {"count": batch["mask"].sum(), **sums}
 
     return eval_step
 
