@@ -38,9 +38,9 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear classifier of standardised features; the last weight is the bias."""
+    """A linear classifier of d standardised features; its last row of weights is the bias."""
 
-    weights: Float[Array, "d k"]
+    weights: Float[Array, "e k"]
     scale: Scale
 
 
@@ -90,7 +90,7 @@ def fit_head(
     *,
     l2: float,
     steps: int,
-    start: Float[Array, "d k"] | None = None,
+    start: Float[Array, "e k"] | None = None,
 ) -> Head:
     """Minimises the mean cross-entropy of all pixels + l2 / 2 ||W||^2, the bias not penalised.
 
