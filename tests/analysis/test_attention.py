@@ -386,3 +386,17 @@ def test_pictures_of_large_grids_and_odd_channels():
     assert [len(axes.images) for axes in figure.axes] == [1, 1, 1]
     for axes in figure.axes:
         assert axes.images[0].get_array().shape == (4, 4)
+
+
+def test_segmented_has_images_truth_and_predictions():
+    images = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6, 1)
+    masks = np.array([np.full((4, 6), i) for i in (0, 1, 2)])
+    predictions = masks[::-1]
+    figure = plots.segmented(images, masks, predictions)
+    drawn = [axes.get_images()[0].get_array() for axes in figure.axes]
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["image", "truth", "prediction"]
+    np.testing.assert_allclose(drawn[1], images[1, ..., 0] / 255)
+    assert not drawn[3].any() and drawn[4].any()  # class 0 is black
+    for i in range(3):
+        np.testing.assert_array_equal(drawn[3 + i], drawn[8 - i])
+    assert len(np.unique(np.concatenate(drawn[3:6]).reshape(-1, 3), axis=0)) == 3

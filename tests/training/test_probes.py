@@ -81,8 +81,8 @@ def test_few_shot_is_the_ridge_of_the_normal_equations(d):
 def test_few_shot_draws_the_first_of_a_permutation_of_each_class(monkeypatch):
     train = Features(np.zeros((60, 2), np.float32), np.arange(60, dtype=np.int32) % 5)
     train.x[:, 0] = np.arange(60)
-    seen, scale = [], probes._scale
-    monkeypatch.setattr(probes, "_scale", lambda x: seen.append(x[:, 0].tolist()) or scale(x))
+    seen, scale = [], probes.standard
+    monkeypatch.setattr(probes, "standard", lambda x: seen.append(x[:, 0].tolist()) or scale(x))
     found = few_shot(train, train, 5, shots=[3, 1, 1000], seeds=2, l2=1.0)
     assert seen == [drawn(train.y, 5, shots, seed) for seed in (0, 1) for shots in (3, 1, 1000)]
     assert set(seen[1]) < set(seen[0]) and sorted(seen[2]) == list(range(60))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
 from vit_jax.analysis.attention import (
     attention_distance,
@@ -189,6 +189,42 @@ def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh
     _bare(right)
     figure.colorbar(drawn, label="share of the largest", shrink=0.8)
     return figure
+
+
+def segmented(
+    images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
+    masks: Int[np.ndarray, "n h w"],
+    predictions: Int[np.ndarray, "n h w"],
+) -> Any:
+    """Images above their true masks and those found, as a Figure; class 0 is black.
+
+    Pixels are uint8, or of 0 to 1.
+    """
+    images = images / 255 if images.dtype == np.uint8 else images
+    n, h, w, _ = images.shape
+    figure = _figure(max(1.2 * n + 0.8, 2.4), 3.6 * min(max(h / w, 0.3), 3))
+    cells = figure.subplots(3, n, squeeze=False)
+    colours = _classes(int(max(masks.max(), predictions.max())) + 1)
+    for column, image in zip(cells.T, images, strict=True):
+        _show(column[0], image)
+    for row, found in zip(cells[1:], (masks, predictions), strict=True):
+        for axes, mask in zip(row, found, strict=True):
+            axes.imshow(colours[mask], interpolation="nearest")
+            _bare(axes)
+    for axes, title in zip(cells[:, 0], ("image", "truth", "prediction"), strict=True):
+        axes.set_ylabel(title, fontsize=8)
+    return figure
+
+
+def _classes(count: int) -> Float[np.ndarray, "{count} 3"]:
+    """A colour for each class: black, then hues around the circle, no two neighbours alike."""
+    from matplotlib.colors import hsv_to_rgb
+
+    index = np.arange(count)
+    golden = (index * 0.618034) % 1  # steps of the golden section never come back
+    colours = hsv_to_rgb(np.stack([golden, np.full(count, 0.7), 1 - 0.3 * (index % 2)], axis=1))
+    colours[0] = 0
+    return colours
 
 
 def _figure(width: float, height: float) -> Any:

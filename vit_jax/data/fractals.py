@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import cv2
@@ -96,14 +97,29 @@ def open_fractals(argument: str, split: str) -> FractalSource | FiniteFractals:
     where = f"the source fractals:{argument}"
     if split not in SPLITS:
         raise UserError(f"{where} has no split {split!r}; {nearest(split, SPLITS)}")
+    options: dict[str, Any] = read_options(where, argument, _OPTIONS)
+    if options["classes"] is None:
+        raise UserError(f"{where} does not say how many; expected such as fractals:classes=1000")
+    kind = FractalSource if split == "train" else FiniteFractals
+    return kind(**options | {"color": bool(options["color"])}, split=split)
+
+
+def read_options(
+    where: str, argument: str, known: Mapping[str, tuple[int, int, int | None]]
+) -> dict[str, int | None]:
+    """Reads `NAME=VALUE,...`, by each name's lowest and highest value and the one when not given.
+
+    Raises:
+      UserError: an unknown option, one that is there twice, or a value out of range.
+    """
     found: dict[str, int] = {}
     for option in argument.split(",") if argument else ():
         name, _, value = option.partition("=")
-        if name not in _OPTIONS:
-            raise UserError(f"{where} has no option {name!r}; {nearest(name, _OPTIONS)}")
+        if name not in known:
+            raise UserError(f"{where} has no option {name!r}; {nearest(name, known)}")
         if name in found:
             raise UserError(f"{where} says {name} twice")
-        low, high, _ = _OPTIONS[name]
+        low, high, _ = known[name]
         expected = "true or false" if name == "color" else f"an integer from {low} to {high}"
         values = {"true": "1", "false": "0"} if name == "color" else {value: value}
         digits = values.get(value, "")
@@ -111,11 +127,7 @@ def open_fractals(argument: str, split: str) -> FractalSource | FiniteFractals:
         if not low <= number <= high:
             raise UserError(f"{where}: {name} is {value!r}; expected {expected}")
         found[name] = number
-    if "classes" not in found:
-        raise UserError(f"{where} does not say how many; expected such as fractals:classes=1000")
-    options: dict[str, Any] = {name: row[2] for name, row in _OPTIONS.items()} | found
-    kind = FractalSource if split == "train" else FiniteFractals
-    return kind(**options | {"color": bool(options["color"])}, split=split)
+    return {name: row[2] for name, row in known.items()} | found
 
 
 @functools.lru_cache

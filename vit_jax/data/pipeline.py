@@ -26,7 +26,7 @@ from grain.experimental import index_shuffle
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.images import BadImage, decode_box
 from vit_jax.data.sources import Source
-from vit_jax.data.transforms import InceptionCrop, Pixels, Preprocess, RandomAffine, flip
+from vit_jax.data.transforms import InceptionCrop, Mask, Pixels, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,12 @@ class BatchReader:
     replace: bool = False
 
     def __post_init__(self):
+        moved = [name for name in AUGMENTATIONS if getattr(self, name)]
+        if moved and self._masks:
+            raise UserError(
+                f"data: {moved[0]} is not for labels that are masks, which would stay where they "
+                "are: leave it out"
+            )
         if self.inception_crop:  # its box is squashed to size
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
             object.__setattr__(self, "preprocess", whole)
@@ -171,17 +177,22 @@ class BatchReader:
           {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
           bool [b]}. Images are pixels of 0 to 255, not yet normalised: float32 where `preprocess`
           resizes in it. `corrupt` marks the rows whose own image cannot be read. Where images have
-          several labels, or none, `label` is float32 [b k], 1 for each of them.
+          several labels, or none, `label` is float32 [b k], 1 for each of them; where labels are
+          masks, it is int32 [b h w], of the model's size as the image is.
 
         Raises:
-          UserError: an image that cannot be read, or a label without a class name.
+          UserError: an image that cannot be read, a label without a class name, or a mask that is
+            not of its image's size.
         """
         cv2.setNumThreads(1)  # each image has a thread, or each process a core, of its own
         b, size = len(indices), (*self.preprocess.image_size, self.preprocess.in_channels)
         k, multi_label = len(self.source.label_names), getattr(self.source, "multi_label", False)
+        label = np.zeros((b, k), np.float32) if multi_label else np.zeros(b, np.int32)
+        if self._masks:
+            label = np.zeros((b, *self.preprocess.image_size), np.int32)
         batch = {
             "image": np.empty((b, *size), self.preprocess.pixel_dtype),
-            "label": np.zeros((b, k), np.float32) if multi_label else np.zeros(b, np.int32),
+            "label": label,
             "mask": indices >= 0,
             "index": np.array(indices),
             "corrupt": np.zeros(b, bool),
@@ -200,6 +211,10 @@ class BatchReader:
             for each in concurrent.futures.wait(done).done:
                 each.result()
         return batch
+
+    @property
+    def _masks(self) -> bool:
+        return getattr(self.source, "masks", False)
 
     def _fill(self, batch: Batch, row: int, position: int) -> None:
         """Reads one row of a batch."""
@@ -223,7 +238,7 @@ class BatchReader:
 
     def _read(
         self, batch: Batch, row: int, position: int
-    ) -> tuple[Pixels | None, int | tuple[int, ...], np.random.Generator | None]:
+    ) -> tuple[Pixels | None, int | tuple[int, ...] | Mask, np.random.Generator | None]:
         """An example's image at the model's size, its label, and the generator of what follows.
 
         The image is None where it is to be left out.
@@ -234,6 +249,10 @@ class BatchReader:
             try:
                 example = self.source[index]
                 name, label = example.get("name", name), example["label"]
+                if self._masks:
+                    self._check_mask(name, example["image"], label)
+                    image = self._cut(example["image"], None)
+                    return image, self.preprocess.mask(label), None
                 for each in label if isinstance(label, tuple) else (label,):
                     if not 0 <= each < len(self.source.label_names):
                         raise UserError(
@@ -257,6 +276,23 @@ class BatchReader:
                 return None, 0, None
             batch["index"][row] = (index + 1) % _length(self.source, index + 2)
         raise UserError(f"{_MOST_SKIPPED} images in a row cannot be read, up to {name}")
+
+    def _check_mask(self, name: str, image: Any, mask: Any) -> None:
+        """Raises a UserError unless a mask fits its image and has classes with names."""
+        if not isinstance(image, np.ndarray):
+            raise UserError(f"{name} is an image file, but masks go with pixels: decode it before")
+        of_ints = isinstance(mask, np.ndarray) and mask.dtype == np.int32
+        if not of_ints or mask.shape != image.shape[:2]:
+            found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else mask
+            raise UserError(
+                f"{name} has the mask {found}; expected int32 {list(image.shape[:2])}, as its image"
+            )
+        k = len(self.source.label_names)
+        for each in (int(mask.min()), int(mask.max())):
+            if not 0 <= each < k:
+                raise UserError(
+                    f"{name} has the label {each} in its mask, but there are {k} class names"
+                )
 
     def _cut(self, image: Any, random: np.random.Generator | None) -> Pixels:
         crop, how = self.inception_crop, self.preprocess

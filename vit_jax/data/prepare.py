@@ -114,6 +114,8 @@ def prepare(
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     source, sequential = _open(src, part, split, labels)
+    if getattr(source, "masks", False):
+        raise UserError(f"{src} has masks for labels, which records do not hold")
     total = len(source) if isinstance(source, Sized) else examples
     if total is None:
         raise UserError(f"{src} is endless: say how many --examples to take")

@@ -5,11 +5,14 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from vit_jax.data.archives import tar
 from vit_jax.data.arrays import arrays, digits
 from vit_jax.data.files import folder
 from vit_jax.data.fractals import open_fractals
 from vit_jax.data.records import records, tfds
+from vit_jax.data.scenes import scenes
 from vit_jax.data.vtab import vtab
 from vit_jax.errors import UserError, nearest
 
@@ -24,7 +27,8 @@ class Source(Protocol):
     without `__len__` is endless. Sources are sent to worker processes: small when pickled.
 
     A source may have an attribute `multi_label`; where it is True, images have any number of
-    labels, and `label` is a tuple of ints.
+    labels, and `label` is a tuple of ints. One with an attribute `masks` that is True has a class
+    for each pixel: its images are pixels, no files, and `label` is int32 [h w] beside them.
     """
 
     label_names: tuple[str, ...]
@@ -49,6 +53,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "records": records,
     "vtab": vtab,
     "fractals": open_fractals,
+    "scenes": scenes,
 }
 
 
@@ -78,6 +83,10 @@ class Relabelled:
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.source[index]
         label = example["label"]
+        if isinstance(label, np.ndarray):
+            known = (label >= 0) & (label < len(self.classes))
+            classes = np.array((*self.classes, -1), np.int32)
+            return {**example, "label": classes[np.where(known, label, -1)]}
         if isinstance(label, tuple):
             return {**example, "label": tuple(self._class(each) for each in label)}
         return {**example, "label": self._class(label)}
@@ -89,6 +98,10 @@ class Relabelled:
     @property
     def multi_label(self) -> bool:
         return getattr(self.source, "multi_label", False)
+
+    @property
+    def masks(self) -> bool:
+        return getattr(self.source, "masks", False)
 
     @property
     def fingerprint(self) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 import cv2
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from vit_jax.data.images import MAX_PIXELS, BadImage, Image, check_jpeg, read_image
 from vit_jax.errors import UserError, nearest
 
 Pixels = UInt8[np.ndarray, "_h _w _c"] | Float32[np.ndarray, "_h _w _c"]  # of 0 to 255
+Mask = Int32[np.ndarray, "_h _w"]  # a class for each pixel
 
 _CV2 = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 _PILLOW = {
@@ -47,6 +48,18 @@ def resize(image: Pixels, size: tuple[int, int], method: str) -> Pixels:
     return np.stack(channels, axis=-1)
 
 
+def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """Squashes a mask to `size` (h, w): each pixel is the old one that its centre lies in.
+
+    Centres are half pixels, as in all methods of `resize`; a centre on an edge takes the later one.
+    """
+    rows, columns = (
+        (2 * np.arange(new) + 1) * old // (2 * new)
+        for old, new in zip(mask.shape, size, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
 def random_crop(image: Pixels, size: tuple[int, int], random: np.random.Generator) -> Pixels:
     """Cuts `size` (h, w) out of anywhere, uniformly."""
     spare = [old - new for old, new in zip(image.shape[:2], size, strict=True)]
@@ -54,7 +67,7 @@ def random_crop(image: Pixels, size: tuple[int, int], random: np.random.Generato
     return image[top : top + size[0], left : left + size[1]]
 
 
-def centre_crop(image: Pixels, size: tuple[int, int], down: bool = False) -> Pixels:
+def centre_crop(image: Pixels | Mask, size: tuple[int, int], down: bool = False) -> Pixels | Mask:
     """Cuts `size` (h, w) out of the middle. Half a pixel goes to the even side, as in torchvision.
 
     big_vision rounds it down (`down`). So do Hugging Face's processors, which may thus cut one
@@ -250,6 +263,11 @@ class Preprocess:
         if random is not None:
             return random_crop(image, self.image_size, random)
         return centre_crop(image, self.image_size, down=self.aspect == "small")
+
+    def mask(self, mask: Mask) -> Mask:
+        """Brings the mask of an image to the model's size, as `pixels` does without a generator."""
+        mask = resize_mask(mask, self._resized(*mask.shape))
+        return centre_crop(mask, self.image_size, down=self.aspect == "small")
 
     @property
     def pixel_dtype(self) -> str:

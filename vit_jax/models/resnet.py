@@ -252,3 +252,14 @@ class ResNet(nnx.Module):
             x = self.head(x)
         logits = x.astype(jnp.float32)
         return (logits, taps.values) if capture else logits
+
+    def dense(
+        self, images: Float[Array | np.ndarray, "b h w c"], *, layout: Layout | None = None
+    ) -> Float[Array, "b gh gw d"]:
+        """The feature map that is pooled.
+
+        Raises:
+          UserError: the images have another size or number of channels.
+        """
+        check_images(images, self.config)
+        return self.resnet(images, layout)

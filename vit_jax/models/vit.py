@@ -125,6 +125,21 @@ class ViT(nnx.Module):
         logits = x.astype(jnp.float32)
         return (logits, taps.values) if capture else logits
 
+    def dense(
+        self, images: Float[Array | np.ndarray, "b h w c"], *, layout: Layout | None = None
+    ) -> Float[Array, "b gh gw d"]:
+        """What each patch is for the model: the patch tokens in the end, on their grid.
+
+        That is `encoded` without the tokens before the patches. Where the last LayerNorm is behind
+        the pooling (`norm_after_pool`), it has learnt to scale means, and tokens are without one.
+
+        Raises:
+          UserError: as `__call__`.
+        """
+        _, captured = self(images, capture="encoded", layout=layout)
+        x = captured["encoded"][:, self.config.num_prefix_tokens :]
+        return x.reshape(x.shape[0], *self.config.grid, x.shape[-1])
+
     def prefix_tokens(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b k d"]]:
         """The tokens before the patches, one copy an image: class, distillation, registers."""
         tokens = [getattr(self, name, None) for name in ("cls_token", "dist_token", "registers")]

@@ -23,6 +23,7 @@ from vit_jax.training.config import Config, from_json
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
 from vit_jax.training.probes import Features
+from vit_jax.training.segmentation import Dense
 from vit_jax.training.sharding import (
     batch_shards,
     local_rows,
@@ -74,7 +75,7 @@ class Evaluation:
             for splits in evaluator.data_sets():
                 labels = record.labels if ours and not masked else None
                 for split in splits:
-                    source = _open(where, split, labels)
+                    source = _open(where, split, labels, evaluator.reads_masks)
                     labels = labels or source.label_names
                     self._reads[split, ours] = BatchReader.of(
                         source, split, record.preprocess, on_corrupt=config.data.on_corrupt
@@ -89,10 +90,13 @@ class Evaluation:
             classes = record.config.num_classes
             step = make_eval_step(graphdef, record.preprocess, num_classes=classes, **options)
             self._eval_step = jax.jit(lambda params, batch, start: step(params, batch))
-        self._feature_step = jax.jit(
-            make_feature_step(graphdef, record.preprocess, layout=layout),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-        )
+        self._feature_steps = {
+            dense: jax.jit(
+                make_feature_step(graphdef, record.preprocess, dense=dense, layout=layout),
+                out_shardings=NamedSharding(mesh, PartitionSpec()),
+            )
+            for dense in (False, True)
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,6 +147,19 @@ class Evaluation:
 
     def features(self, params: Any, split: Split) -> Features:
         """Returns what the head reads of every example, in order, on the host of every process."""
+        x, y = self._run(params, split, dense=False)
+        if y.ndim != 1:
+            raise UserError(f"{split.source} has several labels an image: no probe takes them")
+        return Features(x, y)
+
+    def dense(self, params: Any, split: Split) -> Dense:
+        """Returns what each patch of every example is for the model, and the masks, likewise.
+
+        An example takes 4 bytes for each number: at 224 pixels, ViT-B/16's are 0.6 MB.
+        """
+        return Dense(*self._run(params, split, dense=True))
+
+    def _run(self, params: Any, split: Split, *, dense: bool) -> tuple[np.ndarray, np.ndarray]:
         read, kept = self._reads[split, False], []
         pending: collections.deque[dict[str, jax.Array]] = collections.deque()
 
@@ -152,15 +169,14 @@ class Evaluation:
 
         with self._batches(read) as batches:
             for batch in batches:
-                pending.append(self._feature_step(params, self._to_devices(batch)))
+                step = self._feature_steps[dense]
+                pending.append(step(params, self._to_devices(batch)))
                 if len(pending) > 2:  # so that the device need not wait for the host
                     keep(pending.popleft())
         for values in pending:
             keep(values)
         x, y = (np.concatenate(column) for column in zip(*kept, strict=True))
-        if y.ndim != 1:
-            raise UserError(f"{split.source} has several labels an image: no probe takes them")
-        return Features(x, y)
+        return x, y
 
     def num_classes(self, split: Split) -> int:
         """How many classes the data set of a split has, for what reads features."""
@@ -197,14 +213,24 @@ class _Weighted:
             self.known[split] = self.evaluation.features(self.params, split)
         return self.known[split]
 
+    def dense(self, split: Split) -> Dense:
+        # Not kept: these are large, and hardly another evaluator reads the same split.
+        return self.evaluation.dense(self.params, split)
+
     def num_classes(self, split: Split) -> int:
         return self.evaluation.num_classes(split)
 
 
-def _open(where: str, split: Split, labels: tuple[str, ...] | None) -> Any:
+def _open(where: str, split: Split, labels: tuple[str, ...] | None, masks: bool) -> Any:
     source = open_source(split.source, split.split)
     if not isinstance(source, Sized):
         raise UserError(f"{where}.source {split.source} is endless: name a finite split")
+    if masks != getattr(source, "masks", False):
+        found, expected = ("one label an image", "masks") if masks else ("masks", "one label")
+        raise UserError(
+            f"{where}: {split.source} has {found}, and {expected} are needed: masks go with the "
+            "evaluator type segmentation, and nothing else does"
+        )
     try:
         return source if labels is None else with_labels(source, labels)
     except UserError as error:

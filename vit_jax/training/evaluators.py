@@ -6,7 +6,7 @@ or gives features. Accuracies are shares of 1; every example counts once.
 
 import dataclasses
 import itertools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from vit_jax.data.pipeline import AUGMENTATIONS, Split
 from vit_jax.data.vtab import TASKS
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe
+from vit_jax.training.segmentation import Dense, segmentation
 
 
 @runtime_checkable
@@ -28,12 +29,18 @@ class Model(Protocol):
         """What the head reads (`pre_logits`) of every example."""
         ...
 
+    def dense(self, split: Split) -> Dense:
+        """What each patch of every example is for the model, and the masks."""
+        ...
+
     def num_classes(self, split: Split) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """What all have. `every` steps it runs in training (0: at the end only); None is as `val`."""
+
+    reads_masks: ClassVar[bool] = False  # in place of labels
 
     type: str
     every: int | None = None
@@ -189,12 +196,48 @@ class Vtab(Evaluator):
         return {**scores, **means}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segmentation(Evaluator):
+    """A linear classifier of patches on frozen features, for masks (see `segmentation`).
+
+    It gives miou, pixel accuracy and foreground_iou at the model's size. Of several `l2` the one
+    is taken that is best on `val`.
+    """
+
+    reads_masks: ClassVar[bool] = True
+
+    type: str = "segmentation"
+    train: Split
+    val: Split | None = None
+    test: Split
+    l2: tuple[float, ...] = (1e-4,)
+    steps: int = 100
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.val is None and len(self.l2) != 1:
+            raise UserError(
+                "eval: segmentation chooses its l2 on a val split: name one, or a single l2"
+            )
+
+    def measure(self, model: Model) -> dict[str, float]:
+        return segmentation(
+            model.dense(self.train),
+            None if self.val is None else model.dense(self.val),
+            model.dense(self.test),
+            model.num_classes(self.train),
+            l2=self.l2,
+            steps=self.steps,
+        )
+
+
 EVALUATORS = {
     "classification": Classification,
     "fewshot": FewShot,
     "knn": Knn,
     "probe": Probe,
     "vtab": Vtab,
+    "segmentation": Segmentation,
 }
 
 

@@ -8,7 +8,8 @@ outside of 0 to num_classes - 1, and for numbers that are not positive.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ def few_shot(
       For 5 shots {"5shot": mean over the seeds 0, 1, ..., "5shot_std": standard deviation (ddof 1),
       where there are several seeds}.
     """
-    _check(num_classes, train, test)
-    _check_positive(shots=shots, seeds=[seeds], l2=[l2])
+    check_sets(num_classes, train, test)
+    check_positive(shots=shots, seeds=[seeds], l2=[l2])
     order, counts = np.argsort(train.y, kind="stable"), np.bincount(train.y, minlength=num_classes)
     classes = np.split(order, np.cumsum(counts)[:-1])
     found: dict[int, list[float]] = {count: [] for count in shots}
@@ -63,10 +64,10 @@ def few_shot(
         drawn = [rng.permutation(indices) for indices in classes]
         for count, accuracies in found.items():
             chosen = np.concatenate([indices[:count] for indices in drawn])
-            scale = _scale(train.x[chosen])
+            scale = standard(train.x[chosen])
             targets = 2.0 * np.eye(num_classes)[train.y[chosen]] - 1
-            weights = ridge(_scaled(train.x[chosen], scale, 100, np.float64), targets, l2)
-            predicted = (_scaled(test.x, scale, 100, np.float64) @ weights).argmax(axis=1)
+            weights = ridge(standardised(train.x[chosen], scale, 100, np.float64), targets, l2)
+            predicted = (standardised(test.x, scale, 100, np.float64) @ weights).argmax(axis=1)
             accuracies.append(float(np.mean(predicted == test.y)))
     results = {f"{count}shot": float(np.mean(values)) for count, values in found.items()}
     if seeds > 1:
@@ -106,8 +107,8 @@ def knn(
     Returns:
       For a k of 20 {"knn20": accuracy}.
     """
-    _check(num_classes, train, test)
-    _check_positive(neighbours=neighbours, temperature=[temperature])
+    check_sets(num_classes, train, test)
+    check_positive(neighbours=neighbours, temperature=[temperature])
     n, total = len(train.x), len(test.x)
     k = min(max(neighbours), n)
     rows, columns = min(total, TEST_BLOCK), min(n, TRAIN_BLOCK)
@@ -195,8 +196,8 @@ def linear_probe(
     Returns:
       {"accuracy": on test, "l2": the one taken}.
     """
-    _check(num_classes, train, test, val)
-    _check_positive(l2=l2, steps=[steps])
+    check_sets(num_classes, train, test, val)
+    check_positive(l2=l2, steps=[steps])
     if len(l2) > 1 and val is None:
         raise UserError(f"{len(l2)} values of l2 and no validation examples to choose by")
     # To start from: no weights, the shares of the classes as bias; those without examples stay out.
@@ -208,7 +209,7 @@ def linear_probe(
         chosen, weights = _choose(train, val, weights, l2, steps)
     if val is not None:
         train = Features(np.concatenate([train.x, val.x]), np.concatenate([train.y, val.y]))
-    scale = _scale(train.x)
+    scale = standard(train.x)
     weights = fit(*_on_device(train, scale), weights, chosen, steps)
     return {"accuracy": _accuracy(weights, *_on_device(test, scale)), "l2": float(chosen)}
 
@@ -217,7 +218,7 @@ def _choose(
     train: Features, val: Features, weights: Float[Array, "d k"], l2: Sequence[float], steps: int
 ) -> tuple[float, Float[Array, "d k"]]:
     """The l2 that is best on `val`, and its weights. A fit starts where the one before ended."""
-    scale = _scale(train.x)
+    scale = standard(train.x)
     ours, theirs = _on_device(train, scale), _on_device(val, scale)
     found = []
     for value in sorted(l2, reverse=True):
@@ -234,21 +235,35 @@ def fit(
     l2: Float[Array, ""],
     steps: Int[Array, ""],
 ) -> Float[Array, "d k"]:
-    """Returns the weights of logistic regression; the last feature is constant, for the bias.
-
-    It stops when the loss is within about 1e-8 of the lowest: as l2 / 2 ||W||^2 is a part of it, it
-    is at most ||gradient||^2 / (2 l2) above. Where l2 is tiny, it stops where float32 does.
-    """
+    """Returns the weights of logistic regression; the last feature is constant, for the bias."""
 
     def loss(weights):
         logits = jnp.matmul(x, weights, precision="highest")
-        # log(1 + sum over the other classes of exp(logit - right logit)): the usual difference of
-        # logsumexp and right logit has no digits left where the loss is small.
-        right = jnp.arange(weights.shape[1]) == y[:, None]
-        ahead = logits - jnp.sum(logits, axis=1, keepdims=True, where=right)
-        losses = jax.nn.softplus(jax.nn.logsumexp(ahead, axis=1, where=~right))
-        return losses.mean() + l2 / 2 * jnp.sum(weights[:-1] ** 2)
+        return cross_entropy(logits, y).mean() + l2 / 2 * jnp.sum(weights[:-1] ** 2)
 
+    return minimise(loss, start, l2, steps)
+
+
+def cross_entropy(logits: Float[Array, "*b k"], labels: Int32[Array, "*b"]) -> Float[Array, "*b"]:
+    """-log softmax(logits)[label], with all its digits; a label outside of the classes is none."""
+    # log(1 + sum over the other classes of exp(logit - right logit)): the usual difference of
+    # logsumexp and right logit has no digits left where the loss is small.
+    right = jnp.arange(logits.shape[-1]) == labels[..., None]
+    ahead = logits - jnp.sum(logits, axis=-1, keepdims=True, where=right)
+    return jax.nn.softplus(jax.nn.logsumexp(ahead, axis=-1, where=~right))
+
+
+def minimise(
+    loss: Callable[[Float[Array, "d k"]], Float[Array, ""]],
+    start: Float[Array, "d k"],
+    l2: Float[Array, ""],
+    steps: Int[Array, ""],
+) -> Float[Array, "d k"]:
+    """At most `steps` of L-BFGS on a convex loss that l2 / 2 ||W||^2 is a part of.
+
+    It stops when the loss is within about 1e-8 of the lowest: it is at most
+    ||gradient||^2 / (2 l2) above. Where l2 is tiny, it stops where float32 does.
+    """
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
@@ -277,7 +292,7 @@ def _accuracy(w: Float[Array, "d k"], x: Float[Array, "n d"], y: Int32[Array, " 
 Scale = tuple[Float64[np.ndarray, " d"], Float64[np.ndarray, " d"]]
 
 
-def _scale(x: Float32[np.ndarray, "n d"]) -> Scale:
+def standard(x: Float32[np.ndarray, "n d"]) -> Scale:
     """Mean and standard deviation (+ 1e-5, as in big_vision)."""
     mean = x.mean(axis=0, dtype=np.float64)
     # In blocks: a float64 copy of all of ImageNet's features is 10 GB.
@@ -286,7 +301,7 @@ def _scale(x: Float32[np.ndarray, "n d"]) -> Scale:
     return mean, np.sqrt(variance) + 1e-5
 
 
-def _scaled(
+def standardised(
     x: Float32[np.ndarray, "n d"], scale: Scale, constant: int, dtype: type
 ) -> Float[np.ndarray, "n e"]:
     """Standardised features and, as the last one, a constant for the bias."""
@@ -297,16 +312,17 @@ def _scaled(
 
 
 def _on_device(features: Features, scale: Scale) -> tuple[Float[Array, "n e"], Int32[Array, " n"]]:
-    return jnp.asarray(_scaled(features.x, scale, 1, np.float32)), jnp.asarray(features.y)
+    return jnp.asarray(standardised(features.x, scale, 1, np.float32)), jnp.asarray(features.y)
 
 
-def _check(num_classes: int, train: Features, test: Features, val: Features | None = None):
+def check_sets(num_classes: int, train: Any, test: Any, val: Any = None) -> None:
+    """Raises a UserError for sets (x [n ... d], y) that do not fit each other, or the classes."""
     for name, given in (("training", train), ("validation", val), ("test", test)):
         if given is None:
             continue
         if not len(given.x):
             raise UserError(f"there are no {name} examples; expected at least one")
-        wide, expected = given.x.shape[1], train.x.shape[1]
+        wide, expected = given.x.shape[-1], train.x.shape[-1]
         if wide != expected:
             raise UserError(f"{name} features are {wide} wide; expected {expected}, as in training")
         if not np.isfinite(given.x).all():
@@ -316,7 +332,8 @@ def _check(num_classes: int, train: Features, test: Features, val: Features | No
             raise UserError(f"labels of {name} examples are {low} to {high}; expected 0 to {last}")
 
 
-def _check_positive(**numbers: Sequence[int] | Sequence[float]):
+def check_positive(**numbers: Sequence[int] | Sequence[float]) -> None:
+    """Raises a UserError where there are none, or one that is not positive and finite."""
     for name, values in numbers.items():
         if not values or not all(0 < value < float("inf") for value in values):
             raise UserError(f"{name} is {list(values)}; expected numbers above 0")

@@ -83,7 +83,16 @@ def run_steps(config: Config, source: Source | None) -> int:
 
 
 def train_reader(config: Config, record: ModelRecord, source: Source) -> BatchReader:
-    """What reads the training batches."""
+    """What reads the training batches.
+
+    Raises:
+      UserError: the labels are masks.
+    """
+    if getattr(source, "masks", False):
+        raise UserError(
+            f"data.train.source {config.data.train.source} has masks for labels, and models learn "
+            "one label an image: masks go with the evaluator type segmentation"
+        )
     return BatchReader.of(
         source,
         config.data.train,

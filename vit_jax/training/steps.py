@@ -256,15 +256,25 @@ def make_masked_eval_step(
 
 
 def make_feature_step(
-    graphdef: nnx.GraphDef, preprocess: Preprocess, *, layout: Layout | None = None
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    *,
+    dense: bool = False,
+    layout: Layout | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
-    """Returns (params, batch) -> {x: what the head reads, float32 [b d], label, mask}."""
+    """Returns (params, batch) -> {x: what the head reads, float32 [b d], label, mask}.
+
+    With `dense`, x is what each patch is for the model [b gh gw d].
+    """
 
     def feature_step(params, batch):
         model = merged(graphdef, params, layout)
         inputs = images(batch, preprocess)
-        _, captured = model(inputs, capture="pre_logits", layout=layout)
-        features = captured["pre_logits"].astype(jnp.float32)
+        if dense:
+            features = model.dense(inputs, layout=layout)
+        else:
+            features = model(inputs, capture="pre_logits", layout=layout)[1]["pre_logits"]
+        features = features.astype(jnp.float32)
         return {"x": features, "label": batch["label"], "mask": batch["mask"]}
 
     return feature_step
