@@ -32,7 +32,7 @@ from vit_jax.checkpoints.tables import (
 )
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models import posembed
+from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
 from vit_jax.models.resnet import STYLES
 from vit_jax.models.vit import Model
@@ -131,6 +131,10 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed |= {"patch_bias": (config.pool == "map",), "pre_norm": (config.pool != "map",)}
         allowed |= {"pool": ("map", "token"), "num_classes": (0,), "qkv_bias": (True,)}
         allowed["mlp"] = ("gelu",)
+    if dialect.name != "vit_jax":
+        allowed["position_at"] = ("input",)
+    if config.position == "relative" and dialect.name != "vit_jax":
+        yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
         yield "position", "none"
     if dialect in (BIG_VISION, HF_SIGLIP) and config.pool == "map" and config.has_class_token:
@@ -178,6 +182,11 @@ def _respell(
         config = dataclasses.replace(config, position="learned", position_prefix=0)
         params["pos_embed"] = table
         notes["pos_embed"] = "sincos2d, written out as an embedding"
+    elif config.position.startswith("learned2d") and dialect.name != "vit_jax":
+        tables = {name: params.pop(name) for name in positions.table_shapes(config)}
+        params["pos_embed"] = positions.one_table(tables, config)
+        notes["pos_embed"] = f"{config.position}, written out as one table"
+        config = dataclasses.replace(config, position="learned")
     if config.position != "learned":
         return params, config, notes
     prefix, rows = config.num_prefix_tokens, config.num_position_prefix
