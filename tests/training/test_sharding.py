@@ -172,6 +172,17 @@ def test_tensor_parallelism_gathers_nothing():
     assert sum(each.bytes * each.times for each in gathers) < 100
 
 
+def test_position_tables_are_split_by_width_and_relative_ones_by_heads():
+    tables = dataclasses.replace(VIT, position="learned2d", position_at="layers")
+    blocks = program_of(MESHES["fsdp=8"], tables).state.params["blocks"]
+    for name in ("pos_embed_row", "pos_embed_column", "pos_embed_prefix"):
+        assert tuple(blocks[name].sharding.spec) == (None, None, "fsdp"), name
+    relative = dataclasses.replace(VIT, position="relative")
+    program = program_of(MESHES["data=2 fsdp=2 tensor=2"], relative)
+    embeddings = program.state.params["blocks"]["attention"]["rel_embed"]
+    assert tuple(embeddings.sharding.spec) == (None, None, "tensor", "fsdp")
+
+
 def test_parameters_that_stay_whole_are_named():
     program = program_of(MESHES["fsdp=8"], dataclasses.replace(VIT, width=36, mlp_dim=60))
     names = dict(unsplit(program.state.params, program.mesh, least=2**10))
@@ -213,11 +224,12 @@ VIT_SIZES = dict(patch_size=2, width=32, depth=2, mlp_dim=64, num_heads=4)
 OTHERS = {
     "resnet": ResNetConfig(resnet=(2,), **SIZES),
     "hybrid": ViTConfig(resnet=(1,), **VIT_SIZES, **SIZES),
+    "relative": ViTConfig(position="relative", **VIT_SIZES | SIZES | dict(patch_size=4, depth=1)),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_resnets_and_hybrids_train_on_a_mesh_as_on_one_device(kind):
+def test_other_models_train_on_a_mesh_as_on_one_device(kind):
     losses, params = trained(None, OTHERS[kind])
     split = trained(MESHES["data=2 fsdp=2 tensor=2"], OTHERS[kind])
     np.testing.assert_allclose(split[0], losses, rtol=1e-5)
