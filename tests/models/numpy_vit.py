@@ -8,34 +8,33 @@ import numpy as np
 import scipy.special
 
 
-def forward(params, images, *, pool, position, gelu="tanh", eps=1e-6):
+def forward(params, images, *, pool, position, position_at="input", gelu="tanh", eps=1e-6):
     """Returns every intermediate and the logits, stacked as the model's `capture` stacks them."""
-    results = [_one(params, image, pool, position, gelu, eps) for image in images]
+    results = [_one(params, image, pool, position, position_at, gelu, eps) for image in images]
     out = {name: np.stack([r[name] for r in results]) for name in results[0]}
     for name in ("tokens", "attention"):  # depth before batch
         out[name] = np.moveaxis(out[name], 0, 1)
     return out
 
 
-def _one(params, image, pool, position, gelu, eps):
+def _one(params, image, pool, position, position_at, gelu, eps):
     out = {"tokens": [], "attention": []}
     x = out["patches"] = patches(image, params["patch_embed"])
     ph, pw = params["patch_embed"]["kernel"].shape[:2]
-    table = np.zeros_like(x)
-    if position == "sincos2d":
-        table = sincos2d(image.shape[0] // ph, image.shape[1] // pw, x.shape[1])
+    grid = image.shape[0] // ph, image.shape[1] // pw
     if pool == "token":
         x = np.concatenate([params["cls_token"][0], x])
-        table = np.concatenate([np.zeros((1, x.shape[1])), table])
-    if position == "learned":
-        table = params["pos_embed"]
-    x = x + table
+    if position_at == "input":
+        x = x + positions(params, position, grid, *x.shape)
 
     depth = len(params["blocks"]["norm1"]["scale"])
     for i in range(depth):
         block = _slice(params["blocks"], i)
+        if position_at != "input":
+            tables = block if position_at == "layers" else params
+            x = x + positions(tables, position, grid, *x.shape)
         y = layer_norm(x, block["norm1"], eps)
-        y, weights = attention(y, y, block["attention"])
+        y, weights = attention(y, y, block["attention"], prefix=len(x) - grid[0] * grid[1])
         x = x + y
         x = x + mlp(layer_norm(x, block["norm2"], eps), block["mlp"], gelu)
         out["attention"].append(weights)
@@ -80,15 +79,41 @@ def layer_norm(x, p, eps):
     return centred / np.sqrt(variance + eps) * p["scale"] + p["bias"]
 
 
-def attention(queries, tokens, p):
-    """Returns the output [m d] and the weights [heads m n] (appendix A)."""
+def positions(tables, position, grid, tokens, width):
+    """What is added to the tokens [n d]: appendix D.4."""
+    if position == "learned":
+        return tables["pos_embed"]
+    added = np.zeros((tokens, width))
+    prefix = tokens - grid[0] * grid[1]
+    if position == "sincos2d":
+        added[prefix:] = sincos2d(*grid, width)
+    if position.startswith("learned2d"):
+        if prefix:
+            added[:prefix] = tables["pos_embed_prefix"]
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                x, y = tables["pos_embed_column"][column], tables["pos_embed_row"][row]
+                one = x + y if position == "learned2d_added" else np.concatenate([x, y])
+                added[prefix + row * grid[1] + column] = one
+    return added
+
+
+def attention(queries, tokens, p, prefix=0):
+    """Returns the output [m d] and the weights [heads m n] (appendix A; relative ones, D.4)."""
     kernel, bias = p["qkv"]["kernel"], p["qkv"]["bias"]
     y, all_weights = p["out"]["bias"], []
     for head in range(kernel.shape[2]):
         q = queries @ kernel[:, 0, head] + bias[0, head]
         k = tokens @ kernel[:, 1, head] + bias[1, head]
         v = tokens @ kernel[:, 2, head] + bias[2, head]
-        weights = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
+        logits = q @ k.T
+        if "rel_embed" in p:
+            patches = (len(p["rel_embed"]) + 1) // 2
+            for i in range(patches):
+                for j in range(patches):
+                    offset = p["rel_embed"][i - j + patches - 1, head]
+                    logits[prefix + i, prefix + j] += q[prefix + i] @ offset
+        weights = np.exp(logits / np.sqrt(q.shape[-1]))
         weights = weights / weights.sum(axis=-1, keepdims=True)
         y = y + weights @ v @ p["out"]["kernel"][head]
         all_weights.append(weights)

@@ -53,6 +53,14 @@ def test_parameter_counts_are_the_published_ones(name):
         # No position parameters: 197 rows less.
         (dict(position="sincos2d"), 86_567_656 - 197 * 768),
         (dict(position="none"), 86_567_656 - 197 * 768),
+        # Two tables of 14 rows, each of half or all of the width, and the class token's row.
+        (dict(position="learned2d"), 86_567_656 - 196 * 768 + 28 * 384),
+        (dict(position="learned2d_added"), 86_567_656 - 196 * 768 + 28 * 768),
+        # A table for each of 12 layers, or the same one for all.
+        (dict(position_at="layers"), 86_567_656 + 11 * 197 * 768),
+        (dict(position_at="layers_shared"), 86_567_656),
+        # 196 patches have 391 offsets, in each layer.
+        (dict(position="relative"), 86_567_656 - 197 * 768 + 12 * 391 * 768),
         # 24 x 24 patches in place of 14 x 14.
         (dict(image_size=384), 86_567_656 + (576 - 196) * 768),
         (dict(in_channels=1), 86_567_656 - 2 * 16 * 16 * 768),
@@ -145,6 +153,12 @@ def test_one_number_means_square_and_lists_become_hashable():
         ("B/16", dict(depth=0), ["depth", "0"]),
         ("B/16", dict(in_channels=0), ["in_channels", "0"]),
         ("B/16", dict(position="sincos2d", width=18, num_heads=1), ["sincos2d", "18"]),
+        ("B/16", dict(position="learned2d", width=15, num_heads=1), ["learned2d", "even", "15"]),
+        ("B/16", dict(position_at="layer"), ["position_at", "'layer'", "'layers'"]),
+        ("B/16", dict(position="sincos2d", position_at="layers"), ["'layers'", "'sincos2d'"]),
+        ("B/16", dict(position="none", position_at="layers_shared"), ["'none'", "'input'"]),
+        ("B/16", dict(position="relative", position_at="layers"), ["'relative'", "'input'"]),
+        ("B/16", dict(position="relative", attention="cudnn"), ["'cudnn'", "'relative'", "'xla'"]),
     ],
     ids=str,
 )

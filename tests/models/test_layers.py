@@ -94,12 +94,18 @@ def test_auto_attention_on_cpu_is_xlas():
         assert layers.attention_backend("auto", dtype, 64, 197) == "xla"
 
 
+def test_auto_attention_with_a_bias_is_xlas(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert layers.attention_backend.__wrapped__("auto", "bfloat16", 64, 197, True) == "xla"
+
+
 @pytest.mark.parametrize("wanted", ["xla", "cudnn"])
 def test_an_explicit_attention_reaches_jax(wanted, monkeypatch):
     assert layers.attention_backend(wanted, "float32", 7, 3) == wanted
     asked = []
 
-    def record(q, k, v, *, implementation):
+    def record(q, k, v, bias, *, implementation):
+        assert bias is None
         asked.append(implementation)
         return v
 

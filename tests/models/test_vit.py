@@ -94,6 +94,7 @@ def reference(config, params, images):
         images,
         pool=config.pool,
         position=config.position,
+        position_at=config.position_at,
         gelu=config.gelu,
         eps=config.layernorm_eps,
     )
@@ -116,6 +117,12 @@ CASES = {
     "gap-represented": dict(
         pool="gap", representation_size=6, position="none", in_channels=1, scan=False
     ),
+    "learned at layers": dict(position_at="layers", scan=False),
+    "2d": dict(position="learned2d", pool="gap"),
+    "2d at layers": dict(position="learned2d", position_at="layers"),
+    "2d added, shared": dict(position="learned2d_added", position_at="layers_shared"),
+    "relative": dict(position="relative"),
+    "relative, gap": dict(position="relative", pool="gap", scan=False),
 }
 
 
@@ -172,7 +179,10 @@ def test_logits_are_the_same_without_captures():
 
 @pytest.mark.parametrize(
     "changed",
-    [dict(gelu="erf"), dict(layernorm_eps=0.01), dict(position="sincos2d"), dict(pool="gap")],
+    [
+        *(dict(gelu="erf"), dict(layernorm_eps=0.01), dict(position="sincos2d")),
+        *(dict(pool="gap"), dict(position_at="layers_shared")),
+    ],
     ids=str,
 )
 def test_the_comparison_can_tell_the_choices_apart(changed):

@@ -4,21 +4,32 @@ import dataclasses
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import DIGITS, TINY
+from flax import nnx
 
 from vit_jax.analysis.collectives import by_kind, read_collectives
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
+from vit_jax.models.vit import structure
 from vit_jax.training.config import Config, load_config
 from vit_jax.training.evaluate import Evaluation
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.program import make_program, new_record
-from vit_jax.training.sharding import MeshConfig, device_grid, make_mesh, to_devices, unsplit
+from vit_jax.training.sharding import (
+    MeshConfig,
+    device_grid,
+    make_layout,
+    make_mesh,
+    placement,
+    to_devices,
+    unsplit,
+)
 from vit_jax.training.state import make_state
 
 # Widths that every mesh below divides. No kernel is as large as a batch of tokens.
@@ -170,6 +181,41 @@ def test_tensor_parallelism_gathers_nothing():
     _, collectives = moved(MESHES["data=4 tensor=2"])
     gathers = [each for each in collectives if each.kind in ("all-gather", "all-to-all")]
     assert sum(each.bytes * each.times for each in gathers) < 100
+
+
+def test_position_tables_are_split_by_width_and_relative_ones_by_heads():
+    tables = dataclasses.replace(VIT, position="learned2d", position_at="layers")
+    blocks = program_of(MESHES["fsdp=8"], tables).state.params["blocks"]
+    for name in ("pos_embed_row", "pos_embed_column", "pos_embed_prefix"):
+        assert tuple(blocks[name].sharding.spec) == (None, None, "fsdp"), name
+    relative = dataclasses.replace(VIT, position="relative")
+    program = program_of(MESHES["data=2 fsdp=2 tensor=2"], relative)
+    embeddings = program.state.params["blocks"]["attention"]["rel_embed"]
+    assert tuple(embeddings.sharding.spec) == (None, None, "tensor", "fsdp")
+
+
+def test_relative_positions_have_the_same_gradients_on_a_mesh():
+    # Pooled by the mean: a class token's own attention has no bias.
+    vit = dataclasses.replace(VIT, position="relative", depth=1, dropout=0.0, pool="gap")
+    graphdef, shapes = structure(vit)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.float32(random.normal(size=x.shape) * 0.3), shapes)
+    images = np.float32(random.normal(size=(4, 32, 32, 3)))
+    mesh = make_mesh(MESHES["data=2 fsdp=2 tensor=2"])
+
+    def gradients(layout, params, images):
+        loss = lambda p: jnp.sin(nnx.merge(graphdef, p)(images, layout=layout)).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(
+            params
+        )
+
+    alone = gradients(None, params, images)
+    places = placement(params, mesh)
+    images = to_devices({"image": images}, 4, mesh)["image"]
+    split = gradients(make_layout(mesh, "float32"), jax.device_put(params, places), images)
+    for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert np.abs(alone["blocks"]["attention"]["rel_embed"]).max() > 1e-2
 
 
 def test_parameters_that_stay_whole_are_named():

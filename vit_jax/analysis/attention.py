@@ -61,18 +61,27 @@ def filter_components(
 def position_similarity(model: Model) -> Float[np.ndarray, "gh gw gh gw"]:
     """Cosine similarity of each patch's position embedding to all others (Figure 7, centre).
 
-    Rows of prefix tokens are left out. [i, j, k, l] compares row i, column j with row k, column l;
-    an embedding of zeros is like none.
+    Rows of prefix tokens are left out, and of two tables, one an axis, it is what they make
+    together. Where each layer has its own, it is the first layer's. [i, j, k, l] compares row i,
+    column j with row k, column l; an embedding of zeros is like none.
 
     Raises:
-      UserError: the model has no position embeddings.
+      UserError: the model has no position embeddings, or none of places.
     """
     config = model.config
     if isinstance(config, ResNetConfig):
         raise UserError("a ResNet has no position embeddings to compare")
     if config.position == "none":
         raise UserError("this model has no position embeddings to compare: its position is 'none'")
-    table = np.asarray(model.positions(), np.float64)[config.num_prefix_tokens :]
+    if config.position == "relative":
+        raise UserError(
+            "this model has no position embeddings to compare: its position is 'relative', which "
+            "embeds offsets between patches, not places"
+        )
+    table = model.positions()
+    if config.position_at == "layers":
+        table = table[0]
+    table = np.asarray(table, np.float64)[config.num_prefix_tokens :]
     length = np.linalg.norm(table, axis=1, keepdims=True)
     table = table / np.maximum(length, np.finfo(np.float64).tiny)
     return (table @ table.T).reshape(*config.grid, *config.grid)

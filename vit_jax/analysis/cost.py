@@ -47,7 +47,7 @@ def _vit_macs(vit: ViTConfig) -> int:
     mlp = (3 if vit.mlp == "swiglu" else 2) * d * m
     block = (
         n * d * 3 * d  # Q, K and V
-        + 2 * n * n * d  # scores, then the weighted sum of the values
+        + _attention_macs(vit)
         + n * d * d  # out
         + n * mlp
     )
@@ -62,6 +62,15 @@ def _vit_macs(vit: ViTConfig) -> int:
     return macs + (d * vit.num_classes if vit.distillation == "head" else 0)
 
 
+def _attention_macs(vit: ViTConfig) -> int:
+    """Those of one block that have no kernel: scores, then the weighted sum of the values."""
+    macs = 2 * vit.num_tokens**2 * vit.width
+    if vit.position == "relative":  # the queries of patches times the embeddings of all offsets
+        patches = math.prod(vit.grid)
+        macs += patches * (2 * patches - 1) * vit.width
+    return macs
+
+
 def step_flops(config: Config, model: ModelConfig) -> int:
     """FLOPs of a training step: forward, twice as many backward, and what `remat` repeats.
 
@@ -69,7 +78,7 @@ def step_flops(config: Config, model: ModelConfig) -> int:
     """
     forward, attention = flops_per_image(model), 0
     if isinstance(model, ViTConfig):
-        attention = 4 * model.depth * model.num_tokens**2 * model.width
+        attention = 2 * model.depth * _attention_macs(model)
     repeated = {"none": 0, "dots": attention, "full": forward}[model.remat]
     return config.batch_size * (3 * forward + repeated)
 

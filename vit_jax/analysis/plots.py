@@ -72,6 +72,8 @@ def pictures(
         images = ()
     elif vit.config.position == "none":
         notes.append("there is no positions.png: the model has no position embeddings")
+    elif vit.config.position == "relative":
+        notes.append("there is no positions.png: relative embeddings are of offsets, not of places")
     else:
         figures["positions"] = positions(position_similarity(vit.model))
     if images:

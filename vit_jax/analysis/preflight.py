@@ -205,8 +205,11 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
     if isinstance(vit, ViTConfig):
-        on_tpu, sizes = devices[0].platform == "tpu", (vit.dtype, vit.head_dim, vit.num_tokens)
-        yield _line("attention", "xla" if on_tpu else attention_backend(vit.attention, *sizes))
+        biased, sizes = vit.position == "relative", (vit.dtype, vit.head_dim, vit.num_tokens)
+        backend = "xla"
+        if devices[0].platform != "tpu":
+            backend = attention_backend(vit.attention, *sizes, biased)
+        yield _line("attention", backend)
 
     rehearsal = rehearse(config, record, mesh)
     for parameter in unsplit(rehearsal.program.state.params, mesh):

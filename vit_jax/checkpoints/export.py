@@ -32,7 +32,7 @@ from vit_jax.checkpoints.tables import (
 )
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models import posembed
+from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
 from vit_jax.models.resnet import STYLES
 from vit_jax.models.vit import Model
@@ -131,6 +131,10 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed |= {"patch_bias": (config.pool == "map",), "pre_norm": (config.pool != "map",)}
         allowed |= {"pool": ("map", "token"), "num_classes": (0,), "qkv_bias": (True,)}
         allowed["mlp"] = ("gelu",)
+    if dialect.name != "vit_jax":
+        allowed["position_at"] = ("input",)
+    if config.position == "relative" and dialect.name != "vit_jax":
+        yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
         yield "position", "none"
     if dialect in (BIG_VISION, HF_SIGLIP) and config.pool == "map" and config.has_class_token:
@@ -172,14 +176,19 @@ def _respell(
     x + p is the same whether p has a row of its own or is part of the token; a token without a
     row has one of zeros.
     """
-    notes: dict[str, str] = {}
+    done: list[str] = []
     if config.position == "sincos2d" and dialect in (GOOGLE, TIMM, HF_VIT, HF_DINOV2, HF_SIGLIP):
         table = posembed.sincos2d(config.grid, config.width)
         config = dataclasses.replace(config, position="learned", position_prefix=0)
         params["pos_embed"] = table
-        notes["pos_embed"] = "sincos2d, written out as an embedding"
+        done.append("sincos2d, written out as an embedding")
+    elif config.position.startswith("learned2d") and dialect.name != "vit_jax":
+        tables = {name: params.pop(name) for name in positions.table_shapes(config)}
+        params["pos_embed"] = positions.one_table(tables, config)
+        done.append(f"{config.position}, written out as one table")
+        config = dataclasses.replace(config, position="learned")
     if config.position != "learned":
-        return params, config, notes
+        return params, config, {}
     prefix, rows = config.num_prefix_tokens, config.num_position_prefix
     wanted = {
         "google": (prefix,),
@@ -188,13 +197,13 @@ def _respell(
         "hf": (prefix - config.registers,),
     }.get(dialect.name, (rows,))
     if rows in wanted:
-        return params, config, notes
+        return params, config, {"pos_embed": done[0]} if done else {}
     count = wanted[0] if rows < wanted[0] else max(w for w in wanted if w < rows)
     table = params["pos_embed"]
     if count > rows:
         zeros = np.zeros((count - rows, config.width), np.float32)
         params["pos_embed"] = np.concatenate([table[:rows], zeros, table[rows:]])
-        notes["pos_embed"] = f"{count - rows} prefix tokens got a row of zeros"
+        done.append(f"{count - rows} prefix tokens got a row of zeros")
     else:
         offset = 0
         for name in ("cls_token", "dist_token", "registers"):
@@ -206,9 +215,9 @@ def _respell(
                 params[name] = token
                 offset += token.shape[1]
         params["pos_embed"] = np.concatenate([table[:count], table[rows:]])
-        notes["pos_embed"] = f"the rows of {rows - count} prefix tokens were added to them"
+        done.append(f"the rows of {rows - count} prefix tokens were added to them")
     config = dataclasses.replace(config, position_prefix=None if count == prefix else count)
-    return params, config, notes
+    return params, config, {"pos_embed": ", ".join(done)}
 
 
 def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: Dialect) -> None:

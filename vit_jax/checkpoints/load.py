@@ -25,7 +25,7 @@ from vit_jax.checkpoints.record import BROKEN, Line, ModelRecord, Report, family
 from vit_jax.checkpoints.store import Store
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models import posembed
+from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, ResNetConfig, check_fields, pair
 from vit_jax.models.vit import Model, init_params, structure
 
@@ -113,7 +113,7 @@ def load(
         .npz of Google's code bases; a .safetensors of timm or Hugging Face, or the folder it is
         in; "hf:owner/name" or "gs://..." for the same (see `published.fetch`).
       image_size: another (h, w) in pixels, or one number for a square: the position embedding is
-        resized to its grid (paper, section 3.2).
+        resized to its grid (paper, section 3.2); relative ones are for one grid alone.
       patch_size: another (h, w): the patch embedding is resampled (FlexiViT, arXiv 2212.08013).
       in_channels: another number of channels (see `posembed.adapt_channels`).
       num_classes: a fresh zero head for so many classes, in place of the trained one.
@@ -277,6 +277,7 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
     with_rows = f", {config.num_position_prefix} with positions"
     prefix = ", ".join(name for name, there in tokens.items() if there)
+    where = "" if config.position_at == "input" else f", at {config.position_at}"
     return {
         **known,
         "sizes": f"width {config.width}, depth {config.depth}, MLP {config.mlp_dim} "
@@ -284,7 +285,7 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "image": image,
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
-        "positions": config.position,
+        "positions": config.position + where,
         "pooling": config.pool + (", then LayerNorm" if config.norm_after_pool else ""),
         "GELU": f"{config.gelu}, LayerNorm eps {config.layernorm_eps:g}",
         "head": f"{config.num_classes} classes"
@@ -396,9 +397,8 @@ def fitted(
             value, fate = _fit_stem(value, new.patch_channels, new.patch_size)
         elif name == "resnet/conv_root/kernel":
             value, fate = _fit_stem(value, new.in_channels, value.shape[:2])
-        elif name == "pos_embed" and old.grid != new.grid:
-            value = posembed.resize(value, old.grid, new.grid, old.num_position_prefix, method)
-            fate = "resized {}x{} -> {}x{} ({})".format(*old.grid, *new.grid, method)
+        elif name.endswith(positions.NAMES):
+            value, fate = positions.fitted(name, value, old, new, method)
         if value.shape != shape:
             raise UserError(
                 f"parameter {name} is {list(value.shape)} in the checkpoint and {list(shape)} in "

@@ -54,7 +54,8 @@ VARIANTS |= {
 CHOICES = {
     "pool": ("token", "gap", "map", "token_gap"),
     "distillation": ("none", "token", "head"),
-    "position": ("learned", "sincos2d", "none"),
+    "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "none"),
+    "position_at": ("input", "layers", "layers_shared"),
     "mlp": ("gelu", "swiglu"),
     "gelu": ("tanh", "erf", "quick"),
     "dtype": ("float32", "bfloat16"),
@@ -77,6 +78,14 @@ class ViTConfig:
     `attention`, `scan` and `remat` change how it is computed, never the parameters. `remat` is what
     training computes anew on its way back, to save memory: nothing (`none`), all but the products
     with kernels (`dots`), or each whole block (`full`).
+
+    `position` is what tells patches apart (paper, appendix D.4): a table with a row for each token
+    (`learned`), a table for rows and one for columns, whose halves of the width are put side by
+    side (`learned2d`) or that are added (`learned2d_added`), fixed sines and cosines (`sincos2d`),
+    learned embeddings of the offsets between patches in raster order that add to the attention's
+    logits (`relative`), or nothing. `position_at` says where learned tables are added: to the
+    tokens at the `input`, before every layer with tables of its own (`layers`), or before every
+    layer with the same ones (`layers_shared`).
 
     What other families do otherwise: tokens before the patches are the class token (`class_token`;
     None: where `pool` reads it), DeiT's distillation token (`distillation`: "token", or "head" with
@@ -113,6 +122,7 @@ class ViTConfig:
     distillation: str = "none"
     registers: int = 0
     position: str = "learned"
+    position_at: str = "input"
     position_prefix: int | None = None
     representation_size: int | None = None
     dropout: float = 0.0
@@ -178,6 +188,18 @@ class ViTConfig:
                 f"model.width {self.width} does not divide into {self.num_heads} heads "
                 "(model.num_heads)"
             )
+        if self.position_at != "input" and not self.position.startswith("learned"):
+            raise UserError(
+                f"model.position_at {self.position_at!r} is for learned tables; model.position "
+                f"{self.position!r} goes with 'input' alone"
+            )
+        if self.position == "relative" and self.attention == "cudnn":
+            raise UserError(
+                "model.attention 'cudnn' does not take the bias of model.position 'relative': "
+                "use 'auto' or 'xla'"
+            )
+        if self.position == "learned2d" and self.width % 2:
+            raise UserError(f"position learned2d needs an even width, not {self.width}")
         if self.position == "sincos2d" and (self.width % 4 or self.width < 8):
             raise UserError(f"position sincos2d needs a width of 8, 12, 16, ..., not {self.width}")
 

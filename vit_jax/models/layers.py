@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.models import positions
 from vit_jax.models.config import ModelConfig, ViTConfig
 
 logger = logging.getLogger(__name__)
@@ -212,9 +213,12 @@ class Attention(nnx.Module):
 
     Q, K and V are initialised one by one, as Google's code does: Xavier over the fused kernel
     would give them a standard deviation of 0.0255 where theirs is 0.0361 (width 768).
+
+    With `relative`, each offset between patches has an embedding, which adds to the logits what a
+    query makes of it as a key (appendix D.4). XLA computes that: cuDNN is not asked for the bias.
     """
 
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, relative: bool = False):
         self.config = config
         d, heads, head_dim = config.width, config.num_heads, config.head_dim
         xavier = nnx.initializers.xavier_uniform()
@@ -222,6 +226,9 @@ class Attention(nnx.Module):
         qkv_bias = (3, heads, head_dim) if config.qkv_bias else None
         self.qkv = Affine(jnp.stack(kernels, axis=1), qkv_bias)
         self.out = Affine(xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d), (d,))
+        if relative:
+            offsets = 2 * config.grid[0] * config.grid[1] - 1
+            self.rel_embed = nnx.Param(positions.INIT(rngs.params(), (offsets, heads, head_dim)))
 
     def __call__(
         self,
@@ -243,10 +250,15 @@ class Attention(nnx.Module):
             q = jnp.einsum("bmd,dhk->bmhk", query, kernel[:, 0]) + bias[0]
             kv = jnp.einsum("bnd,dthk->bnthk", x, kernel[:, 1:]) + bias[1:]
             k, v = kv[:, :, 0], kv[:, :, 1]
+        logits_bias = None
+        if hasattr(self, "rel_embed"):
+            embeddings = self.rel_embed[...].astype(dtype)
+            logits_bias = positions.relative_logits(q, embeddings, self.config.num_prefix_tokens)
         if taps is not None:
-            taps("attention", lambda: attention_weights(q, k))
-        backend = attention_backend(self.config.attention, dtype.name, q.shape[-1], k.shape[1])
-        y = jax.nn.dot_product_attention(q, k, v, implementation=backend)
+            taps("attention", lambda: attention_weights(q, k, logits_bias))
+        sizes = (dtype.name, q.shape[-1], k.shape[1])
+        backend = attention_backend(self.config.attention, *sizes, logits_bias is not None)
+        y = jax.nn.dot_product_attention(q, k, v, logits_bias, implementation=backend)
         kernel, bias = self.out.kernel[...].astype(dtype), self.out.bias[...].astype(dtype)
         return jnp.einsum("bmhk,hkd->bmd", y, kernel) + bias
 
@@ -261,23 +273,35 @@ class Affine(nnx.Module):
 
 
 def attention_weights(
-    q: Float[Array, "b m h k"], k: Float[Array, "b n h k"]
+    q: Float[Array, "b m h k"],
+    k: Float[Array, "b n h k"],
+    bias: Float[Array, "b h m n"] | None = None,
 ) -> Float[Array, "b h m n"]:
     """The softmax that a fused attention never writes to memory, computed beside it in float32."""
     scores = jnp.einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+    scores = scores * q.shape[-1] ** -0.5
+    return jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
 
 
 @functools.cache
-def attention_backend(wanted: str, dtype: str, head_dim: int, tokens: int) -> str:
+def attention_backend(
+    wanted: str, dtype: str, head_dim: int, tokens: int, biased: bool = False
+) -> str:
     """Chooses what `jax.nn.dot_product_attention` runs on; `auto` is cuDNN where it works.
 
     cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
-    device at hand is found out by compiling a small gradient once.
+    device at hand is found out by compiling a small gradient once. With a bias of the logits
+    (relative positions), `auto` is XLA everywhere: cuDNN's has limits on sizes and on gradients.
     """
     if wanted != "auto":
         return wanted
-    if jax.default_backend() != "gpu" or dtype == "float32" or head_dim % 8 or head_dim > 128:
+    if (
+        biased
+        or jax.default_backend() != "gpu"
+        or dtype == "float32"
+        or head_dim % 8
+        or head_dim > 128
+    ):
         return "xla"
 
     def probe(q):
@@ -332,12 +356,14 @@ class Block(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.norm1 = layer_norm(config, rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs, relative=config.position == "relative")
         self.norm2 = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
         if config.layer_scale is not None:
             self.scale1 = nnx.Param(jnp.full(config.width, config.layer_scale))
             self.scale2 = nnx.Param(jnp.full(config.width, config.layer_scale))
+        if config.position_at == "layers":
+            positions.add_tables(self, config, rngs)
 
     def __call__(
         self,

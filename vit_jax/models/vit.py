@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from vit_jax.models import layers, posembed, resnet
+from vit_jax.models import layers, positions, resnet
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
 from vit_jax.models.layers import Corruption, Layout
 
@@ -28,15 +28,15 @@ class ViT(nnx.Module):
         if config.resnet is not None:
             self.resnet = resnet.Backbone(config, rngs=rngs)
         self.patch_embed = layers.PatchEmbed(config, rngs=rngs)
-        normal = nnx.initializers.normal(0.02)
+        normal = positions.INIT
         if config.has_class_token:
             self.cls_token = nnx.Param(jnp.zeros((1, 1, width)))
         if config.distillation != "none":
             self.dist_token = nnx.Param(normal(rngs.params(), (1, 1, width)))
         if config.registers:
             self.registers = nnx.Param(normal(rngs.params(), (1, config.registers, width)))
-        if config.position == "learned":
-            self.pos_embed = nnx.Param(normal(rngs.params(), (config.num_positions, width)))
+        if config.position_at != "layers":
+            positions.add_tables(self, config, rngs)
         if config.pre_norm:
             self.pre_norm = layers.layer_norm(config, rngs)
         keys = jax.random.split(rngs.params(), config.depth)
@@ -97,7 +97,8 @@ class ViT(nnx.Module):
         if corruption is not None:
             x = corruption.apply(x, self.mask_token[...])
         x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
-        x = x + self.positions().astype(x.dtype)
+        if config.position_at == "input":
+            x = x + self.positions().astype(x.dtype)
         x = layers.dropout(x, config.dropout, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
@@ -149,17 +150,13 @@ class ViT(nnx.Module):
             if token is not None
         ]
 
-    def positions(self) -> Float[Array, "n d"]:
-        """What is added to the tokens, the prefix tokens' rows first, zero where they have none."""
-        config = self.config
-        if config.position == "learned":
-            table, rows = self.pos_embed[...], config.num_position_prefix
-            without = jnp.zeros((config.num_prefix_tokens - rows, config.width))
-            return jnp.concatenate([table[:rows], without, table[rows:]])
-        table = np.zeros((config.num_tokens, config.width), np.float32)
-        if config.position == "sincos2d":
-            table[config.num_prefix_tokens :] = posembed.sincos2d(config.grid, config.width)
-        return jnp.asarray(table)
+    def positions(self) -> Float[Array, "*depth n d"]:
+        """What is added to the tokens, at the input or before each layer (`config.position_at`).
+
+        Where layers have tables of their own, the depth is in front.
+        """
+        owner = self.blocks if self.config.position_at == "layers" else self
+        return positions.composed(owner, self.config)
 
     def pooled(
         self, x: Float[Array, "b n d"]
@@ -192,11 +189,15 @@ class ViT(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, as one scanned body or as a loop over slices of the same parameters."""
         graphdef, stacked = nnx.split(self.blocks)
-        depth = self.config.depth
+        depth, at = self.config.depth, self.config.position_at
+        shared = self.positions() if at == "layers_shared" else None
 
         def body(x, params, index):
-            inner = layers.Taps(taps.names)
-            x = nnx.merge(graphdef, params)(
+            block, inner = nnx.merge(graphdef, params), layers.Taps(taps.names)
+            if at != "input":
+                added = positions.composed(block, self.config) if shared is None else shared
+                x = x + added.astype(x.dtype)
+            x = block(
                 x,
                 depth_fraction=index / max(depth - 1, 1),
                 key=None if key is None else jax.random.fold_in(key, index),

@@ -25,7 +25,8 @@ MU_DTYPES = ("float32", "bfloat16")
 # has a side below _LEAST_SIDE, and all other parameters, keep the moment of each entry.
 MATRICES = (
     (r"attention/qkv/kernel$", (-4, -1)),
-    (r"(kernel|pos_embed)$", (-2, -1)),
+    (r"attention/rel_embed$", (-3, -1)),
+    (r"(kernel|pos_embed(_\w+)?)$", (-2, -1)),
 )
 _LEAST_SIDE = 32
 

@@ -45,7 +45,8 @@ PLACEMENT = (
     (r"mlp/fc2/kernel$", ("tensor", None), (-1, -2)),
     (r"(patch_embed|conv\w+)/kernel$", (None, None), (-1,)),
     (r"(pre_logits|head|head_dist|patch_head)/kernel$", (None, None), (-2, -1)),
-    (r"pos_embed$", (None, None), (-1,)),
+    (r"pos_embed(_\w+)?$", (None, None), (-1,)),
+    (r"attention/rel_embed$", (None, "tensor", None), (-1,)),
 )
 
 

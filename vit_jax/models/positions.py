@@ -1,0 +1,140 @@
+"""Learned position embeddings (paper, appendix D.4): tables, and what they amount to.
+
+A model has tables, or each of its blocks has its own; both are made and read by what is here.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vit_jax.errors import UserError
+from vit_jax.models import posembed
+from vit_jax.models.config import ViTConfig
+
+NAMES = ("pos_embed", "pos_embed_row", "pos_embed_column", "pos_embed_prefix", "rel_embed")
+INIT = nnx.initializers.normal(0.02)
+
+
+def table_shapes(config: ViTConfig) -> dict[str, tuple[int, int]]:
+    """The tables of one model, or one block, by their names: rows and channels.
+
+    In two dimensions there is one for the rows of the grid and one for its columns. Those of
+    `learned2d` have half of the width each. Prefix tokens have a table of their own.
+    """
+    (gh, gw), width, prefix = config.grid, config.width, config.num_position_prefix
+    if config.position == "learned":
+        return {"pos_embed": (config.num_positions, width)}
+    if config.position not in ("learned2d", "learned2d_added"):
+        return {}
+    channels = width // 2 if config.position == "learned2d" else width
+    shapes = {"pos_embed_row": (gh, channels), "pos_embed_column": (gw, channels)}
+    return shapes | ({"pos_embed_prefix": (prefix, width)} if prefix else {})
+
+
+def add_tables(owner: nnx.Module, config: ViTConfig, rngs: nnx.Rngs) -> None:
+    """Gives a model or a block its tables."""
+    for name, shape in table_shapes(config).items():
+        setattr(owner, name, nnx.Param(INIT(rngs.params(), shape)))
+
+
+def composed(owner: nnx.Module, config: ViTConfig) -> Float[Array, "*depth n d"]:
+    """What `owner` adds to the tokens, the prefix tokens' rows first, zero where they have none.
+
+    Of blocks that are stacked it has their depth in front.
+    """
+    tables = {name: getattr(owner, name)[...] for name in table_shapes(config)}
+    return jnp.concatenate(_parts(tables, config), axis=-2)
+
+
+def one_table(tables: dict[str, np.ndarray], config: ViTConfig) -> Float[np.ndarray, "n d"]:
+    """The `pos_embed` of a plain learned embedding that adds the same as these tables do."""
+    prefix, _, patches = _parts(tables, config)
+    return np.concatenate([prefix, np.asarray(patches, np.float32)])
+
+
+def _parts(tables: dict[str, Any], config: ViTConfig) -> list[Any]:
+    """The rows of prefix tokens, of those that have none, and of patches."""
+    rows, width = config.num_position_prefix, config.width
+    if config.position == "learned":
+        table = tables["pos_embed"]
+        prefix, patches = table[..., :rows, :], table[..., rows:, :]
+    elif "pos_embed_row" in tables:
+        row = tables["pos_embed_row"][..., :, None, :]
+        column = tables["pos_embed_column"][..., None, :, :]
+        if config.position == "learned2d":
+            shape = (*row.shape[:-3], *config.grid, width // 2)
+            halves = [jnp.broadcast_to(half, shape) for half in (column, row)]
+            patches = jnp.concatenate(halves, axis=-1)
+        else:
+            patches = row + column
+        patches = patches.reshape(*patches.shape[:-3], -1, width)
+        prefix = tables.get("pos_embed_prefix", patches[..., :0, :])
+    else:
+        rows, prefix = 0, np.zeros((0, width), np.float32)
+        patches = np.zeros((config.grid[0] * config.grid[1], width), np.float32)
+        if config.position == "sincos2d":
+            patches = posembed.sincos2d(config.grid, width)
+    without = (*patches.shape[:-2], config.num_prefix_tokens - rows, width)
+    return [prefix, np.zeros(without, np.float32), patches]
+
+
+def relative_logits(
+    q: Float[Array, "b n h k"], embeddings: Float[Array, "o h k"], num_prefix_tokens: int
+) -> Float[Array, "b h n n"]:
+    """Each patch's query times the embedding of its offset to each patch, in raster order.
+
+    Embedding i is that of the offset i - (patches - 1), from the key's to the query's patch. A pair
+    with a prefix token has 0. Returns float32, divided by the root of k as other logits are.
+    """
+    q = q[:, num_prefix_tokens:]
+    b, n, heads, k = q.shape
+    # From the largest offset down, row i wants columns n - 1 - i to 2n - 2 - i. With rows one wider
+    # and read as if they were not, each starts one column further left than the row above.
+    products = jnp.einsum("bnhk,ohk->bhno", q, embeddings[::-1], preferred_element_type=jnp.float32)
+    flat = jnp.pad(products, [(0, 0)] * 3 + [(0, 1)]).reshape(b, heads, 2 * n * n)
+    flat = flat[..., n - 1 : n - 1 + n * (2 * n - 1)]
+    logits = flat.reshape(b, heads, n, 2 * n - 1)[..., :n] * k**-0.5
+    return jnp.pad(logits, [(0, 0)] * 2 + [(num_prefix_tokens, 0)] * 2)
+
+
+def fitted(
+    name: str, value: np.ndarray, old: ViTConfig, new: ViTConfig, method: str
+) -> tuple[np.ndarray, str]:
+    """Resizes a table to another grid (paper, section 3.2), each axis of a 2D one on its own.
+
+    Args:
+      name: of the parameter; under "blocks/", tables are resized layer by layer.
+      method: see `posembed.resize`.
+
+    Returns:
+      The table, and what became of it: of all other parameters "kept".
+
+    Raises:
+      UserError: the embeddings are relative.
+    """
+    table = name.rpartition("/")[2]
+    (gh, gw), (new_gh, new_gw) = old.grid, new.grid
+    if old.grid == new.grid:
+        return value, "kept"
+    if table == "rel_embed":
+        raise UserError(
+            f"relative positions of a grid of {gh}x{gw} do not fit one of {new_gh}x{new_gw}: the "
+            "same offset in raster order is another displacement there. Keep the grid: change "
+            "image_size and patch_size together, or neither"
+        )
+    if table == "pos_embed":
+        sizes = old.grid, new.grid, old.num_position_prefix
+    elif table == "pos_embed_row":
+        sizes = (gh, 1), (new_gh, 1), 0
+    elif table == "pos_embed_column":
+        sizes = (gw, 1), (new_gw, 1), 0
+    else:
+        return value, "kept"
+    if name.startswith("blocks/"):
+        value = np.stack([posembed.resize(layer, *sizes, method) for layer in value])
+    else:
+        value = posembed.resize(value, *sizes, method)
+    return value, f"resized {gh}x{gw} -> {new_gh}x{new_gw} ({method})"
