@@ -201,7 +201,7 @@ class Corruption(NamedTuple):
     masked: Bool[Array, "b n"]
 
     def apply(
-        self, x: Float[Array, "b n d"], mask_token: Float[Array, "1 1 d"]
+        self, x: Float[Array, "b n d"], mask_token: Float[Array | np.ndarray, "1 1 d"]
     ) -> Float[Array, "b n d"]:
         """Corrupts patch embeddings."""
         x = jnp.take_along_axis(x, self.source[..., None], axis=1)

@@ -52,7 +52,7 @@ def patch_outputs(objective: str, config: ModelConfig) -> int:
     if config.representation_size:
         raise UserError(
             f"model.representation_size is {config.representation_size}, but a model of objective "
-            f"{objective} has no head: leave it out"
+            f"{objective} has no head: set it to None"
         )
     target, (ph, pw) = OBJECTIVES[objective], config.patch_pixels
     if target.cells and (ph % target.cells or pw % target.cells):
