@@ -17,7 +17,7 @@ CASES = {
     "no prefix": ViTConfig(**TINY, **WIDE, pool="gap", position="sincos2d"),
     "registers": ViTConfig(**TINY, **WIDE, distillation="token", registers=3, position_prefix=1),
     "norm after pool": ViTConfig(
-        **TINY, **WIDE, pool="gap", class_token=True, norm_after_pool=True, num_classes=0
+        **TINY, **WIDE, pool="gap", class_token=True, norm_after_pool=True
     ),
     "hybrid": ViTConfig(
         **TINY, image_size=(16, 24), patch_size=(2, 1), resnet=(1,), resnet_width=32
@@ -60,7 +60,7 @@ def test_patches_of_a_model_whose_blocks_add_nothing(after):
     fields = dict(pool="gap", norm_after_pool=True) if after else {}
     config = ViTConfig(**TINY, **WIDE, **fields, class_token=True, registers=2, position="none")
     model = vit_jax.create(config)
-    for branch in (model.blocks.attn.out, model.blocks.mlp.fc2):
+    for branch in (model.blocks.attention.out, model.blocks.mlp.fc2):
         branch.kernel[...] = jnp.zeros_like(branch.kernel[...])
         branch.bias[...] = jnp.zeros_like(branch.bias[...])
     images = pictures(config)
@@ -77,13 +77,17 @@ def test_patches_of_a_model_whose_blocks_add_nothing(after):
 
 
 def test_a_resnet_has_its_feature_map():
-    config = ResNetConfig(image_size=(32, 48), resnet=(1, 1), resnet_width=32, num_classes=3)
+    config = ResNetConfig(image_size=(16, 24), resnet=(1,), resnet_width=32, num_classes=3)
     model = vit_jax.create(config)
     assert isinstance(model, ResNet)
-    found = jax.jit(model.dense)(pictures(config))
-    _, captured = jax.jit(lambda x: model(x, capture=("encoded", "pooled")))(pictures(config))
-    assert found.shape == (2, 4, 6, 256)
-    np.testing.assert_array_equal(found.reshape(2, 24, 256), captured["encoded"])
+
+    @jax.jit
+    def both(images):
+        return model.dense(images), model(images, capture=("encoded", "pooled"))[1]
+
+    found, captured = both(pictures(config))
+    assert found.shape == (2, 4, 6, 128)
+    np.testing.assert_array_equal(found.reshape(2, 24, 128), captured["encoded"])
     np.testing.assert_allclose(found.mean(axis=(1, 2)), captured["pooled"], atol=1e-5)
     with pytest.raises(UserError, match="do not fit a model made for"):
         model.dense(pictures(config)[:, 1:])
