@@ -314,12 +314,13 @@ def drawn(folder):
 
 
 WEIGHTS = {"filters.png", "positions.png"}
-ONE = {"attention_distance.png", "rollout_cat.png"}
+ONE = {"attention_distance.png", "attention_cat.png", "rollout_cat.png"}
+TWO = {f"{what}_{dog}.png" for what in ("attention", "rollout") for dog in ("dog", "dog_2")}
 PICTURES = {
     "weights": (["vit", "--pictures=OUT"], WEIGHTS, ""),
     "images last": (
         ["vit", "--pictures=OUT", "dog.png", "cat.jpg", "more/dog.png"],
-        WEIGHTS | ONE | {"rollout_dog.png", "rollout_dog_2.png"},
+        WEIGHTS | ONE | TWO,
         "",
     ),
     "images first": (["vit", "cat.jpg", "--pictures", "OUT"], WEIGHTS | ONE, ""),

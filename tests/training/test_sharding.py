@@ -199,7 +199,7 @@ def test_relative_positions_have_the_same_gradients_on_a_mesh():
     vit = dataclasses.replace(VIT, position="relative", depth=1, dropout=0.0, pool="gap")
     graphdef, shapes = structure(vit)
     random = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: np.float32(random.normal(size=x.shape) * 0.3), shapes)
+    params = jax.tree.map(lambda x: np.float32(random.normal(size=x.shape) * 0.6), shapes)
     images = np.float32(random.normal(size=(4, 32, 32, 3)))
     mesh = make_mesh(MESHES["data=2 fsdp=2 tensor=2"])
 

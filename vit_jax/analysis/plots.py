@@ -22,6 +22,7 @@ from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.training.metrics import read_metrics
 
 _COLOURS = "viridis"
+_LAYERS, _HEADS = 6, 8  # at most, in the picture of attention maps
 _TILES = 16  # to a side of the picture of positions; of larger grids some are left out
 
 
@@ -54,7 +55,8 @@ def pictures(
 ) -> tuple[list[Path], list[str]]:
     """Draws what a model has learnt: filters.png and positions.png, and, of images, attention.
 
-    That is attention_distance.png, and rollout_NAME.png for each image file NAME.jpg.
+    That is attention_distance.png and, for each image file NAME.jpg, attention_NAME.png (layer by
+    layer and head by head) and rollout_NAME.png (through all of them).
 
     Returns:
       The paths written, and a sentence on each picture that there cannot be.
@@ -79,8 +81,9 @@ def pictures(
     if images:
         seen = inspect_attention(vit, images)
         figures["attention_distance"] = distances(seen.distance, vit.config)
-        for name, image, share in zip(_names(images), seen.images, seen.rollout, strict=True):
-            figures[f"rollout_{name}"] = attended(image, share)
+        for i, name in enumerate(_names(images)):
+            figures[f"attention_{name}"] = attended_by_heads(seen.images[i], seen.maps[:, i])
+            figures[f"rollout_{name}"] = attended(seen.images[i], seen.rollout[i])
     paths = [Path(folder) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -190,6 +193,33 @@ def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh
     right.set_title("attention by patch", fontsize=10)
     _bare(right)
     figure.colorbar(drawn, label="share of the largest", shrink=0.8)
+    return figure
+
+
+def attended_by_heads(
+    image: Float[np.ndarray, "h w c"], maps: Float[np.ndarray, "depth heads gh gw"]
+) -> Any:
+    """What the output attends to by layer and head (appendix D.8), as a Figure: rows are layers.
+
+    Each panel is the image, darkened where that head attends to little; of deep models and many
+    heads they are spread evenly, from the first to the last.
+    """
+    (depth, heads), (h, w, _) = maps.shape[:2], image.shape
+    layers, columns = (
+        np.linspace(0, size - 1, min(size, most)).round().astype(int)
+        for size, most in ((depth, _LAYERS), (heads, _HEADS))
+    )
+    across = max(1.2, 3.6 / len(columns))  # inches a panel; the title needs some width
+    down = min(max(across * h / w, 0.4), 4.0)
+    figure = _figure(len(columns) * across + 0.4, len(layers) * down + 0.6)
+    cells = figure.subplots(len(layers), len(columns), squeeze=False)
+    for row, layer in zip(cells, layers, strict=True):
+        for axes, head in zip(row, columns, strict=True):
+            _show(axes, overlay(image, maps[layer, head]))
+        row[0].set_ylabel(f"layer {layer + 1}", fontsize=8)
+    for axes, head in zip(cells[0], columns, strict=True):
+        axes.set_title(f"head {head + 1}", fontsize=8)
+    figure.suptitle("What the output attends to", fontsize=10)
     return figure
 
 
