@@ -9,12 +9,16 @@ RUNS ?= runs
 PARITY = $(VENV)-parity
 TORCH_INDEX ?=
 
-.PHONY: train test test-slow test-parity seeds lint clean
+.PHONY: train evidence test test-slow test-parity seeds lint clean
 train: $(VENV)/.train
 	$(BIN)/python experiments/digits/run.py --runs=$(RUNS)
 
 seeds: $(VENV)/.train
 	$(BIN)/python experiments/digits/run.py --runs=$(RUNS) --seeds=0,1,2
+
+# The paper's claims at laptop scale: hours, and goes on where it was stopped.
+evidence: $(VENV)/.train
+	$(BIN)/python experiments/evidence.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow"

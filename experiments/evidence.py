@@ -35,15 +35,15 @@ EXPERIMENTS = (
     "masked_patches",
     "segmentation",
 )
-SIZES = (500, 2000, 8000, 32000)  # training images, each split a part of the next
+SIZES = (500, 4000, 32000)  # training images, each split a part of the next
 FRACTALS = "fractals:size=24,color=false,classes=100"
 
 
-def make_data(folder: Path = RUNS, sizes: tuple[int, ...] = SIZES, tests: int = 2000) -> None:
+def make_data(folder: Path = RUNS, shrink: int = 1) -> None:
     """Writes the images of configs/evidence.py, unless they are there: 45 s on one core.
 
     fractals.npz has the splits train500, ... and val, of 100 classes; others.npz has 10 images of
-    each of 100 other classes in `train`, and `tests` in `test`.
+    each of 100 other classes in `train`, and 20 in `test`. For tests, `shrink` times fewer.
     """
     from vit_jax.data.sources import open_source
 
@@ -56,10 +56,10 @@ def make_data(folder: Path = RUNS, sizes: tuple[int, ...] = SIZES, tests: int = 
     others = f"{FRACTALS},seed=1"
     parts = {
         "fractals": {
-            "train": (FRACTALS, "train", 0, max(sizes)),
+            "train": (FRACTALS, "train", 0, max(SIZES)),
             "val": (FRACTALS, "val", 0, 1000),
         },
-        "others": {"train": (others, "train", 0, 1000), "test": (others, "train", 10_000, tests)},
+        "others": {"train": (others, "train", 0, 1000), "test": (others, "train", 10_000, 2000)},
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, splits in parts.items():
@@ -68,9 +68,12 @@ def make_data(folder: Path = RUNS, sizes: tuple[int, ...] = SIZES, tests: int = 
             continue
         arrays = {}
         for split, how in splits.items():
-            images, labels = take(*how)
+            spec, from_split, start, count = how
+            images, labels = take(spec, from_split, start, count // shrink)
             counts = (
-                {f"train{n}": n for n in sizes} if (name, split) == ("fractals", "train") else {}
+                {f"train{n}": n // shrink for n in SIZES}
+                if (name, split) == ("fractals", "train")
+                else {}
             )
             for part, count in (counts or {split: len(images)}).items():
                 arrays |= {f"{part}_images": images[:count], f"{part}_labels": labels[:count]}
@@ -87,14 +90,13 @@ def run(name: str, runs: Path, jobs: int, scale: str = "laptop") -> None:
     """
     from vit_jax.errors import UserError
     from vit_jax.launch.launchers import Local
-    from vit_jax.launch.run import run_sweep
+    from vit_jax.launch.run import failures, run_sweep
     from vit_jax.launch.sweep import load_sweep
 
     sweep = load_sweep(f"{HERE / name / 'sweep.py'}:{scale}")
     results = run_sweep(sweep, runs / name, Local(jobs=jobs))
-    failed = [each.name for each in results if each.state != "finished"]
-    if failed:
-        raise UserError(f"{name}: {', '.join(failed)} did not finish; see {runs / name}/*.log")
+    if failed := failures(results):
+        raise UserError(f"{name}: {failed}, in {runs / name}")
     collect(name, runs, results)
 
 
@@ -114,13 +116,13 @@ def collect(name: str, runs: Path, results: list[Any], folder: Path | None = Non
 
 def of_run(workdir: Path) -> dict[str, float]:
     """A run's last metrics, its parameters (millions) and the GFLOPs of all its steps."""
+    import jax
+
     from vit_jax.analysis.cost import step_flops
     from vit_jax.checkpoints.record import ModelRecord
     from vit_jax.models.vit import structure
     from vit_jax.training.evaluate import read_config
     from vit_jax.training.metrics import read_metrics
-
-    import jax
 
     last: dict[str, float] = {}
     for line in read_metrics(workdir):
@@ -172,7 +174,7 @@ def tell(name: str, folder: Path | None = None) -> Any:
     if told.figure is not None:
         told.figure.savefig(folder / "picture.png", dpi=110)
     where = found["machine"]
-    hours = sum(each.metrics.get("seconds", 0) for each in points) / 60
+    minutes = sum(each.metrics.get("seconds", 0) for each in points) / 60
     (folder / "README.md").write_text(
         f"""# {module.TITLE}
 
@@ -194,8 +196,8 @@ third is the paper's scale, for which no hardware was at hand.
 
 {told.verdict}
 
-{told.spread} {len(points)} runs on {where["device"]}, {hours:.0f} minutes of training in all; Python
-{where["python"]}, jax {where["jax"]}, {where["date"]}. All numbers: `results.json`.
+{told.spread} {len(points)} runs on {where["device"]}, {minutes:.0f} minutes of training in all;
+Python {where["python"]}, jax {where["jax"]}, {where["date"]}. All numbers: `results.json`.
 """
     )
     return told
@@ -233,8 +235,25 @@ def main() -> None:
             print(f"\n{name}", flush=True)
             run(name, args.runs, args.jobs)
             tell(name)
-    front_page()
+    if not args.data:
+        front_page()
+
+
+def checked_main() -> int:
+    """Exit codes as of `python -m vit_jax`: 2 for what the user can mend, 143 when stopped."""
+    from vit_jax.errors import UserError
+    from vit_jax.launch.launchers import Stopped
+
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return 143
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(checked_main())

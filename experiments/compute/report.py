@@ -1,10 +1,10 @@
 """The paper (section 4.4, Figure 5, Table 6) pre-trains ViTs, ResNets and hybrids of many sizes on
-JFT-300M and holds accuracy against the FLOPs of pre-training. ViTs take two to four times less than
-ResNets for the same accuracy; hybrids are a little better than ViTs where compute is small, and as
-good where it is large.
+JFT-300M and holds accuracy against the FLOPs of pre-training. ViTs take two to four times less
+than ResNets for the same accuracy; hybrids are a little better than ViTs where compute is small,
+and as good where it is large.
 
-Here four sizes of each family see 40,000 images of fractals (`configs/evidence.py`); the compute is
-of all training steps, counted by hand from the shapes (`vit_jax/analysis/cost.py`); accuracy is
+Here three sizes of each family see 40,000 images of fractals (`configs/evidence.py`); the compute
+is of all training steps, counted by hand from the shapes (`vit_jax/analysis/cost.py`); accuracy is
 five-shot linear on 100 other classes. One learning rate for all.
 """
 
@@ -68,8 +68,8 @@ def tell(points):
     told = ", ".join(f"{name} {value:.1%}" for name, value in at_small.items())
     verdict = (
         f"That a ViT is cheaper than a ResNet at equal accuracy {cheap}: {cost_verdict}{at}. That "
-        f"hybrids win when small {wins}: at {budget:,.0f} GFLOP, the smallest budget that all three "
-        f"have, {told}. Between points the curves are taken to be straight in the logarithm of the "
+        f"hybrids win when small {wins}: at {budget:,.0f} GFLOP, the smallest budget of all three, "
+        f"{told}. Between points the curves are taken to be straight in the logarithm of the "
         "compute."
     )
     agrees = {(True, True): "yes", (False, False): "no"}.get(

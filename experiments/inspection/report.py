@@ -88,8 +88,8 @@ def tell(points, measured):
     }
     seen = [name for name, value in statements.items() if value]
     unseen = [name for name, value in statements.items() if not value]
-    verdict = f"Cosine similarity of neighbouring positions {near:.2f}, of those {len(measured['similarity'])} "
-    verdict += f"apart {last:.2f}; farther than neighbours, in the same row or column "
+    verdict = f"Cosine similarity of neighbouring positions {near:.2f}, of those "
+    verdict += f"{len(measured['similarity'])} apart {last:.2f}; farther than neighbours, in the same row or column "
     verdict += f"{measured['same_line']:.2f}, elsewhere {measured['elsewhere']:.2f}. "
     verdict += f"Seen: {'; '.join(seen) or 'none of it'}."
     verdict += f" Not seen: {'; '.join(unseen)}." if unseen else ""
@@ -112,5 +112,7 @@ def tell(points, measured):
         verdict,
         short,
         agrees,
-        spread=f"Attention is of 64 held-out images of {'x'.join(map(str, measured['image_size']))} pixels.",
+        spread="Attention is of 64 held-out images of {}x{} pixels.".format(
+            *measured["image_size"]
+        ),
     )

@@ -1,10 +1,10 @@
 """The paper (section 4.6, appendix B.1.2) pre-trains B/16 on JFT-300M without labels: half of the
-patches are hidden or exchanged, and of each of those its mean colour is predicted, or a 4x4 version
-of it, or all of its pixels (slightly worse). Fine-tuned on ImageNet it has 79.9%, 2% more than from
-scratch, 4% less than with labels.
+patches are hidden or exchanged, and of each of those its mean colour is predicted, or a 4x4
+version of it, or all of its pixels (slightly worse). Fine-tuned on ImageNet it has 79.9%, 2%
+more than from scratch, 4% less than with labels.
 
-Here a ViT of patches of 4x4 grey pixels is pre-trained on 40,000 images of fractals with each of the
-three targets (`configs/evidence.py` with `objective=masked_colour`, `masked_small`,
+Here a ViT of patches of 4x4 grey pixels is pre-trained on 40,000 images of fractals with each of
+the three targets (`configs/evidence.py` with `objective=masked_colour`, `masked_small`,
 `masked_pixels`), with their labels, or not at all, and fine-tuned on digits for ten epochs.
 """
 

@@ -1,6 +1,6 @@
-"""The paper (appendix D.4, Table 8) pre-trains B/16 on JFT-300M with each kind of position embedding
-and measures five-shot linear accuracy on ImageNet: without one it is 61.4%, with any other between
-64.0 and 64.3%, so that which one hardly matters.
+"""The paper (appendix D.4, Table 8) pre-trains B/16 on JFT-300M with each kind of position
+embedding and measures five-shot linear accuracy on ImageNet: without one it is 61.4%, with any
+other between 64.0 and 64.3%, so that which one hardly matters.
 
 Here a ViT of 4 layers (16 patches, width 64) is pre-trained on 40,000 images of 100 classes of
 fractals (`configs/evidence.py`), and measured by five-shot linear accuracy on 100 other classes.

@@ -1,6 +1,7 @@
-"""The paper (appendix D.2, Figure 8) changes one side of a ViT's shape at a time, from 8 layers, width
-1024, MLP 2048 and patches of 32. Depth helps most (less and less from 16 layers on), width least;
-smaller patches help without any more parameters; and making all of them larger together is best.
+"""The paper (appendix D.2, Figure 8) changes one side of a ViT's shape at a time, from 8 layers,
+width 1024, MLP 2048 and patches of 32. Depth helps most (less and less from 16 layers on), width
+least; smaller patches help without any more parameters; and making all of them larger together
+is best.
 
 Here the base is 4 layers, width 64, MLP 128 and patches of 6 (`configs/evidence.py`), trained on
 40,000 images of fractals; five-shot linear accuracy on 100 other classes against the compute of

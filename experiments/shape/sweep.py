@@ -1,4 +1,4 @@
-"""Figure 8 and appendix D.2: one ViT, made deeper, wider, with a larger MLP, with smaller patches."""
+"""Figure 8, appendix D.2: one ViT, made deeper, wider, with a larger MLP, with smaller patches."""
 
 from vit_jax.launch.sweep import product
 
@@ -6,10 +6,10 @@ config = "configs/evidence.py"
 # Everything is doubled and halved; the middle one is the base that all axes share.
 BASE = {"model.depth": 4, "model.width": 64, "model.mlp_dim": 128, "model.patch_size": (6, 6)}
 AXES = {
-    "depth": [{"model.depth": depth} for depth in (1, 2, 4, 8, 16)],
-    "width": [{"model.width": width} for width in (16, 32, 64, 128, 192)],
-    "mlp": [{"model.mlp_dim": mlp} for mlp in (32, 64, 128, 256, 512)],
-    "patch": [{"model.patch_size": (side, side)} for side in (12, 8, 6, 4)],
+    "depth": [{"model.depth": depth} for depth in (1, 2, 4, 8)],
+    "width": [{"model.width": width} for width in (32, 64, 128)],
+    "mlp": [{"model.mlp_dim": mlp} for mlp in (64, 128, 256)],
+    "patch": [{"model.patch_size": (side, side)} for side in (12, 6, 4)],
     "all": [
         {"model.depth": 2, "model.width": 32, "model.mlp_dim": 64},
         {},

@@ -3,11 +3,11 @@
 from vit_jax.launch.sweep import product
 
 config = "configs/evidence.py"
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 PAPER = {"config": "configs/pretrain.py:B/16,jft,fewshot,records:shards/jft"}
 SCALES = {
-    "smoke": (RATES[2:3], [0], {"total_examples": 64}),
-    "laptop": (RATES, [0, 1], {"total_examples": 32_000}),
+    "smoke": (RATES[1:2], [0], {"total_examples": 64}),
+    "laptop": (RATES, [0, 1], {"total_examples": 24_000}),
     "paper": ((3e-4, 8e-4), [0], PAPER),
 }
 
