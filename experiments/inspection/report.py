@@ -89,7 +89,8 @@ def tell(points, measured):
     seen = [name for name, value in statements.items() if value]
     unseen = [name for name, value in statements.items() if not value]
     verdict = f"Cosine similarity of neighbouring positions {near:.2f}, of those "
-    verdict += f"{len(measured['similarity'])} apart {last:.2f}; farther than neighbours, in the same row or column "
+    verdict += f"{len(measured['similarity'])} apart {last:.2f}; farther than neighbours, in the "
+    verdict += "same row or column "
     verdict += f"{measured['same_line']:.2f}, elsewhere {measured['elsewhere']:.2f}. "
     verdict += f"Seen: {'; '.join(seen) or 'none of it'}."
     verdict += f" Not seen: {'; '.join(unseen)}." if unseen else ""
