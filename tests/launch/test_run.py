@@ -1,6 +1,7 @@
 """Sweeps that run: in order, at a time, killed, stopped and gone on with; mostly of fake runs."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -295,6 +296,32 @@ def test_mistakes_about_launchers(folder):
         folder.run()
 
 
+def test_the_command_ends_with_what_became_of_the_points(folder, monkeypatch, capsys):
+    fake = functools.partial(run_sweep, command=folder.command)
+    monkeypatch.setattr("vit_jax.launch.run.run_sweep", fake)
+    command = ["sweep", folder.sweep.spec, f"--workdir={folder.root}"]
+    assert main(["sweep", "nowhere.py", f"--workdir={folder.root}"]) == 2
+    assert main([*command, "--launcher=slum"]) == 2 and not folder.root.exists()
+    capsys.readouterr()
+    folder.behave("d", "exit=1")
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert err == "error: 1 of 4 points failed: d with exit code 1 (see NAME.log)\n"
+    folder.behave("d", "wait")
+    (folder.root / "d" / "metrics.jsonl").unlink()
+    thread = soon(
+        lambda: (
+            wait_until(lambda: last_values(folder.root / "d"), "step"),
+            os.kill(os.getpid(), signal.SIGTERM),
+        )
+    )
+    assert main(command) == 143
+    thread.join()
+    assert capsys.readouterr().err.startswith("stopped: what ran has saved")
+    (folder.behaviour / "go").touch()
+    assert main(command) == 0 and set(folder.states().values()) == {"finished"}
+
+
 def test_printed_commands_are_plain_and_in_order(folder, capsys):
     assert run_sweep(folder.sweep, folder.root, Print()) == []
     lines = capsys.readouterr().out.splitlines()
@@ -346,7 +373,7 @@ def test_the_table_shows_how_far_a_run_is(tmp_path, monkeypatch, capsys):
     assert len(rows) == 7 and all(len(row) < 70 for row in rows)
     assert rows[0].split() == ["..." + "x" * 20, "running", "0/?"]
     # 150 steps are left, of 0.4 s each.
-    assert rows[1].split("  ")[-3:] == ["50/200", "train/loss 2.25", "60 s left"]
+    assert re.split("  +", rows[1])[-3:] == ["50/200", "train/loss 2.25", "60 s left"]
     assert drawn("5")[0] == "2 running, 5 waiting" and len(drawn("5")) == 3
 
 
