@@ -380,7 +380,7 @@ def test_the_table_shows_how_far_a_run_is(tmp_path, monkeypatch, capsys):
 REAL = f"""
 config = {DIGITS!r}
 TINY = {{"model.width": 8, "model.depth": 1, "model.mlp_dim": 8, "model.num_heads": 2,
-         "model.representation_size": 8, "batch_size": 16, "total_steps": 60, "data.val": None,
+         "model.representation_size": 8, "batch_size": 16, "total_steps": 100, "data.val": None,
          "data.test": None, "checkpoint.every": 10, "log.every": 10, "log.tensorboard": False}}
 def sweep(scale="laptop"):
     yield TINY | {{"name": "tuned", "init_from": "@base", "total_steps": 2}}
@@ -415,7 +415,7 @@ def test_a_real_sweep_killed_and_gone_on_with_ends_as_the_printed_command(
     subprocess.run(printed, shell=True, check=True, capture_output=True)
     base, tuned = read_results(killed)
     undisturbed = last_values(tmp_path / "plain" / "base")
-    assert (base.metrics["step"], tuned.metrics["step"]) == (60, 2)
+    assert (base.metrics["step"], tuned.metrics["step"]) == (100, 2)
     assert base.metrics.keys() == undisturbed.keys()
     for name in base.metrics.keys() - set(TIMING_KEYS):
         # On another number of cores, which add up in another order.
