@@ -234,7 +234,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("sweep", help=sweep.__doc__)
     command.add_argument("file", metavar="FILE[:SCALE]", help="a Python file that yields points")
-    command.add_argument("--workdir", required=True, help="a run folder a point is made in it")
+    command.add_argument("--workdir", required=True, help="where run folders go, one a point")
     command.add_argument("--launcher", default="local", help="local (default), or print commands")
     command.add_argument("--jobs", type=int, metavar="N", help="how many at a time (default 1)")
     command.set_defaults(function=sweep, takes_overrides=False)

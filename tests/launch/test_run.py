@@ -1,8 +1,11 @@
 """Sweeps that run: in order, at a time, killed, stopped and gone on with; mostly of fake runs."""
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -12,13 +15,15 @@ import time
 
 import pytest
 from conftest import DIGITS, ROOT
+from etils import epath
 
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
 from vit_jax.errors import UserError
 from vit_jax.launch import launchers
 from vit_jax.launch.launchers import Local, Print, Stopped, make_launcher, shares
-from vit_jax.launch.run import failures, read_results, run_sweep
+from vit_jax.launch.progress import Progress
+from vit_jax.launch.run import Result, failures, read_results, run_sweep
 from vit_jax.launch.sweep import load_sweep, point_config
 from vit_jax.training.config import to_json
 from vit_jax.training.metrics import TIMING_KEYS, last_values
@@ -76,7 +81,7 @@ def folder(tmp_path):
 
 
 def wait_until(condition, what):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.01)
@@ -235,41 +240,33 @@ def test_nothing_outlives_an_error_of_the_sweep(folder, monkeypatch):
 
 KILLED = """
 import sys
-sys.path[:0] = {paths!r}
-import pathlib
-from test_run import Folder
-Folder(pathlib.Path(sys.argv[1])).run(jobs=2)
+from vit_jax.launch.launchers import Job, Local
+jobs = [Job(name, (*sys.argv[1:], f"--workdir={name}"), f"{name}.log") for name in "ab"]
+list(Local(jobs=2).run(jobs))
 """
 
 
-def test_killed_it_takes_its_runs_with_it_and_goes_on(folder, tmp_path):
-    for name in "bc":
+def test_killed_a_sweep_takes_its_runs_with_it(folder):
+    folder.root.mkdir()
+    for name in "ab":
         folder.behave(name, "wait")
-    code = KILLED.format(paths=[str(ROOT), str(ROOT / "tests"), str(FAKE.parent)])
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    try:
-        wait_until(lambda: len(folder.names()) == 3, "third run")
-        wait_until(lambda: last_values(folder.root / "c"), "step")
-        with pytest.raises(UserError, match=f"runs is in use by process {process.pid} "):
-            folder.run()
-        assert folder.states() == {"a": "finished", "b": "running", "c": "running", "d": "waiting"}
-    finally:
-        process.kill()
-        process.wait()
-    wait_until(lambda: not any(is_alive(line["pid"]) for line in folder.began()), "end of runs")
-    assert folder.states() == {"a": "finished", "b": "stopped", "c": "stopped", "d": "waiting"}
-    (folder.behaviour / "go").touch()
-    results = folder.run(jobs=2)
-    assert sorted(folder.names()[3:]) == ["b", "c", "d"]
-    for result in results:
-        assert result.metrics == {"step": 3, "val/accuracy": pytest.approx(FINAL)}
-        lines = (folder.root / result.name / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    command = [sys.executable, "-S", str(FAKE), f"--behaviour={folder.behaviour}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *command], cwd=folder.root, env=env, start_new_session=True
+    )
+    wait_until(lambda: len(folder.names()) == 2, "two runs")
+    assert all(is_alive(line["pid"]) for line in folder.began())
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(is_alive(line["pid"]) for line in folder.began()), "end of both")
 
 
 def test_a_folder_in_use_is_refused_before_anything_starts(folder, monkeypatch):
     (folder.root / "d").mkdir(parents=True)
     monkeypatch.setattr("vit_jax.launch.run.PATIENCE", 0.0)
+    with lock(folder.root), pytest.raises(UserError, match="runs is in use by process"):
+        folder.run()
     with lock(folder.root / "d"), pytest.raises(UserError, match=r"runs/d is in use by process"):
         folder.run()
     assert folder.names() == []
@@ -299,6 +296,32 @@ def test_mistakes_about_launchers(folder):
         folder.run()
 
 
+def test_the_command_ends_with_what_became_of_the_points(folder, monkeypatch, capsys):
+    fake = functools.partial(run_sweep, command=folder.command)
+    monkeypatch.setattr("vit_jax.launch.run.run_sweep", fake)
+    command = ["sweep", folder.sweep.spec, f"--workdir={folder.root}"]
+    assert main(["sweep", "nowhere.py", f"--workdir={folder.root}"]) == 2
+    assert main([*command, "--launcher=slum"]) == 2 and not folder.root.exists()
+    capsys.readouterr()
+    folder.behave("d", "exit=1")
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert err == "error: 1 of 4 points failed: d with exit code 1 (see NAME.log)\n"
+    folder.behave("d", "wait")
+    (folder.root / "d" / "metrics.jsonl").unlink()
+    thread = soon(
+        lambda: (
+            wait_until(lambda: last_values(folder.root / "d"), "step"),
+            os.kill(os.getpid(), signal.SIGTERM),
+        )
+    )
+    assert main(command) == 143
+    thread.join()
+    assert capsys.readouterr().err.startswith("stopped: what ran has saved")
+    (folder.behaviour / "go").touch()
+    assert main(command) == 0 and set(folder.states().values()) == {"finished"}
+
+
 def test_printed_commands_are_plain_and_in_order(folder, capsys):
     assert run_sweep(folder.sweep, folder.root, Print()) == []
     lines = capsys.readouterr().out.splitlines()
@@ -316,47 +339,84 @@ def test_on_a_terminal_each_point_has_a_line(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "60")
     folder.run()
+    folder.behave("b", "exit=1")
+    (folder.root / "sweep.json").unlink()
+    folder.run()
     last = capsys.readouterr().out.rpartition("\x1b[4F")[2].replace("\x1b[2K", "")
-    assert last.splitlines() == [f"{n}  finished  3  val/accuracy 3.449" for n in "abcd"] + [
-        "\x1b[J"
+    assert last.splitlines() == [
+        "a  finished  3  val/accuracy 3.449",
+        "b  failed    3  val/accuracy 3.449",
+        "c  finished  3  val/accuracy 3.449",
+        "d  waiting ",
+        "\x1b[J",
     ]
+
+
+def test_the_table_shows_how_far_a_run_is(tmp_path, monkeypatch, capsys):
+    def drawn(lines):
+        monkeypatch.setenv("LINES", lines)
+        Progress(epath.Path(tmp_path), results).show(None)
+        return re.sub(r"\x1b\[\d?[JKF]", "", capsys.readouterr().out).splitlines()
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "70")
+    names = ["x" * 50, *"abcdef"]
+    results = {name: Result(name, DIGITS, {}, ()) for name in names}
+    for name in names[:2]:
+        results[name] = dataclasses.replace(results[name], state="running")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text(
+        '{"step": 50, "train/loss": 2.25, "seconds": 20.0}\n{"step": 60, "train/lo'
+    )
+    (tmp_path / "a.log").write_text("resuming runs/a at step 0 of 200\n")
+    rows = drawn("24")
+    assert len(rows) == 7 and all(len(row) < 70 for row in rows)
+    assert rows[0].split() == ["..." + "x" * 20, "running", "0/?"]
+    # 150 steps are left, of 0.4 s each.
+    assert re.split("  +", rows[1])[-3:] == ["50/200", "train/loss 2.25", "60 s left"]
+    assert drawn("5")[0] == "2 running, 5 waiting" and len(drawn("5")) == 3
 
 
 REAL = f"""
 config = {DIGITS!r}
 TINY = {{"model.width": 8, "model.depth": 1, "model.mlp_dim": 8, "model.num_heads": 2,
-         "model.representation_size": 8, "batch_size": 16, "total_steps": 400, "data.val": None,
-         "data.test": None, "checkpoint.every": 50, "log.every": 50, "log.tensorboard": False}}
+         "model.representation_size": 8, "batch_size": 16, "total_steps": 100, "data.val": None,
+         "data.test": None, "checkpoint.every": 10, "log.every": 10, "log.tensorboard": False}}
 def sweep(scale="laptop"):
     yield TINY | {{"name": "tuned", "init_from": "@base", "total_steps": 2}}
     yield TINY | {{"name": "base"}}
 """
 
 
-def test_a_real_sweep_killed_and_gone_on_with_ends_as_the_printed_commands(tmp_path, capsys):
+def test_a_real_sweep_killed_and_gone_on_with_ends_as_the_printed_command(
+    tmp_path, capsys, monkeypatch
+):
     (tmp_path / "sweep.py").write_text(REAL)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    sweep = ["sweep", str(tmp_path / "sweep.py")]
-    command = [sys.executable, "-m", "vit_jax", *sweep, f"--workdir={tmp_path}/killed", "--jobs=2"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one plain device
+    sweep, killed = ["sweep", str(tmp_path / "sweep.py")], tmp_path / "killed"
     assert main([*sweep, f"--workdir={tmp_path}/plain", "--launcher=print"]) == 0
-    base, tuned = capsys.readouterr().out.splitlines()
+    printed, tuned = capsys.readouterr().out.splitlines()
     assert f"--config.init_from={tmp_path}/plain/base" in tuned
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    try:
-        subprocess.run(base, shell=True, check=True, env=env, capture_output=True, cwd=ROOT)
-        first = tmp_path / "killed" / "base" / "checkpoints" / "50" / "checksums.json"
-        wait_until(first.exists, "first checkpoint")
-    finally:
-        process.kill()
-        process.wait()
-    assert {result.state for result in read_results(tmp_path / "killed")} == {"stopped", "waiting"}
-    out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+    sweep += [f"--workdir={killed}", "--jobs=2"]
+    process = subprocess.Popen([sys.executable, "-m", "vit_jax", *sweep], stdout=subprocess.DEVNULL)
+    saved = killed / "base" / "checkpoints"
+    wait_until(lambda: [*saved.glob("*/checksums.json")], "first checkpoint")
+    assert [result.state for result in read_results(killed)] == ["running", "waiting"]
+    process.kill()
+    process.wait()
+    assert [result.state for result in read_results(killed)] == ["stopped", "waiting"]
+    assert main(sweep) == 0  # the run, killed with the sweep, has let go of its folder
+    out = capsys.readouterr().out
     assert "base: finished" in out and "tuned: finished" in out
-    assert "resuming" in (tmp_path / "killed" / "base.log").read_text()
-    base, tuned = read_results(tmp_path / "killed")
-    assert base.metrics["step"] == 400 and tuned.metrics["step"] == 2
+    assert "resuming" in (killed / "base.log").read_text()
+
+    subprocess.run(printed, shell=True, check=True, capture_output=True)
+    base, tuned = read_results(killed)
     undisturbed = last_values(tmp_path / "plain" / "base")
+    assert (base.metrics["step"], tuned.metrics["step"]) == (100, 2)
     assert base.metrics.keys() == undisturbed.keys()
     for name in base.metrics.keys() - set(TIMING_KEYS):
-        # Of another number of cores, which add up in another order.
+        # On another number of cores, which add up in another order.
         assert base.metrics[name] == pytest.approx(undisturbed[name], rel=1e-3), name

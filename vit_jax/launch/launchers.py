@@ -260,15 +260,19 @@ def _ending(running: dict[str, Any], patience: float = 60.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that says how often SIGTERM or SIGINT has come."""
-    count = 0
+    """Yields a function that says how often SIGTERM or SIGINT has come, at most once a second.
+
+    timeout(1) sends two at once: one to its child, one to the group that this is in.
+    """
+    count, latest = 0, float("-inf")
     if threading.current_thread() is not threading.main_thread():  # such as in some notebooks
         yield lambda: 0
         return
 
     def note(number, frame):
-        nonlocal count
-        count += 1
+        nonlocal count, latest
+        if time.monotonic() - latest > 1.0:
+            count, latest = count + 1, time.monotonic()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

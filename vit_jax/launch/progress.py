@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from etils import epath
 
@@ -18,10 +18,9 @@ SHOWN = ("test/accuracy", "val/accuracy", "train/accuracy", "train/loss")
 class Progress:
     """Shows the `results` of points, which others change, in the folder `root`."""
 
-    def __init__(self, root: epath.Path, results: Mapping[str, Any], stream: TextIO | None = None):
+    def __init__(self, root: epath.Path, results: Mapping[str, Any]):
         self._root, self._results = root, results
-        self._stream = sys.stdout if stream is None else stream
-        self._live = self._stream.isatty()
+        self._live = sys.stdout.isatty()
         self._lines = 0
         self._began: dict[str, float] = {}
 
@@ -62,11 +61,12 @@ class Progress:
         return (errors or lines or ["it said nothing"])[-1]
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        print(line, flush=True)
 
     def _draw(self) -> None:
         size = shutil.get_terminal_size()
-        rows = [self._row(result) for result in self._results.values()]
+        width = min(max(map(len, self._results)), size.columns // 3)
+        rows = [self._row(result, width) for result in self._results.values()]
         if len(rows) > size.lines - 2:  # what cannot be drawn over must not be drawn
             states = [result.state for result in self._results.values()]
             counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
@@ -76,13 +76,13 @@ class Progress:
             rows = [counts, *active[-(size.lines - 3) :]]
         up = f"\x1b[{self._lines}F" if self._lines else ""
         text = "".join(f"\x1b[2K{row[: size.columns - 1]}\n" for row in rows)
-        self._stream.write(f"{up}{text}\x1b[J")
-        self._stream.flush()
+        print(f"{up}{text}\x1b[J", end="", flush=True)
         self._lines = len(rows)
 
-    def _row(self, result: Any) -> str:
-        width = max(len(name) for name in self._results)
-        row = f"{result.name:<{min(width, 60)}}  {result.state:<8}"
+    def _row(self, result: Any, width: int) -> str:
+        name = result.name
+        name = name if len(name) <= width else f"...{name[3 - width :]}"  # their ends differ
+        row = f"{name:<{width}}  {result.state:<8}"
         if result.state == "running":
             from vit_jax.training.metrics import last_values
 
