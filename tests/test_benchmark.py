@@ -40,6 +40,7 @@ def test_flops_of_b16_are_those_written_out_by_hand(benchmark):
         {},
         {"pool": "map", "representation_size": 768, "image_size": (64, 64)},
         {"patch_size": (32, 16)},
+        {"position": "relative"},
     ],
 )
 def test_flops_match_what_xla_counts(benchmark, fields):

@@ -101,6 +101,40 @@ def test_rollout_of_layers_that_mix_nothing():
     np.testing.assert_array_equal(rollout(same, (1, N - 1), 1, True), np.zeros((2, 1, N - 1)))
 
 
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_rollout_of_attention_to_all_alike_or_to_one_token(k):
+    # With the residual, each of 3 layers leaves half in place, and spreads or sends the other half.
+    n, class_token = k + N, k > 0
+    there = (1 / 8 / N) * (not class_token)  # of a class token's own share, no patch has any
+    even = np.full((3, 2, 2, n, n), 1 / n, np.float32)
+    wanted = np.full((2, *GRID), 7 / 8 / n + there)
+    np.testing.assert_allclose(rollout(even, GRID, k, class_token), wanted, rtol=1e-6)
+    to_one = np.zeros((3, 2, 2, n, n), np.float32)
+    to_one[..., k + 6] = 1  # row 1, column 2
+    wanted = np.full((2, *GRID), there)
+    wanted[:, 1, 2] += 7 / 8
+    np.testing.assert_allclose(rollout(to_one, GRID, k, class_token), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_maps_of_attention_to_all_alike_to_one_token_or_to_itself(k):
+    n, place = k + N, (GRID, k, k > 0)
+    even = np.full((2, 1, 2, n, n), 1 / n, np.float32)
+    wanted = np.full((2, 1, 2, *GRID), 1 / n)
+    np.testing.assert_allclose(attention_maps(even, *place), wanted, rtol=1e-6)
+    to_one = np.zeros((2, 1, 2, n, n), np.float32)
+    to_one[0, ..., k + 6] = to_one[1, ..., 0] = 1
+    first, last = np.asarray(attention_maps(to_one, *place))
+    wanted = np.eye(N)[6].reshape(GRID)
+    np.testing.assert_allclose(first, np.broadcast_to(wanted, first.shape), rtol=1e-6)
+    # Token 0 is the first patch, or the class token, which no map shows.
+    wanted = np.eye(N)[0].reshape(GRID) * (k == 0)
+    np.testing.assert_allclose(last, np.broadcast_to(wanted, last.shape), rtol=1e-6)
+    itself = np.broadcast_to(np.eye(n, dtype=np.float32), (2, 1, 2, n, n))
+    wanted = np.full((2, 1, 2, *GRID), 0 if k else 1 / N)
+    np.testing.assert_allclose(attention_maps(itself, *place), wanted, rtol=1e-6)
+
+
 def test_rollout_of_two_layers_by_hand():
     # Layer 1, mean of two heads: class (1/2 1/4 1/4), patch 1 (0 1/2 1/2). With the residual:
     # class (3/4 1/8 1/8), patch 1 (0 3/4 1/4). Layer 2: the class token looks at patch 1, so it is
@@ -196,7 +230,23 @@ def test_positions_of_a_table_by_hand(rows):
     assert got[0, 0, 0, 0] == pytest.approx(1) and got[2, 3, 0, 0] == got[2, 3, 2, 3] == 0
 
 
+def test_positions_of_two_tables_and_of_the_first_layer():
+    # Halves of length 1: patches in one row or column share one half of two, others none.
+    config = ViTConfig(**{**TINY, "depth": 2}, position="learned2d", position_at="layers")
+    model = model_of(config)
+    for name, size in (("pos_embed_row", 3), ("pos_embed_column", 4)):
+        table = np.full((2, size, 8), 7.0)
+        table[0] = np.eye(8)[:size]
+        getattr(model.blocks, name)[...] = jnp.asarray(table, jnp.float32)
+    same_row = ROW[:, :, None, None] == ROW
+    same_column = COLUMN[:, :, None, None] == COLUMN
+    wanted = same_row / 2 + same_column / 2
+    np.testing.assert_allclose(position_similarity(model), wanted, atol=1e-6)
+
+
 def test_models_without_positions_or_attention_say_so():
+    with pytest.raises(UserError, match="'relative', which embeds offsets between patches"):
+        position_similarity(model_of(ViTConfig(**TINY, position="relative")))
     with pytest.raises(UserError, match="its position is 'none'"):
         position_similarity(model_of(ViTConfig(**TINY, position="none")))
     with pytest.raises(UserError, match="ResNet has no position"):
@@ -249,7 +299,7 @@ KINDS = {
     "distilled": dict(distillation="head", in_channels=1),
     "gap": dict(pool="gap"),
     "gap-class": dict(pool="gap", class_token=True),
-    "map": dict(pool="map", position="none"),
+    "map": dict(pool="map", position="relative"),
     "both": dict(pool="token_gap", dtype="bfloat16"),
     "hybrid": HYBRID,
 }
@@ -294,6 +344,7 @@ def files(tmp_path):
     """Models saved, and image files, two of one name."""
     configs = {"vit": ViTConfig(**TINY), "resnet": RESNET}
     configs |= {"none": ViTConfig(**TINY, position="none"), "hybrid": ViTConfig(**HYBRID)}
+    configs["relative"] = ViTConfig(**TINY, position="relative")
     for name, config in configs.items():
         vit_jax.save(loaded(config), tmp_path / f"{name}.safetensors", format="vit_jax")
     (tmp_path / "more").mkdir()
@@ -331,6 +382,7 @@ PICTURES = {
         {"filters.png", *ONE},
         "there is no positions.png",
     ),
+    "relative": (["relative", "--pictures=OUT"], {"filters.png"}, "are of offsets, not of places"),
 }
 
 
@@ -382,6 +434,19 @@ def test_pictures_of_large_grids_and_odd_channels():
     assert len(labels) == 16 and labels[0] == "1" and labels[-1] == "30"
     mosaic = axes.images[0].get_array()
     assert mosaic[0, 0] == pytest.approx(1) and mosaic[-1, -1] == pytest.approx(1)
+    image = np.random.default_rng(0).uniform(size=(20, 60, 4))
+    maps = random_weights(13, 11, 2, 6)  # more layers and heads than there is room for
+    axes = plots.attended_by_heads(image, maps[:1]).axes
+    assert len(axes) == 8 and axes[0].get_ylabel() == "layer 1"
+    assert (axes[0].get_title(), axes[-1].get_title()) == ("head 1", "head 11")
+    axes = plots.attended_by_heads(image, maps[:, :1]).axes
+    names = [f"layer {i}" for i in (1, 3, 6, 8, 11, 13)]
+    assert [cell.get_ylabel() for cell in axes] == names
+    for cell, layer in zip(axes, (0, 2, 5, 7, 10, 12), strict=True):
+        _, drawn = cell.images  # over the image
+        one = maps[layer, 0]
+        np.testing.assert_allclose(drawn.get_array(), one / one.max(), rtol=1e-6)
+        assert list(drawn.get_extent()) == [0, 60, 20, 0]
     components = filter_components(np.random.default_rng(0).normal(size=(4, 4, 2, 16)), 3)
     figure = plots.filters(components)
     assert [len(axes.images) for axes in figure.axes] == [1, 1, 1]

@@ -118,6 +118,36 @@ def test_an_explicit_attention_reaches_jax(wanted, monkeypatch):
     assert asked == [wanted]
 
 
+@pytest.mark.parametrize("position, wanted", [("learned", "cudnn"), ("relative", "xla")])
+def test_captured_weights_are_those_that_a_fused_call_uses(position, wanted, monkeypatch):
+    # What stands in for cuDNN sees the same arguments, and returns what weighs the values so.
+    seen = {}
+
+    def fused(q, k, v, bias, *, implementation):
+        q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+        logits = np.einsum("bmhk,bnhk->bhmn", q, k) / np.sqrt(q.shape[-1])
+        weights = np.exp(logits + (0 if bias is None else np.asarray(bias, np.float64)))
+        seen.update(implementation=implementation, weights=weights / weights.sum(-1, keepdims=True))
+        return jnp.asarray(np.einsum("bhmn,bnhk->bmhk", seen["weights"], v), jnp.bfloat16)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(layers, "attention_backend", lambda *_: wanted)
+    config = ViTConfig(
+        image_size=8, patch_size=4, width=16, num_heads=2, dtype="bfloat16", position=position
+    )
+    attention = layers.Attention(config, rngs=nnx.Rngs(0), relative=position == "relative")
+    if position == "relative":
+        random = np.random.default_rng(1).normal(size=(7, 2, 8))
+        attention.rel_embed[...] = jnp.asarray(random, jnp.float32)
+    taps = layers.Taps("attention")
+    x = np.random.default_rng(0).normal(size=(3, 5, 16))
+    attention(jnp.asarray(x, jnp.bfloat16), taps)
+    assert seen["implementation"] == wanted
+    assert taps.values["attention"].dtype == jnp.float32
+    np.testing.assert_allclose(taps.values["attention"], seen["weights"], atol=1e-5)
+    assert np.ptp(seen["weights"]) > 0.1
+
+
 @pytest.mark.parametrize(
     "dtype, head_dim, tries",
     [

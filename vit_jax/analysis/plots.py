@@ -201,21 +201,24 @@ def attended_by_heads(
 ) -> Any:
     """What the output attends to by layer and head (appendix D.8), as a Figure: rows are layers.
 
-    Each panel is the image, darkened where that head attends to little; of deep models and many
-    heads they are spread evenly, from the first to the last.
+    Each panel is the image in grey under the map in colour, divided by its maximum: attention may
+    be on so few patches that nothing else could be seen of the image darkened. Of deep models and
+    many heads they are spread evenly, from the first to the last.
     """
     (depth, heads), (h, w, _) = maps.shape[:2], image.shape
     layers, columns = (
         np.linspace(0, size - 1, min(size, most)).round().astype(int)
         for size, most in ((depth, _LAYERS), (heads, _HEADS))
     )
-    across = max(1.2, 3.6 / len(columns))  # inches a panel; the title needs some width
-    down = min(max(across * h / w, 0.4), 4.0)
+    across = max(1.4, 3.6 / len(columns))  # inches a panel; the title needs some width
+    down = min(max(across * h / w, 0.6), 4.0)  # and the layer's name some height
     figure = _figure(len(columns) * across + 0.4, len(layers) * down + 0.6)
     cells = figure.subplots(len(layers), len(columns), squeeze=False)
     for row, layer in zip(cells, layers, strict=True):
         for axes, head in zip(row, columns, strict=True):
-            _show(axes, overlay(image, maps[layer, head]))
+            _show(axes, image.mean(axis=-1, keepdims=True))
+            share = maps[layer, head] / max(maps[layer, head].max(), np.finfo(np.float32).tiny)
+            axes.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=(0, w, h, 0))
         row[0].set_ylabel(f"layer {layer + 1}", fontsize=8)
     for axes, head in zip(cells[0], columns, strict=True):
         axes.set_title(f"head {head + 1}", fontsize=8)
