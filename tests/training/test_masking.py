@@ -565,3 +565,25 @@ def test_a_hybrid_predicts_its_patches():
     inputs = jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.float32)
     found = jax.eval_shape(predict, shapes, inputs, keys)
     assert found.shape == (2, 2, 64) and found.dtype == jnp.float32
+
+
+def test_the_recipe_is_the_papers():
+    """Section B.1.2: B/16 on JFT-300M, Adam, its learning rate, warm-up and decay."""
+    for words, objective, outputs in (
+        ("", "masked_colour", 512),
+        (",small", "masked_small", 16 * 512),
+        (",pixels,fewshot", "masked_pixels", 16 * 16 * 3),
+    ):
+        config = load_config(f"{ROOT}/configs/masked.py:B/16,jft,records:shards/mine{words}")
+        optim = config.optim
+        assert (config.total_steps, config.batch_size) == (1_000_000, 4096)
+        assert (optim.name, optim.lr, optim.b1, optim.b2) == ("adam", 2e-4, 0.9, 0.999)
+        assert (optim.schedule, optim.warmup, optim.weight_decay) == ("cosine", 10_000, 0)
+        assert (config.objective, config.data.train.source) == (objective, "records:shards/mine")
+        assert config.model_config(None, 0).patch_outputs == outputs
+    assert set(config.eval.evaluators) >= {"pets_fewshot"}
+    small = load_config(f"{ROOT}/configs/masked.py:fractals,small")
+    assert small.model_config(None, 0).patch_outputs == 16 * 8
+    for wrong in ("B/16,jft,small,pixels", "fractals,large", "R50x1,imagenet", "B/16,imagenet,v2"):
+        with pytest.raises(UserError, match="argument"):
+            load_config(f"{ROOT}/configs/masked.py:{wrong}")
