@@ -267,6 +267,9 @@ def test_vtab_gives_tasks_groups_and_means(monkeypatch):
             asked.append((split.source, split.split))
             return split
 
+        def dense(self, split):
+            raise AssertionError("and no more of them")
+
         def num_classes(self, split):
             return 3
 

@@ -189,11 +189,11 @@ DIGIT = "dict(source='digits', split='train')"
 MISTAKES = {
     "labels": (
         f"type='segmentation', train={DIGIT}, test={DIGIT}",
-        "digits has one label an image, and masks are needed",
+        "eval.evaluators.s: digits has no masks, which type segmentation reads: name a source",
     ),
     "masks": (
         f"type='knn', train={SCENES.format('train', '')}, test={SCENES.format('test', '')}",
-        "scenes:digits,examples=4 has masks, and one label are needed",
+        "s: scenes:digits,examples=4 has masks for labels, which only an evaluator of type seg",
     ),
     "l2": (
         f"type='segmentation', train={SCENES.format('train', '')}, l2=(0.1, 1.0), "

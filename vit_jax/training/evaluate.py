@@ -226,11 +226,10 @@ def _open(where: str, split: Split, labels: tuple[str, ...] | None, masks: bool)
     if not isinstance(source, Sized):
         raise UserError(f"{where}.source {split.source} is endless: name a finite split")
     if masks != getattr(source, "masks", False):
-        found, expected = ("one label an image", "masks") if masks else ("masks", "one label")
-        raise UserError(
-            f"{where}: {split.source} has {found}, and {expected} are needed: masks go with the "
-            "evaluator type segmentation, and nothing else does"
-        )
+        said = "has no masks, which type segmentation reads: name a source such as scenes:digits"
+        if not masks:
+            said = "has masks for labels, which only an evaluator of type segmentation reads"
+        raise UserError(f"{where}: {split.source} {said}")
     try:
         return source if labels is None else with_labels(source, labels)
     except UserError as error:
