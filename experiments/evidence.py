@@ -35,7 +35,7 @@ EXPERIMENTS = (
     "masked_patches",
     "segmentation",
 )
-SIZES = (500, 4000, 32000)  # training images, each split a part of the next
+SIZES = (500, 2000, 8000, 32000)  # training images, each split a part of the next
 FRACTALS = "fractals:size=24,color=false,classes=100"
 
 
@@ -241,8 +241,7 @@ def main() -> None:
 
 def checked_main() -> int:
     """Exit codes as of `python -m vit_jax`: 2 for what the user can mend, 143 when stopped."""
-    from vit_jax.errors import UserError
-    from vit_jax.launch.launchers import Stopped
+    from vit_jax.errors import Stopped, UserError
 
     try:
         main()

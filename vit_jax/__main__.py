@@ -16,7 +16,7 @@ import traceback
 import warnings
 
 from vit_jax import hosts
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import Stopped, UserError, nearest
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in _DISK:
             code, message = 2, f"error: {error}: make room or choose another place"
-        elif type(error).__name__ == "Stopped":
+        elif isinstance(error, Stopped):
             code, message = 143, str(error)
         else:
             hosts.explain(error)

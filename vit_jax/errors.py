@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""What is no bug of ours: the user can mend it, or wanted it so."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,6 +14,10 @@ class UserError(ValueError):
     def __init__(self, message: str):
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__(text if len(text) < 2000 else f"{text[:1900]} ...")
+
+
+class Stopped(Exception):
+    """SIGTERM came (or, to a sweep, SIGINT); all has been saved, and the same command goes on."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,8 +3,8 @@ convolutions know that images are local; with much data ViTs overtake them. It s
 fine-tuned and by few-shot linear accuracy.
 
 Here a ViT, a ResNet and a hybrid of about the same size (`configs/evidence.py`; 144,000, 141,000
-and 151,000 parameters, 4.8, 4.0 and 3.3 MFLOP an image) see 40,000 images each, of 500, 4,000 or
-32,000 different ones, without augmentation and with one learning rate for all; then five-shot
+and 151,000 parameters, 4.8, 4.0 and 3.3 MFLOP an image) see 40,000 images each, of 500, 2,000 or
+8,000 different ones, without augmentation and with one learning rate for all; then five-shot
 linear accuracy on 100 other classes of fractals, and test accuracy on digits after ten epochs of
 fine-tuning. As in the paper's Figure 4 regularisation is the same for all sizes.
 """

@@ -4,7 +4,7 @@ from vit_jax.launch.sweep import product
 
 config = "configs/evidence.py"
 FAMILIES = ("vit", "resnet", "hybrid")
-SIZES = (500, 4000, 32000)
+SIZES = (500, 2000, 8000)
 # At the paper's scale: JFT-300M and random parts of it (Figure 4), B/32, R50x1 and their hybrid.
 JFT = {"9M": "train[:3%]", "30M": "train[:10%]", "90M": "train[:30%]", "300M": "train[:99%]"}
 LARGE = ("B/32", "R50x1", "R50+B/32")

@@ -38,7 +38,6 @@ def tell(points):
         return point.overrides["model.position"], point.overrides["model.position_at"]
 
     few, val = means(points, key), means(points, key, "val/accuracy")
-    none, default = few[("none", "input")], few.get(("learned", "input"))
     names = {}
     for what, where in few:
         at = "" if what in ("none", "relative", "sincos2d") else f", {WHERE[where]}"
@@ -47,33 +46,26 @@ def tell(points):
         (WHAT[what], WHERE[where], few[what, where], val[what, where], PAPER.get((what, where), ""))
         for what, where in few
     ]
+    header = ("position embedding", "added at", "5-shot, other fractals", "val", "paper")
+    none, default = few.get(("none", "input")), few.get(("learned", "input"))
+    if none is None or default is None:
+        return Told(table(header, rows), "", "", "")
+    drawn = bars(
+        {names[each]: few[each] for each in few}, "5-shot accuracy", names["none", "input"]
+    )
     others = [each for each in few if each[0] != "none"]
     better = [each for each in others if few[each].beats(none)]
     told = f"{len(better)} of {len(others)} kinds are better than none"
-    apart = []
-    if default:
-        for each in others:
-            if few[each].beats(default):
-                apart.append(f"{names[each]} is better than it")
-            elif default.beats(few[each]):
-                apart.append(f"{names[each]} is worse")
+    apart = [
+        f"{names[each]} is {'better' if few[each].beats(default) else 'worse'}"
+        for each in others
+        if few[each].beats(default) or default.beats(few[each])
+    ]
     verdict = f"{told} by more than twice the standard error of the difference."
-    verdict += " Of the paper's default, learned 1D at the input, "
+    verdict += " Against the paper's default, learned 1D at the input, "
     verdict += "; ".join(apart) + "." if apart else "none can be told apart."
     agrees = "yes" if len(better) == len(others) else "partly" if better else "no"
     if agrees == "yes" and apart:
         agrees = "the first half; here the kinds differ"
-    short = f"none {none}"
-    short += f", learned 1D {default}; {told}" if default else f"; {told}"
-    return Told(
-        table(
-            ("position embedding", "added at", "5-shot, other fractals", "val", "paper"),
-            rows,
-        ),
-        verdict,
-        short,
-        agrees,
-        bars({names[each]: few[each] for each in few}, "5-shot accuracy", names["none", "input"])
-        if ("none", "input") in few
-        else None,
-    )
+    short = f"none {none}, learned 1D {default}; {told}"
+    return Told(table(header, rows), verdict, short, agrees, drawn)

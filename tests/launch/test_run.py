@@ -19,9 +19,9 @@ from etils import epath
 
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError
 from vit_jax.launch import launchers
-from vit_jax.launch.launchers import Local, Print, Stopped, make_launcher, shares
+from vit_jax.launch.launchers import Local, Print, make_launcher, shares
 from vit_jax.launch.progress import Progress
 from vit_jax.launch.run import Result, failures, read_results, run_sweep
 from vit_jax.launch.sweep import load_sweep, point_config

@@ -18,14 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import Stopped, UserError, nearest
 from vit_jax.launch import child
 
 STATES = ("waiting", "running", "finished", "failed", "stopped")
-
-
-class Stopped(Exception):
-    """The sweep was asked to stop; its runs have saved, and the same command goes on."""
 
 
 @dataclasses.dataclass(frozen=True)

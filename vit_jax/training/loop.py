@@ -21,7 +21,7 @@ from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.checkpoints.store import Store, lock, write_atomically
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.data.sources import Source, open_source
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import Evaluation, read_config
 from vit_jax.training.metrics import Diverged, Recorder, due, last_values
@@ -38,10 +38,6 @@ from vit_jax.training.sharding import (
 from vit_jax.training.state import from_saved, make_state, to_saved
 
 logger = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
 
 
 def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
