@@ -214,8 +214,9 @@ def front_page() -> None:
             f"| [{module.TITLE}]({name}/README.md) | {module.CLAIM} | {told.short} | {told.agrees} "
             f'| <img src="{name}/picture.png" width="220"> |'
         )
+    header = "| | the paper | here | agrees | |\n|---|---|---|---|---|\n"
     text = (HERE / "front_page.md").read_text()
-    (HERE / "README.md").write_text(text.replace("ROWS", "\n".join(rows)))
+    (HERE / "README.md").write_text(text.replace("ROWS", header + "\n".join(rows)))
 
 
 def main() -> None:
