@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,11 @@ def tell(name: str, folder: Path | None = None) -> Any:
         told.figure.savefig(folder / "picture.png", dpi=110)
     where = found["machine"]
     minutes = sum(each.metrics.get("seconds", 0) for each in points) / 60
+    ran = (
+        f"{told.spread} {len(points)} runs on {where['device']}, {minutes:.0f} minutes of training "
+        f"in all; Python {where['python']}, jax {where['jax']}, {where['date']}. All numbers: "
+        "`results.json`."
+    )
     (folder / "README.md").write_text(
         f"""# {module.TITLE}
 
@@ -194,13 +200,20 @@ third is the paper's scale, for which no hardware was at hand.
 
 ![{module.TITLE}](picture.png)
 
-{told.verdict}
+{wrapped(told.verdict)}
 
-{told.spread} {len(points)} runs on {where["device"]}, {minutes:.0f} minutes of training in all;
-Python {where["python"]}, jax {where["jax"]}, {where["date"]}. All numbers: `results.json`.
+{wrapped(ran)}
 """
     )
     return told
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs at the width of the rest; lines with pictures are left alone."""
+    return "\n".join(
+        line if line.startswith("!") else textwrap.fill(line, 100, break_on_hyphens=False)
+        for line in text.split("\n")
+    )
 
 
 def front_page() -> None:

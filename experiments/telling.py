@@ -94,21 +94,24 @@ def figure(width: float = 6.4, height: float = 3.8) -> tuple[Any, Any]:
     return drawn, axes
 
 
-def bars(values: dict[str, Mean], label: str, reference: str = "") -> Any:
-    """Horizontal bars with their spread; the dashed line is at the value of `reference`."""
+def dots(values: dict[str, Mean], label: str, reference: str = "") -> Any:
+    """A row a name: its values, their mean and standard deviation.
+
+    The dashed line is at the mean of `reference`.
+    """
     drawn, axes = figure(6.4, 0.8 + 0.32 * len(values))
-    names = list(values)[::-1]
-    axes.barh(
-        names,
-        [100 * values[name].mean for name in names],
-        xerr=[100 * values[name].std for name in names],
-        color="#4878a8",
-        error_kw=dict(lw=1, capsize=2),
-    )
+    for row, each in enumerate(reversed(values.values())):
+        axes.plot(
+            [100 * x for x in each.values], [row] * len(each.values), "o", color="#9db8d2", ms=4
+        )
+        axes.errorbar(
+            100 * each.mean, row, xerr=100 * each.std, fmt="o", color="#1f4e79", capsize=3, ms=6
+        )
+    axes.set_yticks(range(len(values)), list(values)[::-1])
+    axes.set_ylim(-0.6, len(values) - 0.4)
     if reference:
         axes.axvline(100 * values[reference].mean, color="grey", linestyle="--", linewidth=1)
     axes.set_xlabel(f"{label} (%)")
-    axes.grid(axis="y", visible=False)
     return drawn
 
 

@@ -8,7 +8,7 @@ the three targets (`configs/evidence.py` with `objective=masked_colour`, `masked
 `masked_pixels`), with their labels, or not at all, and fine-tuned on digits for ten epochs.
 """
 
-from telling import FEW, Told, bars, means, table
+from telling import FEW, Told, dots, means, table
 
 TITLE = "Masked patch prediction"
 CLAIM = "Section 4.6: masked patches are better than nothing, and worse than labels"
@@ -38,7 +38,7 @@ def tell(points):
         (NAMES[name], test[name], val[name], few.get(name, ""), own.get(name, "")) for name in shown
     ]
     header = ("pre-training", "digits, test", "digits, val", "fractals, 5-shot", "its own accuracy")
-    drawn = bars({NAMES[name]: test[name] for name in shown}, "test accuracy on digits")
+    drawn = dots({NAMES[name]: test[name] for name in shown}, "test accuracy on digits")
     if len(shown) < len(NAMES):
         return Told(table(header, rows), "", "", "", drawn)
     better = [name for name in MASKED if test[name].beats(test["scratch"])]

@@ -6,7 +6,7 @@ Here a ViT of 4 layers (16 patches, width 64) is pre-trained on 40,000 images of
 fractals (`configs/evidence.py`), and measured by five-shot linear accuracy on 100 other classes.
 """
 
-from telling import Told, bars, means, table
+from telling import Told, dots, means, table
 
 TITLE = "Position embeddings"
 CLAIM = "Table 8: any position embedding is better than none; which one hardly matters"
@@ -50,7 +50,7 @@ def tell(points):
     none, default = few.get(("none", "input")), few.get(("learned", "input"))
     if none is None or default is None:
         return Told(table(header, rows), "", "", "")
-    drawn = bars(
+    drawn = dots(
         {names[each]: few[each] for each in few}, "5-shot accuracy", names["none", "input"]
     )
     others = [each for each in few if each[0] != "none"]
