@@ -95,7 +95,8 @@ def run(name: str, runs: Path, jobs: int, scale: str = "laptop") -> None:
     from vit_jax.launch.sweep import load_sweep
 
     sweep = load_sweep(f"{HERE / name / 'sweep.py'}:{scale}")
-    results = run_sweep(sweep, runs / name, Local(jobs=jobs))
+    # A run that is alone has all cores.
+    results = run_sweep(sweep, runs / name, Local(jobs=min(jobs, len(sweep.points))))
     if failed := failures(results):
         raise UserError(f"{name}: {failed}, in {runs / name}")
     collect(name, runs, results)
