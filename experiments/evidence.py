@@ -177,10 +177,11 @@ def tell(name: str, folder: Path | None = None) -> Any:
         told.figure.savefig(folder / "picture.png", dpi=110)
     where = found["machine"]
     minutes = sum(each.metrics.get("seconds", 0) for each in points) / 60
+    runs = "runs" if len(points) > 1 else "run"
     ran = (
-        f"{told.spread} {len(points)} runs on {where['device']}, {minutes:.0f} minutes of training "
-        f"in all; Python {where['python']}, jax {where['jax']}, {where['date']}. All numbers: "
-        "`results.json`."
+        f"{told.spread} {len(points)} {runs} on {where['device']}, {minutes:.0f} minutes of "
+        f"training in all; Python {where['python']}, jax {where['jax']}, {where['date']}. All "
+        "numbers: `results.json`."
     )
     (folder / "README.md").write_text(
         f"""# {module.TITLE}

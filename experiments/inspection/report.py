@@ -57,8 +57,12 @@ def measure(runs, folder, count=64):
     ]
     far = np.maximum(down, across) > 1
     lined = far & ((down == 0) | (across == 0))
+    # What the rollout gives to patches that show something, against those that are black.
+    ph, pw = vit.config.patch_size
+    lit = seen.images[..., 0].reshape(-1, gh, ph, gw, pw).max(axis=(2, 4)) > 0.2
     return {
         "distance": np.asarray(seen.distance).tolist(),
+        "on_object": float(seen.rollout[lit].mean() / seen.rollout[~lit].mean()),
         "similarity": by_distance,
         "same_line": float(similarity[lined].mean()) if lined.any() else 0.0,
         "elsewhere": float(similarity[far & ~lined].mean()) if (far & ~lined).any() else 0.0,
@@ -80,18 +84,25 @@ def tell(points, measured):
         "nearby positions are alike": near > measured["elsewhere"] + 0.05,
         "rows and columns are seen in the positions": measured["same_line"]
         > measured["elsewhere"] + 0.02,
-        "attention reaches farther in the last layer than in the first": deepest > mean[0],
+        "attention reaches farther (by a twentieth or more) in the last layer than in the first": (
+            deepest > 1.05 * mean[0]
+        ),
         "some heads of the first layer reach as far as the last layer does on average": max(
             layers[0]
         )
         >= deepest,
+        "attention rests on what is there rather than on black patches": measured["on_object"]
+        > 1.2,
     }
     seen = [name for name, value in statements.items() if value]
     unseen = [name for name, value in statements.items() if not value]
     verdict = f"Cosine similarity of neighbouring positions {near:.2f}, of those "
     verdict += f"{len(measured['similarity'])} apart {last:.2f}; farther than neighbours, in the "
     verdict += "same row or column "
-    verdict += f"{measured['same_line']:.2f}, elsewhere {measured['elsewhere']:.2f}. "
+    verdict += f"{measured['same_line']:.2f}, elsewhere {measured['elsewhere']:.2f}. A patch that "
+    verdict += (
+        f"shows something gets {measured['on_object']:.1f} times the rollout of a black one. "
+    )
     verdict += f"Seen: {'; '.join(seen) or 'none of it'}."
     verdict += f" Not seen: {'; '.join(unseen)}." if unseen else ""
     for name, what in (
