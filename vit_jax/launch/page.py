@@ -20,6 +20,7 @@ from vit_jax.launch.report import (
     number,
     printable,
     run_table,
+    short,
     summary,
     text,
 )
@@ -89,7 +90,8 @@ def _best(report: Report) -> str:
     )
     settings = [(key, best.settings[key]) for key in report.varied if key in best.settings]
     chips = "".join(
-        f"<li>{_safe(key)} <b>{_safe(text(value))}</b></li>" for key, value in settings[:8]
+        f"<li>{_safe(short(key, report.varied))} <b>{_safe(text(value))}</b></li>"
+        for key, value in settings[:8]
     )
     return f"""<section class="card best">
 <div class="what"><p class="label">Best by {_safe(report.metric)}</p>
@@ -143,7 +145,7 @@ def _curves(report: Report, keys: Mapping[str, int]) -> str:
     )
     figures = "\n".join(_figure(name, report.runs, keys, report.best) for name in names)
     return f"""<section>
-<h2>Curves</h2>
+<h2>Curves <small>by step</small></h2>
 <div class="legend">{buttons}</div>
 <div class="grid">
 {figures}
@@ -162,22 +164,22 @@ def _figure(name: str, runs: Sequence[Run], keys: Mapping[str, int], best: Run |
     """One metric of all runs; the scales are those of what there is."""
     shown = [(run, thinned(run.curves[name])) for run in runs if run.curves.get(name)]
     values = [value for _, points in shown for _, value in points]
-    steps = [step for _, points in shown for step, _ in points]
+    steps = [float(step) for _, points in shown for step, _ in points]
     low, high = min(values), max(values)
     room = (high - low or abs(high) or 1.0) * 0.05
     low, high, first, last = low - room, high + room, min(steps), max(steps)
 
-    def x(step: float) -> float:
+    def x(step: float | int) -> float:
         return _LEFT + (_RIGHT - _LEFT) * ((step - first) / (last - first) if last > first else 0.5)
 
     def y(value: float) -> float:
         return _BOTTOM - (_BOTTOM - _TOP) * (value - low) / (high - low)
 
     lines = []
-    for value in ticks(low, high, 4):
+    for value in ticks(low, high, 5):
         lines.append(f'<path class="rule" d="M{_LEFT} {y(value):.1f}H{_RIGHT}"/>')
         lines.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}">{value:.6g}</text>')
-    for step in ticks(first, last, 4):
+    for step in ticks(first, last, 5):
         lines.append(f'<text class="x" x="{x(step):.1f}" y="{_BOTTOM + 18}">{_steps(step)}</text>')
     for run, points in sorted(shown, key=lambda each: each[0] is best):
         i = keys[run.folder]
@@ -293,6 +295,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size
 main { max-width: 1200px; margin: 0 auto; padding: 28px 16px 40px; }
 h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.02em; margin: 0; }
 h2 { font-size: 17px; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 12px; }
+h2 small { color: var(--soft); font-size: 13px; font-weight: 400; letter-spacing: 0; }
 h1, h2, .chips li, .legend, .sub, footer { overflow-wrap: anywhere; }
 section { margin-top: 32px; }
 .sub { color: var(--soft); margin: 6px 0 0; }
@@ -313,12 +316,15 @@ section { margin-top: 32px; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: separate; border-spacing: 0; font-size: 14px; min-width: 100%;
  font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 14px; text-align: left; white-space: nowrap; font-weight: 400; }
-thead th { color: var(--soft); font-size: 12.5px; }
+th, td { padding: 8px 12px; text-align: left; white-space: nowrap; font-weight: 400; }
+thead th { color: var(--soft); font-size: 12.5px; line-height: 1.3; vertical-align: bottom;
+ white-space: normal; }
 .js thead th.n, .js thead th[data-k] { cursor: pointer; }
 tbody th, tbody td { border-top: 1px solid var(--line); }
 thead th:first-child, tbody th { position: sticky; left: 0; background: var(--card); z-index: 1;
- max-width: min(46vw, 340px); overflow: hidden; text-overflow: ellipsis; }
+ max-width: min(44vw, 380px); white-space: normal; overflow-wrap: anywhere; padding-left: 40px;
+ line-height: 1.35; } thead th:first-child { padding-left: 14px; }
+tbody th .swatch { position: absolute; left: 14px; top: 14px; }
 .n { text-align: right; }
 tr.won th, tr.won td { font-weight: 650; }
 td.s i { font-style: normal; display: inline-block; width: 1.4em; color: var(--soft); }

@@ -203,16 +203,17 @@ def _amount(value: float | None) -> str:
 def group_table(report: Report) -> Table:
     """A row a group: how many seeds, their mean and spread."""
     metrics = [name for name in (report.metric, report.test) if name]
-    headers = ["point", "seeds"]
+    headers = ["point"]
     headers += [head for name in metrics for head in (f"{name}, mean", "std")]
     rows = [
         [
             group.label,
-            str(len(group.counted)) + _of(len(group.counted), len(group.runs)),
             *(number(f(name)) for name in metrics for f in (group.mean, group.spread)),
+            str(len(group.counted)) + _of(len(group.counted), len(group.runs)),
         ]
         for group in report.groups
     ]
+    headers.append("seeds")
     return Table(headers, rows, [False] + [True] * (len(headers) - 1))
 
 
@@ -223,20 +224,23 @@ def _of(some: int, all_of_them: int) -> str:
 def run_table(report: Report) -> Table:
     """A row a run. What no run knows has no column."""
     metric, test = report.metric, report.test
-    columns: list[tuple[str, bool, Callable[[Run], str]]] = [("run", False, lambda run: run.name)]
+    columns: list[tuple[str, bool, Callable[[Run], str]]] = [
+        ("run", False, lambda run: run.name),
+        ("state", False, lambda run: run.state),
+    ]
+    if metric:
+        columns.append((metric, True, lambda run: number(run.last(metric))))
+    if test:
+        columns.append((test, True, lambda run: number(run.last(test))))
+    if metric:
+        columns.append(("best, at step", True, lambda run: _best(run, metric)))
+    columns.append(("steps", True, lambda run: f"{run.steps}/{run.total or '?'}"))
     if len(report.varied) <= _FEW:
         for key in report.varied:
             head = short(key, report.varied)
             columns.append((head, False, lambda run, key=key: _setting(run, key)))
     else:
         columns.append(("differs in", False, lambda run: _settings(run, report.varied)))
-    columns.append(("state", False, lambda run: run.state))
-    columns.append(("steps", True, lambda run: f"{run.steps}/{run.total or '?'}"))
-    if metric:
-        columns.append((f"{metric}, last", True, lambda run: number(run.last(metric))))
-        columns.append(("best, at step", True, lambda run: _best(run, metric)))
-    if test:
-        columns.append((test, True, lambda run: number(run.last(test))))
     columns += [
         ("images/s", True, lambda run: _amount(run.images_per_second)),
         ("seconds", True, lambda run: _amount(run.seconds)),
@@ -270,8 +274,17 @@ def curve_names(report: Report) -> list[str]:
         name for run in report.runs for name, points in run.curves.items() if len(points) > 1
     )
     names = [name for name in names if not name.endswith(_NO_CURVE)]
-    firsts = {"val": 1, "train": 3}
-    names.sort(key=lambda name: 0 if name == report.metric else firsts.get(name.split("/")[0], 2))
+    order = ["val", "", "train"]  # evaluators have names of their own
+
+    def place(name: str) -> tuple[bool, int, bool]:
+        split = name.split("/")[0]
+        return (
+            name != report.metric,
+            order.index(split if split in order else ""),
+            name.startswith("train/") and not lower_is_better(name),
+        )
+
+    names.sort(key=place)
     return names[:_CURVES]
 
 
