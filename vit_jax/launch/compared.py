@@ -57,13 +57,13 @@ def lower_is_better(metric: str) -> bool:
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
     """Every run of some run folders and sweeps, in their order."""
-    found: list[tuple[epath.Path, Result | None]] = []
-    for folder in dict.fromkeys(os.path.abspath(folder) for folder in folders):
+    found: dict[epath.Path, Result | None] = {}
+    for folder in map(os.path.abspath, folders):
         root = epath.Path(folder)
         if (root / RECORD).exists():
-            found += [(root / result.name, result) for result in read_results(root)]
+            found |= {root / result.name: result for result in read_results(root)}
         elif _is_run(root):
-            found.append((root, None))
+            found.setdefault(root, None)
         else:
             inside = root.is_dir() and any(_is_run(child) for child in root.iterdir())
             raise UserError(
@@ -71,9 +71,14 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
                 f"(config.json) nor a sweep ({RECORD}): "
                 + (f"name the folders in it, {folder}/*" if inside else "name a run folder")
             )
-    sweeps = all(result is not None for _, result in found)
-    names = _names([folder for folder, _ in found])
-    runs = [_read_run(*each, name, sweeps=sweeps) for each, name in zip(found, names, strict=True)]
+    if not found:
+        raise UserError(f"{', '.join(folders)}: a sweep without points")
+    sweeps = None not in found.values()
+    names = _names(list(found))
+    runs = [
+        _read_run(folder, result, name, sweeps=sweeps)
+        for (folder, result), name in zip(found.items(), names, strict=True)
+    ]
     if not any(run.curves or run.settings for run in runs):
         raise UserError(f"nothing could be read: {'; '.join(run.note for run in runs)}")
     of_folder = {run.folder: run for run in runs}

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from vit_jax.launch.compared import Run
@@ -69,6 +70,11 @@ script-src 'sha256-{policy}'">
 
 def _safe(words: str) -> str:
     return html.escape(printable(words))
+
+
+def _breakable(words: str) -> str:
+    """A name that may go on in another line after what joins its parts."""
+    return re.sub(r"([,=_/])", r"\1<wbr>", _safe(words))
 
 
 def _legend(report: Report) -> dict[str, int]:
@@ -247,7 +253,7 @@ def _table(
     state = table.headers.index("state") if "state" in table.headers else None
     body = []
     for i, row in enumerate(table.rows):
-        first = f'<th scope="row" title="{_safe(row[0])}">{swatches[i]}{_safe(row[0])}</th>'
+        first = f'<th scope="row"><div>{swatches[i]}{_breakable(row[0])}</div></th>'
         cells = [f'<td class="{k}">{_safe(c)}</td>' for c, k in zip(row, kinds, strict=True)]
         if state is not None:
             symbol = _SYMBOLS.get(row[state], "")
@@ -292,7 +298,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 28px 16px 40px; }
+main { max-width: 1280px; margin: 0 auto; padding: 28px 16px 40px; }
 h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.02em; margin: 0; }
 h2 { font-size: 17px; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 12px; }
 h2 small { color: var(--soft); font-size: 13px; font-weight: 400; letter-spacing: 0; }
@@ -321,10 +327,10 @@ thead th { color: var(--soft); font-size: 12.5px; line-height: 1.3; vertical-ali
  white-space: normal; }
 .js thead th.n, .js thead th[data-k] { cursor: pointer; }
 tbody th, tbody td { border-top: 1px solid var(--line); }
-thead th:first-child, tbody th { position: sticky; left: 0; background: var(--card); z-index: 1;
- max-width: min(44vw, 380px); white-space: normal; overflow-wrap: anywhere; padding-left: 40px;
- line-height: 1.35; } thead th:first-child { padding-left: 14px; }
-tbody th .swatch { position: absolute; left: 14px; top: 14px; }
+thead th:first-child, tbody th { position: sticky; left: 0; background: var(--card); z-index: 1; }
+tbody th div { position: relative; width: max-content; max-width: min(40vw, 340px);
+ white-space: normal; overflow-wrap: anywhere; line-height: 1.35; padding-left: 26px; }
+tbody th .swatch { position: absolute; left: 0; top: 6px; }
 .n { text-align: right; }
 tr.won th, tr.won td { font-weight: 650; }
 td.s i { font-style: normal; display: inline-block; width: 1.4em; color: var(--soft); }

@@ -195,9 +195,10 @@ def number(value: float | None) -> str:
 
 
 def _amount(value: float | None) -> str:
+    """A speed, a time, a cost."""
     if value is None:
         return _DASH
-    return f"{value:.3f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def group_table(report: Report) -> Table:
@@ -292,7 +293,8 @@ def summary(report: Report) -> str:
     """How many runs there are, in which states, and what they cost."""
     states = [run.state for run in report.runs]
     told = [f"{len(states)} run{'s' * (len(states) != 1)}"]
-    told += [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    counts = {state: states.count(state) for state in dict.fromkeys(states)}
+    told += [f"{'all' if n == len(states) > 1 else n} {state}" for state, n in counts.items()]
     hours = [run.device_hours for run in report.runs if run.device_hours is not None]
     if hours:
         told.append(f"{_amount(sum(hours))} device-hours" + _of(len(hours), len(states)))
