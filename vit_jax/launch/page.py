@@ -74,7 +74,7 @@ def _safe(words: str) -> str:
 
 def _breakable(words: str) -> str:
     """A name that may go on in another line after what joins its parts."""
-    return re.sub(r"([,=_/])", r"\1<wbr>", _safe(words))
+    return re.sub(r"([,_/])", r"\1<wbr>", _safe(words))
 
 
 def _legend(report: Report) -> dict[str, int]:
@@ -349,7 +349,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 0 10px; min-height: 24px; font
  justify-content: space-between; padding: 0 4px 6px; overflow-wrap: anywhere; }
 figcaption b { font-weight: 600; } output { color: var(--soft); font-size: 13px;
  font-variant-numeric: tabular-nums; }
-.plot { display: block; width: 100%; height: auto; touch-action: pan-y; }
+.plot { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
 .plot text { font-size: 11.5px; fill: var(--soft); text-anchor: end; }
 .plot text.x { text-anchor: middle; }
 .rule { stroke: var(--line); stroke-width: 1; fill: none; }
