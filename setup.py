@@ -42,6 +42,7 @@ setup(
         "demo": ["scikit-learn>=1.5"],
         "plot": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.17"],
         "cuda": ["jax[cuda13]>=0.10.0"],
         "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs>=2024.6"],

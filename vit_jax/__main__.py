@@ -143,6 +143,13 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(failed)
 
 
+def report(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Compares runs: one HTML page, and one Markdown table beside it and on the screen."""
+    from vit_jax.launch.report import write_report
+
+    print(write_report(args.folders, args.out), end="")
+
+
 def _fields(pairs: list[str]) -> dict[str, object]:
     """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of the config."""
     from vit_jax.models.config import FAMILIES
@@ -238,6 +245,11 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--launcher", default="local", help="local (default), or print commands")
     command.add_argument("--jobs", type=int, metavar="N", help="how many at a time (default 1)")
     command.set_defaults(function=sweep, takes_overrides=False)
+
+    command = commands.add_parser("report", help=report.__doc__)
+    command.add_argument("folders", nargs="+", metavar="DIR", help="run folders, or sweeps'")
+    command.add_argument("--out", metavar="FILE.html", help="default: report.html in the first DIR")
+    command.set_defaults(function=report, takes_overrides=False)
 
     command = commands.add_parser("prepare", help=prepare.__doc__)
     command.add_argument("src", help="a folder, a tar, tars such as 'a-*.tar', or a source")

@@ -199,7 +199,7 @@ def read_results(workdir: epath.PathLike) -> list[Result]:
         dataclasses.replace(result, metrics=last_values(root / result.name) or result.metrics)
         for result in _read(root)
     ]
-    if any(result.state == "running" for result in results) and not _is_held(root):
+    if any(result.state == "running" for result in results) and not is_held(root):
         results = [
             dataclasses.replace(result, state="stopped") if result.state == "running" else result
             for result in results
@@ -207,7 +207,7 @@ def read_results(workdir: epath.PathLike) -> list[Result]:
     return results
 
 
-def _is_held(root: epath.Path) -> bool:
+def is_held(root: epath.Path) -> bool:
     """Whether a sweep runs in this folder; one that was killed could not say that it does not."""
     with contextlib.suppress(FileNotFoundError), open(root / ".lock") as file:
         try:

@@ -82,10 +82,15 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """`every` steps metrics are written, to metrics.jsonl and, if `tensorboard`, to its events."""
+    """`every` steps metrics are written, to metrics.jsonl and, if `tensorboard`, to its events.
+
+    With `wandb` also to Weights & Biases, in `wandb_project` (left out: the one it chooses).
+    """
 
     every: int = 50
     tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,16 +438,22 @@ def from_json(text: str) -> Config:
     return unpack(Config, json.loads(text))
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every leaf of a config by its name, "optim.lr": 0.001, in the types of JSON."""
+    return flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
+
+
+def is_resumable(name: str) -> bool:
+    """Whether a run may be resumed with another value of this leaf."""
+    return any(name == free or name.startswith(f"{free}.") for free in RESUMABLE)
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """What keeps `new` from resuming a run of `old`: "optim.lr: 0.001 -> 0.01"."""
-    old_flat, new_flat = (
-        flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
-        for config in (old, new)
-    )
+    old_flat, new_flat = flat(old), flat(new)
     names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
     return [
         f"{name}: {old_flat.get(name)!r} -> {new_flat.get(name)!r}"
         for name in names
-        if old_flat.get(name) != new_flat.get(name)
-        and not any(name == free or name.startswith(f"{free}.") for free in RESUMABLE)
+        if old_flat.get(name) != new_flat.get(name) and not is_resumable(name)
     ]

@@ -24,7 +24,14 @@ from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import Stopped, UserError
 from vit_jax.training.config import Config, differences, to_json
 from vit_jax.training.evaluate import Evaluation, read_config
-from vit_jax.training.metrics import Diverged, Recorder, due, last_values
+from vit_jax.training.metrics import (
+    Diverged,
+    Recorder,
+    check_wandb,
+    due,
+    last_values,
+    record_start,
+)
 from vit_jax.training.program import make_program, new_record, run_steps, train_reader
 from vit_jax.training.sharding import (
     check_batch,
@@ -59,6 +66,8 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     with contextlib.ExitStack() as stack:
         store = Store(workdir, keep=config.checkpoint.keep, together=True)
         stack.enter_context(hosts.advising(functools.partial(_advice, store)))
+        if config.log.wandb:
+            hosts.first("wandb", check_wandb)
         _claim(workdir, stack)
         stop = stack.enter_context(sigterm())
         stack.callback(store.close)
@@ -159,14 +168,10 @@ def _run(
             threads=config.data.threads,
         )
     )
-    recorder = Recorder(
-        workdir,
-        start_step,
-        total_steps,
-        every=config.log.every,
-        tensorboard=config.log.tensorboard,
-    )
-    stack.callback(recorder.close)
+    if hosts.is_lead():
+        record_start(workdir, start_step, total_steps, mesh.size)
+    recorder = Recorder(workdir, start_step, total_steps, config)
+    stack.push(lambda kind, *_: recorder.close(failed=kind is not None))
 
     skips = config.data.on_corrupt == "skip"
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, and a line on the screen."""
+"""What a run reports: metrics.jsonl, TensorBoard events, Weights & Biases, a line on the screen."""
 
 import contextlib
 import json
@@ -6,7 +6,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from etils import epath
 
 from vit_jax import hosts
 from vit_jax.checkpoints.store import write_atomically
+from vit_jax.errors import UserError
+from vit_jax.training.config import Config, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +37,20 @@ SHOWN = {
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
-    path = epath.Path(workdir) / "metrics.jsonl"
+    return _read_lines(epath.Path(workdir) / "metrics.jsonl")
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """Objects that each have a step, up to the first line that is none."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 
@@ -50,6 +60,24 @@ def last_values(workdir: epath.PathLike) -> dict[str, int | float]:
     for line in read_metrics(workdir):
         last |= line
     return last
+
+
+def record_start(workdir: epath.Path, start_step: int, total_steps: int, devices: int) -> None:
+    """Adds a line to starts.jsonl: from which step a run was started, of how many, on what.
+
+    It is what the seconds of metrics.jsonl were spent on. Starts whose steps are all run again
+    are dropped.
+    """
+    start = {"step": start_step, "total_steps": total_steps, "devices": devices}
+    start |= {"kind": jax.devices()[0].device_kind, "processes": hosts.count()}
+    kept = [line for line in read_starts(workdir) if line["step"] < start_step]
+    text = "".join(json.dumps(line) + "\n" for line in [*kept, start])
+    write_atomically(workdir / "starts.jsonl", text)
+
+
+def read_starts(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of `record_start`; [] of a run that was trained before there were any."""
+    return _read_lines(epath.Path(workdir) / "starts.jsonl")
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
@@ -62,33 +90,23 @@ class Diverged(Exception):
 
 
 class Recorder:
-    """Writes what steps and evaluations report: to metrics.jsonl, TensorBoard and the screen.
+    """Writes what steps and evaluations report: to metrics.jsonl, the screen, and as `log` says.
 
     Lines later than `start_step` are dropped first: the steps they are of will be run again. A
     step's metrics stay on the device until the step after it is on its way, so that logging never
     makes the device wait. Where there are several processes, only process 0 writes anything.
-
-    Args:
-      every: steps between two lines; the last step always has one.
     """
 
-    def __init__(
-        self,
-        workdir: epath.Path,
-        start_step: int,
-        total_steps: int,
-        *,
-        every: int,
-        tensorboard: bool = True,
-    ):
-        self._every, self._total_steps = every, total_steps
+    def __init__(self, workdir: epath.Path, start_step: int, total_steps: int, config: Config):
+        self._every, self._total_steps = config.log.every, total_steps
         lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        self._file, self._events = None, None
+        self._file, self._events, self._wandb = None, None, None
         if hosts.is_lead():
             path = workdir / "metrics.jsonl"
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = path.open("a")
-            self._events = _tensorboard(workdir, start_step) if tensorboard else None
+            self._events = _tensorboard(workdir, start_step) if config.log.tensorboard else None
+            self._wandb = _wandb(workdir, start_step, config, lines) if config.log.wandb else None
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -144,6 +162,8 @@ class Recorder:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
         known = {SHOWN[name]: value for name, value in values.items() if name in SHOWN}
         shown = {name: f"{value:.4g}" for name, value in (known or values).items()}
         if self._bar.disable:
@@ -159,12 +179,15 @@ class Recorder:
         yield
         self._paused += time.perf_counter() - began
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Ends what is written; `failed` is how Weights & Biases will call the run."""
         self._bar.close()
         if self._file is not None:
             self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(failed))
 
     def _due(self, step: int) -> bool:
         return due(step, self._every, self._total_steps)
@@ -179,3 +202,50 @@ def _tensorboard(workdir: epath.Path, start_step: int) -> Any:
     except ImportError:
         return None
     return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+
+def check_wandb() -> None:
+    """Raises a UserError where log.wandb cannot be."""
+    try:
+        import wandb
+    except ImportError:
+        wandb = None
+    if not hasattr(wandb, "init"):  # a folder of that name, such as its own, is imported too
+        raise UserError(
+            "log.wandb is on, but wandb is not installed: pip install 'vit_jax[wandb]', or leave "
+            "log.wandb out"
+        )
+
+
+def _wandb(
+    workdir: epath.Path, start_step: int, config: Config, lines: Sequence[dict[str, Any]]
+) -> Any:
+    """The run at Weights & Biases, which a resumed run goes on with: wandb_id has its name there.
+
+    What it already has of steps that are run again, it keeps: by the promise of a resume, they
+    are the same. One that begins in the middle of a run is given the lines before.
+    """
+    import wandb
+
+    path = workdir / "wandb_id"
+    known = start_step > 0 and path.exists()
+    if not known:
+        write_atomically(path, uuid.uuid4().hex[:16])
+    try:
+        run = wandb.init(
+            project=config.log.wandb_project,
+            dir=str(workdir),
+            id=path.read_text().strip(),
+            name=workdir.name,
+            config=json.loads(to_json(config)),
+            resume="allow",
+            allow_val_change=True,  # a resumed run may have another mesh
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases cannot be reached ({error}): run `wandb login`, set "
+            "WANDB_MODE=offline, or leave log.wandb out"
+        ) from None
+    for line in () if known else lines:
+        run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+    return run

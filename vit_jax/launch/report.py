@@ -1,0 +1,340 @@
+"""Runs side by side: folders in, one HTML page and one Markdown table out.
+
+What compared.py reads of a folder is a Run; what can be said of several is a Report, of plain text
+and numbers. page.py draws it.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from vit_jax.errors import UserError
+from vit_jax.launch.compared import Run, lower_is_better, read_runs
+
+logger = logging.getLogger(__name__)
+
+_FEW = 6  # settings that differ: up to so many have a column each
+_CURVES = 9  # pictures, at most
+_NO_CURVE = ("_std", "/lr", "/grad_norm", "/param_norm")
+_DASH = "–"  # noqa: RUF001  (what is not known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone; `counted` are those that the numbers are of."""
+
+    label: str
+    runs: tuple[Run, ...]
+    counted: tuple[Run, ...]
+
+    def values(self, metric: str | None) -> list[float]:
+        values = [run.last(metric) for run in self.counted]
+        return [value for value in values if value is not None]
+
+    def mean(self, metric: str | None) -> float | None:
+        values = self.values(metric)
+        return statistics.fmean(values) if values else None
+
+    def spread(self, metric: str | None) -> float | None:
+        """The standard deviation of the sample (ddof 1); None of fewer than two."""
+        values = self.values(metric)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Plain text, to be escaped by who writes it; `numeric` columns are set to the right."""
+
+    headers: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What can be said of several runs.
+
+    `metric` is what they are compared by, `test` the same of the test split, where there is one.
+    Groups are sorted by their mean, the best first; [] where no two runs share a point.
+    """
+
+    title: str
+    runs: list[Run]
+    groups: list[Group]
+    metric: str | None
+    test: str | None
+    best: Run | None
+    varied: list[str]
+    common: dict[str, Any]
+
+
+def write_report(folders: Sequence[str], out: str | None = None) -> str:
+    """Writes the page of some run folders or sweeps to `out`, and its table beside it.
+
+    Args:
+      out: FILE.html; left out, it is report.html in the first folder.
+
+    Returns:
+      The table, in Markdown.
+
+    Raises:
+      UserError: a folder is neither a run's nor a sweep's, or nothing in them can be read.
+    """
+    from vit_jax.checkpoints.store import write_atomically
+    from vit_jax.launch.page import html_page
+
+    path = epath.Path(out or os.path.join(folders[0], "report.html"))
+    if path.suffix != ".html":
+        raise UserError(f"--out is {out}; expected FILE.html, beside which FILE.md is written")
+    report = compare(read_runs(folders), title(folders))
+    text = markdown(report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, html_page(report))
+        write_atomically(path.with_suffix(".md"), text)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        raise UserError(f"{path} cannot be written: name a file by --out=FILE.html") from None
+    logger.info("%s", path)
+    return text
+
+
+def title(folders: Sequence[str]) -> str:
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    return (
+        ", ".join(names) if len(names) < 4 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+    )
+
+
+# From runs to what can be said of them
+
+
+def main_metric(runs: Iterable[Run]) -> str | None:
+    """What runs are compared by: val/accuracy; else another of val, an evaluator's, train/loss."""
+    names = list(dict.fromkeys(name for run in runs for name in run.curves))
+    names = [name for name in names if not name.endswith("_std")]
+    val = [name for name in names if name.startswith("val/")]
+    others = [name for name in names if name.split("/")[0] not in ("train", "val", "test")]
+    accuracies = [name for name in val if not lower_is_better(name)]
+    ordered = ["val/accuracy", *accuracies, *val, *others, "train/loss"]
+    return next((name for name in ordered if name in names), None)
+
+
+def compare(runs: Sequence[Run], title: str) -> Report:
+    """Finds what differs, which runs belong together, and which is best.
+
+    Runs count by the last value of their metric, that of the weights that they keep. Those that
+    are not finished count only where none is.
+    """
+    metric = main_metric(runs)
+    twin = f"test/{metric.rpartition('/')[2]}" if metric else None
+    test = twin if any(twin in run.curves for run in runs) else None
+    known = [run.settings for run in runs if run.settings]
+    keys = list(dict.fromkeys(key for settings in known for key in settings))
+    varied = [key for key in keys if len({repr(each.get(key)) for each in known}) > 1]
+    common = {key: known[0][key] for key in keys if key not in varied}
+    counted = [run for run in runs if run.state == "finished"] or list(runs)
+    counted = [run for run in counted if run.last(metric) is not None]
+    sign = -1 if lower_is_better(metric or "") else 1
+    best = max(counted, key=lambda run: sign * run.last(metric), default=None)
+    points: dict[str, list[Run]] = {}
+    for run in runs:
+        points.setdefault(run.point, []).append(run)
+    groups = []
+    for members in points.values() if any(len(each) > 1 for each in points.values()) else ():
+        mine = tuple(run for run in members if run in counted)
+        groups.append(Group(_label(members, varied), tuple(members), mine))
+    groups.sort(key=lambda group: _order(group.mean(metric), sign))
+    if not all("config" in settings for settings in known):
+        common = {}  # whole configs, which agree in most
+    return Report(title, list(runs), groups, metric, test, best, varied, common)
+
+
+def _order(value: float | None, sign: int) -> tuple[bool, float]:
+    return (value is None, 0.0 if value is None else -sign * value)
+
+
+def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
+    """What the runs of a group agree in and others do not."""
+    shared = [
+        key
+        for key in varied
+        if key != "seed" and len({repr(run.settings.get(key)) for run in runs}) == 1
+    ]
+    told = [
+        f"{short(key, varied)}={text(runs[0].settings[key])}"
+        for key in shared
+        if key in runs[0].settings
+    ]
+    return ", ".join(told) or (runs[0].name if len(runs) == 1 else "all seeds")
+
+
+def short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, where that is enough to know it by."""
+    last = key.rpartition(".")[2]
+    return last if [each.rpartition(".")[2] for each in keys].count(last) == 1 else key
+
+
+def text(value: Any) -> str:
+    """A setting as a flag would say it."""
+    if isinstance(value, list | tuple):
+        return "x".join(map(text, value))
+    return str(value)
+
+
+def number(value: float | None) -> str:
+    """A metric, in as many digits as tell runs apart."""
+    if value is None:
+        return _DASH
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+
+
+def _amount(value: float | None) -> str:
+    """A speed, a time, a cost."""
+    if value is None:
+        return _DASH
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def group_table(report: Report) -> Table:
+    """A row a group: how many seeds, their mean and spread."""
+    metrics = [name for name in (report.metric, report.test) if name]
+    headers = ["point"]
+    headers += [head for name in metrics for head in (f"{name}, mean", "std")]
+    rows = [
+        [
+            group.label,
+            *(number(f(name)) for name in metrics for f in (group.mean, group.spread)),
+            str(len(group.counted)) + _of(len(group.counted), len(group.runs)),
+        ]
+        for group in report.groups
+    ]
+    headers.append("seeds")
+    return Table(headers, rows, [False] + [True] * (len(headers) - 1))
+
+
+def _of(some: int, all_of_them: int) -> str:
+    return "" if some == all_of_them else f" of {all_of_them}"
+
+
+def run_table(report: Report) -> Table:
+    """A row a run. What no run knows has no column."""
+    metric, test = report.metric, report.test
+    columns: list[tuple[str, bool, Callable[[Run], str]]] = [
+        ("run", False, lambda run: run.name),
+        ("state", False, lambda run: run.state),
+    ]
+    if metric:
+        columns.append((metric, True, lambda run: number(run.last(metric))))
+    if test:
+        columns.append((test, True, lambda run: number(run.last(test))))
+    if metric:
+        columns.append(("best, at step", True, lambda run: _best(run, metric)))
+    columns.append(("steps", True, lambda run: f"{run.steps}/{run.total or '?'}"))
+    if len(report.varied) <= _FEW:
+        for key in report.varied:
+            head = short(key, report.varied)
+            columns.append((head, False, lambda run, key=key: _setting(run, key)))
+    else:
+        columns.append(("differs in", False, lambda run: _settings(run, report.varied)))
+    columns += [
+        ("images/s", True, lambda run: _amount(run.images_per_second)),
+        ("seconds", True, lambda run: _amount(run.seconds)),
+        ("devices", False, lambda run: run.devices or _DASH),
+        ("device-hours", True, lambda run: _amount(run.device_hours)),
+        ("note", False, lambda run: run.note),
+    ]
+    made = [(head, right, [make(run) for run in report.runs]) for head, right, make in columns]
+    made = [each for each in made if each[0] == "run" or set(each[2]) - {_DASH, ""}]
+    heads, rights, cells = zip(*made, strict=True)
+    return Table(list(heads), [list(row) for row in zip(*cells, strict=True)], list(rights))
+
+
+def _setting(run: Run, key: str) -> str:
+    return text(run.settings[key]) if key in run.settings else _DASH
+
+
+def _settings(run: Run, varied: Sequence[str]) -> str:
+    keys = [key for key in varied if run.settings.get(key) is not None]
+    return ", ".join(f"{short(key, varied)}={text(run.settings[key])}" for key in keys)
+
+
+def _best(run: Run, metric: str) -> str:
+    best = run.best(metric)
+    return _DASH if best is None else f"{number(best[1])} at {best[0]}"
+
+
+def curve_names(report: Report) -> list[str]:
+    """The metrics worth a picture: those measured more than once, what matters first."""
+    names = dict.fromkeys(
+        name for run in report.runs for name, points in run.curves.items() if len(points) > 1
+    )
+    names = [name for name in names if not name.endswith(_NO_CURVE)]
+    order = ["val", "", "train"]  # evaluators have names of their own
+
+    def place(name: str) -> tuple[bool, int, bool]:
+        split = name.split("/")[0]
+        return (
+            name != report.metric,
+            order.index(split if split in order else ""),
+            name.startswith("train/") and not lower_is_better(name),
+        )
+
+    names.sort(key=place)
+    return names[:_CURVES]
+
+
+def summary(report: Report) -> str:
+    """How many runs there are, in which states, and what they cost."""
+    states = [run.state for run in report.runs]
+    told = [f"{len(states)} run{'s' * (len(states) != 1)}"]
+    counts = {state: states.count(state) for state in dict.fromkeys(states)}
+    told += [f"{'all' if n == len(states) > 1 else n} {state}" for state, n in counts.items()]
+    hours = [run.device_hours for run in report.runs if run.device_hours is not None]
+    if hours:
+        told.append(f"{_amount(sum(hours))} device-hours" + _of(len(hours), len(states)))
+    return ", ".join(told)
+
+
+# Markdown
+
+
+def markdown(report: Report) -> str:
+    """The report as tables that GitHub shows."""
+    parts = [f"# {escape(report.title)}", escape(summary(report)) + "."]
+    if report.best is not None:
+        told = f"Best by {escape(report.metric)}: **{escape(report.best.name)}**, "
+        told += f"{number(report.best.last(report.metric))}"
+        score = report.best.last(report.test)
+        told += f"; {escape(report.test)} {number(score)}" if score is not None else ""
+        parts.append(f"{told}.")
+    if report.common:
+        same = ", ".join(f"{key}={text(value)}" for key, value in report.common.items())
+        parts.append(f"The same in all: {escape(same)}.")
+    if report.groups:
+        parts.append(_markdown_table(group_table(report)))
+    parts.append(_markdown_table(run_table(report)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    rule = ["---:" if right else "---" for right in table.numeric]
+    rows = [[escape(cell) for cell in row] for row in (table.headers, *table.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def escape(words: str) -> str:
+    """Text that Markdown and a terminal show as it is."""
+    words = printable(words).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    words = re.sub(r"([\\`*\[\]|~#])", r"\\\1", words)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", words)
+
+
+def printable(words: str) -> str:
+    """Text without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in words)
