@@ -6,7 +6,8 @@ one for the background; 1,000 scenes to learn from, 500 to test).
 
 ViTs of patches of 4x4 pixels were pre-trained on 24x24 images of fractals (`configs/evidence.py`)
 by labels or by masked patches, or not at all, and never saw a scene. The same weights are read at
-24x24 pixels and, with positions interpolated, at 48x48.
+24x24 pixels and, with positions interpolated, at 48x48; those that were not trained are drawn for
+each size.
 """
 
 import dataclasses
