@@ -35,13 +35,11 @@ def tell(points):
     lines, rows, gains, helps = {}, [], {}, set()
     for name, label in NAMES.items():
         shapes = sorted((s for s in few if name in axis_of(s)), key=lambda s: cost[s].mean)
-        if len(shapes) < 2:
-            continue
         lines[label] = {cost[s].mean: few[s] for s in shapes}
         for s in shapes:
             row = ("x".join(map(str, s)), f"{1000 * size[s].mean:,.0f} k", f"{cost[s].mean:,.0f}")
             rows.append((label, *row, few[s]))
-        if BASE in shapes:
+        if BASE in shapes[:-1]:
             gains[name] = few[shapes[-1]].mean - few[BASE].mean
             if few[shapes[-1]].beats(few[BASE]):
                 helps.add(name)
