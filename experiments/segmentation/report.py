@@ -67,8 +67,9 @@ def picture(vit, config, learn=500, count=6):
     features = {}
     for part, number in (("train", learn), ("test", count)):
         split = getattr(head, part)
-        read = BatchReader.of(open_source(split.source, split.split), split, vit.preprocess)
-        batch = read(np.arange(number), np.arange(number))
+        source = open_source(split.source, split.split)
+        first = np.arange(min(number, len(source)))
+        batch = BatchReader.of(source, split, vit.preprocess)(first, first)
         images[part], masks[part] = batch["image"], batch["label"]
         features[part] = np.asarray(vit.model.dense(vit.preprocess.normalise(batch["image"])))
     classes = len(open_source(head.train.source, "train").label_names)
