@@ -10,7 +10,7 @@
 The argument is DATA[,FAMILY]. DATA is `fractals`, to pre-train on 32,000 images of 100 classes, or
 `digits`, to fine-tune init_from on scikit-learn's 1,259, or with a FAMILY to train on them from
 scratch. FAMILY is `vit` (16 patches of 6 x 6 pixels, 4 layers of width 64), `resnet` (two units,
-131,000 parameters in convolutions) or `hybrid` (that ViT on the root of the ResNet, 9 patches).
+115,000 parameters below the head) or `hybrid` (that ViT on the root of the ResNet, 9 patches).
 
 Hardware and hours: two CPU cores, half a minute. Expected: held-out fractals 25 to 30% of 100
 classes; five-shot linear accuracy on 100 other classes (`others/5shot`), the paper's measure of

@@ -124,11 +124,9 @@ def of_run(workdir: Path) -> dict[str, float]:
     from vit_jax.checkpoints.record import ModelRecord
     from vit_jax.models.vit import structure
     from vit_jax.training.evaluate import read_config
-    from vit_jax.training.metrics import read_metrics
+    from vit_jax.training.metrics import last_values
 
-    last: dict[str, float] = {}
-    for line in read_metrics(workdir):
-        last |= line
+    last: dict[str, float] = dict(last_values(workdir))
     model = ModelRecord.read(workdir).config
     sizes = [np.prod(leaf.shape) for leaf in jax.tree.leaves(structure(model)[1])]
     last["parameters"] = float(sum(sizes)) / 1e6
@@ -175,6 +173,8 @@ def tell(name: str, folder: Path | None = None) -> Any:
         told = module.tell(points)
     if told.figure is not None:
         told.figure.savefig(folder / "picture.png", dpi=110)
+    drawn = told.figure is not None or "measured" in found  # not of points that are too few
+    picture = f"![{module.TITLE}](picture.png)\n\n" if drawn else ""
     where = found["machine"]
     minutes = sum(each.metrics.get("seconds", 0) for each in points) / 60
     runs = "runs" if len(points) > 1 else "run"
@@ -200,9 +200,7 @@ third is the paper's scale, for which no hardware was at hand.
 
 {told.table}
 
-![{module.TITLE}](picture.png)
-
-{wrapped(told.verdict)}
+{picture}{wrapped(told.verdict)}
 
 {wrapped(ran)}
 """
@@ -225,10 +223,9 @@ def front_page() -> None:
         if not (HERE / name / "results.json").exists():
             continue
         module, told = report(name), tell(name)
-        rows.append(
-            f"| [{module.TITLE}]({name}/README.md) | {module.CLAIM} | {told.short} | {told.agrees} "
-            f'| <img src="{name}/picture.png" width="220"> |'
-        )
+        picture = f'<img src="{name}/picture.png" width="220">'
+        row = (f"[{module.TITLE}]({name}/README.md)", module.CLAIM, told.short, told.agrees)
+        rows.append("| " + " | ".join((*row, picture if told.short else "")) + " |")
     header = "| | the paper | here | agrees | |\n|---|---|---|---|---|\n"
     text = (HERE / "front_page.md").read_text()
     (HERE / "README.md").write_text(text.replace("ROWS", header + "\n".join(rows)))

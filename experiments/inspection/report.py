@@ -18,7 +18,6 @@ CLAIM = (
     "Figures 6, 7: nearby positions are alike; attention reaches farther with depth, in some heads "
     "far from the start"
 )
-PICTURES = ("filters", "positions", "attention_distance")
 IMAGES = ("a", "b")
 
 

@@ -6,7 +6,8 @@ one for the background; 1,000 scenes to learn from, 500 to test).
 
 ViTs of patches of 4x4 pixels were pre-trained on 24x24 images of fractals (`configs/evidence.py`)
 by labels or by masked patches, or not at all, and never saw a scene. The same weights are read at
-24x24 pixels and, with positions interpolated, at 48x48.
+24x24 pixels and, with positions interpolated, at 48x48; those that were not trained are drawn for
+each size.
 """
 
 import dataclasses
@@ -66,8 +67,9 @@ def picture(vit, config, learn=500, count=6):
     features = {}
     for part, number in (("train", learn), ("test", count)):
         split = getattr(head, part)
-        read = BatchReader.of(open_source(split.source, split.split), split, vit.preprocess)
-        batch = read(np.arange(number), np.arange(number))
+        source = open_source(split.source, split.split)
+        first = np.arange(min(number, len(source)))
+        batch = BatchReader.of(source, split, vit.preprocess)(first, first)
         images[part], masks[part] = batch["image"], batch["label"]
         features[part] = np.asarray(vit.model.dense(vit.preprocess.normalise(batch["image"])))
     classes = len(open_source(head.train.source, "train").label_names)

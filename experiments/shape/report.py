@@ -26,38 +26,38 @@ def axis_of(shape):
 
 
 def tell(points):
-    """What each axis gains from its smallest to its largest size, and for how much compute."""
+    """What each axis gains from the base to its largest size, and which gains most and least."""
 
     def key(point):
         return tuple(int(part) for part in point.name.split("_")[:4])
 
     few, cost, size = (means(points, key, *m) for m in ((), ("gflops",), ("parameters",)))
-    lines, rows, gains = {}, [], {}
+    lines, rows, gains, helps = {}, [], {}, set()
     for name, label in NAMES.items():
         shapes = sorted((s for s in few if name in axis_of(s)), key=lambda s: cost[s].mean)
-        if len(shapes) < 2:
-            continue
         lines[label] = {cost[s].mean: few[s] for s in shapes}
         for s in shapes:
             row = ("x".join(map(str, s)), f"{1000 * size[s].mean:,.0f} k", f"{cost[s].mean:,.0f}")
             rows.append((label, *row, few[s]))
-        if BASE in shapes:
-            gains[name] = few[shapes[-1]].mean - few[BASE].mean, cost[shapes[-1]].mean
+        if BASE in shapes[:-1]:
+            gains[name] = few[shapes[-1]].mean - few[BASE].mean
             if few[shapes[-1]].beats(few[BASE]):
-                gains[name] = (*gains[name], True)
+                helps.add(name)
     header = ("axis", "depth x width x MLP x patch", "parameters", "GFLOP in training", "5-shot")
     if len(gains) < len(NAMES):
         return Told(table(header, rows), "", "", "", None)
     drawn = curves(lines, "training compute (GFLOP)", "5-shot accuracy, other fractals")
-    order = sorted(gains, key=lambda name: -gains[name][0])
-    told = ", ".join(f"{NAMES[name]} {gains[name][0]:+.1%}" for name in order)
+    order = sorted(gains, key=lambda name: -gains[name])
+    told = ", ".join(f"{NAMES[name]} {gains[name]:+.1%}" for name in order)
     single = [name for name in order if name != "all"]
     verdict = f"From the base to the largest of each axis: {told}. Alone, {NAMES[single[0]]} helps "
-    verdict += f"most and {NAMES[single[-1]]} least."
+    verdict += f"most and {NAMES[single[-1]]} least, by the means; by more than twice the standard "
+    verdict += "error of the difference better than the base: "
+    verdict += (", ".join(NAMES[name] for name in order if name in helps) or "none") + "."
     halves = {
-        "depth helps most": single[0] == "depth",
+        "depth helps most": single[0] == "depth" and "depth" in helps,
         "width least": single[-1] == "width",
-        "smaller patches help": len(gains["patch"]) == 3,
+        "smaller patches help": "patch" in helps,
     }
     seen = [name for name, value in halves.items() if value]
     verdict += " Of the paper's statements, seen here: " + (", ".join(seen) or "none") + "."

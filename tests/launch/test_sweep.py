@@ -152,6 +152,7 @@ MISTAKES = {
     ),
     "no points": ("[]", "yields no points"),
     "scale": ("int('laptpo')", "laptpo"),
+    "key of its own": ("[{'seed': {}['one']}]", r"sweep fails .KeyError: 'one'"),
 }
 
 

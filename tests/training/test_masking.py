@@ -14,13 +14,14 @@ from flax import nnx
 import vit_jax
 from vit_jax.analysis.cost import flops_per_image
 from vit_jax.analysis.preflight import open_record
+from vit_jax.checkpoints import record as records
 from vit_jax.checkpoints.load import open_model, place, read_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.layers import Corruption, Taps
 from vit_jax.models.vit import init_params, structure
-from vit_jax.training import masking
+from vit_jax.training import masking, objectives
 from vit_jax.training.config import load_config
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.evaluators import Classification, Knn
@@ -457,6 +458,11 @@ def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(run, tmp_p
         vit_jax.save(vit, tmp_path / "x.safetensors", format="timm")
     with pytest.raises(UserError, match=r"data\.val: the model has no classes"):
         evaluate_run(workdir, load_config(DIGITS))
+    for other in ("masked_colour", "masked_pixels"):
+        with pytest.raises(UserError, match="does not predict: its objective is masked_small"):
+            evaluate_run(workdir, config_of(f"--config.objective={other}"))
+    # A head for classes is not one for patches.
+    assert vit_jax.load(workdir, num_classes=3).objective == "softmax"
 
     flags = [f"--config.init_from={workdir}", "--config.total_steps=1", "--config.batch_size=8"]
     flags += ["--config.data.val=None", "--config.data.test=None"]
@@ -494,6 +500,10 @@ def test_a_preflight_needs_neither_data_nor_classes():
     record, source, missing = open_record(load_config(spec))
     assert source is None and "imagenet2012" in missing
     assert (record.config.num_classes, record.config.patch_outputs) == (0, 16 * 512)
+
+
+def test_a_record_may_name_every_objective_there_is():
+    assert set(records.OBJECTIVES) == {*objectives.OBJECTIVES, *masking.OBJECTIVES}
 
 
 # What is set, and what is said of it before a run begins.

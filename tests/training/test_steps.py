@@ -31,7 +31,7 @@ from vit_jax.training.sharding import (
     to_devices,
 )
 from vit_jax.training.state import abstract_state, from_saved, make_state, to_saved
-from vit_jax.training.steps import accumulated, make_eval_step, make_train_step
+from vit_jax.training.steps import accumulated, class_loss, make_eval_step, make_train_step
 
 CONFIG = ViTConfig(
     image_size=(8, 12),
@@ -203,6 +203,7 @@ def test_three_training_steps(sizes, accumulate):
         assert state.step == t + 1
         found = {name: float(value) for name, value in metrics.items()}
         assert found == pytest.approx(expected, rel=1e-5)
+        assert found["accuracy"] == np.float32(expected["accuracy"])
         assert_close(state.params, params, rtol=1e-5, atol=3e-6)
         assert_close(state.ema, ema, rtol=1e-5, atol=3e-6)
         # Updated in place: the state is never there twice.
@@ -256,6 +257,13 @@ def test_micro_batches_take_every_nth_row_and_their_own_key():
     draws = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(3)]
     assert len(set(draws)) == 3
     assert float(loss) == pytest.approx(sum(draws) / 4)
+
+
+def test_hits_are_counted_and_divided_last():
+    graphdef, shapes = structure(CONFIG)
+    loss = class_loss(graphdef, PREPROCESS, "softmax", 7, SMOOTHING, None)
+    _, sums = jax.eval_shape(loss, shapes, batch(0), jax.random.key(0), jnp.float32(11))
+    assert sums["accuracy"].dtype == jnp.int32  # no sum over micro-batches is rounded
 
 
 def test_without_an_average_there_is_none():

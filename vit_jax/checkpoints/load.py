@@ -138,7 +138,10 @@ def load(
     config = dataclasses.replace(record.config, **changes)
     if num_classes is not None:
         config = config.with_fresh_head(num_classes)
-        record = dataclasses.replace(record, labels=tuple(str(i) for i in range(num_classes)))
+        # What a model without classes was trained for says nothing of a head.
+        objective = record.objective if record.labels else "softmax"
+        names = tuple(str(i) for i in range(num_classes))
+        record = dataclasses.replace(record, labels=names, objective=objective)
     method = record.position_resize if position_resize is None else position_resize
     if method not in posembed.RESIZE_METHODS:
         raise UserError(f"position_resize {method!r}: {nearest(method, posembed.RESIZE_METHODS)}")

@@ -110,6 +110,8 @@ def _read_file(spec: str, path: str, scale: str) -> tuple[Any, list[Any]]:
         return getattr(module, "config", None), list(function(scale) if scale else function())
     except (ValueError, TypeError) as error:
         raise UserError(f"{spec}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{spec}: sweep fails ({type(error).__name__}: {error})") from error
 
 
 def _point(spec: str, fields: Any, default: Any) -> Point:

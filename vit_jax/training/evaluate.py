@@ -57,10 +57,11 @@ class Evaluation:
         }
         self._evaluators |= config.eval.evaluators
         masked = config.objective in masking.OBJECTIVES
-        if masked and getattr(record.config, "patch_outputs", 0) == 0:
+        if masked and record.objective != config.objective:
             raise UserError(
                 f"objective {config.objective} measures predicted patches, which this model does "
-                "not predict: name a run of that objective, or set objective to softmax"
+                f"not predict: its objective is {record.objective}. Name a run of the former, or "
+                f"set objective to {record.objective}"
             )
         # By split, and whether its classes are the model's.
         self._reads: dict[tuple[Split, bool], BatchReader] = {}

@@ -15,7 +15,7 @@ from vit_jax.training import masking, objectives
 from vit_jax.training.state import TrainState
 
 Batch = dict[str, Array]
-# (params, batch, key, weight) -> (loss, other sums); all are over real examples, by `weight`.
+# (params, batch, key, weight) -> (sum of losses / weight, other sums), all over real examples.
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
@@ -59,7 +59,7 @@ def class_loss(
         logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
         loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
         hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
-        return loss, {"accuracy": hits / weight}
+        return loss, {"accuracy": hits}
 
     return loss_fn
 
@@ -74,8 +74,7 @@ def patch_loss(
         keys = jax.random.split(drawn, len(batch["mask"]))
         model = merged(graphdef, params, layout)
         sums = masked_sums(model, batch, preprocess, objective, keys, key=key, layout=layout)
-        means = {name: value / weight for name, value in sums.items()}
-        return means.pop("loss"), means
+        return sums.pop("loss") / weight, sums
 
     return loss_fn
 
@@ -144,9 +143,9 @@ def make_train_step(
             batch = {**batch, "partner": partner, "mixing": mixing}
         weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
         if accumulate == 1:
-            (loss, means), grads = grad_fn(state.params, batch, key, weight)
+            (loss, sums), grads = grad_fn(state.params, batch, key, weight)
         else:
-            loss, means, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
+            loss, sums, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema
@@ -154,7 +153,7 @@ def make_train_step(
             average = optax.incremental_update(params, state.ema, 1 - ema)
         metrics = {
             "loss": loss,
-            **means,
+            **{name: value / weight for name, value in sums.items()},
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
@@ -181,15 +180,15 @@ def accumulated(
         return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def one(micro, index):
-        (loss, means), grads = grad_fn(params, micro, jax.random.fold_in(key, index), weight)
-        return loss, means, grads
+        (loss, sums), grads = grad_fn(params, micro, jax.random.fold_in(key, index), weight)
+        return loss, sums, grads
 
     def add(total, inputs):
         return jax.tree.map(jnp.add, total, one(*inputs)), None
 
     inputs = (jax.tree.map(interleave, batch), jnp.arange(micro_batches))
-    loss, means, _ = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], inputs))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, means))
+    loss, sums, _ = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, sums))
     total, _ = jax.lax.scan(add, (*zeros, jax.tree.map(jnp.zeros_like, params)), inputs)
     return total
 
