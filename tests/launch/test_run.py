@@ -80,8 +80,8 @@ def folder(tmp_path):
     return Folder(tmp_path)
 
 
-def wait_until(condition, what):
-    deadline = time.monotonic() + 120
+def wait_until(condition, what, seconds=120):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.01)
@@ -420,3 +420,47 @@ def test_a_real_sweep_killed_and_gone_on_with_ends_as_the_printed_command(
     for name in base.metrics.keys() - set(TIMING_KEYS):
         # On another number of cores, which add up in another order.
         assert base.metrics[name] == pytest.approx(undisturbed[name], rel=1e-3), name
+
+
+SIX = f"""
+config = {DIGITS!r}
+
+def sweep(scale="laptop"):
+    for lr in (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
+        yield {{"optim.lr": lr, "total_steps": 120, "eval.every": 40, "checkpoint.every": 20}}
+"""
+
+
+@pytest.mark.slow
+def test_six_learning_rates_killed_twice_end_with_the_same_table(tmp_path):
+    (tmp_path / "sweep.py").write_text(SIX)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}  # one plain device
+
+    def start(workdir):
+        command = [sys.executable, "-m", "vit_jax", "sweep", str(tmp_path / "sweep.py")]
+        return subprocess.Popen([*command, f"--workdir={workdir}", "--jobs=2"], env=env)
+
+    def finished(workdir):
+        done = (workdir / "sweep.json").exists() and read_results(workdir)
+        return sum(result.state == "finished" for result in done or ())
+
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    for count in (1, 3):
+        process = start(killed)
+        wait_until(lambda count=count: finished(killed) >= count, f"{count} points", 600)
+        process.kill()
+        assert process.wait() < 0 and finished(killed) < 6
+    assert start(killed).wait() == 0 and start(undisturbed).wait() == 0
+    tables = []
+    for workdir in (killed, undisturbed):
+        results = read_results(workdir)
+        assert len(results) == 6 and finished(workdir) == 6
+        tables.append(
+            [
+                {k: v for k, v in result.metrics.items() if k not in TIMING_KEYS}
+                for result in results
+            ]
+        )
+    assert tables[0] == tables[1]  # bit by bit: each run had one core, whichever it was
+    best = [max(table, key=lambda metrics: metrics["val/accuracy"]) for table in tables]
+    assert best[0] == best[1] and best[0]["val/accuracy"] > 0.5
