@@ -134,6 +134,10 @@ def curves(
         )
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")  # which would overlap
+        values = sorted({x for line in lines.values() for x in line})
+        if len(values) < 8:
+            axes.set_xticks(values, [f"{value:,g}" for value in values])
     axes.set(xlabel=x, ylabel=f"{y} (%)")
     axes.legend(fontsize=8)
     return drawn

@@ -9,7 +9,7 @@ linear accuracy on 100 other classes of fractals, and test accuracy on digits af
 fine-tuning. As in the paper's Figure 4 regularisation is the same for all sizes.
 """
 
-from telling import FEW, Told, curves, figure, means, table
+from telling import Told, curves, figure, means, table
 
 TITLE = "How much data"
 CLAIM = "Figures 3, 4: ResNets are better with little pre-training data, ViTs with much"
@@ -52,12 +52,13 @@ def tell(points):
         for n in (sizes[0], sizes[-1]):
             vit, resnet = few["vit", n], few["resnet", n]
             gaps.append(resnet.mean - vit.mean)
-            ahead = "ResNet" if resnet.beats(vit) else "ViT" if vit.beats(resnet) else "neither"
+            ahead = "ResNet" if resnet.beats(vit) else "ViT" if vit.beats(resnet) else ""
             best = max(families, key=lambda f: few[f, n].mean)
-            verdicts.append((ahead, f"with {n:,} images {ahead} is ahead of the other", best))
+            told = f"the {ahead} is ahead" if ahead else "neither is ahead"
+            verdicts.append((ahead, f"with {n:,} images {told}", best))
     if not verdicts:
         return Told(table(header, rows), "", "", "", drawn)
-    verdict = f"By {FEW}, of ViT and ResNet {verdicts[0][1]}, {verdicts[1][1]}. ResNet less ViT: "
+    verdict = f"Of ViT and ResNet, {verdicts[0][1]}, {verdicts[1][1]} (5-shot). ResNet less ViT: "
     verdict += f"{gaps[0]:+.1%}, then {gaps[1]:+.1%}. The best of the three is the "
     verdict += f"{FAMILIES[verdicts[0][2]]} with the fewest and the {FAMILIES[verdicts[1][2]]} "
     verdict += "with the most."
