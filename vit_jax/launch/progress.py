@@ -46,10 +46,11 @@ class Progress:
         if change.state == "running":
             self._began[change.name] = time.monotonic()
             return f"{change.name}: started"
-        seconds = time.monotonic() - self._began.get(change.name, time.monotonic())
+        began = self._began.get(change.name)  # not known of one that ran before this
+        took = "" if began is None else f" in {time.monotonic() - began:.0f} s"
         code = with_code(change.exit_code)
         told = {
-            "finished": f"finished in {seconds:.0f} s, {measured(self._results[change.name])}",
+            "finished": f"finished{took}, {measured(self._results[change.name])}",
             "failed": f"failed{code}: {self._last_words(change.name)}",
             "stopped": f"stopped{code}",
             "waiting": f"preempted{code}, will be started again",

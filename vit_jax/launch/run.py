@@ -20,7 +20,7 @@ from vit_jax.errors import UserError
 from vit_jax.launch.jobs import STATES, Job, Launcher
 from vit_jax.launch.launchers import python
 from vit_jax.launch.progress import Progress, with_code
-from vit_jax.launch.slurm import queued
+from vit_jax.launch.slurm_queue import Record
 from vit_jax.launch.sweep import RECORD, Sweep, point_config
 
 PATIENCE = 10.0  # seconds that a run which was just killed may still hold its folder
@@ -204,7 +204,7 @@ def read_results(workdir: epath.PathLike) -> list[Result]:
         for result in _read(root)
     ]
     if any(result.state == "running" for result in results) and not _is_held(root):
-        running = queued(root)  # where jobs outlive the sweep, they may
+        running = Record.read(root).numbers()  # where jobs outlive the sweep, they may
         results = [
             dataclasses.replace(result, state="stopped")
             if result.state == "running" and result.name not in running
