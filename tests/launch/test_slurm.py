@@ -21,7 +21,7 @@ from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.launch.jobs import Job, Stopped
 from vit_jax.launch.launchers import make_launcher
-from vit_jax.launch.run import failures, read_results, run_sweep
+from vit_jax.launch.run import failures, run_sweep
 from vit_jax.launch.slurm import Slurm
 from vit_jax.launch.slurm_queue import Record
 from vit_jax.launch.sweep import load_sweep
@@ -381,7 +381,7 @@ def slurm(*command):
 def test_real_arrays_dependencies_and_a_cancelled_job(real):
     def run():
         return run_sweep(
-            real.sweep, real.root, Slurm(jobs=2, poll=1, patience=3), command=real.command
+            real.sweep, real.root, Slurm(jobs=2, poll=1.0, patience=3.0), command=real.command
         )
 
     real.behave("b", "wait")
@@ -408,7 +408,7 @@ def test_real_arrays_dependencies_and_a_cancelled_job(real):
 def test_really_out_of_time_a_run_is_queued_again_and_outlives_the_sweep(real):
     real.write("[{'name': 'a'}]")
     real.behave("a", "wait")
-    launcher = Slurm(poll=1, time="1", sbatch="--signal=TERM@50")
+    launcher = Slurm(poll=1.0, time="1", sbatch="--signal=TERM@50")
 
     def run():
         return run_sweep(real.sweep, real.root, launcher, command=real.command)
@@ -439,7 +439,7 @@ def hurry(number):
 @pytest.mark.slow
 def test_two_tasks_are_one_run(real, tmp_path):
     sweep = load_sweep(f"{tmp_path}/sweep.py:two_tasks")
-    (result,) = run_sweep(sweep, tmp_path / "runs", Slurm(tasks_per_node=2, poll=1))
+    (result,) = run_sweep(sweep, tmp_path / "runs", Slurm(tasks_per_node=2, poll=1.0))
     log = (tmp_path / "runs" / "run.log").read_text()
     assert result.state == "finished" and result.metrics["step"] == 4, log
     assert "process 0 of 2: " in log and "process 1 of 2: " in log
@@ -457,7 +457,7 @@ def test_a_real_run_queued_again_ends_as_an_undisturbed_one(real, tmp_path):
         hurry(number)
 
     thread = soon(preempt)
-    cut, whole = run_sweep(sweep, root, Slurm(poll=1))
+    cut, whole = run_sweep(sweep, root, Slurm(poll=1.0))
     thread.join()
     log = (root / "cut.log").read_text()
     assert "exit code 143: queued again" in log and "resuming" in log
