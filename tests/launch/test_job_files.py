@@ -131,7 +131,7 @@ def read(name):
 
 
 def commands(text):
-    """The commands of ours that have a config in a shell text, as words; what only the shell knows is 1."""
+    """Our commands with a config in a shell text, as words; what only the shell knows is 1."""
     text = re.sub(r"\$\([^)]*\)|\$\{\w+[^}]*\}|\$\w+", "1", text.replace("\\\n", " "))
     return [
         shlex.split(re.split(r" >>| [;&|]", found)[0])

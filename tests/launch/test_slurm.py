@@ -431,8 +431,9 @@ def test_really_out_of_time_a_run_is_queued_again_and_outlives_the_sweep(real):
 
 
 def hurry(number):
-    """What was queued again starts at once, not after the two minutes that Slurm waits."""
+    """What was queued again starts in seconds, not after the two minutes that Slurm waits."""
     wait_until(lambda: "PENDING" in slurm("scontrol", "show", "job", number), "place in the queue")
+    time.sleep(8)  # a node launches no job whose credential, of 5 s here, it has just revoked
     slurm("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
@@ -464,3 +465,24 @@ def test_a_real_run_queued_again_ends_as_an_undisturbed_one(real, tmp_path):
     assert cut.metrics["step"] == whole.metrics["step"] == 400
     for name in cut.metrics.keys() - set(TIMING_KEYS):
         assert cut.metrics[name] == whole.metrics[name], name
+
+
+@pytest.mark.slow
+def test_the_ready_job_file(real, tmp_path, monkeypatch):
+    # As it stands, but for the size of it and what `python` is.
+    text = (ROOT / "experiments" / "launch" / "slurm.sh").read_text()
+    for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=8"):
+        assert f"#SBATCH --{option}\n" in text
+        text = text.replace(f"#SBATCH --{option}\n", "")
+    (tmp_path / "slurm.sh").write_text(text)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/bash\necho "$@"\n[ -e saved ] && exit 0\ntouch saved\nexit 143\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    number = slurm("sbatch", "--parsable", "slurm.sh").strip()
+    wait_until(lambda: (tmp_path / "saved").exists(), "first start")
+    hurry(number)
+    wait_until(lambda: "COMPLETED" in slurm("scontrol", "show", "job", number), "end")
+    said = (tmp_path / "plain_s16.log").read_text()
+    assert said.count("-m vit_jax train --config=configs/plain.py:S/16,imagenet --workdir=") == 2
