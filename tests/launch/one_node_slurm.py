@@ -13,7 +13,8 @@ import subprocess
 import time
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
-# Accounting is off; a requeued job may start at once, not only after the usual two minutes.
+# Accounting is off. A job that was queued again starts once the credential of its start before has
+# expired: after 5 seconds, the least, not after two minutes.
 CONF = """
 ClusterName=tests
 SlurmctldHost=localhost

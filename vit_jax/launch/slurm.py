@@ -69,6 +69,12 @@ class Slurm:
                 raise UserError(f"--{name.replace('_', '-')} is {value!r}; expected one word")
         if self.gpus_per_node is not None and not re.search(r"(^|:)[1-9]\d*$", self.gpus_per_node):
             raise UserError(f"--gpus-per-node is {self.gpus_per_node!r}; expected 4, or a100:4")
+        gpus, tasks = self._gpus(), self.tasks_per_node
+        if gpus and tasks and self.nodes * tasks > 1 and tasks != gpus:
+            raise UserError(
+                f"--tasks-per-node is {tasks} and --gpus-per-node {self.gpus_per_node}: of several "
+                f"tasks each takes one GPU, so expected {gpus}, or one task on one node"
+            )
         if self.sbatch and not re.fullmatch(r"-[^\n]*", self.sbatch.strip()):
             raise UserError(
                 f"--sbatch is {self.sbatch!r}; expected sbatch's own options on one line, as "
@@ -80,6 +86,10 @@ class Slurm:
                 f"there is no {' and no '.join(missing)} here: the launcher 'slurm' must be "
                 "started where Slurm's commands are"
             )
+
+    def _gpus(self) -> int:
+        """How many a node has."""
+        return int((self.gpus_per_node or "0").rpartition(":")[2])
 
     def under_way(self, jobs: Sequence[Job]) -> set[str]:
         if not jobs:
@@ -240,16 +250,13 @@ class Slurm:
         )
 
     def _head(self, name: str, output: Path) -> str:
-        tasks = self.tasks_per_node
-        if tasks is None and self.nodes > 1 and self.gpus_per_node:
-            tasks = int(self.gpus_per_node.rpartition(":")[2])
         options = {
             "job-name": name,
             "chdir": os.getcwd(),
             "output": output,
             "partition": self.partition,
             "nodes": self.nodes,
-            "ntasks-per-node": tasks or 1,
+            "ntasks-per-node": self.tasks_per_node or (self._gpus() if self.nodes > 1 else 0) or 1,
             "gpus-per-node": self.gpus_per_node,
             "cpus-per-task": self.cpus_per_task,
             "time": self.time,
