@@ -370,7 +370,7 @@ def real(daemons, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one plain device
     (tmp_path / "sweep.py").write_text(REAL)
-    return Folder(tmp_path / "fake")
+    return Folder(tmp_path / "100% fake")  # a path that sbatch could misread
 
 
 def slurm(*command):

@@ -214,7 +214,7 @@ class Slurm:
         scripts = [shlex.quote(str(folder / f"{job.name}.sh")) for job in jobs]
         cases = [f"  {i}) exec bash {script} ;;" for i, script in enumerate(scripts)]
         path = folder / f"_{name}.sh"
-        head = self._head(name, folder / f"_{name}_%a.out")
+        head = self._head(name, _literal(folder / f"_{name}_") + "%a.out")
         path.write_text("\n".join([head, 'case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", ""]))
 
         limit = f"%{self.jobs}" if self.jobs else ""
@@ -242,14 +242,14 @@ class Slurm:
         if self.cpus_per_task:
             srun.append(f"--cpus-per-task={self.cpus_per_task}")  # no longer inherited
         return SCRIPT.format(
-            head=self._head(job.name, folder / f"{job.name}.out"),
+            head=self._head(job.name, _literal(folder / f"{job.name}.out")),
             path=shlex.quote(os.path.dirname(os.path.abspath(sys.executable))),
             log=shlex.quote(job.log),
             exit=shlex.quote(str(folder / f"{job.name}.exit")),
             command=f"{shlex.join(srun)} {shlex.join(job.command)}",
         )
 
-    def _head(self, name: str, output: Path) -> str:
+    def _head(self, name: str, output: str) -> str:
         options = {
             "job-name": name,
             "chdir": os.getcwd(),
@@ -322,6 +322,11 @@ def _exit_code(record: Record, name: str) -> int | None:
     path = record.folder / f"{name}.exit"
     text = path.read_text().strip() if path.exists() else ""
     return int(text) if text.isdigit() else None
+
+
+def _literal(path: Path) -> str:
+    """A path as sbatch reads it where % stands for what it knows."""
+    return str(path).replace("%", "%%")
 
 
 def _quoted(text: str) -> str:
