@@ -80,8 +80,8 @@ def folder(tmp_path):
     return Folder(tmp_path)
 
 
-def wait_until(condition, what):
-    deadline = time.monotonic() + 120
+def wait_until(condition, what, seconds=120):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.01)

@@ -389,7 +389,7 @@ def test_real_arrays_dependencies_and_a_cancelled_job(real):
     real.behave("b", "wait")
 
     def cancel():
-        wait_until(lambda: "b" in real.names() and "c" in real.names(), "start")
+        wait_until(lambda: "b" in real.names() and "c" in real.names(), "start", 600)
         number = Record.read(real.root).numbers()["b"]
         slurm("scancel", number)
 
@@ -418,7 +418,9 @@ def test_really_out_of_time_a_run_is_queued_again_and_outlives_the_sweep(real):
     log = real.root / "a.log"
     thread = soon(
         lambda: (
-            wait_until(lambda: log.exists() and "queued again" in log.read_text(), "end of time"),
+            wait_until(
+                lambda: log.exists() and "queued again" in log.read_text(), "end of time", 600
+            ),
             os.kill(os.getpid(), signal.SIGINT),
         )
     )
@@ -446,7 +448,7 @@ def test_a_real_run_queued_again_ends_as_an_undisturbed_one(real, tmp_path):
 
     def preempt():
         saved = root / "cut" / "checkpoints"
-        wait_until(lambda: [*saved.glob("*/checksums.json")], "first checkpoint")
+        wait_until(lambda: [*saved.glob("*/checksums.json")], "first checkpoint", 600)
         number = Record.read(root).numbers()["cut"]
         slurm("scancel", "--signal=TERM", number)
 
@@ -474,7 +476,7 @@ def test_the_ready_job_file(real, tmp_path, monkeypatch):
     python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     number = slurm("sbatch", "--parsable", "slurm.sh").strip()
-    wait_until(lambda: (tmp_path / "saved").exists(), "first start")
-    wait_until(lambda: "COMPLETED" in slurm("scontrol", "show", "job", number), "end")
+    wait_until(lambda: (tmp_path / "saved").exists(), "first start", 600)
+    wait_until(lambda: "COMPLETED" in slurm("scontrol", "show", "job", number), "end", 600)
     said = (tmp_path / "plain_s16.log").read_text()
     assert said.count("-m vit_jax train --config=configs/plain.py:S/16,imagenet --workdir=") == 2
