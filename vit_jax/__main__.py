@@ -18,6 +18,15 @@ import warnings
 from vit_jax import hosts
 from vit_jax.errors import Stopped, UserError, nearest
 
+SLURM = {
+    "partition": (str, "NAME", "where to run"),
+    "nodes": (int, "N", "several are one run (default 1)"),
+    "tasks_per_node": (int, "N", "processes (default: a GPU each on several nodes, otherwise 1)"),
+    "gpus_per_node": (str, "[KIND:]N", "such as 8 or a100:4"),
+    "cpus_per_task": (int, "N", "cores of a process"),
+    "time": (str, "LIMIT", "such as 8:00:00; a run that is longer is queued again"),
+    "sbatch": (str, "OPTIONS", 'more of sbatch, in quotes: --sbatch="--account=x --mem=8G"'),
+}
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -137,7 +146,8 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.launch.run import failures, run_sweep
     from vit_jax.launch.sweep import load_sweep
 
-    launcher = make_launcher(args.launcher, jobs=args.jobs)
+    options = {name: getattr(args, name) for name in ("jobs", *SLURM)}
+    launcher = make_launcher(args.launcher, **options)
     failed = failures(run_sweep(load_sweep(args.file), args.workdir, launcher))
     if failed:
         raise UserError(failed)
@@ -242,8 +252,15 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sweep", help=sweep.__doc__)
     command.add_argument("file", metavar="FILE[:SCALE]", help="a Python file that yields points")
     command.add_argument("--workdir", required=True, help="where run folders go, one a point")
-    command.add_argument("--launcher", default="local", help="local (default), or print commands")
-    command.add_argument("--jobs", type=int, metavar="N", help="how many at a time (default 1)")
+    command.add_argument(
+        "--launcher", default="local", help="local (default), slurm, or print commands"
+    )
+    command.add_argument(
+        "--jobs", type=int, metavar="N", help="how many at a time (default: local 1, slurm all)"
+    )
+    group = command.add_argument_group("slurm", "what one point gets; jobs outlive this command")
+    for name, (kind, metavar, what) in SLURM.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=what)
     command.set_defaults(function=sweep, takes_overrides=False)
 
     command = commands.add_parser("report", help=report.__doc__)

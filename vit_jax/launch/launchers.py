@@ -1,7 +1,4 @@
-"""How the points of a sweep are run: on this machine, some at a time, or printed as commands.
-
-A launcher is an iterator of what changes, so that another (a cluster's queue) is one class more.
-"""
+"""How the points of a sweep are run: on this machine, some at a time, in a queue, or printed."""
 
 import collections
 import contextlib
@@ -9,60 +6,17 @@ import dataclasses
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from vit_jax.errors import Stopped, UserError, nearest
 from vit_jax.launch import child
-
-STATES = ("waiting", "running", "finished", "failed", "stopped")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A point as a command, which writes to `log` and waits for the jobs named in `after`."""
-
-    name: str
-    command: tuple[str, ...]
-    log: str
-    after: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A job is now in `state`, one of STATES, perhaps as its command ended with `exit_code`.
-
-    A command that a signal ended has 128 and the signal's number, as in a shell.
-    """
-
-    name: str
-    state: str
-    exit_code: int | None = None
-
-
-@runtime_checkable
-class Launcher(Protocol):
-    """Runs jobs. `dry` says that nothing is run at all."""
-
-    dry: bool
-
-    def run(self, jobs: Sequence[Job]) -> Iterator[Change | None]:
-        """Yields every change of a job, and None about every second, until all have ended.
-
-        A job starts once those it is `after` are finished (one that is not among `jobs` is), and
-        never if one of them failed. The order of `jobs` respects `after`. Closing the iterator
-        stops what runs.
-
-        Raises:
-          Stopped: SIGTERM or SIGINT came, and was passed on to what runs.
-        """
-        ...
+from vit_jax.launch.jobs import Change, Job, Launcher, signals
+from vit_jax.launch.slurm import Slurm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +29,9 @@ class Print:
         for job in jobs:
             print(shlex.join(job.command))
         yield from ()
+
+    def under_way(self, jobs: Sequence[Job]) -> set[str]:
+        return set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +53,9 @@ class Local:
         if self.jobs < 1:
             raise UserError(f"--jobs is {self.jobs}; it must be at least 1")
 
+    def under_way(self, jobs: Sequence[Job]) -> set[str]:
+        return set()  # no command outlives the sweep
+
     def run(self, jobs: Sequence[Job]) -> Iterator[Change | None]:
         left, failed = list(jobs), set[str]()
         free = shares(self.jobs)
@@ -103,7 +63,7 @@ class Local:
         tries: collections.Counter[str] = collections.Counter()
         not_before: dict[str, float] = {}
         passed_on, shown = 0, 0.0
-        with _signals() as came, _ending(running):
+        with signals() as came, _ending(running):
             while True:
                 for job, process, share in list(running.values()):
                     if process.poll() is None:
@@ -152,7 +112,7 @@ class Local:
                 raise Stopped("stopped: what ran has saved, and the same command goes on")
 
 
-LAUNCHERS: dict[str, Callable[..., Any]] = {"local": Local, "print": Print}
+LAUNCHERS: dict[str, Callable[..., Any]] = {"local": Local, "slurm": Slurm, "print": Print}
 
 
 def make_launcher(name: str, **options: Any) -> Launcher:
@@ -167,7 +127,9 @@ def make_launcher(name: str, **options: Any) -> Launcher:
     given = {option: value for option, value in options.items() if value is not None}
     for option in given:
         if option not in known:
-            raise UserError(f"the launcher {name!r} has no --{option}: leave it out")
+            raise UserError(
+                f"the launcher {name!r} has no --{option.replace('_', '-')}: leave it out"
+            )
     return LAUNCHERS[name](**given)
 
 
@@ -252,27 +214,3 @@ def _ending(running: dict[str, Any], patience: float = 60.0) -> Iterator[None]:
                 process.wait(max(deadline - time.monotonic(), 0.0))
             process.kill()
             process.wait()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that says how often SIGTERM or SIGINT has come, at most once a second.
-
-    timeout(1) sends two at once: one to its child, one to the group that this is in.
-    """
-    count, latest = 0, float("-inf")
-    if threading.current_thread() is not threading.main_thread():  # such as in some notebooks
-        yield lambda: 0
-        return
-
-    def note(number, frame):
-        nonlocal count, latest
-        if time.monotonic() - latest > 1.0:
-            count, latest = count + 1, time.monotonic()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: count
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

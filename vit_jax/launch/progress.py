@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from vit_jax.launch.launchers import Change
+from vit_jax.launch.jobs import Change
 
 # What says best how far a run is; the first that it has measured is shown.
 SHOWN = ("test/accuracy", "val/accuracy", "train/accuracy", "train/loss")
@@ -46,12 +46,14 @@ class Progress:
         if change.state == "running":
             self._began[change.name] = time.monotonic()
             return f"{change.name}: started"
-        seconds = time.monotonic() - self._began.get(change.name, time.monotonic())
+        began = self._began.get(change.name)  # not known of one that ran before this
+        took = "" if began is None else f" in {time.monotonic() - began:.0f} s"
+        code = with_code(change.exit_code)
         told = {
-            "finished": f"finished in {seconds:.0f} s, {measured(self._results[change.name])}",
-            "failed": f"failed with exit code {change.exit_code}: {self._last_words(change.name)}",
-            "stopped": f"stopped with exit code {change.exit_code}",
-            "waiting": f"preempted with exit code {change.exit_code}, will be started again",
+            "finished": f"finished{took}, {measured(self._results[change.name])}",
+            "failed": f"failed{code}: {self._last_words(change.name)}",
+            "stopped": f"stopped{code}",
+            "waiting": f"preempted{code}, will be started again",
         }
         return f"{change.name}: {told[change.state]}"
 
@@ -106,6 +108,11 @@ def measured(result: Any, metrics: Mapping[str, Any] | None = None) -> str:
     metrics = result.metrics if metrics is None else metrics
     name = next((name for name in SHOWN if name in metrics), None)
     return "" if name is None else f"{name} {metrics[name]:.4g}"
+
+
+def with_code(exit_code: int | None) -> str:
+    """What to say of an exit code; nothing where a job left none."""
+    return "" if exit_code is None else f" with exit code {exit_code}"
 
 
 def _tail(path: epath.Path, size: int = 4096) -> str:

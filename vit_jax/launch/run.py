@@ -17,8 +17,10 @@ from typing import Any
 from etils import epath
 
 from vit_jax.errors import UserError
-from vit_jax.launch.launchers import STATES, Job, Launcher, python
-from vit_jax.launch.progress import Progress
+from vit_jax.launch.jobs import STATES, Job, Launcher
+from vit_jax.launch.launchers import python
+from vit_jax.launch.progress import Progress, with_code
+from vit_jax.launch.slurm_queue import Record
 from vit_jax.launch.sweep import RECORD, Sweep, point_config
 
 PATIENCE = 10.0  # seconds that a run which was just killed may still hold its folder
@@ -101,8 +103,10 @@ def run_sweep(
         for result in _finished(sweep, root):
             results[result.name] = result
         unfinished = [name for name in names if results[name].state != "finished"]
+        outlived = launcher.under_way([jobs[name] for name in unfinished])
         for name in unfinished:
-            _wait_until_free(root / name)
+            if name not in outlived:
+                _wait_until_free(root / name)
         _write(root, sweep.spec, results.values())
         progress = stack.enter_context(Progress(root, results))
         changes = launcher.run([jobs[name] for name in unfinished])
@@ -124,7 +128,7 @@ def failures(results: Sequence[Result]) -> str | None:
     failed = [result for result in results if result.state == "failed"]
     if not failed:
         return None
-    told = [f"{result.name} with exit code {result.exit_code}" for result in failed]
+    told = [f"{result.name}{with_code(result.exit_code)}" for result in failed]
     waiting = [result.name for result in results if result.state == "waiting"]
     rest = f"; not run, as they are after these: {', '.join(waiting)}" if waiting else ""
     return f"{len(failed)} of {len(results)} points failed: {', '.join(told)} (see NAME.log){rest}"
@@ -200,8 +204,11 @@ def read_results(workdir: epath.PathLike) -> list[Result]:
         for result in _read(root)
     ]
     if any(result.state == "running" for result in results) and not is_held(root):
+        running = Record.read(root).numbers()  # where jobs outlive the sweep, they may
         results = [
-            dataclasses.replace(result, state="stopped") if result.state == "running" else result
+            dataclasses.replace(result, state="stopped")
+            if result.state == "running" and result.name not in running
+            else result
             for result in results
         ]
     return results

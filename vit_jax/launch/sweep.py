@@ -187,7 +187,7 @@ def _named(spec: str, points: list[Point]) -> list[Point]:
                 f"{spec}: {names.count(name)} points have the name {name!r} ({what}): leave one "
                 "out, or give each a `name` of its own"
             )
-        if name == RECORD or f"{name}.log" in names or len(name) > 200:
+        if name in (RECORD, "slurm") or f"{name}.log" in names or len(name) > 200:
             raise UserError(f"{spec}: a point cannot be named {name!r}: choose another `name`")
     return named
 
