@@ -24,19 +24,17 @@ from vit_jax.analysis import preflight
 matplotlib.use("Agg")
 PAGES = {path.stem: path for path in DOCS if path.name != "README.md"}
 DURATION = re.compile(r"--config\.total_(steps|epochs|examples)=")
-# What is appended to a command that trains; the page's own duration is left out.
-SHORT = ["--config.total_steps=4", "--config.checkpoint.every=2", "--config.eval.every=2"]
+# What a command that trains ends with; the page's own duration is left out.
+SHORT = ["--config.total_steps=2"]
 # Of a photograph 32 pixels are kept, and S/16 is mu/16: one layer, width 32.
 SMALL = ["--config.model.image_size=32", "--config.batch_size=8"]
-PREDICTED = ["train", "preflight"]
 
 
 def smaller(argv):
     """A page's command so that it takes seconds."""
-    if argv[0] not in PREDICTED:
+    if argv[0] not in ("train", "preflight"):
         return argv
-    argv = [arg for arg in argv if not DURATION.match(arg)]
-    argv += SHORT
+    argv = [arg for arg in argv if not DURATION.match(arg)] + SHORT
     if any(arg.startswith("--config=configs/images.py") for arg in argv):
         argv = [arg.replace("S/16,", "mu/16,") for arg in argv] + SMALL
     return argv

@@ -1,6 +1,8 @@
 """The notebooks run from the first cell to the last, on weights made on the spot."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,14 @@ from conftest import ROOT
 from flax import nnx
 
 import vit_jax
+from vit_jax.__main__ import main
+from vit_jax.launch import launchers
+from vit_jax.launch.run import read_results
 
 matplotlib.use("Agg")
-NOTEBOOK = ROOT / "experiments" / "notebooks" / "load_and_look.ipynb"
+NOTEBOOKS = ROOT / "experiments" / "notebooks"
+NOTEBOOK = NOTEBOOKS / "load_and_look.ipynb"
+SWEEP = NOTEBOOKS / "train_and_compare.ipynb"
 
 
 def cells(path):
@@ -47,3 +54,55 @@ def test_load_and_look(tiny_run, photos_model, monkeypatch, tmp_path, capsys):
         titles = [axis.get_title() for axis in plt.figure(1).axes]
         assert len(titles) == len(names["pictures"]) and all("%" in title for title in titles)
         assert "resized" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Here(launchers.Local):
+    """Runs commands in this process, which need not start Python and JAX for each."""
+
+    def run(self, jobs):
+        for job in jobs:
+            yield launchers.Change(job.name, "running")
+            code = main([arg for arg in job.command if arg != "-m"][2:])
+            yield launchers.Change(job.name, "failed" if code else "finished", code)
+
+
+def test_train_and_compare(monkeypatch, tmp_path, capsys):
+    import matplotlib.pyplot as plt
+
+    here = tmp_path / "experiments" / "notebooks"
+    here.mkdir(parents=True)
+    shutil.copy(NOTEBOOKS / "rates.py", here)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("SCALE", "smoke")
+    monkeypatch.setitem(launchers.LAUNCHERS, "local", Here)
+    plt.close("all")
+    names = {}
+    for number, source in enumerate(cells(SWEEP)):
+        exec(compile(source, f"cell {number} of {SWEEP.name}", "exec"), names)
+
+    results = read_results(tmp_path / "runs" / "rates")
+    assert [result.state for result in results] == ["finished"] * 2
+    best = max(results, key=lambda result: result.metrics["val/accuracy"])
+    assert names["best"].name == best.name
+    assert f"{best.metrics['test/accuracy']:.1%} of the test images" in capsys.readouterr().out
+    curves, answers = (plt.figure(number).axes for number in (1, 2))
+    assert [len(axis.lines) for axis in curves] == [2, 2]
+    model, examples = names["vit"], names["examples"]
+    logits = model.model(np.stack([model.preprocess(example["image"]) for example in examples]))
+    for axis, example, answer in zip(answers, examples, logits.argmax(axis=1), strict=True):
+        right = int(answer) == example["label"]
+        assert axis.title.get_color() == ("black" if right else "red")
+    plt.close("all")
+
+
+def test_the_outputs_that_are_kept_are_of_these_cells():
+    """Every cell was run, in order, and the pictures are there."""
+    for path in (NOTEBOOK, SWEEP):
+        found = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in found] == [*range(1, len(found) + 1)]
+        kinds = [output["output_type"] for cell in found for output in cell["outputs"]]
+        assert "error" not in kinds and kinds.count("display_data") >= 1
+        pictures = sum("image/png" in o.get("data", ()) for c in found for o in c["outputs"])
+        assert pictures >= 5
