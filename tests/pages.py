@@ -12,10 +12,9 @@ from vit_jax.training.config import load_config
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 _MARK = re.compile(r"<!-- needs: (.+) -->")
 _COMMAND = re.compile(r"^[^#\n]*?\bpython -m vit_jax ([^\n\";]+)", re.M)
+
+
 # Options that the launcher of a cluster has.
-_CLUSTER = ("--nodes=", "--partition=", "--time=")
-
-
 @dataclasses.dataclass(frozen=True)
 class Fence:
     """A fenced piece of a page; `needs` is what its mark says that it needs, if there is one."""
@@ -54,8 +53,6 @@ def commands(text):
 def check_command(argv):
     """Parses a command, and loads its config with its overrides."""
     args, rest = make_parser().parse_known_args(argv)
-    if getattr(args, "launcher", "") == "slurm":
-        rest = [flag for flag in rest if not flag.startswith(_CLUSTER)]
     assert all(flag.startswith("--config.") for flag in rest), argv
     if getattr(args, "config", None):
         # What a shell would fill in is not known here.
