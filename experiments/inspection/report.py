@@ -110,7 +110,7 @@ def tell(points, measured):
         *((f"rollout_{name}", "Attention rollout of a held-out image") for name in IMAGES),
         *(
             (f"attention_{name}", "What the class token attends to, by layer and head")
-            for name in IMAGES[:1]
+            for name in IMAGES
         ),
     ):
         verdict += f"\n\n![{what}]({name}.png)\n{what}."
