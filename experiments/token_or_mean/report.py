@@ -24,12 +24,12 @@ def tell(points):
     worse = "mean of patches" if token.beats(gap) else "class token" if gap.beats(token) else ""
     verdict = f"At the best learning rate of each: {told}. "
     verdict += f"The {worse} is worse even so." if worse else "They cannot be told apart."
-    same = best["token"] == best["gap"]
-    verdict += " The best rate is the same." if same else " The best rates differ."
     # At the other's best rate, the paper's first mistake.
     crossed = few["gap", best["token"]]
-    verdict += f" The mean of patches at the class token's best rate: {crossed}."
-    agrees = "no" if worse else "yes" if not same else "as good, but at the same rate"
+    verdict += f" The mean of patches at the class token's best rate: {crossed}"
+    apart = gap.beats(crossed)
+    verdict += ", which is worse." if apart else ", which cannot be told from its own best."
+    agrees = "no" if worse else "yes" if apart else "as good, but at the same rate too"
     return Told(
         table(
             ("learning rate", *NAMES.values()),
