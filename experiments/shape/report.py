@@ -4,8 +4,8 @@ least; smaller patches help without any more parameters; and making all of them 
 is best.
 
 Here the base is 4 layers, width 64, MLP 128 and patches of 6 (`configs/evidence.py`), trained on
-40,000 images of fractals with one learning rate; five-shot linear accuracy on 100 other classes against the compute of
-training.
+40,000 images of fractals with one learning rate; five-shot linear accuracy on 100 other classes
+against the compute of training.
 """
 
 from telling import Told, curves, means, table
