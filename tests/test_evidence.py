@@ -199,6 +199,16 @@ def test_shapes_agree_if_depth_helps_most_width_least_and_small_patches(shape, g
     assert f"{gain:+.1%}" in found.short
 
 
+def test_smaller_patches_do_not_help_where_large_ones_are_best():
+    points = [
+        Point(f"{name}_{seed}", {}, {"others/5shot": 0.3 + more, "gflops": cost, "parameters": 1.0})
+        for cost, (name, more) in enumerate({"4_64_128_12": 0.08, **SHAPES}.items(), 1)
+        for seed in (0, 1)
+    ]
+    found = evidence.report("shape").tell(points)
+    assert "smaller patches" not in found.agrees and "patch size (38.0%)" in found.verdict
+
+
 @pytest.mark.parametrize(
     "resnet, agrees",
     [

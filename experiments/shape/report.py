@@ -32,6 +32,7 @@ def tell(points):
         return tuple(int(part) for part in point.name.split("_")[:4])
 
     few, cost, size = (means(points, key, *m) for m in ((), ("gflops",), ("parameters",)))
+    smaller: dict[str, float] = {}  # axes on which less than the base is better than it
     lines, rows, gains, helps = {}, [], {}, set()
     for name, label in NAMES.items():
         shapes = sorted((s for s in few if name in axis_of(s)), key=lambda s: cost[s].mean)
@@ -43,6 +44,8 @@ def tell(points):
             gains[name] = few[shapes[-1]].mean - few[BASE].mean
             if few[shapes[-1]].beats(few[BASE]):
                 helps.add(name)
+            if any(few[s].beats(few[BASE]) for s in shapes[: shapes.index(BASE)]):
+                smaller[name] = max(few[s].mean for s in shapes[: shapes.index(BASE)])
     header = ("axis", "depth x width x MLP x patch", "parameters", "GFLOP in training", "5-shot")
     if len(gains) < len(NAMES):
         return Told(table(header, rows), "", "", "", None)
@@ -57,8 +60,11 @@ def tell(points):
     halves = {
         "depth helps most": single[0] == "depth" and "depth" in helps,
         "width least": single[-1] == "width",
-        "smaller patches help": "patch" in helps,
+        "smaller patches help": "patch" in helps and "patch" not in smaller,
     }
+    if smaller:
+        reached = ", ".join(f"{NAMES[name]} ({value:.1%})" for name, value in smaller.items())
+        verdict += f" But the cheap end of an axis is better than the base too: {reached}."
     seen = [name for name, value in halves.items() if value]
     verdict += " Of the paper's statements, seen here: " + (", ".join(seen) or "none") + "."
     agrees = "yes" if len(seen) == 3 else f"partly: {', '.join(seen)}" if seen else "no"
