@@ -252,13 +252,14 @@ def test_inspection_counts_the_statements_that_are_seen():
         "similarity": [0.5, 0.1],
         "same_line": 0.3,
         "elsewhere": 0.1,
+        "on_object": 2.0,
         "image_size": [24, 24],
     }
     found = told("inspection", {}, measured=measured)
     assert found.agrees == "yes" and "5.5 pixels in the first layer, 8.0 in the last" in found.short
-    measured |= {"distance": [[2.0, 7.0], [7.0, 9.0]], "same_line": 0.11}
+    measured |= {"distance": [[2.0, 7.0], [7.0, 9.0]], "same_line": 0.11, "on_object": 1.0}
     found = told("inspection", {}, measured=measured)
-    assert found.agrees == "2 of 4 statements" and "Not seen: rows and columns" in found.verdict
+    assert found.agrees == "2 of 5 statements" and "Not seen: rows and columns" in found.verdict
 
 
 def test_masked_patches_agree_if_between_scratch_and_labels():

@@ -113,7 +113,7 @@ def test_all_points_run_in_order_and_only_once(folder, capsys):
     assert results[2].overrides == {"init_from": "@a"} and results[2].after == ("a",)
     out = capsys.readouterr().out.splitlines()
     assert out[:2] == ["0 of 4 points are finished", "a: started"]
-    assert out[2].startswith("a: finished in 0 s, val/accuracy 3.4") and len(out) == 9
+    assert re.match(r"a: finished in \d+ s, val/accuracy 3\.4", out[2]) and len(out) == 9
     log = (folder.root / "c.log").read_text()
     assert f"--config.init_from={folder.root}/a\n" in log and "going on from step 0/3" in log
 

@@ -162,7 +162,7 @@ def test_evaluation_gathers_each_parameter_once():
     record, _ = new_record(config, source.label_names, source.fingerprint, None)
     program = make_program(config, record.config, record.preprocess, 24, mesh)
     step = Evaluation(config, record, mesh)._eval_step
-    text = step.lower(program.state.params, program.batch).compile().as_text()
+    text = step.lower(program.state.params, program.batch, 0).compile().as_text()
     split = sum(split_sizes(program).values())
     totals = by_kind(read_collectives(text))
     assert totals["all-gather"][1] == pytest.approx(split * 7 / 8, rel=0.02)
