@@ -463,4 +463,4 @@ def test_six_learning_rates_killed_twice_end_with_the_same_table(tmp_path):
         )
     assert tables[0] == tables[1]  # bit by bit: each run had one core, whichever it was
     best = [max(table, key=lambda metrics: metrics["val/accuracy"]) for table in tables]
-    assert best[0] == best[1] and best[0]["val/accuracy"] > 0.5
+    assert best[0] == best[1] and best[0]["val/accuracy"] > 0.3
