@@ -193,8 +193,9 @@ python experiments/evidence.py {name}
 python -m vit_jax sweep experiments/{name}/sweep.py --workdir=runs/evidence/{name} --jobs=2
 python -m vit_jax sweep experiments/{name}/sweep.py:paper --workdir=runs/paper/{name}
 ```
-The first does it all on a laptop and writes this page, the second runs the same points alone, the
-third is the paper's scale, for which no hardware was at hand.
+The first does it all on a laptop and writes this page; the second runs the same points alone, once
+`python experiments/evidence.py --data` has made the images; the third is the paper's scale, for
+which no hardware was at hand.
 
 ## What came out
 
