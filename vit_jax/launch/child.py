@@ -14,6 +14,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(parent: int, cores: list[int], command: list[str]) -> None:
+    """Becomes `command`, on these cores (none: all), and ends with the process `parent`."""
     if sys.platform == "linux":
         # What cannot be caught: a run that was killed goes on from its last checkpoint, and the
         # next sweep must not find the run folder in use. It stays set in what is executed below.

@@ -52,6 +52,7 @@ class Run:
 
 
 def lower_is_better(metric: str) -> bool:
+    """Whether a metric is a loss."""
     return "loss" in metric.rpartition("/")[2]
 
 

@@ -105,6 +105,7 @@ def write_report(folders: Sequence[str], out: str | None = None) -> str:
 
 
 def title(folders: Sequence[str]) -> str:
+    """What a report of these folders is called: their names, of many the first two."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return (
         ", ".join(names) if len(names) < 4 else f"{', '.join(names[:2])} and {len(names) - 2} more"

@@ -100,6 +100,7 @@ def queue() -> dict[str, Queued]:
 
 
 def cancel(numbers: Sequence[str]) -> None:
+    """Cancels jobs by their numbers; those that are gone already do not matter."""
     if numbers:
         subprocess.run(["scancel", "--quiet", *numbers], check=False, capture_output=True)
 

@@ -233,6 +233,7 @@ def _find_config(config: str, sweep_file: str) -> str:
 
 
 def point_config(point: Point, folder: Callable[[str], str]) -> Any:
+    """The Config of a point, where `folder` says the run folder of a point that it names."""
     from vit_jax.training.config import load_config
 
     return load_config(point.config, point.flags(folder))
