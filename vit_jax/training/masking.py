@@ -8,6 +8,7 @@ the mean over the corrupted patches.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +71,7 @@ def patch_outputs(objective: str, config: ModelConfig) -> int:
             f"objective {objective} needs several patches, but an image of "
             f"{config.image_size[0]}x{config.image_size[1]} pixels is one patch of {ph}x{pw}"
         )
-    size = 1
-    for side in target.shape(config):
-        size *= side
-    return size
+    return math.prod(target.shape(config))
 
 
 def num_corrupted(patches: int) -> int:
