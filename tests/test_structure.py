@@ -14,11 +14,12 @@ PACKAGE = ROOT / "vit_jax"
 BELOW = {
     "errors": set(),
     "hosts": {"errors"},
+    "compiler": set(),
     "models": {"errors"},
     "data": {"errors"},
-    "checkpoints": {"errors", "hosts", "models", "data"},
-    "training": {"errors", "hosts", "models", "data", "checkpoints"},
-    "analysis": {"errors", "hosts", "models", "data", "checkpoints", "training"},
+    "checkpoints": {"errors", "hosts", "compiler", "models", "data"},
+    "training": {"errors", "hosts", "compiler", "models", "data", "checkpoints"},
+    "analysis": {"errors", "hosts", "compiler", "models", "data", "checkpoints", "training"},
     "launch": {"errors", "hosts", "models", "data", "checkpoints", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -199,9 +199,8 @@ def test_the_comparison_can_tell_the_choices_apart(changed):
 def test_scan_and_loop_compute_and_drop_the_same():
     # Without a key, both equal the reference: the cases above.
     fields = dict(dropout=0.3, drop_path=0.4, depth=2)
-    config, params, images, wanted = tiny("token", **fields)
+    config, params, images, wanted = tiny("token", scan=True, **fields)
     loop, _, _, _ = tiny("token", scan=False, **fields)
-    assert config.scan and not loop.scan
     kwargs = dict(key=jax.random.key(3), capture=CAPTURES)
     logits, captured = run(config, params, images, **kwargs)
     loop_logits, loop_captured = run(loop, params, images, **kwargs)

@@ -23,6 +23,7 @@ from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.published import fetch
 from vit_jax.checkpoints.record import BROKEN, Line, ModelRecord, Report, family_of
 from vit_jax.checkpoints.store import Store
+from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
@@ -55,7 +56,10 @@ class Loaded:
     @functools.cached_property
     def _forward(self) -> Callable[[Any, Any], jax.Array]:
         graphdef = nnx.graphdef(self.model)
-        return jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+        return jax.jit(
+            lambda params, images: nnx.merge(graphdef, params)(images),
+            compiler_options=compiler_options(),
+        )
 
     def predict(self, images: Iterable[Any], topk: int = 5) -> Iterator[list[tuple[str, float]]]:
         """Yields the likeliest classes of each image, the first one first: [(name, probability)].

@@ -75,9 +75,10 @@ class ViTConfig:
     linear head). `representation_size` is the width of the tanh layer before the head (paper,
     section 3.1), None for none. `num_classes=0` is a model without a head, whose output is the
     pooled representation. `dtype` is what the layers compute in; parameters are always float32.
-    `attention`, `scan` and `remat` change how it is computed, never the parameters. `remat` is what
-    training computes anew on its way back, to save memory: nothing (`none`), all but the products
-    with kernels (`dots`), or each whole block (`full`).
+    `attention`, `scan` and `remat` change how it is computed, never the parameters. `scan` is
+    whether blocks are scanned or looped over; None is what suits the device. `remat` is what
+    training computes anew on its way back, to save memory: at most what goes element by element
+    (`none`), all but the products with kernels (`dots`), or each whole block (`full`).
 
     `position` is what tells patches apart (paper, appendix D.4): a table with a row for each token
     (`learned`), a table for rows and one for columns, whose halves of the width are put side by
@@ -139,7 +140,7 @@ class ViTConfig:
     patch_outputs: int = 0
     dtype: str = "float32"
     attention: str = "auto"
-    scan: bool = True
+    scan: bool | None = None
     remat: str = "none"
 
     def __post_init__(self):
@@ -287,7 +288,7 @@ class ResNetConfig:
     num_classes: int = 1000
     head_bias: float = 0.0
     dtype: str = "float32"
-    scan: bool = True
+    scan: bool | None = None
     remat: str = "none"
 
     def __post_init__(self):

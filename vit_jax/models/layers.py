@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -47,9 +46,18 @@ class Layout(Protocol):
         """Returns what flows from block to block, in its place."""
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps all for the way back but the parameters that a layout gathered for one block."""
-    return primitive.name not in ("sharding_constraint", "linear_call")
+# What costs next to nothing to compute anew beside the memory that keeping it takes, and what a
+# layout gathered for one block. Scanned, a block of Ti/16 keeps 15 MB of 8 images instead of 51.
+_CHEAP = frozenset(
+    "add sub mul div neg max min square integer_pow select_n tanh erf logistic copy pad "
+    "convert_element_type reshape broadcast_in_dim squeeze expand_dims transpose slice split "
+    "concatenate sharding_constraint linear_call".split()
+)
+
+
+def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps products, sums and exponentials; what is element by element is computed anew."""
+    return primitive.name not in _CHEAP
 
 
 def _products(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -59,7 +67,7 @@ def _products(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 _REMAT = {
-    "none": _all_but_gathered,
+    "none": _costly,
     "dots": _products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -86,18 +94,32 @@ def run_block(
             params, x = layout.params(params), layout.activations(x)
         return body(x, params, index)
 
-    scan = depth is not None and config.scan
-    if config.remat != "none" or layout is not None:
-        step = jax.checkpoint(step, policy=_REMAT[config.remat], prevent_cse=not scan)
+    scan = depth is not None and scanned(config.scan, depth)
+    # Nothing stops XLA from keeping more than the policy says, where it sees both ways at once.
+    repeats = config.remat != "none" or layout is not None
+    step = jax.checkpoint(step, policy=_REMAT[config.remat], prevent_cse=repeats and not scan)
     if depth is None:
         return step(x, (params, 0))
     if scan:
         return jax.lax.scan(step, x, (params, jnp.arange(depth)))
+    # Split, whose gradient is one concatenation: that of an index is a sum of padded arrays.
+    slices = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * depth), params)
     beside = []
     for index in range(depth):
-        x, values = step(x, (jax.tree.map(operator.itemgetter(index), params), index))
+        own = jax.tree.map(lambda _, parts: parts[index][0], params, slices)  # noqa: B023
+        x, values = step(x, (own, index))
         beside.append(values)
     return x, jax.tree.map(lambda *values: jnp.stack(values), *beside)
+
+
+def scanned(scan: bool | None, depth: int) -> bool:
+    """Whether blocks are run by `lax.scan`; None leaves it to the device.
+
+    A loop lets XLA see across blocks, and takes it longer to compile: so on GPUs, up to 24 blocks
+    are looped over. XLA's CPU backend computes a loop's residual stream again and again (see
+    experiments/benchmarks), and TPUs gain nothing.
+    """
+    return not (jax.default_backend() == "gpu" and depth <= 24) if scan is None else scan
 
 
 def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
@@ -244,11 +266,11 @@ class Attention(nnx.Module):
             self.qkv.bias[...].astype(dtype) if self.config.qkv_bias else np.zeros((3, 1, 1), dtype)
         )
         if query is None:
-            qkv = jnp.einsum("bnd,dthk->bnthk", x, kernel) + bias
+            qkv = product(x, kernel) + bias
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         else:
-            q = jnp.einsum("bmd,dhk->bmhk", query, kernel[:, 0]) + bias[0]
-            kv = jnp.einsum("bnd,dthk->bnthk", x, kernel[:, 1:]) + bias[1:]
+            q = product(query, kernel[:, 0]) + bias[0]
+            kv = product(x, kernel[:, 1:]) + bias[1:]
             k, v = kv[:, :, 0], kv[:, :, 1]
         logits_bias = None
         if hasattr(self, "rel_embed"):
@@ -257,10 +279,49 @@ class Attention(nnx.Module):
         if taps is not None:
             taps("attention", lambda: attention_weights(q, k, logits_bias))
         sizes = (dtype.name, q.shape[-1], k.shape[1])
-        backend = attention_backend(self.config.attention, *sizes, logits_bias is not None)
-        y = jax.nn.dot_product_attention(q, k, v, logits_bias, implementation=backend)
+        if attention_backend(self.config.attention, *sizes, logits_bias is not None) == "cudnn":
+            y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        else:
+            y = attend(q, k, v, logits_bias)
         kernel, bias = self.out.kernel[...].astype(dtype), self.out.bias[...].astype(dtype)
-        return jnp.einsum("bmhk,hkd->bmd", y, kernel) + bias
+        return product(y, kernel) + bias
+
+
+def product(
+    x: Float[Array, "b n *inputs"], kernel: Float[Array, "..."]
+) -> Float[Array, "b n *outputs"]:
+    """Every token [*inputs] times a kernel [*inputs *outputs].
+
+    With the tokens of all images in one dimension XLA need not transpose any of this in memory,
+    neither here nor for the kernel's gradient.
+    """
+    inputs = x.ndim - 2
+    y = jnp.tensordot(x.reshape(-1, *x.shape[2:]), kernel, axes=inputs)
+    return y.reshape(*x.shape[:2], *kernel.shape[inputs:])
+
+
+def attend(
+    q: Float[Array, "b m h k"],
+    k: Float[Array, "b n h k"],
+    v: Float[Array, "b n h k"],
+    bias: Float[Array, "b h m n"] | None = None,
+) -> Float[Array, "b m h k"]:
+    """softmax(q k' / sqrt(head_dim) + bias) v, where no fused kernel does it; softmax in float32.
+
+    The softmax divides last, what is weighted instead of the weights: so on the way back its sums
+    run over head_dim, not over tokens (FlashAttention's trick, arXiv 2205.14135, section 3.1).
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    scores = jnp.einsum("bhmk,bhnk->bhmn", q, k, preferred_element_type=jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    if bias is not None:
+        scores, scale = scores * scale + bias, 1.0
+    highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp((scores - highest) * scale)
+    y = jnp.einsum(
+        "bhmn,bhnk->bhmk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return jnp.swapaxes(y / weights.sum(axis=-1, keepdims=True), 1, 2).astype(v.dtype)
 
 
 class Affine(nnx.Module):
@@ -287,7 +348,7 @@ def attention_weights(
 def attention_backend(
     wanted: str, dtype: str, head_dim: int, tokens: int, biased: bool = False
 ) -> str:
-    """Chooses what `jax.nn.dot_product_attention` runs on; `auto` is cuDNN where it works.
+    """Chooses what attends: `xla` is `attend`, `auto` is `cudnn` where that works.
 
     cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
     device at hand is found out by compiling a small gradient once. With a bias of the logits
@@ -338,13 +399,14 @@ class Mlp(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "b n d"]:
-        x = self.fc1(x)
+        b, n, d = x.shape
+        x = self.fc1(x.reshape(-1, d))  # see `product`
         if self.config.mlp == "swiglu":
             gate, x = jnp.split(x, 2, axis=-1)
             x = jax.nn.silu(gate) * x
         else:
             x = gelu(self.config.gelu)(x)
-        return self.fc2(dropout(x, self.config.dropout, key))
+        return self.fc2(dropout(x, self.config.dropout, key)).reshape(b, n, d)
 
 
 class Block(nnx.Module):

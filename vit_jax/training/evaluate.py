@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax import hosts
 from vit_jax.checkpoints.load import open_together, place
 from vit_jax.checkpoints.record import ModelRecord
+from vit_jax.compiler import compiler_options
 from vit_jax.data.pipeline import BatchReader, Split, eval_batches
 from vit_jax.data.sources import open_source, with_labels
 from vit_jax.errors import UserError
@@ -84,17 +85,21 @@ class Evaluation:
         graphdef, _ = structure(record.config)
         layout = make_layout(mesh, record.config.dtype)
         options = dict(objective=config.objective, layout=layout)
+        asked = compiler_options(mesh, deterministic=config.mesh.deterministic)
         if masked:
             step = make_masked_eval_step(graphdef, record.preprocess, seed=config.seed, **options)
-            self._eval_step = jax.jit(step)
+            self._eval_step = jax.jit(step, compiler_options=asked)
         else:
             classes = record.config.num_classes
             step = make_eval_step(graphdef, record.preprocess, num_classes=classes, **options)
-            self._eval_step = jax.jit(lambda params, batch, start: step(params, batch))
+            self._eval_step = jax.jit(
+                lambda params, batch, start: step(params, batch), compiler_options=asked
+            )
         self._feature_steps = {
             dense: jax.jit(
                 make_feature_step(graphdef, record.preprocess, dense=dense, layout=layout),
                 out_shardings=NamedSharding(mesh, PartitionSpec()),
+                compiler_options=asked,
             )
             for dense in (False, True)
         }

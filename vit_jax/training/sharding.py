@@ -1,7 +1,6 @@
 """Where arrays live on a mesh of devices. The model knows nothing of it."""
 
 import dataclasses
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -59,9 +58,6 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     Raises:
       UserError: the axes do not multiply to the number of devices, or `data` not to the slices.
     """
-    if config.deterministic:  # XLA reads its flags when the first device is asked for
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     if sizes.count(-1) > 1 and sizes[0] == -1:  # the default, which makes way for another axis

@@ -1,0 +1,52 @@
+"""What XLA is asked for beyond its defaults when a program is compiled: one table, for all of them.
+
+An option is here because it was measured to pay (see experiments/benchmarks/README.md). What the
+environment's XLA_FLAGS says of an option goes before the table.
+"""
+
+import functools
+import logging
+import os
+
+import jax
+from jax.sharding import Mesh
+
+logger = logging.getLogger(__name__)
+
+# Platform -> option -> value. Options are XLA's flags without the dashes.
+OPTIONS = {
+    # Sums and maxima by YNNPACK, which vectorises them; matrix products, which XLA gives to YNNPACK
+    # too by default, by Eigen, which runs several at once.
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+}
+DETERMINISTIC = {"gpu": {"xla_gpu_deterministic_ops": True}}
+
+
+def compiler_options(
+    mesh: Mesh | None = None, *, deterministic: bool = False
+) -> dict[str, str | bool]:
+    """Returns what to give to `jax.jit` as `compiler_options`.
+
+    Args:
+      mesh: of the devices that are compiled for; by default, where JAX runs.
+      deterministic: whether a GPU is to repeat itself bit for bit, which costs speed.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    wanted = OPTIONS.get(platform, {}) | (DETERMINISTIC.get(platform, {}) if deterministic else {})
+    said = os.environ.get("XLA_FLAGS", "")
+    return {
+        name: value
+        for name, value in wanted.items()
+        if f"--{name}" not in said and _known(name, value)
+    }
+
+
+@functools.cache
+def _known(name: str, value: str | bool) -> bool:
+    """Whether this version of XLA has the option: experimental ones come and go."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning("XLA does not take %s=%s, and goes without: %s", name, value, error)
+        return False
+    return True
