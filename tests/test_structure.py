@@ -15,7 +15,7 @@ BELOW = {
     "errors": set(),
     "hosts": {"errors"},
     "compiler": set(),
-    "models": {"errors"},
+    "models": {"errors", "compiler"},
     "data": {"errors"},
     "checkpoints": {"errors", "hosts", "compiler", "models", "data"},
     "training": {"errors", "hosts", "compiler", "models", "data", "checkpoints"},
@@ -88,3 +88,13 @@ def test_every_field_of_the_config_is_read_by_something():
     for kind in {*sections(Config), ViTConfig}:
         for field in dataclasses.fields(kind):
             assert field.name in read | by_name, f"nothing reads {kind.__name__}.{field.name}"
+
+
+def test_every_field_of_a_model_can_be_set_by_a_flag():
+    from vit_jax.training.config import MODEL_KEYS, load_config
+
+    examples = {str: ("x", "x"), int: ("7", 7), float: ("0.5", 0.5), bool: ("true", True)}
+    examples |= {tuple: ("(8, 8)", (8, 8))}
+    flags = [f"--config.model.{name}={examples[kind][0]}" for name, kind in MODEL_KEYS.items()]
+    model = load_config(str(ROOT / "configs" / "digits.py"), flags).model
+    assert model == {name: examples[kind][1] for name, kind in MODEL_KEYS.items()}

@@ -1,12 +1,15 @@
-"""What XLA is asked for beyond its defaults when a program is compiled: one table, for all of them.
+"""What a program is compiled for, and what XLA is asked for beyond its defaults: one table.
 
 An option is here because it was measured to pay (see experiments/benchmarks/README.md). What the
 environment's XLA_FLAGS says of an option goes before the table.
 """
 
+import contextvars
 import functools
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +22,7 @@ OPTIONS = {
     # too by default, by Eigen, which runs several at once.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
 }
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 DETERMINISTIC = {"gpu": {"xla_gpu_deterministic_ops": True}}
 
 
@@ -39,6 +43,25 @@ def compiler_options(
         for name, value in wanted.items()
         if f"--{name}" not in said and _known(name, value)
     }
+
+
+def target() -> str:
+    """The platform that a program is being traced for: that of `traced_for`, or where JAX runs."""
+    return _target.get() or jax.default_backend()
+
+
+def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function, for the devices of `mesh`: TPU programs are compiled without a TPU."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        token = _target.set(mesh.devices.flat[0].platform)
+        try:
+            return function(*args)
+        finally:
+            _target.reset(token)
+
+    return traced
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vit_jax.compiler import target
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import positions
 from vit_jax.models.config import ModelConfig, ViTConfig
@@ -95,9 +96,8 @@ def run_block(
         return body(x, params, index)
 
     scan = depth is not None and scanned(config.scan, depth)
-    # Nothing stops XLA from keeping more than the policy says, where it sees both ways at once.
-    repeats = config.remat != "none" or layout is not None
-    step = jax.checkpoint(step, policy=_REMAT[config.remat], prevent_cse=repeats and not scan)
+    if scan or config.remat != "none" or layout is not None:  # else XLA sees all and can choose
+        step = jax.checkpoint(step, policy=_REMAT[config.remat], prevent_cse=not scan)
     if depth is None:
         return step(x, (params, 0))
     if scan:
@@ -117,9 +117,9 @@ def scanned(scan: bool | None, depth: int) -> bool:
 
     A loop lets XLA see across blocks, and takes it longer to compile: so on GPUs, up to 24 blocks
     are looped over. XLA's CPU backend computes a loop's residual stream again and again (see
-    experiments/benchmarks), and TPUs gain nothing.
+    experiments/benchmarks), and for TPUs a loop compiles for minutes.
     """
-    return not (jax.default_backend() == "gpu" and depth <= 24) if scan is None else scan
+    return not (target() == "gpu" and depth <= 24) if scan is None else scan
 
 
 def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
@@ -279,10 +279,11 @@ class Attention(nnx.Module):
         if taps is not None:
             taps("attention", lambda: attention_weights(q, k, logits_bias))
         sizes = (dtype.name, q.shape[-1], k.shape[1])
-        if attention_backend(self.config.attention, *sizes, logits_bias is not None) == "cudnn":
-            y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-        else:
+        backend = attention_backend(self.config.attention, *sizes, logits_bias is not None)
+        if backend == "xla" and target() == "cpu":
             y = attend(q, k, v, logits_bias)
+        else:
+            y = jax.nn.dot_product_attention(q, k, v, logits_bias, implementation=backend)
         kernel, bias = self.out.kernel[...].astype(dtype), self.out.bias[...].astype(dtype)
         return product(y, kernel) + bias
 
@@ -292,12 +293,14 @@ def product(
 ) -> Float[Array, "b n *outputs"]:
     """Every token [*inputs] times a kernel [*inputs *outputs].
 
-    With the tokens of all images in one dimension XLA need not transpose any of this in memory,
-    neither here nor for the kernel's gradient.
+    On a CPU, with the tokens of all images in one dimension: else XLA transposes x in memory for
+    the kernel's gradient. A TPU would have to move them: it keeps each image's in whole tiles.
     """
-    inputs = x.ndim - 2
-    y = jnp.tensordot(x.reshape(-1, *x.shape[2:]), kernel, axes=inputs)
-    return y.reshape(*x.shape[:2], *kernel.shape[inputs:])
+    inputs, lead = x.ndim - 2, x.shape[:2]
+    if target() == "cpu":
+        x = x.reshape(-1, *x.shape[2:])
+    y = jnp.tensordot(x, kernel, axes=inputs)
+    return y.reshape(*lead, *kernel.shape[inputs:])
 
 
 def attend(
@@ -306,7 +309,7 @@ def attend(
     v: Float[Array, "b n h k"],
     bias: Float[Array, "b h m n"] | None = None,
 ) -> Float[Array, "b m h k"]:
-    """softmax(q k' / sqrt(head_dim) + bias) v, where no fused kernel does it; softmax in float32.
+    """softmax(q k' / sqrt(head_dim) + bias) v, as suits a CPU; softmax in float32.
 
     The softmax divides last, what is weighted instead of the weights: so on the way back its sums
     run over head_dim, not over tokens (FlashAttention's trick, arXiv 2205.14135, section 3.1).
@@ -348,7 +351,7 @@ def attention_weights(
 def attention_backend(
     wanted: str, dtype: str, head_dim: int, tokens: int, biased: bool = False
 ) -> str:
-    """Chooses what attends: `xla` is `attend`, `auto` is `cudnn` where that works.
+    """Chooses what `jax.nn.dot_product_attention` runs on; `auto` is cuDNN where it works.
 
     cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
     device at hand is found out by compiling a small gradient once. With a bias of the logits
@@ -391,6 +394,7 @@ class Mlp(nnx.Module):
             dtype=jnp.dtype(config.dtype),
             kernel_init=nnx.initializers.xavier_uniform(),
             bias_init=nnx.initializers.normal(1e-6),
+            dot_general=lambda x, kernel, *_, **__: product(x, kernel),
             rngs=rngs,
         )
         self.fc1 = linear(config.width, config.mlp_dim * (2 if config.mlp == "swiglu" else 1))
@@ -399,14 +403,13 @@ class Mlp(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "b n d"]:
-        b, n, d = x.shape
-        x = self.fc1(x.reshape(-1, d))  # see `product`
+        x = self.fc1(x)
         if self.config.mlp == "swiglu":
             gate, x = jnp.split(x, 2, axis=-1)
             x = jax.nn.silu(gate) * x
         else:
             x = gelu(self.config.gelu)(x)
-        return self.fc2(dropout(x, self.config.dropout, key)).reshape(b, n, d)
+        return self.fc2(dropout(x, self.config.dropout, key))
 
 
 class Block(nnx.Module):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.record import ModelRecord
-from vit_jax.compiler import compiler_options
+from vit_jax.compiler import compiler_options, traced_for
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
@@ -149,7 +149,7 @@ def make_program(
             for name, (shape, dtype) in batch.items()
         },
         jax.jit(
-            step,
+            traced_for(mesh, step),
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
             compiler_options=compiler_options(mesh, deterministic=config.mesh.deterministic),
