@@ -41,15 +41,24 @@ from vit_jax.training.sharding import MeshConfig
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 # What a run may be resumed with in another form; everything else decides what it computes.
 RESUMABLE = ("mesh", "data.workers", "data.threads", "data.on_corrupt", "log", "eval", "checkpoint")
+
+
+def _not_none(kind: Any) -> Any:
+    """Takes `X | None` to X."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
+    return kind
+
+
 # What the `model` section may say; what it computes in is `precision`.
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
-    field.name: field.type
+    field.name: tuple
+    if field.name in ("image_size", "patch_size", "resnet")
+    else _not_none(field.type)
     for kind in FAMILIES.values()
     for field in dataclasses.fields(kind)
     if field.name != "dtype"
 }
-MODEL_KEYS |= {"image_size": tuple, "patch_size": tuple, "resnet": tuple}
-MODEL_KEYS |= {"representation_size": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,13 +363,6 @@ def _fill(config: ml_collections.ConfigDict, kind: Any, wanted: Sequence[str]) -
             config[field.name] = ml_collections.config_dict.placeholder(value_type)
             if field.default not in (None, dataclasses.MISSING):
                 config[field.name] = field.default
-
-
-def _not_none(kind: Any) -> Any:
-    """Takes `X | None` to X."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
-    return kind
 
 
 def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
