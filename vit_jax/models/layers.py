@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import positions
 from vit_jax.models.config import ModelConfig, ViTConfig
+from vit_jax.models.products import product, summed
 
 logger = logging.getLogger(__name__)
 
@@ -287,19 +288,6 @@ class Attention(nnx.Module):
         return product(y, kernel) + bias
 
 
-def product(
-    x: Float[Array, "b n *inputs"], kernel: Float[Array, "..."]
-) -> Float[Array, "b n *outputs"]:
-    """Every token [*inputs] times a kernel [*inputs *outputs].
-
-    With the tokens of all images in one dimension XLA need not transpose any of this in memory,
-    neither here nor for the kernel's gradient.
-    """
-    inputs = x.ndim - 2
-    y = jnp.tensordot(x.reshape(-1, *x.shape[2:]), kernel, axes=inputs)
-    return y.reshape(*x.shape[:2], *kernel.shape[inputs:])
-
-
 def attend(
     q: Float[Array, "b m h k"],
     k: Float[Array, "b n h k"],
@@ -320,30 +308,6 @@ def attend(
     weights = jnp.exp((scores - highest) * scale)
     y = summed("bhmn,bhnk->bhmk", weights.astype(v.dtype), v)
     return jnp.swapaxes(y / weights.sum(axis=-1, keepdims=True), 1, 2).astype(v.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def summed(
-    spec: str, x: Float[Array, "b h m _"], y: Float[Array, "b h n _"]
-) -> Float[Array, "b h m _"]:
-    """`jnp.einsum(spec, x, y)`, summed and returned in float32.
-
-    Its gradients are products in the inputs' dtype too: JAX's own would be of float32 with the
-    gradient of what is returned, many times slower than bfloat16 where there are tensor cores.
-    """
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-
-
-def _summed_forward(spec: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return summed(spec, x, y), (x, y)
-
-
-def _summed_back(spec: str, inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    _, back = jax.vjp(functools.partial(jnp.einsum, spec), *inputs)
-    return back(gradient.astype(inputs[0].dtype))
-
-
-summed.defvjp(_summed_forward, _summed_back)
 
 
 class Affine(nnx.Module):
@@ -422,7 +386,7 @@ class Mlp(nnx.Module):
         self, x: Float[Array, "b n d"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "b n d"]:
         b, n, d = x.shape
-        x = self.fc1(x.reshape(-1, d))  # see `product`
+        x = self.fc1(x.reshape(-1, d))  # see `products.product`
         if self.config.mlp == "swiglu":
             gate, x = jnp.split(x, 2, axis=-1)
             x = jax.nn.silu(gate) * x
