@@ -185,6 +185,9 @@ def test_flags_reach_every_key_and_none_takes_back():
     assert config.model_config(None, 10).image_size == (12, 12)
     assert (config.total_steps, config.total_epochs) == (5, None)
     assert load_config(DIGITS).optim.grad_clip == 1.0
+    for field, value in (("scan", False), ("class_token", False), ("layer_scale", 0.5)):
+        config = load_config(DIGITS, [f"--config.model.{field}={value}", "--config.model.pool=gap"])
+        assert getattr(config.model_config(None, 10), field) == value
 
 
 def test_a_variant_beside_init_from_changes_its_sizes_alone():

@@ -10,6 +10,7 @@ from flax import nnx
 
 from vit_jax.models import layers
 from vit_jax.models.config import ViTConfig
+from vit_jax.models.vit import structure
 
 KEY = jax.random.key(7)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 6, 8)), jnp.float32)
@@ -104,7 +105,8 @@ def test_an_explicit_attention_is_what_runs(wanted, reached, monkeypatch):
     assert layers.attention_backend(wanted, "float32", 7, 3) == wanted
     asked = []
 
-    def record(q, k, v, *, implementation):
+    def record(q, k, v, bias, *, implementation):
+        assert bias is None
         asked.append(implementation)
         return v
 
@@ -182,3 +184,96 @@ def test_auto_attention_is_cudnns_where_it_compiles(monkeypatch):
     [(implementation, shape, dtype)] = set(probed)
     assert (implementation, dtype) == ("cudnn", "bfloat16")
     assert (shape[1], shape[3]) == (197, 64)
+
+
+def softmax_attention(q, k, v, bias, above):
+    """Attention in float64, and of `sum(above * y)` the gradients to q, k, v and bias."""
+    logits = np.einsum("bmhk,bnhk->bhmn", q, k) / np.sqrt(q.shape[-1]) + bias
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    y = np.einsum("bhmn,bnhk->bmhk", weights, v)
+    to_weights = np.einsum("bmhk,bnhk->bhmn", above, v)
+    to_logits = weights * (to_weights - (weights * to_weights).sum(axis=-1, keepdims=True))
+    to_q = np.einsum("bhmn,bnhk->bmhk", to_logits, k) / np.sqrt(q.shape[-1])
+    to_k = np.einsum("bhmn,bmhk->bnhk", to_logits, q) / np.sqrt(q.shape[-1])
+    return logits, [y, to_q, to_k, np.einsum("bhmn,bmhk->bnhk", weights, above), to_logits]
+
+
+# Of the largest value. Logits of about 100 have float32 steps of 8e-6 where those of 1 have 1e-7;
+# bfloat16 has steps of 0.008, and what is multiplied on the way back is rounded twice.
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "dtype, large, of_value, of_gradient",
+    [
+        ("float32", False, 1e-6, 2e-6),
+        ("float32", True, 3e-5, 3e-5),
+        ("bfloat16", False, 0.005, 0.02),
+        ("bfloat16", True, 0.005, 0.02),
+    ],
+)
+def test_attend_is_softmax_attention(dtype, large, of_value, of_gradient, biased):
+    random = np.random.default_rng(3)
+    shapes = [(2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8), (2, 3, 5, 7), (2, 5, 3, 8)]
+    q, k, v, bias, above = (random.normal(size=shape) for shape in shapes)
+    if large:  # whatever the query, all keys match it by as much more
+        q[..., 0], k[..., 0] = 100, 3
+        bias = bias + 40
+    q, k, v, bias, above = (jnp.asarray(x, dtype) for x in (q, k, v, bias, above))
+    held = [np.asarray(x, np.float64) for x in (q, k, v, bias * biased, above)]
+    logits, wanted = softmax_attention(*held)
+    with np.errstate(over="ignore"):
+        assert np.isinf(np.exp(logits.astype(np.float32))).any() == large
+
+    found, back = jax.vjp(layers.attend, q, k, v, *[bias] * biased)
+    found = [found, *back(above)]
+    for name, ours, theirs in zip(("y", "q", "k", "v", "bias"), found, wanted, strict=False):
+        assert ours.dtype == dtype, name
+        error = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+        assert error < (of_value if name == "y" else of_gradient), name
+
+
+@pytest.mark.parametrize(
+    "inputs, outputs, equation",
+    [
+        ((8,), (3, 2, 4), "bnd,dshk->bnshk"),  # queries, keys and values
+        ((8,), (2, 4), "bnd,dhk->bnhk"),  # queries alone
+        ((2, 4), (8,), "bnhk,hkd->bnd"),  # out of attention
+    ],
+)
+def test_product_is_every_token_times_the_kernel(inputs, outputs, equation):
+    random = np.random.default_rng(4)
+    x, kernel = random.normal(size=(2, 5, *inputs)), random.normal(size=(*inputs, *outputs))
+    above = random.normal(size=(2, 5, *outputs))
+    found, back = jax.vjp(layers.product, jnp.float32(x), jnp.float32(kernel))
+    np.testing.assert_allclose(found, np.einsum(equation, x, kernel), rtol=1e-5, atol=1e-5)
+    left, right, out = equation.replace("->", ",").split(",")
+    to_x, to_kernel = back(jnp.float32(above))
+    expected = np.einsum(f"{out},{right}->{left}", above, kernel)
+    np.testing.assert_allclose(to_x, expected, rtol=1e-5, atol=1e-5)
+    expected = np.einsum(f"{left},{out}->{right}", x, above)
+    np.testing.assert_allclose(to_kernel, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scan, backend, depth, wanted",
+    [
+        (None, "gpu", 24, False),
+        (None, "gpu", 25, True),
+        (None, "cpu", 24, True),
+        (None, "tpu", 1, True),
+        (True, "gpu", 1, True),
+        (False, "gpu", 25, False),
+        (False, "cpu", 1, False),
+    ],
+)
+def test_where_blocks_are_scanned(scan, backend, depth, wanted, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert layers.scanned(scan, depth) is wanted
+    # And that is what the program has: one body, or as many as there are blocks.
+    if depth == 1:
+        return
+    config = ViTConfig(image_size=8, patch_size=4, width=8, num_heads=1, depth=depth, scan=scan)
+    graphdef, shapes = structure(config)
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    program = jax.make_jaxpr(lambda params, x: nnx.merge(graphdef, params)(x))(shapes, images)
+    assert ("scan" in {equation.primitive.name for equation in program.eqns}) == wanted

@@ -147,6 +147,17 @@ def test_logits_and_captures_equal_the_written_out_equations(case):
     np.testing.assert_allclose(captured["attention"].sum(axis=-1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_comes_as_close_as_it_can(case):
+    config, params, images, wanted = tiny(case, dtype="bfloat16")
+    logits, captured = run(config, params, images, capture=CAPTURES)
+    assert logits.dtype == jnp.float32 and captured["tokens"].dtype == jnp.bfloat16
+    # Of the largest value. Eight bits are steps of 0.004, rounded some twenty times a block.
+    assert relative_error(logits, wanted["logits"]) < 0.025
+    for name in CAPTURES:
+        assert relative_error(captured[name], wanted[name]) < 0.025, name
+
+
 def test_captures_have_the_documented_shapes():
     graphdef, state = shapes(tiny("token-represented")[0])
     images = jax.ShapeDtypeStruct((2, 12, 20, 3), jnp.float32)

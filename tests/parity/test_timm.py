@@ -1,5 +1,6 @@
 """Models of timm: their files and folders in, what we write back out, and what is refused."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import PIL.Image
 import pytest
 import timm
 import timm.data
+import torch
 from timm.models import vision_transformer
 from timm.models._hub import save_for_hf
 
@@ -14,7 +16,10 @@ import vit_jax
 from parity.references import (
     agree,
     assert_same_models,
+    error,
     load,
+    ours,
+    pixels,
     randomise,
     same_tensors,
     save,
@@ -176,3 +181,17 @@ def test_another_number_of_channels(channels, folders, record):
     model.load_state_dict(state)
     worst = agree(vit, expected_of(model, vit))
     record(CASES["plain"].family, CASES["plain"].reference, "other channels", worst)
+
+
+@pytest.mark.parametrize("case", ["plain", "gap", "siglip", "swiglu", "deit3"])
+def test_bfloat16_is_about_as_close_as_timms_own(case, folders):
+    """To timm in float64, beside timm under autocast: eight bits are steps of 0.004."""
+    model = model_of(case)
+    vit = load(folders(case) / "model.safetensors", dtype="bfloat16")
+    x = torch.from_numpy(pixels(vit.config).transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double()).numpy()
+        with torch.autocast("cpu", torch.bfloat16):
+            timms = error(model(x).float().numpy(), exact)
+    found = error(ours(vit)["output"], exact)
+    assert 1e-3 < found < min(0.02, 3 * timms)

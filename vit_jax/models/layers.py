@@ -15,6 +15,7 @@ from vit_jax.compiler import target
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import positions
 from vit_jax.models.config import ModelConfig, ViTConfig
+from vit_jax.models.products import product, summed
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Layout(Protocol):
 # What costs next to nothing to compute anew beside the memory that keeping it takes, and what a
 # layout gathered for one block. Scanned, a block of Ti/16 keeps 15 MB of 8 images instead of 51.
 _CHEAP = frozenset(
-    "add sub mul div neg max min square integer_pow select_n tanh erf logistic copy pad "
+    "add sub mul div neg max min square integer_pow select_n tanh erf erfc logistic copy pad "
     "convert_element_type reshape broadcast_in_dim squeeze expand_dims transpose slice split "
     "concatenate sharding_constraint linear_call".split()
 )
@@ -280,27 +281,12 @@ class Attention(nnx.Module):
             taps("attention", lambda: attention_weights(q, k, logits_bias))
         sizes = (dtype.name, q.shape[-1], k.shape[1])
         backend = attention_backend(self.config.attention, *sizes, logits_bias is not None)
-        if backend == "xla" and target() == "cpu":
+        if backend == "xla" and target() != "tpu":  # whose compiler knows JAX's own, and fuses it
             y = attend(q, k, v, logits_bias)
         else:
             y = jax.nn.dot_product_attention(q, k, v, logits_bias, implementation=backend)
         kernel, bias = self.out.kernel[...].astype(dtype), self.out.bias[...].astype(dtype)
         return product(y, kernel) + bias
-
-
-def product(
-    x: Float[Array, "b n *inputs"], kernel: Float[Array, "..."]
-) -> Float[Array, "b n *outputs"]:
-    """Every token [*inputs] times a kernel [*inputs *outputs].
-
-    On a CPU, with the tokens of all images in one dimension: else XLA transposes x in memory for
-    the kernel's gradient. A TPU would have to move them: it keeps each image's in whole tiles.
-    """
-    inputs, lead = x.ndim - 2, x.shape[:2]
-    if target() == "cpu":
-        x = x.reshape(-1, *x.shape[2:])
-    y = jnp.tensordot(x, kernel, axes=inputs)
-    return y.reshape(*lead, *kernel.shape[inputs:])
 
 
 def attend(
@@ -309,21 +295,19 @@ def attend(
     v: Float[Array, "b n h k"],
     bias: Float[Array, "b h m n"] | None = None,
 ) -> Float[Array, "b m h k"]:
-    """softmax(q k' / sqrt(head_dim) + bias) v, as suits a CPU; softmax in float32.
+    """softmax(q k' / sqrt(head_dim) + bias) v, where nothing fused does it; softmax in float32.
 
     The softmax divides last, what is weighted instead of the weights: so on the way back its sums
     run over head_dim, not over tokens (FlashAttention's trick, arXiv 2205.14135, section 3.1).
     """
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    scores = jnp.einsum("bhmk,bhnk->bhmn", q, k, preferred_element_type=jnp.float32)
+    scores = summed("bhmk,bhnk->bhmn", q, k)
     scale = q.shape[-1] ** -0.5
     if bias is not None:
         scores, scale = scores * scale + bias, 1.0
-    highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    highest = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
     weights = jnp.exp((scores - highest) * scale)
-    y = jnp.einsum(
-        "bhmn,bhnk->bhmk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    y = summed("bhmn,bhnk->bhmk", weights.astype(v.dtype), v)
     return jnp.swapaxes(y / weights.sum(axis=-1, keepdims=True), 1, 2).astype(v.dtype)
 
 

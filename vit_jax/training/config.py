@@ -51,13 +51,13 @@ def _not_none(kind: Any) -> Any:
 
 
 # What the `model` section may say; what it computes in is `precision`.
-MODEL_KEYS = {"variant": str, "head": str, "position_resize": str}
-MODEL_KEYS |= {"image_size": tuple, "patch_size": tuple, "resnet": tuple}
-MODEL_KEYS |= {
-    field.name: _not_none(field.type)
+MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
+    field.name: tuple
+    if field.name in ("image_size", "patch_size", "resnet")
+    else _not_none(field.type)
     for kind in FAMILIES.values()
     for field in dataclasses.fields(kind)
-    if field.name not in ("dtype", *MODEL_KEYS)
+    if field.name != "dtype"
 }
 
 

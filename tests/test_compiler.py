@@ -1,0 +1,158 @@
+"""What XLA is asked for: the table of options, and that they reach the programs we compile."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import DIGITS, TINY
+
+import vit_jax
+from vit_jax import compiler
+from vit_jax.data.sources import open_source
+from vit_jax.models.config import ViTConfig
+from vit_jax.training.config import load_config
+from vit_jax.training.evaluate import Evaluation
+from vit_jax.training.program import make_program, new_record
+from vit_jax.training.sharding import MeshConfig, make_mesh
+
+YNN = "xla_cpu_experimental_ynn_fusion_type"
+REDUCE = "LIBRARY_FUSION_TYPE_REDUCE"
+DETERMINISTIC = "xla_gpu_deterministic_ops"
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Says on which platform JAX runs; XLA is asked whether it knows an option all the same."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    return lambda platform: monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+
+@pytest.mark.parametrize(
+    "platform, plain, deterministic",
+    [
+        ("cpu", {YNN: REDUCE}, {YNN: REDUCE}),
+        ("gpu", {}, {DETERMINISTIC: True}),
+        ("tpu", {}, {}),
+        ("another", {}, {}),
+    ],
+)
+def test_each_platform_has_its_options(platform, plain, deterministic, on, monkeypatch):
+    monkeypatch.setattr(compiler, "_known", lambda name, value: True)
+    on(platform)
+    assert compiler.compiler_options() == plain
+    assert compiler.compiler_options(deterministic=True) == deterministic
+
+
+def test_a_mesh_says_what_is_compiled_for(on, monkeypatch):
+    monkeypatch.setattr(compiler, "OPTIONS", {"cpu": {"a": True}, "gpu": {"b": True}})
+    monkeypatch.setattr(compiler, "_known", lambda name, value: True)
+    on("gpu")
+    assert compiler.compiler_options() == {"b": True}
+    assert compiler.compiler_options(make_mesh(MeshConfig())) == {"a": True}
+
+
+@pytest.mark.parametrize("flags", [f"--{YNN}=X", f"--xla_some=1 --{YNN}=X --xla_more", f"--{YNN}"])
+def test_the_environment_goes_before_the_table(flags, on, monkeypatch):
+    on("cpu")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert compiler.compiler_options() == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setattr(compiler, "_known", lambda name, value: True)
+    assert compiler.compiler_options() == {YNN: REDUCE}
+
+
+def test_this_xla_knows_the_table_or_says_so(on, caplog):
+    """Later versions may have renamed an option; a value that is misspelt is none of them."""
+    on("cpu")
+    compiler._known.cache_clear()
+    known = compiler.compiler_options()
+    assert known == {YNN: REDUCE} or f"{YNN}={REDUCE}, and goes without" in caplog.text
+    jax.jit(lambda x: x + 1, compiler_options=known)(1)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("xla_cpu_no_such_option", True), (YNN, "LIBRARY_FUSION_TYPE_NONE_SUCH")]
+)
+def test_what_this_xla_does_not_know_is_left_out_and_said(name, value, on, monkeypatch, caplog):
+    on("cpu")
+    good = ("xla_cpu_enable_fast_math", False)
+    monkeypatch.setattr(compiler, "OPTIONS", {"cpu": dict([(name, value), good])})
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.jit(lambda x: x + 1, compiler_options={name: value})(1)
+    options = compiler.compiler_options()
+    assert options == dict([good])
+    assert f"XLA does not take {name}={value}, and goes without" in caplog.text
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    # Once a process: a run compiles several programs.
+    caplog.clear()
+    assert compiler.compiler_options() == options and not caplog.text
+
+
+@pytest.fixture
+def asked(on, monkeypatch):
+    """What every `jax.jit` is given, in order, where the table asks for one thing of each kind."""
+    on("cpu")
+    monkeypatch.setattr(compiler, "OPTIONS", {"cpu": {"xla_cpu_enable_fast_math": True}})
+    deterministic = {"cpu": {"xla_cpu_enable_fast_min_max": False}}
+    monkeypatch.setattr(compiler, "DETERMINISTIC", deterministic)
+    compiler.compiler_options(deterministic=True)  # asks XLA, by `jax.jit`, once
+    seen, jit = [], jax.jit
+
+    def recorded(*args, **kwargs):
+        seen.append(kwargs.get("compiler_options"))
+        return jit(*args, **kwargs)
+
+    monkeypatch.setattr(jax, "jit", recorded)
+    return seen
+
+
+def program_of(*flags):
+    config = load_config(DIGITS, [*TINY, *flags])
+    if config.objective.startswith("masked"):  # which has no head, nor anything before it
+        model = dict(config.model, representation_size=None)
+        config = dataclasses.replace(config, model=model)
+    source = open_source("digits", "train")
+    record, _ = new_record(config, source.label_names, source.fingerprint, None)
+    mesh = make_mesh(config.mesh)
+    return config, record, mesh, make_program(config, record.config, record.preprocess, 24, mesh)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("objective", ["softmax", "masked_colour"])
+def test_options_reach_training_and_evaluation(objective, deterministic, asked):
+    wanted = {"xla_cpu_enable_fast_math": True}
+    wanted |= {"xla_cpu_enable_fast_min_max": False} if deterministic else {}
+    flags = [f"--config.mesh.deterministic={deterministic}", f"--config.objective={objective}"]
+    config, record, mesh, _ = program_of(*flags)
+    assert asked == [wanted]
+    asked.clear()
+    Evaluation(config, record, mesh)
+    assert asked == [wanted] * 3  # what measures the model, and what reads two kinds of features
+
+
+def test_options_reach_predict(asked, tmp_path):
+    config = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, mlp_dim=8, num_heads=1)
+    vit_jax.save(vit_jax.models.vit.create(config), tmp_path / "vit.npz", format="google")
+    vit = vit_jax.load(tmp_path / "vit.npz")
+    asked.clear()
+    list(vit.predict([np.zeros((8, 8, 3), np.uint8)]))
+    assert {"xla_cpu_enable_fast_math": True} in asked
+
+
+def test_a_training_step_leaves_products_to_eigen(on, monkeypatch):
+    """What the table is there for: without it, YNNPACK has the products of the compiled step."""
+    on("cpu")
+    compiler._known.cache_clear()
+    size = ["--config.model.width=64", "--config.model.mlp_dim=128", "--config.batch_size=256"]
+
+    def products_of_ynnpack():
+        *_, program = program_of(*size, "--config.optim.accumulate=1", "--config.model.depth=1")
+        text = program.step.lower(program.state, program.batch).compile().as_text()
+        return re.findall(r'%ynn_fusion[.\d]* = .*op_name="[^"]*/dot_general"', text)
+
+    assert not products_of_ynnpack()
+    monkeypatch.setattr(compiler, "OPTIONS", {})
+    if not products_of_ynnpack():
+        pytest.skip("this XLA gives YNNPACK no products")
