@@ -9,6 +9,9 @@ RUNS ?= runs
 PARITY = $(VENV)-parity
 TORCH_INDEX ?=
 
+# Large arrays in large pages: on a CPU worth a tenth (experiments/benchmarks).
+train seeds evidence: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: train evidence test test-slow test-parity seeds lint clean
 train: $(VENV)/.train
 	$(BIN)/python experiments/digits/run.py --runs=$(RUNS)

@@ -17,6 +17,7 @@
 #SBATCH --signal=TERM@120
 
 PATH=$PWD/.venv/bin:$PATH
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   python -m vit_jax train \
   --config=configs/plain.py:S/16,imagenet \

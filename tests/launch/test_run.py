@@ -21,6 +21,7 @@ from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
 from vit_jax.errors import Stopped, UserError
 from vit_jax.launch import launchers
+from vit_jax.launch.jobs import Job
 from vit_jax.launch.launchers import Local, Print, make_launcher, shares
 from vit_jax.launch.progress import Progress
 from vit_jax.launch.run import Result, failures, read_results, run_sweep
@@ -464,3 +465,15 @@ def test_six_learning_rates_killed_twice_end_with_the_same_table(tmp_path):
     assert tables[0] == tables[1]  # bit by bit: each run had one core, whichever it was
     best = [max(table, key=lambda metrics: metrics["val/accuracy"]) for table in tables]
     assert best[0] == best[1] and best[0]["val/accuracy"] > 0.3
+
+
+@pytest.mark.parametrize("before, seen", [(None, "glibc.malloc.hugetlb=1"), ("", "")])
+def test_commands_find_large_pages_unless_told_otherwise(before, seen, tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+    log = tmp_path / "a.log"
+    command = (sys.executable, "-c", "import os; print(repr(os.environ['GLIBC_TUNABLES']))")
+    changes = launchers.Local(delay=0.0).run([Job("a", command, str(log))])
+    assert [change.state for change in changes if change] == ["running", "finished"]
+    assert log.read_text().splitlines()[-1] == repr(seen)

@@ -1,4 +1,4 @@
-"""What a scanned block keeps for the way back: counted, bounded by a formula, and without effect."""
+"""What a scanned block keeps for the way back: counted, bounded by a formula, without effect."""
 
 import jax
 import jax.numpy as jnp

@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+# What commands find in their environment, unless it says otherwise: large pages for large arrays.
+# XLA's CPU backend takes its memory anew each step, page by page (experiments/benchmarks).
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 STATES = ("waiting", "running", "finished", "failed", "stopped")
 
 

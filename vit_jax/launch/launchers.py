@@ -15,7 +15,7 @@ from typing import Any
 
 from vit_jax.errors import Stopped, UserError, nearest
 from vit_jax.launch import child
-from vit_jax.launch.jobs import Change, Job, Launcher, signals
+from vit_jax.launch.jobs import ENVIRONMENT, Change, Job, Launcher, signals
 from vit_jax.launch.slurm import Slurm
 
 
@@ -194,7 +194,7 @@ def _start(job: Job, share: Share) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **share.environment},
+            env={**ENVIRONMENT, **os.environ, **share.environment},
             start_new_session=True,
         )
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vit_jax.errors import Stopped, UserError
-from vit_jax.launch.jobs import Change, Job, signals
+from vit_jax.launch.jobs import ENVIRONMENT, Change, Job, signals
 from vit_jax.launch.slurm_queue import FOLDER, Queued, Record, ask, cancel, queue
 
 SAVING = 120  # seconds before its end that a job is told of it
@@ -244,6 +244,7 @@ class Slurm:
         return SCRIPT.format(
             head=self._head(job.name, _literal(folder / f"{job.name}.out")),
             path=shlex.quote(os.path.dirname(os.path.abspath(sys.executable))),
+            exports="\n".join(f"export {k}=${{{k}-{v}}}" for k, v in ENVIRONMENT.items()),
             log=shlex.quote(job.log),
             exit=shlex.quote(str(folder / f"{job.name}.exit")),
             command=f"{shlex.join(srun)} {shlex.join(job.command)}",
@@ -275,6 +276,7 @@ class Slurm:
 SCRIPT = """{head}
 
 PATH={path}:$PATH
+{exports}
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
 rm -f {exit}
