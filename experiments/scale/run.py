@@ -157,8 +157,8 @@ This page is written by `python experiments/scale/run.py`; last on {date}, with 
 ## Compile time and depth
 
 One training step of S/16's width on one CPU device, traced, lowered and compiled, all in one run;
-scanned the best of three, looped once. Scanning the blocks (`model.scan`, the default) compiles
-one block, whatever the depth.
+scanned the best of three, looped once. Scanning the blocks (`model.scan`, the default but on GPUs)
+compiles one block, whatever the depth.
 
 | blocks | depth 12 | depth 48 | ratio |
 |---|---|---|---|
