@@ -99,6 +99,7 @@ def test_names_of_contestants():
         ("train", ["--variants=B/15"], "patches of 15x15"),
         ("train", ["--json=no/such/folder/out.json"], "no folder"),
         ("infer", ["--read=no_such.json"], "no such file"),
+        ("infer", [f"--read={__file__}"], "no record of a benchmark"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(task, argv, said, capsys, monkeypatch):
@@ -245,7 +246,7 @@ def test_the_largest_batch_of_a_program(monkeypatch):
 class FakeWorkers:
     """Answers as worker processes would; remembers who was asked for what."""
 
-    log = ()
+    log, limit, failing = (), 0, ()
 
     def __enter__(self):
         type(self).log += ("process",)
@@ -256,22 +257,18 @@ class FakeWorkers:
 
     def noted(self, family, function, *args):
         what = function.__name__
+        if what == "ceiling":
+            return {"size": 1024, "flops": 1e12}
         if what == "turn":
             type(self).log += (args[0],)
-            broken = args[0] == "timm" and self.log.count("timm") == 2
+            broken = args[0] == "timm" and self.log.count("timm") in self.failing
             return {"error": "out of memory"} if broken else {"seconds": 0.5, "value": 1.0}
         if what == "largest_batch":
             return {"batch_size": 64, "bytes": 9, "limit_bytes": 10}
         if self.limit and args[3] > self.limit:
             return {"error": "out of memory"}
         type(self).log += (f"start {family}",)
-        return {"first_step_seconds": len(self.log), "parameters": 7 + (args[1] == "ours+odd")}
-
-    limit = 0
-
-    def call(self, family, function, *args):
-        assert (family, function) == ("ours", workers.ceiling)
-        return 1024, 1e12
+        return {"first_step_seconds": len(self.log), "parameters": 7 + (args[1] == "ours+loop")}
 
 
 def _args(names_):
@@ -280,8 +277,10 @@ def _args(names_):
     return type("Args", (), known)
 
 
-def test_contestants_take_turns_until_they_fail(monkeypatch):
-    monkeypatch.setattr(workers, "Workers", type("Fake", (FakeWorkers,), {}))
+@pytest.mark.parametrize("again", [True, False])
+def test_contestants_take_turns_until_they_fail(again, monkeypatch):
+    failing = (2, 3) if again else (2,)
+    monkeypatch.setattr(workers, "Workers", type("Fake", (FakeWorkers,), {"failing": failing}))
     args = _args(["ours", "ours+scan", "timm"])
     case = engine.measure("train", MU, 2, args, Path("caches"), compiling=True)
     log = workers.Workers.log
@@ -289,20 +288,24 @@ def test_contestants_take_turns_until_they_fail(monkeypatch):
     assert log[:4] == ("process", "start ours") * 2 and log[12] == "process"
     results = case["results"]
     assert results["ours"]["cold_seconds"] == 2 and results["ours"]["warm_seconds"] == 4
-    assert log[16:] == (
-        "ours",
-        "ours+scan",
-        "timm",
-        "ours+scan",
-        "timm",
-        "ours",
-        "ours",
-        "ours+scan",
-    )
+    turns = ("ours", "ours+scan", "timm", "ours+scan", "timm", "ours", "ours", "ours+scan")
+    assert log[16:24] == turns
+    # Out of memory in the second round: then alone, once more in vain or three rounds long.
+    assert log[24:26] == ("process", "start timm") and set(log[26:]) == {"timm"}
     assert results["ours"]["seconds_per_step"] == [0.5] * 3
-    assert results["timm"]["seconds_per_step"] == [0.5]
-    assert results["timm"]["error"] == "out of memory"
-    assert case["ceiling_flops"] == [1e12] * 3 and case["ceiling_size"] == 1024
+    assert results["timm"]["seconds_per_step"] == [0.5] * (0 if again else 3)
+    assert results["timm"].get("error") == ("out of memory" if again else None)
+    assert results["timm"]["alone"] and "alone" not in results["ours"]
+    assert results["timm"]["warm_seconds"] > results["timm"]["cold_seconds"]
+    assert case["ceiling_flops"] == [1e12] * 6 and case["ceiling_size"] == 1024
+    whole = case | {"variant": "mu/16", "image": [32, 32], "batch_size": 2, "flops_per_image": 1}
+    assert "| timm (alone) |" in tables.rows(_record([whole]), whole)[2]
+
+
+def test_contestants_of_different_models_are_not_compared(monkeypatch):
+    monkeypatch.setattr(workers, "Workers", type("Fake", (FakeWorkers,), {}))
+    with pytest.raises(AssertionError, match=r"not the same model: \[7, 8\]"):
+        engine.measure("train", MU, 2, _args(["ours", "ours+loop"]), Path("caches"), False)
 
 
 def test_the_largest_batch_is_run_on_an_accelerator(monkeypatch):

@@ -32,7 +32,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measures one model at one batch size: contestants and the ceiling take turns.
 
-    Each round begins with another contestant, so that no one always comes after the same.
+    Each round begins with another one. Those that ran out of memory beside the others are measured
+    again alone, so that the others' memory counts against no one.
     """
     results: dict[str, Any] = {}
     names = args.names
@@ -52,24 +53,36 @@ def measure(
                 compiled[name][f"{kind}_seconds"] = once["first_step_seconds"]
                 compiled[name]["process_peak_bytes"] = once.get("process_peak_bytes")
 
-    ceilings, size = [], None
-    with workers.Workers() as pool:
-        for name in names:
-            results[name] = {**started(pool, name), **compiled[name], "seconds_per_step": []}
-        counts = {x["parameters"] for x in results.values() if "parameters" in x}
-        if len(counts) > 1:
-            raise AssertionError(f"not the same model: {sorted(counts)} parameters")
-        for number in range(args.repeats):
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
-                if "error" not in results[name]:
-                    once = pool.noted(families[name], workers.turn, name, args.steps)
-                    if "seconds" in once:
-                        results[name]["seconds_per_step"].append(once.pop("seconds"))
-                    results[name] |= once
-            size, flops = pool.call("ours", workers.ceiling, config.dtype)
-            ceilings.append(flops)
-    return {"results": results, "ceiling_size": size, "ceiling_flops": ceilings}
+    ceilings: list[dict[str, Any]] = []
+
+    def take_turns(together: list[str]) -> None:
+        """Contestants that are in memory at the same time, round after round."""
+        with workers.Workers() as pool:
+            for name in together:
+                results[name] = {**started(pool, name), **compiled[name], "seconds_per_step": []}
+            for number in range(args.repeats):
+                first = number % len(together)
+                for name in together[first:] + together[:first]:
+                    if "error" not in results[name]:
+                        once = pool.noted(families[name], workers.turn, name, args.steps)
+                        if "seconds" in once:
+                            results[name]["seconds_per_step"].append(once.pop("seconds"))
+                        results[name] |= once
+                ceilings.append(pool.noted("ours", workers.ceiling, config.dtype))
+
+    take_turns(names)
+    for name in names if len(names) > 1 else ():
+        if results[name].get("error") == "out of memory":  # which the others may have
+            take_turns([name])
+            results[name]["alone"] = True
+    counts = {x["parameters"] for x in results.values() if "parameters" in x}
+    if len(counts) > 1:
+        raise AssertionError(f"not the same model: {sorted(counts)} parameters")
+    return {
+        "results": results,
+        "ceiling_size": next((once["size"] for once in ceilings if "size" in once), None),
+        "ceiling_flops": [once["flops"] for once in ceilings if "flops" in once],
+    }
 
 
 def search_largest(
@@ -95,7 +108,7 @@ def main(task: str, doc: str, argv: list[str] | None = None) -> None:
     """Measures every model at every batch size; prints and writes results as they come."""
     args = flags.parse(task, doc, argv)
     if args.read is not None:
-        record = json.loads(args.read.read_text())
+        record = args.record
         tell(record)
     else:
         record = run(task, args)

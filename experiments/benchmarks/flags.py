@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def _check_files(args: argparse.Namespace) -> None:
         raise UserError("--picture needs matplotlib: pip install 'vit_jax[plot]'")
     if args.read is not None and not args.read.is_file():
         raise UserError(f"--read={args.read}: there is no such file; name one that --json wrote")
+    if args.read is not None:
+        try:
+            args.record = json.loads(args.read.read_text())
+            args.record["cases"], args.record["header"]
+        except (ValueError, LookupError, TypeError):
+            raise UserError(
+                f"--read={args.read}: this is no record of a benchmark; name one that --json wrote"
+            ) from None
 
 
 def _complete(task: str, args: argparse.Namespace) -> None:

@@ -71,7 +71,8 @@ def rows(record: dict[str, Any], case: dict[str, Any]) -> list[str]:
     lines = []
     ours = case["results"].get("ours", {}).get("seconds_per_step", [])
     for name, result in case["results"].items():
-        cells = [case["variant"], size_name(case), str(case["batch_size"]), name]
+        shown = f"{name} (alone)" if result.get("alone") else name
+        cells = [case["variant"], size_name(case), str(case["batch_size"]), shown]
         if images_per_second(case, name) is None:
             cells += [result.get("error", "not run").replace("|", "/"), *[""] * 7]
         else:

@@ -6,11 +6,13 @@ not every one can travel between processes.
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import math
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -92,6 +94,9 @@ def start(
         running.run(1)
         result |= {"parameters": running.parameters, **running.memory()}
         _running[name] = running
+    if "error" in result:
+        running = None  # or this name keeps its memory
+        release()
     return result
 
 
@@ -99,10 +104,22 @@ def turn(name: str, steps: int) -> dict[str, Any]:
     """Lets a contestant take steps; returns seconds a step, or the error."""
     result: dict[str, Any] = {}
     with noting(result):
+        _running[name].run(1)  # caches and clocks as it has them, not as the one before
         began = time.perf_counter()
         result["value"] = _running[name].run(steps)
         result["seconds"] = (time.perf_counter() - began) / steps
+    if "error" in result:
+        _running.pop(name, None)
+        release()
     return result
+
+
+def release() -> None:
+    """Gives the memory of a contestant that failed back to the others."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def use_caches(folder: str) -> None:
@@ -117,11 +134,14 @@ def use_caches(folder: str) -> None:
     os.environ.pop("TRITON_CACHE_DIR", None)  # torch sets it to a folder in the first one
 
 
-def ceiling(dtype: str) -> tuple[int, float]:
-    """The side of the product's matrices, and its FLOP/s now."""
-    if "ceiling" not in _running:
-        _running["ceiling"] = Ceiling(dtype)
-    return _running["ceiling"].size, _running["ceiling"].measure()
+def ceiling(dtype: str) -> dict[str, Any]:
+    """The side of the product's matrices, and its FLOP/s now; or the error."""
+    result: dict[str, Any] = {}
+    with noting(result):
+        if "ceiling" not in _running:
+            _running["ceiling"] = Ceiling(dtype)
+        result |= {"size": _running["ceiling"].size, "flops": _running["ceiling"].measure()}
+    return result
 
 
 def largest_batch(
