@@ -68,9 +68,9 @@ def test_flops_match_what_xla_counts(fields):
 
 
 def test_names_of_contestants():
-    ours = names.read_name("ours+loop+deterministic+remat:dots+xla:a_b=c+xla:--d=1", "train")
+    ours = names.read_name("ours+loop+deterministic+remat:dots+xla:a_b=c+xla:--d=true", "train")
     assert ours.family == "ours" and ours.fields == {"scan": False, "remat": "dots"}
-    assert ours.deterministic and ours.xla == {"a_b": "c", "d": "1"}
+    assert ours.deterministic and ours.xla == {"a_b": "c", "d": True}
     plain = names.read_name("timm", "infer")
     assert (plain.family, plain.mode, plain.attention) == ("timm", None, None)
     compiled = names.read_name("timm-compile:max-autotune+cudnn", "train")
@@ -338,6 +338,10 @@ def test_xla_options_reach_the_compiler():
     assert (
         "xla_no_such_flag" in workers.describe({name: {"xla_no_such_flag": "1"}})["refused"][name]
     )
+    known = names.read_name("ours+xla:xla_cpu_enable_fast_math=true", "train").xla
+    assert not workers.describe({"fast": known, "slow": {"xla_backend_optimization_level": "0"}})[
+        "refused"
+    ]
     unknown = contestants.Ours("train", names.read_name(name, "train"), MU, 2)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_flag"):
         unknown.compile()

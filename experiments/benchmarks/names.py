@@ -27,7 +27,7 @@ class Contestant:
     family: str
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     deterministic: bool = False
-    xla: dict[str, str] = dataclasses.field(default_factory=dict)
+    xla: dict[str, str | bool] = dataclasses.field(default_factory=dict)
     mode: str | None = None
     attention: str | None = None
 
@@ -54,11 +54,13 @@ def read_name(name: str, task: str) -> Contestant:
     head, *changes = name.split("+")
     if head == "ours":
         fields: dict[str, Any] = {}
-        xla: dict[str, str] = {}
+        xla: dict[str, str | bool] = {}
         for change in changes:
             flag, _, value = change.removeprefix("xla:").partition("=")
             if change.startswith("xla:") and flag and value:
-                xla[flag.removeprefix("--")] = value
+                # XLA's parser of options, unlike that of XLA_FLAGS, wants a bool for a bool.
+                said = {"true": True, "false": False}.get(value.lower(), value)
+                xla[flag.removeprefix("--")] = said
             elif change in OURS and (task == "train" or not change.startswith("remat")):
                 fields |= OURS[change]
             else:

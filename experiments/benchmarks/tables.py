@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,15 @@ def peak_flops(record: dict[str, Any]) -> float | None:
     return peak and peak * 1e12
 
 
-def spread(values: list[float], form: str) -> str:
+def spread(values: list[float], show: Callable[[float], str]) -> str:
     """The median, with the lowest and the highest."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:{form}} ({low:{form}}-{high:{form}})"
+    low, high = show(min(values)), show(max(values))
+    return f"{show(statistics.median(values))} ({low}-{high})"
+
+
+def rate(value: float) -> str:
+    """Four digits, or all of those before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def header(columns: str) -> str:
@@ -80,8 +85,8 @@ def rows(record: dict[str, Any], case: dict[str, Any]) -> list[str]:
             ratios = [theirs / us for us, theirs in zip(ours, seconds, strict=False)]
             peak = result.get("peak_bytes")
             cells += [
-                spread([case["batch_size"] / s for s in seconds], ".4g"),
-                spread(ratios, ".2f") if ratios and name != "ours" else "",
+                spread([case["batch_size"] / s for s in seconds], rate),
+                spread(ratios, "{:.2f}".format) if ratios and name != "ours" else "",
                 f"{told['flops'] / 1e12:.3g}",
                 f"{told['ceiling']:.0%}" if "ceiling" in told else "",
                 f"{told['peak']:.0%}" if "peak" in told else "",
@@ -168,11 +173,11 @@ def sentences(record: dict[str, Any]) -> list[str]:
         size, peak = measured[0]["ceiling_size"], peak_flops(record)
         of = f", {statistics.median(flops) * 1e12 / peak:.0%} of the data sheet's" if peak else ""
         lines += [
-            f"Ceiling: {spread(flops, '.3g')} TFLOP/s{of}, {size}^3 product in {record['dtype']}."
+            f"Ceiling: {spread(flops, '{:.3g}'.format)} TFLOP/s{of}, {size}^3 product in {record['dtype']}."
         ]
     for model, each in told["models"].items():
         parts = [
-            f"{name} {top['images_per_second']:.4g} images/s at batch {top['batch_size']}"
+            f"{name} {rate(top['images_per_second'])} images/s at batch {top['batch_size']}"
             for name, top in each["best"].items()
         ]
         lines += [f"{model}, each at its best batch size: {', '.join(parts) or 'nothing ran'}."]
@@ -220,7 +225,7 @@ def _bars(axes: Any, record: dict[str, Any], groups: dict[str, list[dict[str, An
             share = speed / tops[unit][0]
             case = next(case for case in cases if case["batch_size"] == size)
             told = shares(record, case, name)
-            text = f"{speed:.4g}/s, batch {size}"
+            text = f"{rate(speed)}/s, batch {size}"
             text += f", {told['ceiling']:.0%} of ceiling" if "ceiling" in told else ""
             colour = "tab:blue" if name.startswith("ours") else "tab:orange"
             faded = 1.0 if name in ("ours", theirs) else 0.55

@@ -203,7 +203,7 @@ def largest_fitting(needs: Callable[[int], float], limit: float) -> tuple[int, f
     return size, known.get(size)
 
 
-def describe(options: dict[str, dict[str, str]]) -> dict[str, Any]:
+def describe(options: dict[str, dict[str, str | bool]]) -> dict[str, Any]:
     """The device that jax runs on, the versions of the packages, and what XLA does not take.
 
     Args:
