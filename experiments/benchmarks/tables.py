@@ -172,9 +172,8 @@ def sentences(record: dict[str, Any]) -> list[str]:
         flops = [value / 1e12 for case in measured for value in case["ceiling_flops"]]
         size, peak = measured[0]["ceiling_size"], peak_flops(record)
         of = f", {statistics.median(flops) * 1e12 / peak:.0%} of the data sheet's" if peak else ""
-        lines += [
-            f"Ceiling: {spread(flops, '{:.3g}'.format)} TFLOP/s{of}, {size}^3 product in {record['dtype']}."
-        ]
+        told_flops = spread(flops, "{:.3g}".format)
+        lines += [f"Ceiling: {told_flops} TFLOP/s{of}, {size}^3 product in {record['dtype']}."]
     for model, each in told["models"].items():
         parts = [
             f"{name} {rate(top['images_per_second'])} images/s at batch {top['batch_size']}"
@@ -231,14 +230,15 @@ def _bars(axes: Any, record: dict[str, Any], groups: dict[str, list[dict[str, An
             faded = 1.0 if name in ("ours", theirs) else 0.55
             axes.barh(place, share, height=0.8, color=colour, alpha=faded)
             box = dict(facecolor="white", edgecolor="none", pad=0)  # or the line runs through it
-            axes.text(share + 0.01, place, text, va="center", fontsize=8, bbox=box)
+            beside = dict(xytext=(3, 0), textcoords="offset points", va="center")
+            axes.annotate(text, (share, place), **beside, fontsize=8, bbox=box)
             ticks.append((place, name))
             furthest = max(furthest, share)
             place += 1
         place += 0.5
     axes.axvline(1, color="grey", linewidth=0.8, zorder=0)
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
-    axes.set(xlim=(0, 1.6 * furthest), xlabel=f"images/s by those of {by}")
+    axes.set(xlim=(0, 1.6 * furthest), xlabel=f"images/s, those of {by} = 1")
     axes.set_ylim(max(place, 1) - 0.5, -0.8)
     axes.spines[["top", "right"]].set_visible(False)
 
