@@ -1,143 +1,241 @@
-"""The training steps that are compared, and the matrix product that bounds them."""
+"""The programs that are compared, training steps or forward passes, and what bounds them."""
 
+import contextlib
+import dataclasses
 import functools
 import re
 import sys
 import time
+import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from names import ATTENTION, Contestant
 
+from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import structure
-from vit_jax.training.objectives import Augment
-from vit_jax.training.optim import OptimConfig, make_optimizer, make_schedule
+from vit_jax.models.config import ModelConfig, ResNetConfig
+from vit_jax.models.vit import init_params, structure
+from vit_jax.training.config import Config
+from vit_jax.training.optim import OptimConfig
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
-from vit_jax.training.state import abstract_state, make_state
-from vit_jax.training.steps import make_train_step
+from vit_jax.training.state import make_state
+from vit_jax.training.steps import images, merged
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 
 
-class Ours:
-    """The step of `vit_jax.training`, its state donated as in the training loop."""
+def random_batch(config: ModelConfig, batch_size: int) -> dict[str, np.ndarray]:
+    """Images uint8 [b h w c], labels int32 [b] and a mask [b], the same for all contestants."""
+    random = np.random.default_rng(0)
+    shape = (batch_size, *config.image_size, config.in_channels)
+    return {
+        "image": random.integers(0, 256, shape, np.uint8),
+        "label": random.integers(0, config.num_classes, batch_size, np.int32),
+        "mask": np.ones(batch_size, bool),
+    }
 
-    def __init__(self, config: ViTConfig, batch: dict[str, Any]):
-        self.device = jax.devices()[0]
-        mesh = make_mesh(MeshConfig(), [self.device])
-        optim = OptimConfig(lr=LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY)
-        schedule = make_schedule(optim, total_steps=1)
-        optimizer = make_optimizer(optim, schedule)
-        step = make_train_step(
-            structure(config)[0],
-            optimizer,
-            schedule,
-            Preprocess(config.image_size, config.in_channels),
-            num_classes=config.num_classes,
-            objective="softmax",
-            augment=Augment(),
-        )
-        abstract = abstract_state(config, optimizer, ema=False, mesh=mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        self.state = make_state(abstract, config, optimizer, seed=0)
-        self.batch = to_devices(batch, len(batch["image"]), mesh)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-        began = time.perf_counter()
-        self.step = step.lower(self.state, self.batch).compile()
-        self.compile_seconds = time.perf_counter() - began
+
+def our_program(
+    task: str, contestant: Contestant, config: ModelConfig, batch_size: int
+) -> tuple[Any, tuple[Any, Any], Any, Callable[[], Any]]:
+    """The program that vit_jax runs: mesh, shapes of its arguments, jitted, and what starts it."""
+    config = dataclasses.replace(config, **contestant.fields)
+    where = MeshConfig(deterministic=contestant.deterministic)
+    mesh = make_mesh(where, jax.devices()[:1])
+    optim = OptimConfig(lr=LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY)
+    run = Config(
+        batch_size=batch_size, total_steps=1, optim=optim, precision=config.dtype, mesh=where
+    )
+    preprocess = Preprocess(config.image_size, config.in_channels)
+    program = make_program(run, config, preprocess, run.total_steps, mesh)
+    if task == "train":
+        make = functools.partial(make_state, program.state, config, program.optimizer, seed=0)
+        return mesh, (program.state, program.batch), program.step, make
+    graphdef, _ = structure(config)
+    params = program.state.params
+    forward = jax.jit(
+        lambda params, batch: merged(graphdef, params, None)(images(batch, preprocess)),
+        compiler_options=compiler_options(mesh, deterministic=where.deterministic),
+    )
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    make = jax.jit(lambda: init_params(config, 0), out_shardings=places)
+    return mesh, (params, {"image": program.batch["image"]}), forward, make
+
+
+def program_bytes(compiled: Any) -> int:
+    """What a compiled program needs at once: what it is given, makes and works with."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+class Ours:
+    """The step of `vit_jax.training` with its state donated, or the forward pass of evaluation."""
+
+    def __init__(self, task: str, contestant: Contestant, config: ModelConfig, batch_size: int):
+        self.trains, self.xla = task == "train", contestant.xla
+        mesh, self.shapes, self.program, make = our_program(task, contestant, config, batch_size)
+        self.state, batch = make(), random_batch(config, batch_size)
+        batch = {name: batch[name] for name in self.shapes[1]}
+        self.batch = jax.block_until_ready(to_devices(batch, batch_size, mesh))
+        params = self.state.params if self.trains else self.state
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def compile(self) -> None:
+        self.step = self.program.lower(*self.shapes).compile(compiler_options=self.xla)
 
     def run(self, steps: int) -> float:
-        """Takes steps, waits for the last to end, and returns its loss."""
+        """Takes steps, waits for the last to end, and returns its loss, or its first logit."""
         for _ in range(steps):
-            self.state, metrics = self.step(self.state, self.batch)
-        jax.block_until_ready((self.state, metrics))
-        return float(metrics["loss"])
+            if self.trains:
+                self.state, out = self.step(self.state, self.batch)
+            else:
+                out = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, out))
+        return float(out["loss"] if self.trains else out[0, 0])
 
-    def peak_bytes(self) -> int | None:
-        """The device's own count, None where it keeps none."""
-        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+    def memory(self) -> dict[str, int | None]:
+        """By XLA's analysis, and by the device's count for the process; a CPU keeps none."""
+        stats = jax.devices()[0].memory_stats() or {}
+        peaks = {"process_peak_bytes": stats.get("peak_bytes_in_use")}
+        return {"peak_bytes": program_bytes(self.step), **peaks}
 
 
 class Timm:
-    """timm's model in PyTorch's usual step: autocast, fused AdamW, perhaps torch.compile."""
+    """timm's model in PyTorch's usual step or forward pass: autocast, perhaps torch.compile."""
 
-    def __init__(self, config: ViTConfig, batch: dict[str, Any], *, compiled: bool = False):
+    def __init__(
+        self, task: str, contestant: Contestant, config: ModelConfig, batch_size: int, backend: str
+    ):
         import torch
 
-        timm = import_timm()
-        backend, half = jax.default_backend(), config.dtype != "float32"
-        device = {"cpu": "cpu", "gpu": "cuda"}.get(backend)
-        self.cuda = device == "cuda"
-        if device is None or (self.cuda and not torch.cuda.is_available()):
-            raise UserError(f"jax runs on a {backend} here, and this torch cannot")
+        self.trains, self.cuda = task == "train", backend == "gpu"
+        self.name, self.mode, self.attention = (
+            contestant.name,
+            contestant.mode,
+            contestant.attention,
+        )
+        device = "cuda" if self.cuda else "cpu"
         if self.cuda:
+            if not torch.cuda.is_available():
+                raise UserError("jax runs on a gpu here, and this torch cannot")
             torch.set_float32_matmul_precision("high")  # float32 as TF32, XLA's default too
+            torch.backends.cudnn.benchmark = True
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats()
             self.bytes_before = torch.cuda.memory_allocated()
-        model = timm.models.VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            in_chans=config.in_channels,
-            num_classes=config.num_classes,
-            embed_dim=config.width,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_dim / config.width,
-            act_layer={"tanh": "gelu_tanh", "erf": "gelu"}[config.gelu],
-        ).to(device)
+        model = timm_model(config).to(device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        groups = timm.optim.param_groups_weight_decay(
-            model, WEIGHT_DECAY, no_weight_decay_list=model.no_weight_decay()
-        )
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+        batch = random_batch(config, batch_size)
+        pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)
+        if isinstance(config, ResNetConfig):  # convolutions like it better
+            model = model.to(memory_format=torch.channels_last)
+        else:
+            pixels = pixels.contiguous()
+        self.batch = (pixels.to(device),)
+        dtype, half = getattr(torch, config.dtype), config.dtype != "float32"
+
+        def logits_of(images):
+            with torch.autocast(device, dtype, enabled=half):
+                return model((images.float() / 255 - 0.5) / 0.5).float()
 
         def loss_of(images, labels):
-            with torch.autocast(device, getattr(torch, config.dtype), enabled=half):
-                logits = model((images.float() / 255 - 0.5) / 0.5)
-            return torch.nn.functional.cross_entropy(logits.float(), labels)
+            return torch.nn.functional.cross_entropy(logits_of(images), labels)
 
-        images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).contiguous()
-        self.batch = images.to(device), torch.from_numpy(batch["label"]).long().to(device)
-        self.loss_of = torch.compile(loss_of) if compiled else loss_of
-        began = time.perf_counter()
-        self.run(1)
-        self.compile_seconds = time.perf_counter() - began if compiled else None
+        self.function = loss_of if self.trains else logits_of
+        if self.trains:
+            self.batch += (torch.from_numpy(batch["label"]).long().to(device),)
+            skipped = getattr(model, "no_weight_decay", set)()
+            groups = import_timm().optim.param_groups_weight_decay(
+                model, WEIGHT_DECAY, no_weight_decay_list=skipped
+            )
+            self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+        else:
+            model.eval()
 
-    def run(self, steps: int) -> float:
-        """Takes steps, waits for the last to end, and returns its loss."""
+    def compile(self) -> None:
         import torch
 
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            loss = self.loss_of(*self.batch)
-            loss.backward()
-            self.optimizer.step()
-        if self.cuda:
-            torch.cuda.synchronize()
-        return loss.item()
+        if self.mode is None:
+            return
+        # torch keeps compiled programs by code object, and may take one that was compiled for
+        # another contestant's attention: each one gets a code object of its own.
+        old = self.function
+        code = old.__code__.replace(co_name=re.sub(r"\W", "_", self.name))
+        own = types.FunctionType(code, old.__globals__, code.co_name, None, old.__closure__)
+        self.function = torch.compile(own, mode=self.mode)
 
-    def peak_bytes(self) -> int | None:
+    def run(self, steps: int) -> float:
+        """Takes steps, waits for the last to end, and returns its loss, or its first logit."""
+        import torch
+
+        with contextlib.ExitStack() as stack:
+            if self.attention:
+                only = getattr(torch.nn.attention.SDPBackend, ATTENTION[self.attention])
+                stack.enter_context(torch.nn.attention.sdpa_kernel(only))
+            if not self.trains:
+                stack.enter_context(torch.inference_mode())
+            for _ in range(steps):
+                if self.mode is not None:
+                    torch.compiler.cudagraph_mark_step_begin()
+                if self.trains:
+                    self.optimizer.zero_grad()
+                out = self.function(*self.batch)
+                if self.trains:
+                    out.backward()
+                    self.optimizer.step()
+            if self.cuda:
+                torch.cuda.synchronize()
+            return out.flatten()[0].item()
+
+    def memory(self) -> dict[str, int | None]:
         """What this contestant added, by torch's count; None on a CPU."""
         import torch
 
-        return torch.cuda.max_memory_allocated() - self.bytes_before if self.cuda else None
+        added = torch.cuda.max_memory_allocated() - self.bytes_before if self.cuda else None
+        return {"peak_bytes": added}
 
 
-CONTESTANTS = {"ours": Ours, "timm": Timm, "timm-compile": functools.partial(Timm, compiled=True)}
+def timm_model(config: ModelConfig) -> Any:
+    """timm's module for the same model.
 
+    Raises:
+      UserError: a hybrid.
+    """
+    timm = import_timm()
+    sizes = dict(num_classes=config.num_classes, in_chans=config.in_channels)
+    if isinstance(config, ResNetConfig):
+        from timm.layers import StdConv2d
 
-def start(name: str, config: ViTConfig, batch: dict[str, Any], result: dict[str, Any]) -> Any:
-    """Returns a contestant that is compiled and warm; what that took goes into `result`."""
-    contestant = CONTESTANTS[name](config, batch)
-    contestant.run(2)
-    result["parameters"] = contestant.parameters
-    result["compile_seconds"] = contestant.compile_seconds
-    result["peak_bytes"] = contestant.peak_bytes()
-    return contestant
+        convolution = functools.partial(StdConv2d, eps=1e-8)
+        return timm.models.ResNetV2(
+            layers=list(config.resnet),
+            width_factor=config.resnet_width // 64,
+            stem_type="fixed",
+            conv_layer=convolution,
+            **sizes,
+        )
+    if config.resnet is not None:
+        raise UserError("hybrids are not compared with timm's")
+    return timm.models.VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_dim / config.width,
+        act_layer={"tanh": "gelu_tanh", "erf": "gelu", "quick": "quick_gelu"}[config.gelu],
+        **sizes,
+    )
 
 
 def import_timm() -> Any:
