@@ -70,9 +70,19 @@ def main() -> None:
 
 def make(folder: str, images: int) -> dict[str, float]:
     """Writes the images and the shards, unless they are there; returns the KB of an image."""
-    import simplejpeg
-
     from vit_jax.data.prepare import Conversion, prepare
+
+    files = write_files(folder, images)
+    sizes = {"files": sum(map(os.path.getsize, paths_of(folder)))}
+    for name, fields in CONVERSIONS.items():
+        made = prepare(files, os.path.join(folder, name), conversion=Conversion(**fields))
+        sizes[name] = sum(shard["record_bytes"] for shard in made["shards"])
+    return {name: size / images / 1e3 for name, size in sizes.items()}
+
+
+def write_files(folder: str, images: int) -> str:
+    """Writes the images in a folder for each class, unless they are there; returns where."""
+    import simplejpeg
 
     files = os.path.join(folder, "files")
     for label in range(CLASSES):
@@ -86,11 +96,7 @@ def make(folder: str, images: int) -> dict[str, float]:
     if len(paths_of(folder)) < images:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(write, range(images)))
-    sizes = {"files": sum(map(os.path.getsize, paths_of(folder)))}
-    for name, fields in CONVERSIONS.items():
-        made = prepare(files, os.path.join(folder, name), conversion=Conversion(**fields))
-        sizes[name] = sum(shard["record_bytes"] for shard in made["shards"])
-    return {name: size / images / 1e3 for name, size in sizes.items()}
+    return files
 
 
 def paths_of(folder: str) -> list[str]:

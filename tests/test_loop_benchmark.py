@@ -1,0 +1,57 @@
+"""The benchmark of the whole training program: that it runs, and what it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(folder, *flags):
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments" / "benchmarks" / "loop.py", *flags],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_benchmark_of_the_whole_program_runs(tmp_path):
+    flags = ["--variant=mu/16", "--image-size=32", "--batch-size=8", "--log-every=2", "--steps=4"]
+    flags += ["--images=20", "--rounds=1", "--threads=1", "--json=out.json"]
+    done = benchmark(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["backend"] == "cpu" and record["versions"]["jax"] and record["argv"] == flags
+    settings = {"variant": "mu/16", "batch_size": 8, "dtype": "float32", "warmup": 2, "steps": 4}
+    assert settings.items() <= record["settings"].items()
+    assert 5e4 < record["bytes_per_image"] < 2e5  # photographs' size
+
+    [found] = record["rounds"]
+    runs = ("train", "train, every step logged")
+    speed = {name: found[name]["images_per_second"] for name in ("step", "reader", *runs)}
+    assert min(speed.values()) > 0
+    assert all(0 <= found[name]["input_wait_fraction"] <= 1 for name in runs)
+    # The two parts share a CPU's cores: an image takes as long as both together.
+    limit = speed["step"] * speed["reader"] / (speed["step"] + speed["reader"])
+    assert found["limit"] == pytest.approx(limit)
+    assert record["ratios"] == {
+        "train / limit": [pytest.approx(speed["train"] / limit)],
+        "train / step": [pytest.approx(speed["train"] / speed["step"])],
+        "every step logged / train": [pytest.approx(speed[runs[1]] / speed["train"])],
+    }
+    assert record["medians"] == {name: values[0] for name, values in record["ratios"].items()}
+    for line in ("| step | ", "| reader | ", "| train | ", "| train, every step logged | "):
+        assert line in done.stdout
+    assert "train / limit: " in done.stdout and "target 0.97" in done.stdout
+
+
+def test_what_is_measured_is_whole_windows(tmp_path):
+    done = benchmark(tmp_path, "--steps=15", "--log-every=10")
+    assert done.returncode == 2 and "--steps 15 is no multiple of --log-every 10" in done.stderr
