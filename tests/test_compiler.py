@@ -2,16 +2,21 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from conftest import DIGITS, TINY
+from flax import nnx
+from jax.sharding import Mesh
 
 import vit_jax
 from vit_jax import compiler
 from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
+from vit_jax.models.vit import structure
 from vit_jax.training.config import load_config
 from vit_jax.training.evaluate import Evaluation
 from vit_jax.training.program import make_program, new_record
@@ -53,12 +58,51 @@ def test_a_mesh_says_what_is_compiled_for(on, monkeypatch):
     assert compiler.compiler_options(make_mesh(MeshConfig())) == {"a": True}
 
 
+def fake_mesh(platform):
+    return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))
+
+
+def test_a_function_is_traced_for_the_devices_of_its_mesh():
+    def fails():
+        raise RuntimeError(compiler.target())
+
+    inner = compiler.traced_for(fake_mesh("gpu"), compiler.target)
+    outer = compiler.traced_for(fake_mesh("tpu"), lambda: (inner(), compiler.target()))
+    assert outer() == ("gpu", "tpu") and compiler.target() == "cpu"
+    with pytest.raises(RuntimeError, match="tpu"):
+        compiler.traced_for(fake_mesh("tpu"), fails)()
+    assert compiler.target() == "cpu"
+
+
+@pytest.mark.parametrize(
+    "platform, merged, jaxs", [("cpu", True, 0), ("gpu", False, 0), ("tpu", False, 1)]
+)
+def test_what_suits_a_cpu_is_for_cpus(platform, merged, jaxs, monkeypatch):
+    """Tokens of all images in one dimension, and attention that is not JAX's own."""
+    called = []
+
+    def attention(q, k, v, bias, *, implementation):
+        called.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    config = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, num_heads=2, scan=True)
+    graphdef, params = structure(config)
+    forward = compiler.traced_for(
+        fake_mesh(platform), lambda params, x: nnx.merge(graphdef, params)(x)
+    )
+    images = jax.ShapeDtypeStruct((3, 8, 8, 3), np.float32)
+    text = str(jax.make_jaxpr(forward)(params, images))
+    assert ("f32[15,3,2,4]" in text) == merged and ("f32[3,5,3,2,4]" in text)  # queries, keys, ...
+    assert called == ["xla"] * jaxs
+
+
 @pytest.mark.parametrize("flags", [f"--{YNN}=X", f"--xla_some=1 --{YNN}=X --xla_more", f"--{YNN}"])
 def test_the_environment_goes_before_the_table(flags, on, monkeypatch):
     on("cpu")
     monkeypatch.setenv("XLA_FLAGS", flags)
     assert compiler.compiler_options() == {}
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level=0 --{YNN}_more=1")
     monkeypatch.setattr(compiler, "_known", lambda name, value: True)
     assert compiler.compiler_options() == {YNN: REDUCE}
 

@@ -22,8 +22,8 @@ OPTIONS = {
     # too by default, by Eigen, which runs several at once.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
 }
-_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 DETERMINISTIC = {"gpu": {"xla_gpu_deterministic_ops": True}}
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
 def compiler_options(
@@ -37,11 +37,9 @@ def compiler_options(
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     wanted = OPTIONS.get(platform, {}) | (DETERMINISTIC.get(platform, {}) if deterministic else {})
-    said = os.environ.get("XLA_FLAGS", "")
+    said = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {
-        name: value
-        for name, value in wanted.items()
-        if f"--{name}" not in said and _known(name, value)
+        name: value for name, value in wanted.items() if name not in said and _known(name, value)
     }
 
 
