@@ -51,9 +51,9 @@ class Layout(Protocol):
 # What costs next to nothing to compute anew beside the memory that keeping it takes, and what a
 # layout gathered for one block. Scanned, a block of Ti/16 keeps 15 MB of 8 images instead of 51.
 _CHEAP = frozenset(
-    "add sub mul div neg max min square integer_pow select_n tanh erf erfc logistic copy pad "
-    "convert_element_type reshape broadcast_in_dim squeeze expand_dims transpose slice split "
-    "concatenate sharding_constraint linear_call".split()
+    "add sub mul div neg max min square integer_pow one_minus_square select_n tanh erf erfc "
+    "logistic convert_element_type reshape broadcast_in_dim squeeze expand_dims transpose slice "
+    "split concatenate pad copy sharding_constraint linear_call".split()
 )
 
 
