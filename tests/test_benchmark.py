@@ -17,7 +17,6 @@ import pytest
 from flax import nnx
 
 from vit_jax.analysis.cost import flops_per_image
-from vit_jax.errors import UserError
 from vit_jax.models.config import variant
 from vit_jax.models.vit import structure
 
@@ -424,17 +423,3 @@ def test_inference_runs_over_resolutions(tmp_path):
     assert found["contestant"] == "ours" and found["bytes"] <= found["limit_bytes"]
     assert found["limit_bytes"] == int(0.004 * 2**30) and found["batch_size"] >= 1
     assert f"| mu/16 | 32x32 | ours | {found['batch_size']} |" in out
-
-
-@pytest.mark.parametrize("task", ["train", "infer"])
-def test_timms_models_are_as_large_as_ours(task):
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("timm")):
-        pytest.skip("torch and timm are not installed")
-    for config in (MU, variant("R26x1", image_size=(32, 32))):
-        timms = contestants.Timm(task, names.read_name("timm", task), config, 2, "cpu")
-        sizes = [leaf.size for leaf in jax.tree.leaves(structure(config)[1])]
-        assert timms.parameters == sum(sizes)
-        first = timms.run(1)
-        assert math.isfinite(first) and (timms.run(3) != first) == (task == "train")
-    with pytest.raises(UserError, match="hybrids"):
-        contestants.timm_model(variant("R50+B/16"))
