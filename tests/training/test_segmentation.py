@@ -163,7 +163,8 @@ def test_evaluate_segments(tiny_run, capsys):
     sets = {name: run.dense(params, split) for name, split in splits.items()}
     vit, source = vit_jax.load(tiny_run[0]), open_source(SMALL, "test")
     images = np.stack([vit.preprocess(example["image"]) for example in source])
-    np.testing.assert_allclose(sets["test"].x, vit.model.dense(images), atol=2e-6)
+    # Two programs, which round otherwise.
+    np.testing.assert_allclose(sets["test"].x, vit.model.dense(images), rtol=1e-6, atol=5e-6)
     assert sets["test"].x.shape == (24, 4, 4, 16)
     halved = [example["label"][1::2, 1::2] for example in source]
     np.testing.assert_array_equal(sets["test"].y, halved)
