@@ -52,6 +52,13 @@ def test_the_benchmark_of_the_whole_program_runs(tmp_path):
     assert "train / limit: " in done.stdout and "target 0.97" in done.stdout
 
 
-def test_what_is_measured_is_whole_windows(tmp_path):
-    done = benchmark(tmp_path, "--steps=15", "--log-every=10")
-    assert done.returncode == 2 and "--steps 15 is no multiple of --log-every 10" in done.stderr
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--steps=15", "--log-every=10"], "--steps 15 is no multiple of --log-every 10"),
+        (["--variant=Q/16"], "no variant 'Q'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags, message, tmp_path):
+    done = benchmark(tmp_path, *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

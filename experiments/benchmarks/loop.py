@@ -34,7 +34,8 @@ from input import device, paths_of, spread, write_files
 
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import open_source
-from vit_jax.models.config import CHOICES
+from vit_jax.errors import UserError
+from vit_jax.models.config import CHOICES, variant
 from vit_jax.training.config import Config, load_config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
@@ -202,6 +203,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, name, values[cpu])
     if args.steps % args.log_every:
         parser.error(f"--steps {args.steps} is no multiple of --log-every {args.log_every}")
+    try:
+        variant(args.variant, image_size=args.image_size)
+    except UserError as error:
+        parser.error(str(error))
     args.warmup = args.log_every
     return args
 
