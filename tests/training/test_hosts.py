@@ -102,6 +102,11 @@ def alone(tmp_path_factory):
     return workdir
 
 
+def json_of(out):
+    """What a process printed; Gloo's own lines may come after it, as they wait in another buffer."""
+    return json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
+
+
 def forget(workdir, *steps):
     for step in steps:
         shutil.rmtree(workdir / "checkpoints" / str(step))
@@ -111,7 +116,7 @@ def test_two_processes_are_one_run_that_one_and_then_four_go_on_with(alone, tmp_
     workdir = tmp_path / "run"
     (out, err), (silent, other) = finish(train(workdir, 2, 2))
     assert_equal_runs(workdir, alone)
-    last = json.loads(out.splitlines()[-1])
+    last = json_of(out)
     assert last["test/accuracy"] == logged(workdir)[-1]["test/accuracy"]
     table = re.findall(r"^process (\d) of 2: \S+, pid \d+, 2 x cpu, ids", err, re.MULTILINE)
     assert table == ["0", "1"]
@@ -294,9 +299,7 @@ hosts.leave(0)
 def test_each_device_gets_its_own_rows_and_all_agree(tmp_path):
     script = tmp_path / "parts.py"
     script.write_text(PARTS)
-    # Gloo's own lines may come last: they wait in another buffer.
-    said = [out.splitlines() for out, _ in finish(start([str(script)], 2, 2))]
-    told = [json.loads(next(x for x in lines if x.startswith("{"))) for lines in said]
+    told = [json_of(out) for out, _ in finish(start([str(script)], 2, 2))]
     assert [one["rows"] for one in told] == [
         [[0, 1, 4, 5], [*range(8)], [0, 1, 2, 3]],
         [[2, 3, 6, 7], [*range(8)], [4, 5, 6, 7]],
