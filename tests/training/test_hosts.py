@@ -103,7 +103,7 @@ def alone(tmp_path_factory):
 
 
 def json_of(out):
-    """What a process printed; Gloo's own lines may come after it, as they wait in another buffer."""
+    """What a process printed; Gloo's own lines may come later, as they wait in another buffer."""
     return json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
 
 
