@@ -12,6 +12,7 @@ import workers
 from names import MODES, read_name
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.launch.jobs import ENVIRONMENT as LAUNCHED
 from vit_jax.models.config import CHOICES, ModelConfig, ResNetConfig, variant
 
 CONTESTANTS = (
@@ -26,7 +27,7 @@ NO_TIMM = (
     "timm is left out: torch and timm are not both installed. Install torch for this device as "
     "https://pytorch.org says, then `pip install timm`."
 )
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+HUGE_PAGES = LAUNCHED["GLIBC_TUNABLES"]
 # Of all processes, so of all contestants. JAX would take most of a GPU's memory when it starts;
 # here torch shares the GPU.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
