@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,16 @@ OPTIONS = {
     # Sums and maxima by YNNPACK, which vectorises them; matrix products, which XLA gives to YNNPACK
     # too by default, by Eigen, which runs several at once.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    # Products by cuBLASLt, which adds biases and residuals and computes GELU as it writes; XLA's
+    # Triton products would leave all of these to other kernels. Slices of stacked parameters in one
+    # kernel, not beside each product that reads one.
+    "gpu": {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_enable_dynamic_slice_fusion": False,
+    },
 }
 DETERMINISTIC = {"gpu": {"xla_gpu_deterministic_ops": True}}
-_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_target: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=None)
 
 
 def compiler_options(
@@ -35,25 +42,35 @@ def compiler_options(
       mesh: of the devices that are compiled for; by default, where JAX runs.
       deterministic: whether a GPU is to repeat itself bit for bit, which costs speed.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform = device.platform
     wanted = OPTIONS.get(platform, {}) | (DETERMINISTIC.get(platform, {}) if deterministic else {})
     said = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {
-        name: value for name, value in wanted.items() if name not in said and _known(name, value)
+        name: value
+        for name, value in wanted.items()
+        if name not in said and _known(device, name, value)
     }
 
 
 def target() -> str:
     """The platform that a program is being traced for: that of `traced_for`, or where JAX runs."""
-    return _target.get() or jax.default_backend()
+    device = _target.get()
+    return jax.default_backend() if device is None else device.platform
+
+
+def target_device() -> Any:
+    """A device of those that a program is being traced for."""
+    device = _target.get()
+    return jax.devices()[0] if device is None else device
 
 
 def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function, for the devices of `mesh`: TPU programs are compiled without a TPU."""
+    """Returns the function, for the devices of `mesh`: programs are compiled without them."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
-        token = _target.set(mesh.devices.flat[0].platform)
+        token = _target.set(mesh.devices.flat[0])
         try:
             return function(*args)
         finally:
@@ -63,10 +80,11 @@ def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _known(name: str, value: str | bool) -> bool:
-    """Whether this version of XLA has the option: experimental ones come and go."""
+def _known(device: Any, name: str, value: str | bool) -> bool:
+    """Whether the XLA that compiles for a device has the option: experimental ones come and go."""
+    place = NamedSharding(Mesh([device], "x"), PartitionSpec())
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        jax.jit(lambda: 0, out_shardings=place, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         logger.warning("XLA does not take %s=%s, and goes without: %s", name, value, error)
         return False

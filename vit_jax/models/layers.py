@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vit_jax.compiler import target
+from vit_jax.compiler import target, target_device
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import positions
 from vit_jax.models.config import ModelConfig, ViTConfig
-from vit_jax.models.products import product, summed
+from vit_jax.models.products import product, split_product, summed
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +60,14 @@ _CHEAP = frozenset(
 )
 
 
-def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps products, sums and exponentials; what is element by element is computed anew."""
+def _costly(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Keeps products, sums and exponentials; what is element by element is computed anew.
+
+    So is a function with a derivative of its own, which keeps what it needs, unless it multiplies.
+    """
+    inside = params.get("call_jaxpr")
+    if primitive.name.startswith("custom_vjp_call") and inside is not None:
+        return any(each.primitive.name == "dot_general" for each in inside.eqns)
     return primitive.name not in _CHEAP
 
 
@@ -158,15 +167,62 @@ def drop_path(
 
 def gelu(kind: str) -> Callable[[Array], Array]:
     """`tanh` is Google's JAX default, `erf` the exact one of PyTorch, `quick` OpenAI's in CLIP."""
+    return functools.partial(_gelu, kind)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gelu(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What is kept for the way back is x alone."""
     if kind == "quick":
-        return lambda x: x * jax.nn.sigmoid(1.702 * x)
-    return functools.partial(nnx.gelu, approximate=kind == "tanh")
+        return x * jax.nn.sigmoid(1.702 * x)
+    return nnx.gelu(x, approximate=kind == "tanh")
+
+
+def _gelu_back(kind: str, x: Array, gradient: Array) -> tuple[Array]:
+    _, back = jax.vjp(functools.partial(_gelu.fun, kind), x.astype(jnp.float32))
+    return (back(gradient.astype(jnp.float32))[0].astype(x.dtype),)
+
+
+_gelu.defvjp(lambda kind, x: (_gelu(kind, x), x), _gelu_back)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """A LayerNorm over the last dimension, its statistics in float32."""
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """On GPUs with a derivative that one kernel computes, from x alone."""
+        if target() != "gpu":
+            return super().__call__(x)
+        y = normalised(self.epsilon, x.astype(jnp.float32))
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def normalised(epsilon: float, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x with a mean of 0 and a variance of 1 in the last dimension, in float32."""
+    return _normalised(epsilon, x)[0]
+
+
+def _normalised(epsilon: float, x: Array) -> tuple[Array, Array]:
+    # Two-pass variance: the fast one loses digits where the mean is large.
+    x = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+    return x * inverse, inverse
+
+
+def _normalised_back(epsilon: float, x: Array, gradient: Array) -> tuple[Array]:
+    y, inverse = _normalised(epsilon, x)
+    gradient = gradient - gradient.mean(-1, keepdims=True)
+    return (inverse * (gradient - y * (gradient * y).mean(-1, keepdims=True)),)
+
+
+normalised.defvjp(lambda epsilon, x: (normalised(epsilon, x), x), _normalised_back)
 
 
 def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A LayerNorm over the width, its statistics in float32."""
-    # Two-pass variance: the fast one loses digits where the mean is large.
-    return nnx.LayerNorm(
+    """A LayerNorm over the width."""
+    return LayerNorm(
         config.width,
         epsilon=config.layernorm_eps,
         dtype=jnp.dtype(config.dtype),
@@ -259,34 +315,45 @@ class Attention(nnx.Module):
         taps: Taps | None = None,
         *,
         query: Float[Array, "b m d"] | None = None,
+        length: int | None = None,
     ) -> Float[Array, "b m d"]:
-        """Attends from x, or from `query`, to x."""
-        dtype = jnp.dtype(self.config.dtype)
-        kernel = self.qkv.kernel[...].astype(dtype)
-        bias = (
-            self.qkv.bias[...].astype(dtype) if self.config.qkv_bias else np.zeros((3, 1, 1), dtype)
-        )
-        if query is None:
-            qkv = product(x, kernel) + bias
-            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        else:
-            q = product(query, kernel[:, 0]) + bias[0]
-            kv = product(x, kernel[:, 1:]) + bias[1:]
-            k, v = kv[:, :, 0], kv[:, :, 1]
+        """Attends from x, or from `query`, to x; to its first `length` tokens, if that is given."""
+        dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
+        with jax.named_scope("qkv"):
+            q, k, v = self._qkv(x, query)
         logits_bias = None
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
             logits_bias = positions.relative_logits(q, embeddings, self.config.num_prefix_tokens)
         if taps is not None:
-            taps("attention", lambda: attention_weights(q, k, logits_bias))
-        sizes = (dtype.name, q.shape[-1], k.shape[1])
-        backend = attention_backend(self.config.attention, *sizes, logits_bias is not None)
-        if backend == "xla" and target() != "tpu":  # whose compiler knows JAX's own, and fuses it
-            y = attend(q, k, v, logits_bias)
-        else:
-            y = jax.nn.dot_product_attention(q, k, v, logits_bias, implementation=backend)
-        kernel, bias = self.out.kernel[...].astype(dtype), self.out.bias[...].astype(dtype)
-        return product(y, kernel) + bias
+            real = (q[:, :length], k[:, :length])
+            taps("attention", lambda: attention_weights(*real, logits_bias))
+        # cuDNN does not train with a single query.
+        backend = backend_of(self.config) if query is None else "xla"
+        with jax.named_scope("attend"):
+            if backend == "xla" and target() != "tpu":  # which knows JAX's own, and fuses it
+                y = attend(q, k, v, logits_bias)
+            else:
+                padding = {}
+                if length < x.shape[1]:
+                    lengths = jnp.full(len(x), length, jnp.int32)
+                    padding = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+                y = jax.nn.dot_product_attention(
+                    q, k, v, logits_bias, implementation=backend, **padding
+                )
+        with jax.named_scope("attention_out"):
+            return affine(y, self.out, dtype)
+
+    def _qkv(
+        self, x: Float[Array, "b n d"], query: Float[Array, "b m d"] | None
+    ) -> tuple[Float[Array, "b m h k"], Float[Array, "b n h k"], Float[Array, "b n h k"]]:
+        dtype = jnp.dtype(self.config.dtype)
+        kernel = self.qkv.kernel[...].astype(dtype)
+        bias = self.qkv.bias[...].astype(dtype) if self.config.qkv_bias else None
+        if query is not None:
+            first, rest = (None, None) if bias is None else (bias[0], bias[1:])
+            return product(query, kernel[:, 0], first), *split_product(x, kernel[:, 1:], rest)
+        return split_product(x, kernel, bias)
 
 
 def attend(
@@ -311,6 +378,13 @@ def attend(
     return jnp.swapaxes(y / weights.sum(axis=-1, keepdims=True), 1, 2).astype(v.dtype)
 
 
+def affine(
+    x: Float[Array, "b n *inputs"], layer: "Affine | nnx.Linear", dtype: Any
+) -> Float[Array, "b n *outputs"]:
+    """What a layer's kernel and bias make of tokens, in `dtype`."""
+    return product(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
+
+
 class Affine(nnx.Module):
     """A kernel of any rank and its zero-initialised bias, if any."""
 
@@ -331,37 +405,66 @@ def attention_weights(
     return jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
 
 
-@functools.cache
+def backend_of(config: ViTConfig) -> str:
+    """What self-attention runs on where this is traced for: `cudnn` or `xla`."""
+    sizes = (config.dtype, config.head_dim, config.num_tokens)
+    return attention_backend(config.attention, *sizes, config.position == "relative")
+
+
 def attention_backend(
     wanted: str, dtype: str, head_dim: int, tokens: int, biased: bool = False
 ) -> str:
     """Chooses what `jax.nn.dot_product_attention` runs on; `auto` is cuDNN where it works.
 
     cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
-    device at hand is found out by compiling a small gradient once. With a bias of the logits
-    (relative positions), `auto` is XLA everywhere: cuDNN's has limits on sizes and on gradients.
+    device that is traced for is found out by compiling a small gradient once. With a bias of the
+    logits (relative positions), `auto` is XLA everywhere: cuDNN's has limits on sizes and on
+    gradients.
     """
     if wanted != "auto":
         return wanted
-    if (
-        biased
-        or jax.default_backend() != "gpu"
-        or dtype == "float32"
-        or head_dim % 8
-        or head_dim > 128
-    ):
+    if biased or target() != "gpu" or dtype == "float32" or head_dim % 8 or head_dim > 128:
         return "xla"
+    return "cudnn" if _cudnn_works(target_device(), dtype, head_dim, tokens) else "xla"
 
+
+@functools.cache
+def _cudnn_works(device: Any, dtype: str, head_dim: int, tokens: int) -> bool:
     def probe(q):
         return jax.nn.dot_product_attention(q, q, q, implementation="cudnn").astype("float32").sum()
 
     try:
-        shape = jax.ShapeDtypeStruct((1, tokens, 1, head_dim), dtype)
-        jax.jit(jax.grad(probe)).lower(shape).compile()
+        place = NamedSharding(Mesh([device], "x"), PartitionSpec())
+        shape = (1, even(tokens), 1, head_dim)
+        jax.jit(jax.grad(probe)).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=place)).compile()
     except Exception as error:  # noqa: BLE001  cuDNN and XLA raise many types
         logger.warning("cuDNN attention is not available here, using XLA's: %s", error)
-        return "xla"
-    return "cudnn"
+        return False
+    return True
+
+
+@jax.custom_vjp
+def row_major(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """The same x, whose gradient on GPUs lies in memory in the order of its axes.
+
+    Else XLA lets the sum over images, which is the gradient of position embeddings, turn the tokens
+    of all blocks around.
+    """
+    return x
+
+
+def _row_major_back(_: None, gradient: Array) -> tuple[Array]:
+    if target() == "gpu":
+        gradient = with_layout_constraint(gradient, MemoryLayout(major_to_minor=(0, 1, 2)))
+    return (gradient,)
+
+
+row_major.defvjp(lambda x: (x, None), _row_major_back)
+
+
+def even(tokens: int) -> int:
+    """How many tokens cuDNN is given: JAX refuses odd numbers in training (0.10 to 0.12)."""
+    return tokens + tokens % 2
 
 
 class Mlp(nnx.Module):
@@ -378,22 +481,23 @@ class Mlp(nnx.Module):
             dtype=jnp.dtype(config.dtype),
             kernel_init=nnx.initializers.xavier_uniform(),
             bias_init=nnx.initializers.normal(1e-6),
-            dot_general=lambda x, kernel, *_, **__: product(x, kernel),
             rngs=rngs,
         )
         self.fc1 = linear(config.width, config.mlp_dim * (2 if config.mlp == "swiglu" else 1))
         self.fc2 = linear(config.mlp_dim, config.width)
 
+    @jax.named_scope("mlp")
     def __call__(
         self, x: Float[Array, "b n d"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "b n d"]:
-        x = self.fc1(x)
+        dtype = jnp.dtype(self.config.dtype)
+        x = affine(x, self.fc1, dtype)
         if self.config.mlp == "swiglu":
             gate, x = jnp.split(x, 2, axis=-1)
             x = jax.nn.silu(gate) * x
         else:
             x = gelu(self.config.gelu)(x)
-        return self.fc2(dropout(x, self.config.dropout, key))
+        return affine(dropout(x, self.config.dropout, key), self.fc2, dtype)
 
 
 class Block(nnx.Module):
@@ -421,8 +525,12 @@ class Block(nnx.Module):
         depth_fraction: float | Float[Array, ""] = 0.0,
         key: Key[Array, ""] | None = None,
         taps: Taps | None = None,
+        length: int | None = None,
     ) -> Float[Array, "b n d"]:
-        """`depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path."""
+        """Runs the block on tokens, of which the first `length` count, if that is given.
+
+        `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path.
+        """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
 
         def branch(y, scale, dropout_key, path_key):
@@ -434,8 +542,10 @@ class Block(nnx.Module):
             return drop_path(y, self.config.drop_path * depth_fraction, path_key)
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
-        x = x + branch(self.attention(self.norm1(x), taps), scale1, attention_key, path_keys[0])
-        x = x + branch(self.mlp(self.norm2(x), hidden_key), scale2, mlp_key, path_keys[1])
+        y = self.attention(self.norm1(x), taps, length=length)
+        x = x + branch(y, scale1, attention_key, path_keys[0])
+        y = self.mlp(self.norm2(x), hidden_key)
+        x = x + branch(y, scale2, mlp_key, path_keys[1])
         return x
 
 

@@ -1,27 +1,66 @@
 """Matrix products: where their tokens are, and in which type they are computed."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vit_jax.compiler import target
 
 
 def product(
-    x: Float[Array, "b n *inputs"], kernel: Float[Array, "..."]
+    x: Float[Array, "b n *inputs"],
+    kernel: Float[Array, "..."],
+    bias: Float[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, "b n *outputs"]:
-    """Every token [*inputs] times a kernel [*inputs *outputs].
+    """Every token [*inputs] times a kernel [*inputs *outputs], plus a bias [*outputs].
 
-    On a CPU, with the tokens of all images in one dimension: else XLA transposes x in memory for
-    the kernel's gradient. A TPU would have to move them: it keeps each image's in whole tiles.
+    On CPUs and GPUs with the tokens of all images in one dimension: else XLA transposes x in memory
+    for the kernel's gradient on a CPU, and on a GPU takes the bias for a matrix. A TPU would have
+    to move them: it keeps each image's in whole tiles.
     """
-    inputs, lead = x.ndim - 2, x.shape[:2]
-    if target() == "cpu":
-        x = x.reshape(-1, *x.shape[2:])
-    y = jnp.tensordot(x, kernel, axes=inputs)
-    return y.reshape(*lead, *kernel.shape[inputs:])
+    inputs, lead, outputs = x.ndim - 2, x.shape[:2], kernel.shape[x.ndim - 2 :]
+    if target() == "tpu":
+        y = jnp.tensordot(x, kernel, axes=inputs)
+        return y if bias is None else y + bias
+    width = math.prod(kernel.shape[:inputs])
+    y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+    if bias is not None:
+        y = y + bias.reshape(-1)
+    return y.reshape(*lead, *outputs)
+
+
+def split_product(
+    x: Float[Array, "b n d"],
+    kernel: Float[Array, "d parts heads k"],
+    bias: Float[Array, "parts heads k"] | None = None,
+) -> tuple[Float[Array, "b n heads k"], ...]:
+    """`product`, as an array for each part.
+
+    On GPUs they are products of their own, since cuDNN would have slices of one copied; on the way
+    back they are one again.
+    """
+    return (_split_product if target() == "gpu" else _slices_of_product)(x, kernel, bias)
+
+
+def _slices_of_product(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, ...]:
+    y = product(x, kernel, bias)
+    return tuple(y[:, :, i] for i in range(kernel.shape[1]))
+
+
+@jax.custom_vjp
+def _split_product(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, ...]:
+    parts = range(kernel.shape[1])
+    return tuple(product(x, kernel[:, i], None if bias is None else bias[i]) for i in parts)
+
+
+_split_product.defvjp(
+    lambda *inputs: (_split_product(*inputs), inputs),
+    lambda inputs, gradients: jax.vjp(_slices_of_product, *inputs)[1](gradients),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

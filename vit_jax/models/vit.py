@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from vit_jax.compiler import target
 from vit_jax.models import layers, positions, resnet
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
 from vit_jax.models.layers import Corruption, Layout
@@ -98,7 +99,7 @@ class ViT(nnx.Module):
             x = corruption.apply(x, self.mask_token[...])
         x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
         if config.position_at == "input":
-            x = x + self.positions().astype(x.dtype)
+            x = layers.row_major(x + self.positions().astype(x.dtype))
         x = layers.dropout(x, config.dropout, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
@@ -192,24 +193,65 @@ class ViT(nnx.Module):
         depth, at = self.config.depth, self.config.position_at
         shared = self.positions() if at == "layers_shared" else None
 
+        length, padding = x.shape[1], 0
+        if layers.backend_of(self.config) == "cudnn":
+            padding = layers.even(length) - length
+
+        def pad(x):  # [... n d]
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) if padding else x
+
         def body(x, params, index):
             block, inner = nnx.merge(graphdef, params), layers.Taps(taps.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
-                x = x + added.astype(x.dtype)
+                x = x + pad(added.astype(x.dtype))
             x = block(
                 x,
                 depth_fraction=index / max(depth - 1, 1),
                 key=None if key is None else jax.random.fold_in(key, index),
                 taps=inner,
+                length=length,
             )
-            inner("tokens", lambda: x)
+            inner("tokens", lambda: x[:, :length])
             return x, inner.values
 
         stacked = nnx.to_pure_dict(stacked)
-        x, captured = layers.run_block(body, x, stacked, self.config, layout, depth=depth)
+        if target() == "gpu":
+            stacked = folded(stacked)
+        x, captured = layers.run_block(body, pad(x), stacked, self.config, layout, depth=depth)
         taps.values.update(captured)
-        return x
+        return x[:, :length]
+
+
+def folded(blocks: dict[str, Any]) -> dict[str, Any]:
+    """Moves what LayerNorms and LayerScales multiply and add into the kernels beside them.
+
+    The function of the blocks stays the same. What it saves is on the way back: the gradients of
+    these vectors are sums over all tokens, those of kernels are products, and the latter tell the
+    former.
+    """
+
+    def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        kernel, inner = layer["kernel"], layer["kernel"].ndim - 2
+        scale = norm["scale"].reshape(*norm["scale"].shape, *[1] * inner)
+        into = {**layer, "kernel": kernel * scale}
+        left = {"scale": jnp.ones_like(norm["scale"]), "bias": norm["bias"]}
+        if "bias" in layer:
+            into["bias"] = layer["bias"] + jnp.einsum("ld,ld...->l...", norm["bias"], kernel)
+            left["bias"] = jnp.zeros_like(norm["bias"])
+        return left, into
+
+    blocks = dict(blocks)
+    attention, mlp = dict(blocks["attention"]), dict(blocks["mlp"])
+    blocks["norm1"], attention["qkv"] = fold(blocks["norm1"], attention["qkv"])
+    blocks["norm2"], mlp["fc1"] = fold(blocks["norm2"], mlp["fc1"])
+    for scale, part, name in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):
+        if scale in blocks:
+            layer, by = part[name], blocks[scale]
+            inner = by.reshape(len(by), *[1] * (layer["kernel"].ndim - 2), -1)
+            part[name] = {"kernel": layer["kernel"] * inner, "bias": layer["bias"] * by}
+            blocks[scale] = jnp.ones_like(by)
+    return {**blocks, "attention": attention, "mlp": mlp}
 
 
 Model = ViT | resnet.ResNet

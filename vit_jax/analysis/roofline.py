@@ -1,0 +1,312 @@
+"""How long a compiled program takes at the least: each kernel by its products and its bytes.
+
+A kernel takes as long as the slower of two: its products at the rate that large ones reach, or what
+it reads and writes at the memory's. Where a device could do better than the program, that shows: as
+kernels that only move arrays. What is not known here is how well a kernel will be written: on GPUs
+XLA chooses among several when it has one to try them on. So this is a bound, not a measurement.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable
+
+from vit_jax.analysis.chips import Chip
+from vit_jax.analysis.hlo import Array, Instruction, Module, parse
+
+# What does not run on the device: names for what is there, and the ends of what started before.
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier "
+    "partition-id replica-id copy-done send-done recv-done async-done async-update".split()
+)
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-")
+# What reads no more of its operand than it results in, one element for each.
+_ELEMENTWISE = frozenset(
+    "bitcast reshape transpose convert copy negate multiply add subtract divide maximum minimum "
+    "tanh exponential rsqrt sqrt select compare tuple".split()
+)
+_SLICES = ("slice", "dynamic-slice", "gather")
+
+# Scope of an instruction's `op_name` -> part of the model, the first that fits: the innermost come
+# first. The scopes are set where the model and the step are written (`jax.named_scope`).
+PARTS = {
+    "optimizer": "optimiser",
+    "mixing": "mixing",
+    "norm": "norms",
+    "attend": "attention",
+    "qkv": "QKV",
+    "attention_out": "attention's output",
+    "mlp": "MLP",
+    "residual": "residuals",
+    "patches": "patches",
+    "resnet": "ResNet",
+    "head": "head and loss",
+    "loss": "head and loss",
+    "blocks": "blocks, other",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch of a step, or several alike in a loop.
+
+    Attributes:
+      name: the instruction's.
+      op_name: where it comes from in the Python program, as JAX tells XLA.
+      times: how often a step runs it.
+      products: its products' FLOPs by the dtype of what is multiplied.
+      read: bytes that it reads, each array once, and only what it uses of it.
+      written: bytes that it writes.
+      arrays: what it reads and writes, as text.
+    """
+
+    name: str
+    op_name: str
+    times: int
+    products: tuple[tuple[str, float], ...]
+    read: float
+    written: float
+    arrays: str
+
+    @property
+    def flops(self) -> float:
+        return sum(flops for _, flops in self.products)
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
+    @property
+    def part(self) -> str:
+        words = set(re.findall(r"\w+", self.op_name))
+        return next((part for scope, part in PARTS.items() if scope in words), "other")
+
+    @property
+    def direction(self) -> str:
+        if "transpose(" in self.op_name:
+            return "back"
+        return "forward" if "jvp(" in self.op_name or "checkpoint" in self.op_name else "update"
+
+    def seconds(self, chip: Chip) -> float:
+        """Of all its runs in a step."""
+        products = sum(flops / chip.rate(dtype) for dtype, flops in self.products)
+        return self.times * (max(products, self.bytes / chip.bandwidth) + chip.launch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """A program's kernels, and how long a chip takes for them."""
+
+    kernels: tuple[Kernel, ...]
+    chip: Chip
+
+    @functools.cached_property
+    def seconds(self) -> float:
+        return sum(kernel.seconds(self.chip) for kernel in self.kernels)
+
+    @property
+    def launches(self) -> int:
+        return sum(kernel.times for kernel in self.kernels)
+
+    @property
+    def bytes(self) -> float:
+        return sum(kernel.times * kernel.bytes for kernel in self.kernels)
+
+    @property
+    def flops(self) -> float:
+        return sum(kernel.times * kernel.flops for kernel in self.kernels)
+
+    def by(self, key: Callable[[Kernel], str]) -> dict[str, float]:
+        """Seconds by what `key` says of a kernel, the most first."""
+        sums: dict[str, float] = {}
+        for kernel in self.kernels:
+            sums[key(kernel)] = sums.get(key(kernel), 0.0) + kernel.seconds(self.chip)
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    def dearest(self, count: int = 5) -> list[tuple[Kernel, int, float]]:
+        """Kernels that take the most, those alike as one: (one of them, how many, seconds)."""
+        alike: dict[tuple, list[Kernel]] = {}
+        for kernel in self.kernels:
+            alike.setdefault((kernel.part, kernel.direction, kernel.arrays), []).append(kernel)
+        told = [
+            (group[0], sum(each.times for each in group), sum(k.seconds(self.chip) for k in group))
+            for group in alike.values()
+        ]
+        return sorted(told, key=lambda each: -each[2])[:count]
+
+
+def read_kernels(hlo: str) -> list[Kernel]:
+    """Returns what a step of a program launches, from its HLO text, `compiled.as_text()`.
+
+    What moves between devices is left out: see `read_collectives`.
+    """
+    module = parse(hlo)
+    kernels = []
+    for computation, each, times in module.launched():
+        if each.op in _FREE or each.op.startswith(_COLLECTIVES):
+            continue
+        read, written = _traffic(module, computation, each)
+        products = _products(module, computation, each)
+        if not (read or written or products):
+            continue
+        inputs = [module.find(computation, name) for name in each.operands]
+        arrays = [array for source in inputs if source for array in source.arrays]
+        kernels.append(
+            Kernel(
+                each.name,
+                _op_name(module, each),
+                times,
+                tuple(products.items()),
+                read,
+                written,
+                f"{_list(arrays)} -> {_list(each.arrays)}",
+            )
+        )
+    return kernels
+
+
+def _list(arrays: Iterable[Array]) -> str:
+    """The large ones by name, and of how many each there are."""
+    counts: dict[str, int] = {}
+    for array in arrays:
+        if array.size >= 2**16:
+            counts[str(array)] = counts.get(str(array), 0) + 1
+    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items()) or "little"
+
+
+def _op_name(module: Module, each: Instruction) -> str:
+    """Its own; that of what is fused in it where it has none, or none of a known part."""
+    own = each.attribute(r'op_name="([^"]*)"') or ""
+    if Kernel("", own, 1, (), 0, 0, "").part != "other":
+        return own
+    for computation in each.called("calls"):
+        for inner in reversed(module.computations[computation]):
+            name = inner.attribute(r'op_name="([^"]*)"') or ""
+            if Kernel("", name, 1, (), 0, 0, "").part != "other":
+                return name
+    return own
+
+
+def _traffic(module: Module, computation: str, each: Instruction) -> tuple[float, float]:
+    """Bytes that an instruction reads and writes."""
+    sources = [module.find(computation, name) for name in each.operands]
+    fused = each.called("calls")
+    if not fused:
+        if each.op == "dynamic-update-slice":
+            part = sources[1].arrays[0].bytes
+            return part, part
+        whole = sum(array.bytes for array in each.arrays)
+        if each.op in _SLICES:
+            return whole, whole
+        if each.op == "copy-start":  # (to, from, context)
+            return sources[0].arrays[0].bytes, each.arrays[0].bytes
+        read = {s.name: sum(a.bytes for a in s.arrays) for s in sources if s is not None}
+        return sum(read.values()), whole
+    inside = fused[0]
+    used = _used(module, inside)
+    parameters = {
+        int(p.rest.partition(")")[0]): p for p in module.computations[inside] if p.op == "parameter"
+    }
+    read: dict[str, float] = {}
+    for number, source in enumerate(sources):
+        if source is None or number not in parameters:
+            continue
+        whole = sum(array.bytes for array in source.arrays)
+        share = used(parameters[number].name)
+        read[source.name] = min(read.get(source.name, 0.0) + share * whole, whole)
+    return sum(read.values()), _written(module, inside, each)
+
+
+def _used(module: Module, computation: str) -> Callable[[str], float]:
+    """Returns instruction -> the share of its elements that the computation uses."""
+    users: dict[str, list[tuple[Instruction, int]]] = {}
+    for each in module.computations[computation]:
+        for place, name in enumerate(each.operands):
+            users.setdefault(name, []).append((each, place))
+
+    @functools.cache
+    def used(name: str) -> float:
+        own = module.find(computation, name)
+        if own.root:
+            return 1.0
+        size = sum(array.size for array in own.arrays)
+        needed = 0.0
+        for user, place in users.get(name, ()):
+            if user.op in _SLICES and place == 0:
+                needed += used(user.name) * user.arrays[0].size
+            elif user.op == "dynamic-update-slice" and place == 0:
+                continue  # written in place
+            elif user.op in _ELEMENTWISE:
+                needed += used(user.name) * size
+            elif (inner := user.called("calls")) and user.op == "fusion":
+                parameter = next(
+                    p
+                    for p in module.computations[inner[0]]
+                    if p.op == "parameter" and int(p.rest.partition(")")[0]) == place
+                )
+                needed += _used(module, inner[0])(parameter.name) * size
+            else:
+                needed += size
+        return min(needed / size, 1.0) if size else 0.0
+
+    return used
+
+
+def _written(module: Module, computation: str, fusion: Instruction) -> float:
+    """Bytes that a fusion writes; of what it updates in place, the part that changes."""
+    root = module.root(computation)
+    ends = [root] if root.op != "tuple" else [module.find(computation, n) for n in root.operands]
+    total = 0.0
+    for end, array in zip(ends, fusion.arrays, strict=False):
+        while end.op in ("bitcast", "copy", "reshape") and end.operands:
+            end = module.find(computation, end.operands[0])
+        if end.op == "dynamic-update-slice":
+            total += module.find(computation, end.operands[1]).arrays[0].bytes
+        else:
+            total += array.bytes
+    return total
+
+
+def _products(module: Module, computation: str, each: Instruction) -> dict[str, float]:
+    """FLOPs of an instruction's products, and of those fused in it, by what they multiply."""
+    sources = [module.find(computation, name) for name in each.operands]
+    sums: dict[str, float] = {}
+    target = each.attribute(r'custom_call_target="([^"]*)"') or ""
+    dims = each.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
+    if each.op == "dot":
+        dims = _numbers(each.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+        summed = math.prod(sources[0].arrays[0].shape[d] for d in dims)
+        sums[sources[0].arrays[0].dtype] = 2.0 * each.arrays[0].size * summed
+    elif dims:
+        sums[sources[0].arrays[0].dtype] = _convolution(target, dims, sources, each)
+    elif target.startswith("__cudnn$fmha"):
+        q, k = sources[0].arrays[0], sources[1].arrays[0]  # [b t h d], [b s h d]
+        count = 5 if target.endswith("Backward") else 2  # scores are computed anew on the way back
+        sums[q.dtype] = 2.0 * count * q.size * k.shape[1]
+    elif target.startswith("__cublas$"):
+        given = each.attribute(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+        lhs = sources[0].arrays[0]
+        summed = math.prod(lhs.shape[d] for d in _numbers(given.replace('"', "")))
+        sums[lhs.dtype] = 2.0 * each.arrays[0].size * summed
+    elif each.op in ("fusion", "async-start"):
+        for called in each.called("calls"):
+            for inner in module.computations[called]:
+                for dtype, flops in _products(module, called, inner).items():
+                    sums[dtype] = sums.get(dtype, 0.0) + flops
+    return sums
+
+
+def _convolution(target: str, dims: str, sources: list[Instruction], each: Instruction) -> float:
+    """FLOPs of a convolution: what comes out, times what each of it sums."""
+    lhs, rhs, out = sources[0].arrays[0], sources[1].arrays[0], each.arrays[0]
+    kernel = dims.partition("_")[2].partition("->")[0]
+    if target.endswith("BackwardFilter"):  # (x, dy) -> dk
+        rhs, out = out, rhs
+    elif target.endswith("BackwardInput"):  # (dy, k) -> dx
+        out = lhs
+    return 2.0 * out.size * rhs.size / rhs.shape[kernel.index("o")]
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(n) for n in (text or "").split(",") if n]
