@@ -25,26 +25,33 @@ from vit_jax.training.sharding import MeshConfig, make_mesh
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 REDUCE = "LIBRARY_FUSION_TYPE_REDUCE"
 DETERMINISTIC = "xla_gpu_deterministic_ops"
+CUBLAS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": False}
 
 
 @pytest.fixture
 def on(monkeypatch):
     """Says on which platform JAX runs; XLA is asked whether it knows an option all the same."""
     monkeypatch.setenv("XLA_FLAGS", "")
-    return lambda platform: monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+    def on(platform):
+        device = jax.devices()[0] if platform == "cpu" else SimpleNamespace(platform=platform)
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+    return on
 
 
 @pytest.mark.parametrize(
     "platform, plain, deterministic",
     [
         ("cpu", {YNN: REDUCE}, {YNN: REDUCE}),
-        ("gpu", {}, {DETERMINISTIC: True}),
+        ("gpu", CUBLAS, CUBLAS | {DETERMINISTIC: True}),
         ("tpu", {}, {}),
         ("another", {}, {}),
     ],
 )
 def test_each_platform_has_its_options(platform, plain, deterministic, on, monkeypatch):
-    monkeypatch.setattr(compiler, "_known", lambda name, value: True)
+    monkeypatch.setattr(compiler, "_known", lambda device, name, value: True)
     on(platform)
     assert compiler.compiler_options() == plain
     assert compiler.compiler_options(deterministic=True) == deterministic
@@ -52,10 +59,11 @@ def test_each_platform_has_its_options(platform, plain, deterministic, on, monke
 
 def test_a_mesh_says_what_is_compiled_for(on, monkeypatch):
     monkeypatch.setattr(compiler, "OPTIONS", {"cpu": {"a": True}, "gpu": {"b": True}})
-    monkeypatch.setattr(compiler, "_known", lambda name, value: True)
+    monkeypatch.setattr(compiler, "_known", lambda device, name, value: True)
+    mesh = make_mesh(MeshConfig())
     on("gpu")
     assert compiler.compiler_options() == {"b": True}
-    assert compiler.compiler_options(make_mesh(MeshConfig())) == {"a": True}
+    assert compiler.compiler_options(mesh) == {"a": True}
 
 
 def fake_mesh(platform):
@@ -75,10 +83,10 @@ def test_a_function_is_traced_for_the_devices_of_its_mesh():
 
 
 @pytest.mark.parametrize(
-    "platform, merged, jaxs", [("cpu", True, 0), ("gpu", False, 0), ("tpu", False, 1)]
+    "platform, merged, parts, jaxs", [("cpu", 3, 3, 0), ("gpu", 3, 1, 0), ("tpu", 0, 3, 1)]
 )
-def test_what_suits_a_cpu_is_for_cpus(platform, merged, jaxs, monkeypatch):
-    """Tokens of all images in one dimension, and attention that is not JAX's own."""
+def test_each_platform_has_the_products_that_suit_it(platform, merged, parts, jaxs, monkeypatch):
+    """Tokens of all images in one dimension, QKV in three, attention that is not JAX's own."""
     called = []
 
     def attention(q, k, v, bias, *, implementation):
@@ -93,7 +101,8 @@ def test_what_suits_a_cpu_is_for_cpus(platform, merged, jaxs, monkeypatch):
     )
     images = jax.ShapeDtypeStruct((3, 8, 8, 3), np.float32)
     text = str(jax.make_jaxpr(forward)(params, images))
-    assert ("f32[15,3,2,4]" in text) == merged and ("f32[3,5,3,2,4]" in text)  # queries, keys, ...
+    queries = "f32[3,5,3,2,4]" if parts == 3 else "f32[3,5,2,4]"
+    assert queries in text and (f"f32[15,{8 * parts}]" in text) == (merged > 0)
     assert called == ["xla"] * jaxs
 
 
@@ -103,7 +112,7 @@ def test_the_environment_goes_before_the_table(flags, on, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     assert compiler.compiler_options() == {}
     monkeypatch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level=0 --{YNN}_more=1")
-    monkeypatch.setattr(compiler, "_known", lambda name, value: True)
+    monkeypatch.setattr(compiler, "_known", lambda device, name, value: True)
     assert compiler.compiler_options() == {YNN: REDUCE}
 
 

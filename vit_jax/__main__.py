@@ -245,7 +245,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
     command.add_argument(
-        "--topology", help="TPUs to compile for, where there are none: v5e:4x4, v5p:8x8x4, ..."
+        "--topology",
+        help="what to compile for, where there is none: v5e:4x4, h100:8, h200:2x8, ...",
     )
     command.set_defaults(function=preflight, takes_overrides=True)
 

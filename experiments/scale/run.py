@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from vit_jax.analysis import cost, preflight
+from vit_jax.analysis import chips, cost, preflight
 from vit_jax.analysis.collectives import by_kind
 from vit_jax.models.config import variant
 from vit_jax.training.config import load_config
@@ -50,7 +50,7 @@ def rehearse(name: str) -> dict:
     topology, argument, overrides = ROWS[name]
     flags = [f"--config.{each}" for each in (*COMMON, *overrides.split())]
     config = load_config(f"{CONFIG}:{argument}", flags)
-    devices = preflight.topology_devices(topology)
+    devices = chips.topology_devices(topology)
     record, _, _ = preflight.open_record(config)
     began = time.perf_counter()
     found = preflight.rehearse(config, record, make_mesh(config.mesh, devices))
@@ -64,9 +64,9 @@ def rehearse(name: str) -> dict:
         "batch": config.batch_size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(found.program.state.params)),
         "fits": found.fits,
-        "peak_gib": found.peak_bytes and found.peak_bytes / preflight.GIB,
-        "state_gib": found.state_bytes / preflight.GIB,
-        "limit_gib": found.limit_bytes / preflight.GIB,
+        "peak_gib": found.peak_bytes and found.peak_bytes / chips.GIB,
+        "state_gib": found.state_bytes / chips.GIB,
+        "limit_gib": found.limit_bytes / chips.GIB,
         "moves": by_kind(found.collectives),
         "moved_gb": found.moved_bytes / 1e9,
         "least_gb": found.least_bytes / 1e9,

@@ -8,7 +8,7 @@ import pytest
 from conftest import DIGITS, TINY
 
 from vit_jax.__main__ import main
-from vit_jax.analysis import cost, preflight
+from vit_jax.analysis import chips, cost, preflight
 from vit_jax.errors import UserError
 from vit_jax.models.config import variant
 from vit_jax.training.config import load_config
@@ -121,6 +121,6 @@ def test_a_config_that_only_evaluates_is_refused():
 
 
 def test_a_topology_needs_libtpu(monkeypatch):
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'vit_jax\[tpu\]'"):
-        preflight.topology_devices("v5e:4x4")
+        chips.topology_devices("v5e:4x4")

@@ -172,7 +172,7 @@ def test_auto_attention_falls_back_where_cudnn_does_not_work(
 
 
 def test_auto_attention_is_cudnns_where_it_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(layers, "target", lambda: "gpu")
     probed = []
 
     def fused(q, k, v, *, implementation):
@@ -180,10 +180,11 @@ def test_auto_attention_is_cudnns_where_it_compiles(monkeypatch):
         return q * k * v
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
-    assert layers.attention_backend.__wrapped__("auto", "bfloat16", 64, 197) == "cudnn"
+    layers._cudnn_works.cache_clear()
+    assert layers.attention_backend("auto", "bfloat16", 64, 197) == "cudnn"
     [(implementation, shape, dtype)] = set(probed)
     assert (implementation, dtype) == ("cudnn", "bfloat16")
-    assert (shape[1], shape[3]) == (197, 64)
+    assert (shape[1], shape[3]) == (198, 64)
 
 
 def softmax_attention(q, k, v, bias, above):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.analysis import preflight
+from vit_jax.analysis import chips, preflight
 from vit_jax.analysis.collectives import by_kind
 from vit_jax.errors import UserError
 from vit_jax.training.config import load_config
@@ -22,7 +22,7 @@ def rehearsed(topology, *overrides, depth=2):
     config = load_config(f"{PRETRAIN}:S/16,jft", flags)
     record, _, _ = preflight.open_record(config)
     vit = dataclasses.replace(record.config, width=512, num_heads=8, mlp_dim=2048, depth=depth)
-    mesh = make_mesh(config.mesh, preflight.topology_devices(topology))
+    mesh = make_mesh(config.mesh, chips.topology_devices(topology))
     return preflight.rehearse(config, dataclasses.replace(record, config=vit), mesh)
 
 
@@ -57,7 +57,7 @@ def test_the_report_names_the_change_that_fits(capsys):
 
 
 def test_data_spans_slices_and_fsdp_does_not():
-    devices = preflight.topology_devices("v5e:2x2*2")
+    devices = chips.topology_devices("v5e:2x2*2")
     config = load_config(f"{PRETRAIN}:S/16,jft", ["--config.mesh.data=2", "--config.mesh.fsdp=4"])
     mesh = make_mesh(config.mesh, devices)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)[:, :, 0]
@@ -68,4 +68,4 @@ def test_data_spans_slices_and_fsdp_does_not():
 @pytest.mark.parametrize("name", ["v5x:4x4", "v5e:3x5", "nonsense", "v5e:2x2*many"])
 def test_a_topology_that_is_none_is_said_in_a_sentence(name):
     with pytest.raises(UserError, match="expected one such as v5e:4x4"):
-        preflight.topology_devices(name)
+        chips.topology_devices(name)

@@ -63,7 +63,7 @@ def test_cudnn_is_given_bfloat16(monkeypatch):
     """In place of cuDNN, which nothing can be lowered for without it: what takes all gradients."""
     given = []
 
-    def fused(q, k, v, bias, *, implementation):
+    def fused(q, k, v, bias, *, implementation, **lengths):
         given.append((implementation, q.dtype.name, k.dtype.name, v.dtype.name))
         return q + k + v
 

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from vit_jax.analysis.hlo import BYTES, Instruction, parse
+from vit_jax.analysis.hlo import BYTES, Array, Instruction, parse
 
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
@@ -47,7 +47,9 @@ def read_collectives(hlo: str) -> list[Collective]:
                 channel = re.search(r"channel_id=(\d+)", each.rest)
                 key = (kind, channel[1]) if fused and channel else (name, each.name)
                 if key not in found:
-                    found[key] = _collective(kind, each, times)
+                    sources = [module.find(name, operand) for operand in each.operands]
+                    given = [array for source in sources for array in source.arrays]
+                    found[key] = _collective(kind, given, each, times)
             elif each.op == "while":
                 (body,) = each.called("body")
                 visit(body, times * module.trips(each))
@@ -62,18 +64,14 @@ def read_collectives(hlo: str) -> list[Collective]:
     return list(found.values())
 
 
-def _collective(kind: str, each: Instruction, times: int) -> Collective:
-    arrays = [BYTES.get(array.dtype, 0) * array.size for array in each.arrays]
+def _collective(kind: str, given: Iterable[Array], each: Instruction, times: int) -> Collective:
+    """A collective by the arrays that each device gives: what it gets is written variously."""
+    total = sum(BYTES.get(array.dtype, 0) * array.size for array in given)
     if kind == "collective-permute":
-        return Collective(kind, 2, times, float(arrays[0]))
+        return Collective(kind, 2, times, float(total))
     group = _group(each.rest)
-    total = float(sum(arrays))
-    if kind == "all-gather" and each.op.endswith("-start"):  # the shape lists what goes in as well
-        total /= 1 + 1 / group
-    if kind == "reduce-scatter" and "reduce-scatter" in each.op:  # what comes out is one part
-        total *= group
-    passes = 2 if kind == "all-reduce" else 1
-    return Collective(kind, group, times, passes * total * (group - 1) / group)
+    moved = total * (group - 1) * {"all-gather": 1, "all-reduce": 2 / group}.get(kind, 1 / group)
+    return Collective(kind, group, times, float(moved))
 
 
 def _group(rest: str) -> int:

@@ -1,13 +1,13 @@
 """What a run will need, before anything is spent: its real training step, compiled and read.
 
-With a TPU topology the step is compiled by the TPU's own compiler, on a machine that has no TPU.
+With a topology the step is compiled by the real compiler of TPUs or GPUs, on a machine without.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,46 +16,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
 from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
+from vit_jax.analysis.roofline import Roofline, read_kernels
 from vit_jax.checkpoints.load import open_model
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
 from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
-from vit_jax.models.layers import attention_backend
 from vit_jax.models.vit import structure
 from vit_jax.training import masking
 from vit_jax.training.config import Config
 from vit_jax.training.program import Program, make_program, new_record, run_steps, train_reader
 from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
 
-GIB = 2**30
-_UTILISATION = 0.5  # of the peak, as well-run ViTs reach on TPUs and GPUs
 _SECONDS_OF_DATA = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of device: its memory in bytes, its bfloat16 products in FLOP/s."""
-
-    memory: int
-    flops: float
-
-
-# By `device_kind`. Sources: Google Cloud's TPU pages (v4, v5e, v5p, v6e), NVIDIA's data sheets
-# (without sparsity).
-CHIPS = {
-    "TPU v4": Chip(32 * GIB, 275e12),
-    "TPU v5 lite": Chip(16 * GIB, 197e12),
-    "TPU v5": Chip(95 * GIB, 459e12),
-    "TPU v6 lite": Chip(32 * GIB, 918e12),
-    "NVIDIA A100-SXM4-40GB": Chip(40 * GIB, 312e12),
-    "NVIDIA A100-SXM4-80GB": Chip(80 * GIB, 312e12),
-    "NVIDIA H100 80GB HBM3": Chip(80 * GIB, 989e12),
-    "NVIDIA H200": Chip(141 * GIB, 989e12),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +45,8 @@ class Rehearsal:
       limit_bytes: what the device has, None where that is not known.
       collectives: what moves between devices in a step.
       least_bytes: what the mesh needs at the least (see `least_traffic`).
+      fused_attention: calls of cuDNN's attention.
+      roofline: how long a device takes at the least, None for kinds that are not in CHIPS.
     """
 
     program: Program
@@ -76,6 +55,8 @@ class Rehearsal:
     limit_bytes: int | None
     collectives: tuple[Collective, ...] = ()
     least_bytes: float = 0.0
+    fused_attention: int = 0
+    roofline: Roofline | None = None
 
     @property
     def fits(self) -> bool:
@@ -91,7 +72,8 @@ def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
     vit = record.config
     program = make_program(config, vit, record.preprocess, config.steps(10**9), mesh)
     state_bytes = shard_bytes(program.state)
-    limit = memory_limit(mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
+    limit, chip = memory_limit(device), CHIPS.get(device.device_kind)
     try:
         compiled = program.step.trace(program.state, program.batch).lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -109,13 +91,16 @@ def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
         + memory.generated_code_size_in_bytes
         + 2 * shard_bytes(program.batch)
     )
+    hlo = compiled.as_text()
     return Rehearsal(
         program,
         state_bytes,
         peak,
         limit,
-        tuple(read_collectives(compiled.as_text())) if mesh.size > 1 else (),
+        tuple(read_collectives(hlo)) if mesh.size > 1 else (),
         least_traffic(program, config, vit),
+        len(re.findall(r'custom_call_target="__cudnn\$fmha', hlo)),
+        None if chip is None else Roofline(tuple(read_kernels(hlo)), chip),
     )
 
 
@@ -128,7 +113,10 @@ def shard_bytes(tree: Any) -> int:
 
 
 def memory_limit(device: Any) -> int | None:
-    """Bytes that a device has; for those of a CPU, their share of this machine's memory."""
+    """Bytes that a device has; for those of a CPU, their share of this machine's memory.
+
+    Of a GPU that is not there, the share that JAX takes of its memory by default.
+    """
     if device.platform == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total // jax.local_device_count()
@@ -136,53 +124,18 @@ def memory_limit(device: Any) -> int | None:
     try:
         return int(device.memory_stats()["bytes_limit"])
     except Exception:  # noqa: BLE001  a topology's devices have none, and say so variously
-        return known.memory if known else None
-
-
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU topology such as v5e:4x4 or v5p:8x8x4, of two slices as v5p:4x4x4*2.
-
-    Raises:
-      UserError: no such topology, or libtpu, which compiles for it, is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "--topology needs the compiler for TPUs, which runs anywhere: pip install "
-            "'vit_jax[tpu]'"
-        )
-    # Or libtpu looks for a TPU of this machine, at length, and lets no other process use it.
-    for variable, value in (
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-    ):
-        os.environ.setdefault(variable, value)
-    if not os.environ.get("JAX_PLATFORMS"):  # what runs meanwhile needs no accelerator
-        jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    shape, star, slices = name.partition("*")
-    options: dict[str, Any] = {"num_slices": int(slices)} if slices.isdigit() else {}
-    if shape.endswith((":1x1", ":1x1x1")):  # by themselves they are of a host of four
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        if star and not slices.isdigit():
-            raise ValueError(f"{slices!r} is no number of slices")
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
-    except Exception as error:  # noqa: BLE001  libtpu raises what it likes
-        raise UserError(
-            f"--topology={name}: {str(error).splitlines()[0]}; expected one such as v5e:4x4, "
-            "v5p:8x8x4, v6e:16x16, or v5p:4x4x4*2 for two slices"
-        ) from None
-    return list(topology.devices)
+        if known is None or device.platform != "gpu":
+            return known and int(known.memory)
+        variables = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+        share = next((os.environ[name] for name in variables if os.environ.get(name)), 0.75)
+        return int(float(share) * known.memory)
 
 
 def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     """Yields the report of a config line by line, as it is found out.
 
     Args:
-      topology: TPUs to compile for (see `topology_devices`); None is the devices at hand.
+      topology: what to compile for (see `topology_devices`); None is the devices at hand.
 
     Raises:
       UserError: the config cannot train, or it does not fit; then with the change that does.
@@ -204,14 +157,10 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     flops = step_flops(config, vit)
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
-    if isinstance(vit, ViTConfig):
-        biased, sizes = vit.position == "relative", (vit.dtype, vit.head_dim, vit.num_tokens)
-        backend = "xla"
-        if devices[0].platform != "tpu":
-            backend = attention_backend(vit.attention, *sizes, biased)
-        yield _line("attention", backend)
-
     rehearsal = rehearse(config, record, mesh)
+    if isinstance(vit, ViTConfig):
+        calls = rehearsal.fused_attention
+        yield _line("attention", f"cuDNN's, {calls} kernels in the program" if calls else "XLA's")
     for parameter in unsplit(rehearsal.program.state.params, mesh):
         yield _line("not split", str(parameter))
     yield _line("memory", _memory(rehearsal))
@@ -221,12 +170,20 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
         ratio = rehearsal.moved_bytes / rehearsal.least_bytes
         least = f"the least, {rehearsal.least_bytes / 1e9:.3f} GB"
         yield _line("", f"together {rehearsal.moved_bytes / 1e9:.3f} GB, {ratio:.2f} times {least}")
-    rate, how = flop_rate(devices, vit)
-    seconds = None if rate is None else flops / rate
+    if rehearsal.roofline is not None:
+        seconds, told = rehearsal.roofline.seconds, "by its roofline, at the least"
+    elif devices[0] in jax.local_devices():
+        rate, told = flop_rate(devices, vit)
+        seconds = flops / rate
+    else:
+        seconds = None
     if seconds is not None:
         steps = None if config.total_epochs and source is None else run_steps(config, source)
         whole = f", {_duration(steps * seconds)} for {steps:,} steps" if steps else ""
-        yield _line("time", f"about {seconds * 1e3:.4g} ms a step{whole} ({how})")
+        rate = f"{config.batch_size / seconds:,.0f} images/s"
+        yield _line("time", f"about {seconds * 1e3:.4g} ms a step, {rate}{whole} ({told})")
+    if rehearsal.roofline is not None:
+        yield from roofline_lines(rehearsal.roofline)
     needed = None if seconds is None else config.batch_size / seconds / hosts
     if source is None:
         yield _line("data", f"not measured: {missing}")
@@ -281,15 +238,24 @@ def _size_of_change(steps: tuple[int, int, int]) -> tuple[int, int, list[int]]:
     return sum(n > 0 for n in steps), sum(steps), [-n for n in steps]
 
 
-def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float | None, str]:
-    """FLOP/s that the devices will do together, and how that is known."""
-    chip = CHIPS.get(devices[0].device_kind)
-    if chip is not None:
-        peak = chip.flops / (1 if vit.dtype == "bfloat16" else 2)
-        how = f"at {_UTILISATION:.0%} of the peak of {peak / 1e12:.0f} TFLOP/s"
-        return _UTILISATION * peak * len(devices), how
-    if devices[0] not in jax.local_devices():
-        return None, ""
+def roofline_lines(roofline: Roofline) -> Iterator[str]:
+    """What a device is busy with, and the kernels that take it the longest."""
+    share = roofline.flops / roofline.chip.products / roofline.seconds
+    yield _line(
+        "kernels",
+        f"{roofline.launches:,}, {roofline.bytes / 1e9:,.1f} GB read and written, "
+        f"{roofline.flops / 1e12:.3g} TFLOP of products, {share:.0%} of the ceiling",
+    )
+    parts = roofline.by(lambda kernel: kernel.part)
+    told = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in parts.items())
+    yield _line("ms of", told)
+    for kernel, count, seconds in roofline.dearest(5):
+        where = f"{kernel.part}, {kernel.direction}"
+        yield _line("dearest", f"{seconds * 1e3:.3g} ms, {count} x {where}: {kernel.arrays}")
+
+
+def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:
+    """FLOP/s that the devices at hand do together, and how that is known."""
     hidden = vit.mlp_dim if isinstance(vit, ViTConfig) else vit.width
     tokens, inner = 2048, jnp.ones((vit.width, hidden), vit.dtype)
     x = jnp.ones((tokens, vit.width), vit.dtype)

@@ -91,7 +91,7 @@ class Kernel:
     def seconds(self, chip: Chip) -> float:
         """Of all its runs in a step."""
         products = sum(flops / chip.rate(dtype) for dtype, flops in self.products)
-        return self.times * (max(products, self.bytes / chip.bandwidth) + chip.launch)
+        return self.times * (max(products, self.bytes / chip.copies) + chip.launch)
 
 
 @dataclasses.dataclass(frozen=True)

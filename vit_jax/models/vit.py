@@ -200,7 +200,12 @@ class ViT(nnx.Module):
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) if padding else x
 
+        # All blocks at once where they are there at once.
+        fold, at_once = target() == "gpu", layout is None
+        at_once = at_once and not layers.scanned(self.config.scan, depth)
+
         def body(x, params, index):
+            params = folded(params) if fold and not at_once else params
             block, inner = nnx.merge(graphdef, params), layers.Taps(taps.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
@@ -216,42 +221,40 @@ class ViT(nnx.Module):
             return x, inner.values
 
         stacked = nnx.to_pure_dict(stacked)
-        if target() == "gpu":
-            stacked = folded(stacked)
+        if fold and at_once:
+            stacked = jax.vmap(folded)(stacked)
         x, captured = layers.run_block(body, pad(x), stacked, self.config, layout, depth=depth)
         taps.values.update(captured)
         return x[:, :length]
 
 
-def folded(blocks: dict[str, Any]) -> dict[str, Any]:
+def folded(block: dict[str, Any]) -> dict[str, Any]:
     """Moves what LayerNorms and LayerScales multiply and add into the kernels beside them.
 
-    The function of the blocks stays the same. What it saves is on the way back: the gradients of
+    The function of the block stays the same. What it saves is on the way back: the gradients of
     these vectors are sums over all tokens, those of kernels are products, and the latter tell the
     former.
     """
 
     def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        kernel, inner = layer["kernel"], layer["kernel"].ndim - 2
-        scale = norm["scale"].reshape(*norm["scale"].shape, *[1] * inner)
-        into = {**layer, "kernel": kernel * scale}
-        left = {"scale": jnp.ones_like(norm["scale"]), "bias": norm["bias"]}
-        if "bias" in layer:
-            into["bias"] = layer["bias"] + jnp.einsum("ld,ld...->l...", norm["bias"], kernel)
-            left["bias"] = jnp.zeros_like(norm["bias"])
-        return left, into
+        if "bias" not in layer:  # nowhere to move what the norm adds
+            return norm, layer
+        kernel, scale = layer["kernel"], norm["scale"]
+        scaled = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
+        bias = layer["bias"] + jnp.tensordot(norm["bias"], kernel, axes=1)
+        left = {"scale": jnp.ones_like(scale), "bias": jnp.zeros_like(scale)}
+        return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
 
-    blocks = dict(blocks)
-    attention, mlp = dict(blocks["attention"]), dict(blocks["mlp"])
-    blocks["norm1"], attention["qkv"] = fold(blocks["norm1"], attention["qkv"])
-    blocks["norm2"], mlp["fc1"] = fold(blocks["norm2"], mlp["fc1"])
-    for scale, part, name in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):
-        if scale in blocks:
-            layer, by = part[name], blocks[scale]
-            inner = by.reshape(len(by), *[1] * (layer["kernel"].ndim - 2), -1)
-            part[name] = {"kernel": layer["kernel"] * inner, "bias": layer["bias"] * by}
-            blocks[scale] = jnp.ones_like(by)
-    return {**blocks, "attention": attention, "mlp": mlp}
+    block, attention, mlp = dict(block), dict(block["attention"]), dict(block["mlp"])
+    block["norm1"], attention["qkv"] = fold(block["norm1"], attention["qkv"])
+    block["norm2"], mlp["fc1"] = fold(block["norm2"], mlp["fc1"])
+    for name, part, layer in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):
+        if name in block:
+            scale, kernel = block[name], part[layer]["kernel"]
+            scaled = (kernel * scale).astype(kernel.dtype)
+            part[layer] = {"kernel": scaled, "bias": part[layer]["bias"] * scale}
+            block[name] = jnp.ones_like(scale)
+    return {**block, "attention": attention, "mlp": mlp}
 
 
 Model = ViT | resnet.ResNet

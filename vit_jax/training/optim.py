@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.sharding import path_name
@@ -29,6 +30,7 @@ MATRICES = (
     (r"(kernel|pos_embed(_\w+)?)$", (-2, -1)),
 )
 _LEAST_SIDE = 32
+_SMALL, _PARTS = 2**16, 2**12  # of a norm: elements of a leaf that is small; sums of another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +176,13 @@ def _steps(number: float, total_steps: int) -> int:
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: Callable[[Any], Any]
+    config: OptimConfig, schedule: Callable[[Any], Any], *, whole: bool = True
 ) -> optax.GradientTransformation:
-    """Returns clipping, the update rule, weight decay and the learning rate, in this order."""
+    """Returns clipping, the update rule, weight decay and the learning rate, in this order.
+
+    Args:
+      whole: whether each device has all of each parameter (see `norm`).
+    """
     if config.name == "sgd":
         steps = [optax.trace(decay=config.momentum, accumulator_dtype=config.mu_dtype)]
     elif config.name == "adafactor":
@@ -190,11 +196,41 @@ def make_optimizer(
             )
         ]
     if config.grad_clip is not None:
-        steps.insert(0, optax.clip_by_global_norm(config.grad_clip))
+        steps.insert(0, clip_by_norm(config.grad_clip, whole=whole))
     if config.weight_decay:
         mask = is_kernel if config.decayed == "kernels" else None
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def norm(tree: Any, *, whole: bool = True) -> Float[Array, ""]:
+    """The norm of all leaves together.
+
+    Where they are `whole` on each device, sums of parts of all leaves are added up at once in the
+    end: it takes a GPU as long to start adding a few numbers as to add a hundred thousand.
+    """
+    if not whole:
+        return optax.tree.norm(tree)
+    parts = []
+    for leaf in jax.tree.leaves(tree):
+        squares = jnp.square(leaf.astype(jnp.float32)).reshape(math.gcd(leaf.size, _PARTS), -1)
+        parts.append(squares.reshape(-1) if leaf.size < _SMALL else squares.sum(axis=1))
+    # Without the barrier XLA takes the sum apart again, into one for each leaf.
+    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(parts)).sum())
+
+
+def clip_by_norm(bound: float, *, whole: bool = True) -> optax.GradientTransformation:
+    """Scales gradients down to a norm of `bound`; as in optax, but with the `norm` of the metrics.
+
+    So that it is computed once a step.
+    """
+
+    def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        found = norm(grads, whole=whole)
+        fits = found < bound
+        return jax.tree.map(lambda g: jnp.where(fits, g, g / found * bound), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def is_kernel(params: Any) -> Any:

@@ -119,7 +119,8 @@ def make_program(
     """
     check_batch(config.batch_size, config.optim.accumulate, mesh)
     schedule = make_schedule(config.optim, total_steps)
-    optimizer = make_optimizer(config.optim, schedule)
+    layout = make_layout(mesh, vit.dtype)
+    optimizer = make_optimizer(config.optim, schedule, whole=layout is None)
     state = abstract_state(vit, optimizer, ema=config.optim.ema is not None, mesh=mesh)
     b, k = config.batch_size, vit.num_classes
     batch = {
@@ -138,7 +139,7 @@ def make_program(
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
         seed=config.seed,
-        layout=make_layout(mesh, vit.dtype),
+        layout=layout,
     )
     return Program(
         mesh,

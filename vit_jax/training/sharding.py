@@ -83,19 +83,30 @@ def device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     slices = _slices(devices)
     if shape[0] % slices:
         raise UserError(
-            f"mesh.data is {shape[0]} on {slices} slices of devices, and only data spans slices: "
-            f"mesh.data must be a multiple of {slices}"
+            f"mesh.data is {shape[0]} on {slices} slices or nodes of devices, and only data spans "
+            f"them: mesh.data must be a multiple of {slices}"
         )
     inside = (shape[0] // slices, *shape[1:])
     if slices == 1:
         return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        inside,
+        (slices, 1, 1),
+        devices,
+        process_is_granule=_rehearsed_gpus(devices),
+        allow_split_physical_axes=True,
     )
 
 
 def _slices(devices: list[Any]) -> int:
-    return len({getattr(device, "slice_index", 0) for device in devices})
+    attribute = "process_index" if _rehearsed_gpus(devices) else "slice_index"
+    return len({getattr(device, attribute, 0) for device in devices})
+
+
+def _rehearsed_gpus(devices: list[Any]) -> bool:
+    """Whether these are GPUs of a topology: real ones have their node as their slice."""
+    first = devices[0]
+    return first.platform == "gpu" and getattr(first, "local_hardware_id", None) is None
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -1,6 +1,5 @@
 """One training step and one evaluation step: pure functions over a pytree of arrays."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,9 @@ from jaxtyping import Array, Float, Key, Shaped
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.vit import Layout, Model
 from vit_jax.training import masking, objectives
+from vit_jax.training.optim import norm
 from vit_jax.training.state import TrainState
 
-_SMALL, _PARTS = 2**16, 2**12  # elements of a leaf; sums of one
 Batch = dict[str, Array]
 # (params, batch, key, weight) -> (sum of losses / weight, other sums), all over real examples.
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
@@ -163,22 +162,6 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return train_step
-
-
-def norm(tree: Any, *, whole: bool = True) -> Float[Array, ""]:
-    """The norm of all leaves together.
-
-    Where they are `whole` on each device, sums of parts of all leaves are added up at once in the
-    end: it takes a GPU as long to start adding a few numbers as to add a hundred thousand.
-    """
-    if not whole:
-        return optax.tree.norm(tree)
-    parts = []
-    for leaf in jax.tree.leaves(tree):
-        squares = jnp.square(leaf.astype(jnp.float32)).reshape(math.gcd(leaf.size, _PARTS), -1)
-        parts.append(squares.reshape(-1) if leaf.size < _SMALL else squares.sum(axis=1))
-    # Without the barrier XLA takes the sum apart again, into one for each leaf.
-    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(parts)).sum())
 
 
 def accumulated(

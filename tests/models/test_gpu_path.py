@@ -1,0 +1,158 @@
+"""What is traced for GPUs is the same function: run here in float32, beside what a CPU is given."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from vit_jax import compiler
+from vit_jax.models import layers
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.vit import folded, init_params, structure
+
+GPU = Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform="gpu")]))
+SIZES = dict(image_size=8, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=24, num_classes=5)
+
+
+def random_params(config):
+    """None is 0 or 1, so that nothing is left out unseen."""
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), init_params(config, 0)
+    )
+
+
+def images_of(config):
+    return jax.random.normal(jax.random.key(2), (3, *config.image_size, 3))
+
+
+def both(config, function):
+    """What a function of (model, images) gives and its gradient, traced for a CPU and for a GPU."""
+    graphdef, images, params = structure(config)[0], images_of(config), random_params(config)
+
+    def run(params):
+        out = function(nnx.merge(graphdef, params), images)
+        weights = np.random.default_rng(3).normal(size=out.shape)
+        return jnp.sum(out * weights), out
+
+    grad = jax.value_and_grad(run, has_aux=True)
+    return jax.jit(grad)(params), jax.jit(compiler.traced_for(GPU, grad))(params)
+
+
+def assert_alike(found, wanted, rtol):
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(a - b).max() <= rtol * max(np.abs(b).max(), 1e-3), path
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(pool="gap", layer_scale=0.5, gelu="erf", scan=True),
+        dict(qkv_bias=False, gelu="quick", pool="map", registers=2),
+        dict(mlp="swiglu", layer_scale=0.1, position_at="layers"),
+        dict(position="relative", remat="full"),
+        dict(pool="gap", norm_after_pool=True, pre_norm=True, position="sincos2d"),
+    ],
+    ids=str,
+)
+def test_logits_and_gradients_are_those_of_a_cpu(fields):
+    config = ViTConfig(attention="xla", **SIZES | fields)
+    on_cpu, on_gpu = both(config, lambda model, images: model(images))
+    assert_alike(on_gpu, on_cpu, 2e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_blocks_have_norms_that_do_nothing(bias):
+    blocks = random_params(ViTConfig(layer_scale=0.5, qkv_bias=bias, **SIZES))["blocks"]
+    found = jax.vmap(folded)(blocks)
+    for name in ("scale1", "scale2"):
+        np.testing.assert_array_equal(found[name], 1)
+    for norm in ("norm1", "norm2") if bias else ("norm2",):
+        np.testing.assert_array_equal(found[norm]["scale"], 1)
+        np.testing.assert_array_equal(found[norm]["bias"], 0)
+    if not bias:  # there is nowhere to move what it adds
+        np.testing.assert_array_equal(found["norm1"]["bias"], blocks["norm1"]["bias"])
+
+
+def normalised_in_float64(x, epsilon, above):
+    """LayerNorm without scale and bias, and the gradient of sum(above * y), written out."""
+    n = x.shape[-1]
+    centred = x - x.mean(-1, keepdims=True)
+    inverse = (np.square(centred).mean(-1, keepdims=True) + epsilon) ** -0.5
+    y = centred * inverse
+    jacobian = (np.eye(n) - 1 / n - y[..., :, None] * y[..., None, :] / n) * inverse[..., None]
+    return y, np.einsum("...i,...ij->...j", above, jacobian)
+
+
+def test_the_norm_and_its_gradient_are_the_written_out_ones():
+    random = np.random.default_rng(0)
+    x, above = random.normal(3, 2, (2, 5, 12)), random.normal(size=(2, 5, 12))
+    wanted, gradient = normalised_in_float64(x, 1e-6, above)
+    y, back = jax.vjp(lambda x: layers.normalised(1e-6, x), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+    np.testing.assert_allclose(back(jnp.asarray(above, jnp.float32))[0], gradient, atol=1e-5)
+
+
+def gelu_in_float64(kind, x):
+    """GELU and its derivative by a central difference."""
+    from scipy.special import erf, expit
+
+    def value(x):
+        if kind == "quick":
+            return x * expit(1.702 * x)
+        if kind == "erf":
+            return x / 2 * (1 + erf(x / np.sqrt(2)))
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    return value(x), (value(x + 1e-5) - value(x - 1e-5)) / 2e-5
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("kind", ["tanh", "erf", "quick"])
+def test_the_derivative_of_gelu_is_that_of_the_formula(kind, dtype, atol):
+    x = jnp.linspace(-4, 4, 201).astype(dtype)
+    y, back = jax.vjp(layers.gelu(kind), x)
+    value, slope = gelu_in_float64(kind, np.asarray(x, np.float64))
+    np.testing.assert_allclose(np.asarray(y, np.float64), value, atol=atol)
+    found = np.asarray(back(jnp.ones_like(x))[0], np.float64)
+    np.testing.assert_allclose(found, slope, atol=atol)
+    assert back(jnp.ones_like(x))[0].dtype == jnp.dtype(dtype)
+
+
+@pytest.mark.parametrize(
+    "fields, padded",
+    [
+        (dict(), True),
+        (dict(pool="gap"), False),
+        (dict(position_at="layers", scan=True), True),
+        (dict(pool="gap", registers=3), True),
+    ],
+    ids=str,
+)
+def test_an_odd_number_of_tokens_is_padded_and_nobody_sees_it(fields, padded, monkeypatch):
+    """Logits, what is captured, and gradients; in cuDNN's place what masks as it is documented."""
+    config = ViTConfig(attention="xla", **SIZES | fields)
+    real, seen = config.num_tokens, set()
+
+    def fused(q, k, v, bias, *, implementation, **lengths):
+        seen.add((implementation, q.shape[1], tuple(lengths)))
+        y = layers.attend(q[:, :real], k[:, :real], v[:, :real])
+        return jnp.pad(y, ((0, 0), (0, q.shape[1] - real), (0, 0), (0, 0)))
+
+    def outputs(model, images):
+        logits, captured = model(images, capture=("tokens", "attention", "encoded"))
+        assert captured["attention"].shape == (3, 3, 2, real, real)
+        return jnp.concatenate([logits.ravel(), *(x.ravel() for x in captured.values())])
+
+    wanted = both(config, outputs)[0]
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(layers, "backend_of", lambda config: "cudnn")
+    assert_alike(both(config, outputs)[1], wanted, 2e-5)
+    names = ("query_seq_lengths", "key_value_seq_lengths") if padded else ()
+    assert seen == {("cudnn", real + padded, names)}
