@@ -7,12 +7,14 @@ RUNS ?= runs
 # An environment apart, for what test-parity compares with, and for the TPU's compiler. Where pip would choose gigabytes of
 # CUDA: TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
 PARITY = $(VENV)-parity
+# And one for XLA's compiler for GPUs, which needs no GPU, but 4 GB and a jax for Python 3.12 or later.
+GPU = $(VENV)-gpu
 TORCH_INDEX ?=
 
 # Large arrays in large pages: on a CPU worth a tenth (experiments/benchmarks).
 train seeds evidence: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train evidence test test-slow test-parity seeds lint clean
+.PHONY: train evidence test test-slow test-parity test-gpu-compile seeds lint clean
 train: $(VENV)/.train
 	$(BIN)/python experiments/digits/run.py --runs=$(RUNS)
 
@@ -31,6 +33,11 @@ test-slow: $(VENV)/.test
 
 test-parity: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest tests/parity
+
+test-gpu-compile:
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then $(MAKE) $(GPU)/.gpu && \
+		$(GPU)/bin/python -m pytest -n 2 tests/gpu; \
+	else echo "test-gpu-compile is skipped: its jax needs Python 3.12 or later (PYTHON=python3.13)"; fi
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -55,6 +62,12 @@ $(PARITY)/.parity: setup.py constraints.txt Makefile
 	$(PARITY)/bin/python -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0
 	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt \
 		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow
+	touch $@
+
+$(GPU)/.gpu: setup.py constraints.txt Makefile
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip install --quiet --upgrade pip
+	$(GPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,cuda]'
 	touch $@
 
 clean:

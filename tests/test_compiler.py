@@ -25,7 +25,11 @@ from vit_jax.training.sharding import MeshConfig, make_mesh
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 REDUCE = "LIBRARY_FUSION_TYPE_REDUCE"
 DETERMINISTIC = "xla_gpu_deterministic_ops"
-CUBLAS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": False}
+CUBLAS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 
 
 @pytest.fixture

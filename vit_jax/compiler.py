@@ -23,10 +23,11 @@ OPTIONS = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
     # Products by cuBLASLt, which adds biases and residuals and computes GELU as it writes; XLA's
     # Triton products would leave all of these to other kernels. Slices of stacked parameters in one
-    # kernel, not beside each product that reads one.
+    # kernel, not beside each product that reads one. Small Q, K and V as three products too.
     "gpu": {
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_enable_dynamic_slice_fusion": False,
+        "xla_gpu_dot_merger_threshold_mb": 0,
     },
 }
 DETERMINISTIC = {"gpu": {"xla_gpu_deterministic_ops": True}}
@@ -35,7 +36,7 @@ _target: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=
 
 def compiler_options(
     mesh: Mesh | None = None, *, deterministic: bool = False
-) -> dict[str, str | bool]:
+) -> dict[str, str | bool | int]:
     """Returns what to give to `jax.jit` as `compiler_options`.
 
     Args:
@@ -80,7 +81,7 @@ def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _known(device: Any, name: str, value: str | bool) -> bool:
+def _known(device: Any, name: str, value: str | bool | int) -> bool:
     """Whether the XLA that compiles for a device has the option: experimental ones come and go."""
     place = NamedSharding(Mesh([device], "x"), PartitionSpec())
     try:

@@ -41,12 +41,19 @@ def random_batch(config: ModelConfig, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def our_program(
-    task: str, contestant: Contestant, config: ModelConfig, batch_size: int
+    task: str,
+    contestant: Contestant,
+    config: ModelConfig,
+    batch_size: int,
+    devices: list[Any] | None = None,
 ) -> tuple[Any, tuple[Any, Any], Any, Callable[[], Any]]:
-    """The program that vit_jax runs: mesh, shapes of its arguments, jitted, and what starts it."""
+    """The program that vit_jax runs: mesh, shapes of its arguments, jitted, and what starts it.
+
+    For the first device at hand, or for `devices`, which need not be there.
+    """
     config = dataclasses.replace(config, **contestant.fields)
     where = MeshConfig(deterministic=contestant.deterministic)
-    mesh = make_mesh(where, jax.devices()[:1])
+    mesh = make_mesh(where, devices or jax.devices()[:1])
     optim = OptimConfig(lr=LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY)
     run = Config(
         batch_size=batch_size, total_steps=1, optim=optim, precision=config.dtype, mesh=where

@@ -37,7 +37,7 @@ def measure(
     """
     results: dict[str, Any] = {}
     names = args.names
-    folders = {name: str(caches / re.sub(r"\W+", "_", name)) for name in names}
+    folders = {name: folder_of(caches, name) for name in names}
     families = {name: read_name(name, task).family for name in names}
 
     def started(pool: workers.Workers, name: str) -> dict[str, Any]:
@@ -83,6 +83,11 @@ def measure(
         "ceiling_size": next((once["size"] for once in ceilings if "size" in once), None),
         "ceiling_flops": [once["flops"] for once in ceilings if "flops" in once],
     }
+
+
+def folder_of(caches: Path, name: str) -> str:
+    """Where a contestant's compiler keeps what it compiled."""
+    return str(caches / re.sub(r"\W+", "_", name))
 
 
 def search_largest(
@@ -145,9 +150,7 @@ def run(task: str, args: argparse.Namespace) -> dict[str, Any]:
                 seen = {case["variant"] for case in record["cases"]}
                 compiling = args.compile and name not in seen
                 caches = Path(folder, f"model{number}")
-                case = {"variant": name, "image": list(config.image_size)}
-                case |= {"batch_size": batch_size, "config": dataclasses.asdict(config)}
-                case |= {"flops_per_image": flops_per_image(config)}
+                case = new_case(name, config, batch_size)
                 failure: dict[str, Any] = {}
                 with workers.noting(failure):
                     case |= measure(task, config, batch_size, args, caches, compiling)
@@ -166,6 +169,13 @@ def run(task: str, args: argparse.Namespace) -> dict[str, Any]:
                     keep(tables.largest_row(record["largest"][-1]))
     print("\n" + "\n".join(tables.sentences(record)))
     return record
+
+
+def new_case(name: str, config: ModelConfig, batch_size: int) -> dict[str, Any]:
+    """What stands beside the results of one model at one batch size."""
+    case = {"variant": name, "image": list(config.image_size), "batch_size": batch_size}
+    flops = flops_per_image(config)
+    return case | {"config": dataclasses.asdict(config), "flops_per_image": flops}
 
 
 def new_record(task: str, args: argparse.Namespace) -> dict[str, Any]:

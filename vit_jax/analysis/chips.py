@@ -26,7 +26,7 @@ class Chip:
       launch: seconds that starting a kernel costs.
     """
 
-    memory: float
+    memory: int
     peak: float
     bandwidth: float
     products: float = 0.0
@@ -103,7 +103,9 @@ def topology_devices(name: str) -> list[Any]:
     if re.fullmatch(r"v\d\w*", kind):
         return _tpus(name)
     if kind not in GPUS:
-        raise UserError(f"--topology={name}: no device {kind!r}; {nearest(kind, GPUS)}, or v5e:4x4")
+        raise UserError(
+            f"--topology={name}: expected one such as v5e:4x4 or h100:8, {nearest(kind, GPUS)}"
+        )
     return _gpus(name, kind)
 
 

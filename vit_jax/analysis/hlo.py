@@ -33,7 +33,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        return 0.0 if self.resident else BYTES.get(self.dtype, 0) * self.size
+        return 0.0 if self.resident else float(BYTES.get(self.dtype, 0)) * self.size
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"

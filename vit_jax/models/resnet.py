@@ -192,6 +192,7 @@ class Backbone(nnx.Module):
         if self.preact:
             self.norm = group_norm(inputs, config, rngs)
 
+    @jax.named_scope("resnet")
     def __call__(
         self, images: Float[Array | np.ndarray, "b h w c"], layout: Layout | None = None
     ) -> Float[Array, "b p q d"]:
@@ -222,6 +223,7 @@ class ResNet(nnx.Module):
         if config.num_classes:
             self.head = zero_head(config.width, config, rngs)
 
+    @jax.named_scope("resnet")
     def __call__(
         self,
         images: Float[Array | np.ndarray, "b h w c"],

@@ -93,24 +93,34 @@ class ViT(nnx.Module):
         embedding_key, block_key = layers.split_key(key, 2)
 
         x = images if config.resnet is None else self.resnet(images, layout)  # [b h w c]
-        x = self.patch_embed(x)  # Eq. 1, [b n d]
-        taps("patches", lambda: x)
-        if corruption is not None:
-            x = corruption.apply(x, self.mask_token[...])
-        x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
-        if config.position_at == "input":
-            x = layers.row_major(x + self.positions().astype(x.dtype))
+        with jax.named_scope("patches"):
+            x = self.patch_embed(x)  # Eq. 1, [b n d]
+            taps("patches", lambda: x)
+            if corruption is not None:
+                x = corruption.apply(x, self.mask_token[...])
+            x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
+            if config.position_at == "input":
+                x = layers.row_major(x + self.positions().astype(x.dtype))
         x = layers.dropout(x, config.dropout, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
 
         x = self.encode(x, block_key, taps, layout)  # Eq. 2 and 3, `depth` times
+        with jax.named_scope("head"):
+            x = self.classified(x, taps, corruption)
+        logits = x.astype(jnp.float32)
+        return (logits, taps.values) if capture else logits
+
+    def classified(
+        self, x: Float[Array, "b n d"], taps: layers.Taps, corruption: Corruption | None = None
+    ) -> Float[Array, "b *k"]:
+        """Logits of what the blocks made of the tokens; or predictions of corrupted patches."""
+        config = self.config
         if not config.norm_after_pool:
             x = self.norm(x)
         taps("encoded", lambda: x)
         if corruption is not None:
-            predictions = self.predicted(x, corruption)
-            return (predictions, taps.values) if capture else predictions
+            return self.predicted(x, corruption)
 
         x, x_dist = self.pooled(x)
         if config.norm_after_pool:
@@ -124,8 +134,7 @@ class ViT(nnx.Module):
             x = self.head(x)
             if config.distillation == "head":
                 x = (x + self.head_dist(x_dist)) / 2
-        logits = x.astype(jnp.float32)
-        return (logits, taps.values) if capture else logits
+        return x
 
     def dense(
         self, images: Float[Array | np.ndarray, "b h w c"], *, layout: Layout | None = None
@@ -200,9 +209,10 @@ class ViT(nnx.Module):
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) if padding else x
 
-        # All blocks at once where they are there at once.
-        fold, at_once = target() == "gpu", layout is None
-        at_once = at_once and not layers.scanned(self.config.scan, depth)
+        # Where kernels are split among devices, what is folded into them would be moved. All blocks
+        # at once, but for a scan, which would be given them all.
+        fold = target() == "gpu" and layout is None
+        at_once = not layers.scanned(self.config.scan, depth)
 
         def body(x, params, index):
             params = folded(params) if fold and not at_once else params

@@ -22,7 +22,8 @@ Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
     """Batches carry pixels of 0 to 255, uint8 or float32; they are normalised on the device."""
-    return preprocess.normalise(batch["image"])
+    with jax.named_scope("patches"):  # which read the pixels
+        return preprocess.normalise(batch["image"])
 
 
 def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> Model:
@@ -53,13 +54,15 @@ def class_loss(
         targets = objectives.to_targets(batch["label"], num_classes, smoothing)
         if "partner" in batch:
             partner, mixing = batch["partner"], batch["mixing"]
-            inputs = objectives.mix_images(inputs, images(partner, preprocess), mixing)
+            with jax.named_scope("mixing"):
+                inputs = objectives.mix_images(inputs, images(partner, preprocess), mixing)
             others = objectives.to_targets(partner["label"], num_classes, smoothing)
             share = mixing["share"][:, None]
             targets = share * targets + (1 - share) * others
         logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
-        loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
-        hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
+        with jax.named_scope("head"):
+            loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
+            hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
         return loss, {"accuracy": hits}
 
     return loss_fn
@@ -140,25 +143,27 @@ def make_train_step(
             partner = {name: jnp.roll(batch[name], 1, axis=0) for name in ("image", "label")}
             key, drawn = jax.random.split(key)
             b, h, w, _ = batch["image"].shape
-            mixing = objectives.draw_mixing(augment, drawn, b, (h, w))
+            with jax.named_scope("mixing"):
+                mixing = objectives.draw_mixing(augment, drawn, b, (h, w))
             batch = {**batch, "partner": partner, "mixing": mixing}
         weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
         if accumulate == 1:
             (loss, sums), grads = grad_fn(state.params, batch, key, weight)
         else:
             loss, sums, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.ema
-        if ema is not None:
-            average = optax.incremental_update(params, state.ema, 1 - ema)
-        metrics = {
-            "loss": loss,
-            **{name: value / weight for name, value in sums.items()},
-            "grad_norm": norm(grads, whole=layout is None),
-            "param_norm": norm(params, whole=layout is None),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
-        }
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            average = state.ema
+            if ema is not None:
+                average = optax.incremental_update(params, state.ema, 1 - ema)
+            metrics = {
+                "loss": loss,
+                **{name: value / weight for name, value in sums.items()},
+                "grad_norm": norm(grads, whole=layout is None),
+                "param_norm": norm(params, whole=layout is None),
+                "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            }
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return train_step
