@@ -50,7 +50,7 @@ def measure(config: ModelConfig, batch_size: int, gpu: str, contestant: str) -> 
         "image": list(config.image_size),
         "ms": roofline.seconds * 1e3,
         "images_per_second": batch_size / roofline.seconds,
-        "of_ceiling": roofline.flops / chip.products / roofline.seconds,
+        "of_ceiling": roofline.ceiling,
         "kernels": roofline.launches,
         "gb": roofline.bytes / 1e9,
         "tflop": roofline.flops / 1e12,

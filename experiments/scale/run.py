@@ -1,10 +1,11 @@
-"""Rehearses large runs: compiles their training steps for TPUs, on a machine that has none.
+"""Rehearses large runs: compiles their training steps for TPUs and GPUs, on a machine without.
 
-    python experiments/scale/run.py [ROW ...]         # the first table
-    python experiments/scale/run.py --compile-time    # the last one
+    python experiments/scale/run.py tpus    # or gpus, or rows by their names
+    python experiments/scale/run.py --compile-time    # the last table
 
 Writes what it finds to results.json, row by row, and README.md from all of it. Needs libtpu
-(`pip install 'vit_jax[tpu]'`), one core and, for the largest, 8 GB of memory.
+(`pip install 'vit_jax[tpu]'`) or XLA's compiler for GPUs (`pip install 'jax[cuda13]'`), one core
+and, for the largest, 8 GB of memory.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from vit_jax.analysis import chips, cost, preflight
+from vit_jax.analysis import chips, preflight
 from vit_jax.analysis.collectives import by_kind
 from vit_jax.models.config import variant
 from vit_jax.training.config import load_config
@@ -42,6 +43,17 @@ ROWS = {
         "22B/14,jft",
         "mesh.data=16 mesh.fsdp=128 model.remat=full batch_size=65536",
     ),
+    "B/16, GPUs": ("h100:8", "B/16,jft", "mesh.data=8"),
+    "L/16, GPUs": ("h100:8", "L/16,jft", "mesh.data=8 optim.accumulate=2"),
+    "H/14 at 518, GPUs": (
+        "h100:4x8",
+        "H/14,jft,518",
+        "mesh.data=4 mesh.fsdp=8 batch_size=512",
+    ),
+    "G/14, GPUs": ("h200:8x8", "G/14,jft", "mesh.data=8 mesh.fsdp=8 model.remat=full"),
+}
+KINDS = {
+    kind: [n for n in ROWS if n.endswith("GPUs") == (kind == "gpus")] for kind in ("tpus", "gpus")
 }
 
 
@@ -54,7 +66,6 @@ def rehearse(name: str) -> dict:
     record, _, _ = preflight.open_record(config)
     began = time.perf_counter()
     found = preflight.rehearse(config, record, make_mesh(config.mesh, devices))
-    rate, _ = preflight.flop_rate(devices, record.config)
     return {
         "command": f"python -m vit_jax preflight --config=configs/pretrain.py:{argument} "
         f"--topology={topology} {' '.join(flags)}",
@@ -70,9 +81,20 @@ def rehearse(name: str) -> dict:
         "moves": by_kind(found.collectives),
         "moved_gb": found.moved_bytes / 1e9,
         "least_gb": found.least_bytes / 1e9,
-        "milliseconds_at_half_peak": cost.step_flops(config, record.config) / rate * 1e3,
+        "roofline_milliseconds": found.roofline and found.roofline.seconds * 1e3,
+        "of_ceiling": found.roofline and found.roofline.ceiling,
+        "attention": "cuDNN" if found.fused_attention else "XLA",
         "compile_seconds": time.perf_counter() - began,
+        "made": made(),
     }
+
+
+def made() -> str:
+    """When, and with what."""
+    packages = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
+    found = {each.name: each.version for each in importlib.metadata.distributions()}
+    versions = [f"{name} {found[name]}" for name in packages if name in found]
+    return f"{datetime.date.today().isoformat()}, with {', '.join(versions)}"
 
 
 def compile_times() -> dict:
@@ -98,20 +120,29 @@ def compile_times() -> dict:
 
 def readme(results: dict) -> str:
     """The page, from results.json."""
-    rows = []
+    tables: dict[str, list[str]] = {"tpus": [], "gpus": []}
     for name, row in results["rows"].items():
+        kind = "gpus" if name in KINDS["gpus"] else "tpus"
         mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
         moves = ", ".join(
             f"{kind} {count:,} x, {size / 1e9:.2f} GB"
             for kind, (count, size) in row["moves"].items()
             if size > 1e6
         )
-        rows.append(
-            f"| {name} | {row['parameters'] / 1e9:.3g} | {row['topology']}, {row['devices']:,} | "
-            f"{mesh} | {row['batch']:,} | {row['peak_gib']:.1f} of {row['limit_gib']:.1f} | "
-            f"{row['state_gib']:.2f} | {row['moved_gb']:.2f} | "
-            f"{row['moved_gb'] / row['least_gb']:.2f} | {moves} |"
-        )
+        cells = [
+            name.removesuffix(", GPUs"),
+            f"{row['parameters'] / 1e9:.3g}",
+            f"{row['topology']}, {row['devices']:,}",
+            mesh,
+            f"{row['batch']:,}",
+            f"{row['peak_gib']:.1f} of {row['limit_gib']:.1f}",
+            f"{row['state_gib']:.2f}",
+        ]
+        if kind == "gpus":
+            cells += [f"{row['roofline_milliseconds']:.0f}", f"{row['of_ceiling']:.0%}"]
+        ratio = row["moved_gb"] / row["least_gb"]
+        cells += [f"{row['moved_gb']:.2f}", f"{ratio:.2f}", moves]
+        tables[kind].append(f"| {' | '.join(cells)} |")
     times = results.get("compile_times", {})
     depths = [
         f"| {how} | {times[f'{how} 12']:.1f} s | {times[f'{how} 48']:.1f} s | "
@@ -119,27 +150,40 @@ def readme(results: dict) -> str:
         for how in ("scan", "loop")
         if f"{how} 48" in times
     ]
-    commands = [row["command"].replace(" --", " \\\n    --") for row in results["rows"].values()]
+    rows = results["rows"]
+    when = {kind: {rows[name]["made"] for name in rows if name in KINDS[kind]} for kind in KINDS}
+    commands = [row["command"].replace(" --", " \\\n    --") for row in rows.values()]
     return PAGE.format(
-        rows="\n".join(rows),
+        tpus="\n".join(tables["tpus"]),
+        gpus="\n".join(tables["gpus"]),
         depths="\n".join(depths),
         commands="\n\n".join(commands),
-        date=results["date"],
-        versions=results["versions"],
+        when="; ".join(
+            f"{k.upper()[:-1]}s on {', '.join(sorted(v))}" for k, v in when.items() if v
+        ),
     )
 
 
 PAGE = """# Large runs, rehearsed
 
 Does it fit, and how much does it move between chips? Each row is the real training step of a
-config, compiled by the TPU's own compiler for that many chips, on a machine that has none. Nothing
+config, compiled by the compiler of TPUs or GPUs for that many, on a machine that has none. Nothing
 was run: memory and traffic are the compiler's, speed is not measured here.
 
-This page is written by `python experiments/scale/run.py`; last on {date}, with {versions}.
+This page is written by `python experiments/scale/run.py`; last for {when}.
 
 | model | 10^9 weights | TPUs | mesh | batch | GiB a chip | of it state | GB moved | ratio | how |
 |---|---|---|---|---|---|---|---|---|---|
-{rows}
+{tpus}
+
+| model | 10^9 weights | GPUs | mesh | batch | GiB | state | ms | of ceiling | GB moved | ratio | how |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+{gpus}
+
+- Milliseconds are those of the roofline of the compiled program, at the least, without what moves
+  between GPUs (see `preflight`); the ceiling is what large products reach. All use cuDNN's
+  attention. What a GPU has is the 75% of its memory that JAX takes by default.
+- On several nodes only `data` spans them: `4x8` are four nodes of eight GPUs.
 
 - Memory is what a chip sets aside for the step, of what it has: state, two batches and all
   temporaries. Traffic is what each chip sends in a step, and its ratio to the least.
@@ -174,16 +218,15 @@ compiles one block, whatever the depth.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"tpus, gpus, or of {', '.join(ROWS)}"
+    )
     parser.add_argument("--compile-time", action="store_true", help="measure the last table")
     args = parser.parse_args()
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {"rows": {}}
 
     def write() -> None:
-        packages = ("jax", "libtpu")
-        results["date"] = datetime.date.today().isoformat()
-        results["versions"] = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
         results["rows"] = {name: results["rows"][name] for name in ROWS if name in results["rows"]}
         file.write_text(json.dumps(results, indent=1) + "\n")
         (HERE / "README.md").write_text(readme(results))
@@ -191,7 +234,7 @@ def main() -> None:
     if args.compile_time:
         results["compile_times"] = compile_times()
         write()
-    for name in args.rows or ([] if args.compile_time else ROWS):
+    for name in [row for each in args.rows for row in KINDS.get(each, [each])]:
         results["rows"][name] = rehearse(name)
         row = results["rows"][name]
         print(name, row["peak_gib"], row["moved_gb"] / max(row["least_gb"], 1e-9), flush=True)

@@ -240,11 +240,10 @@ def _size_of_change(steps: tuple[int, int, int]) -> tuple[int, int, list[int]]:
 
 def roofline_lines(roofline: Roofline) -> Iterator[str]:
     """What a device is busy with, and the kernels that take it the longest."""
-    share = roofline.flops / roofline.chip.products / roofline.seconds
     yield _line(
         "kernels",
         f"{roofline.launches:,}, {roofline.bytes / 1e9:,.1f} GB read and written, "
-        f"{roofline.flops / 1e12:.3g} TFLOP of products, {share:.0%} of the ceiling",
+        f"{roofline.flops / 1e12:.3g} TFLOP of products, {roofline.ceiling:.0%} of the ceiling",
     )
     parts = roofline.by(lambda kernel: kernel.part)
     told = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in parts.items())

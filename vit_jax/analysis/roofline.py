@@ -114,6 +114,11 @@ class Roofline:
     def flops(self) -> float:
         return sum((kernel.times * kernel.flops for kernel in self.kernels), 0.0)
 
+    @property
+    def ceiling(self) -> float:
+        """The share of the rate that large products reach."""
+        return self.flops / self.chip.products / self.seconds
+
     def by(self, key: Callable[[Kernel], str]) -> dict[str, float]:
         """Seconds by what `key` says of a kernel, the most first."""
         sums: dict[str, float] = {}
