@@ -176,7 +176,7 @@ This page is written by `python experiments/scale/run.py`; last for {when}.
 |---|---|---|---|---|---|---|---|---|---|
 {tpus}
 
-| model | 10^9 weights | GPUs | mesh | batch | GiB | state | ms | of ceiling | GB moved | ratio | how |
+| model | 10^9 weights | GPUs | mesh | batch | GiB | state | ms | ceiling | GB moved | ratio | how |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 {gpus}
 

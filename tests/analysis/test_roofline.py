@@ -147,12 +147,20 @@ QKV = "%q = bf16[2,9,3,8]{3,2,1,0} parameter(0)\n  %k = bf16[2,7,3,8]{3,2,1,0} p
             "  %x = f32[2,8,8,3]{3,2,1,0} parameter(0)\n"
             "  %k = f32[3,3,3,16]{3,2,1,0} parameter(1)\n"
             "  ROOT %c = f32[2,4,4,16]{3,2,1,0} convolution(%x, %k), "
-            "window={size=3x3 stride=2x2}, dim_labels=b01f_01io->b01f",
+            "window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_01io->b01f",
             "",
-            2 * (2 * 4 * 4 * 16) * (3 * 3 * 3),
+            2 * (2 * 16 * 3) * (4 * 3 - 1) ** 2,  # the last of the places meets the padding
+        ),
+        (  # what a TPU makes of a product [12 heads] x [64 x 64]
+            "  %x = f32[12,64,9,8]{3,2,1,0} parameter(0)\n"
+            "  %k = f32[12,64,8,5]{3,2,1,0} parameter(1)\n"
+            "  ROOT %c = f32[12,64,9,5]{3,2,1,0} convolution(%x, %k), "
+            "window={size=12x64 stride=11x63 lhs_dilate=12x64}, dim_labels=01bf_01io->01bf",
+            "",
+            2 * 12 * 64 * 9 * 8 * 5,
         ),
     ],
-    ids=["dot", "fused", "cublas", "attention", "attention back", "convolution"],
+    ids=["dot", "fused", "cublas", "attention", "attention back", "convolution", "on a TPU"],
 )
 def test_flops_of_products(entry, fused, flops):
     kernel = only(entry, *([("fused", fused)] if fused else []))

@@ -2,20 +2,26 @@
 
 import functools
 import math
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
+from vit_jax import compiler
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.training.optim import (
     OptimConfig,
+    clip_by_norm,
     is_kernel,
     make_optimizer,
     make_schedule,
+    norm,
     scale_by_factored_moment,
 )
 from vit_jax.training.sharding import MeshConfig, make_mesh
@@ -427,3 +433,23 @@ def test_values_that_cannot_be_are_refused(fields, message):
 def test_values_at_the_edge_are_accepted():
     config = OptimConfig(0.0, ema=0.0, weight_decay=0.0, grad_clip=None, warmup=0.0)
     assert float(make_schedule(config, 10)(3)) == 0.0
+
+
+def test_the_norm_on_gpus_is_that_of_all_entries():
+    """However large a leaf, whether it divides into parts or not; in float32."""
+    random = np.random.default_rng(0)
+    shapes = [(), (7,), (3, 5), (2**8, 2**9), (3, 2**15 + 1), (2**16 - 1,)]
+    tree = {str(i): random.normal(size=shape).astype("float32") for i, shape in enumerate(shapes)}
+    tree["half"] = jnp.asarray(random.normal(size=(2**10, 2**7)), jnp.bfloat16)
+    wanted = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(tree)))
+    gpu = Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform="gpu")]))
+    found = jax.jit(compiler.traced_for(gpu, norm))(tree)
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_clipping_is_optaxs():
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.full((2, 2), 6.0)}
+    for bound in (1.0, 12.9, 13.1):
+        found, _ = clip_by_norm(bound).update(grads, optax.EmptyState())
+        wanted, _ = optax.clip_by_global_norm(bound).update(grads, optax.EmptyState())
+        jax.tree.map(np.testing.assert_allclose, found, wanted)

@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from vit_jax.analysis.chips import Chip
 from vit_jax.analysis.hlo import Array, Instruction, Module, parse
 
@@ -303,14 +305,34 @@ def _products(module: Module, computation: str, each: Instruction) -> dict[str, 
 
 
 def _convolution(target: str, dims: str, sources: list[Instruction], each: Instruction) -> float:
-    """FLOPs of a convolution: what comes out, times what each of it sums."""
-    lhs, rhs, out = sources[0].arrays[0], sources[1].arrays[0], each.arrays[0]
-    kernel = dims.partition("_")[2].partition("->")[0]
+    """FLOPs of a convolution, of which TPU programs write products too: without what is padding."""
+    x, kernel, y = sources[0].arrays[0], sources[1].arrays[0], each.arrays[0]
     if target.endswith("BackwardFilter"):  # (x, dy) -> dk
-        rhs, out = out, rhs
+        kernel, y = y, kernel
     elif target.endswith("BackwardInput"):  # (dy, k) -> dx
-        out = lhs
-    return 2.0 * out.size * rhs.size / rhs.shape[kernel.index("o")]
+        x, y = y, x
+    of_x, of_kernel, of_y = re.split("_|->", dims)
+    window = each.attribute(r"window=\{([^}]*)\}") or ""
+    given = {key: value.split("x") for key, _, value in (w.partition("=") for w in window.split())}
+    flops = 2.0 * y.shape[of_y.index("b")] * y.shape[of_y.index("f")]
+    flops *= kernel.shape[of_kernel.index("i")]
+    for i in range(len(dims.split("->")[1]) - 2):
+        sizes = (a.shape[of.index(str(i))] for a, of in ((x, of_x), (kernel, of_kernel), (y, of_y)))
+        pad = int(given["pad"][i].partition("_")[0]) if "pad" in given else 0
+        steps = (
+            int(given[k][i]) if k in given else 1 for k in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        flops *= _valid(*sizes, pad, *steps)
+    return flops
+
+
+@functools.cache
+def _valid(
+    x: int, kernel: int, y: int, pad: int, stride: int, dilate_x: int, dilate_kernel: int
+) -> int:
+    """How many pairs of an output's and a kernel's place along an axis meet an element of x."""
+    place = np.arange(y)[:, None] * stride + np.arange(kernel) * dilate_kernel - pad
+    return int(((place >= 0) & (place < x * dilate_x) & (place % dilate_x == 0)).sum())
 
 
 def _numbers(text: str | None) -> list[int]:

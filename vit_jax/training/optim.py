@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from vit_jax.compiler import target
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.sharding import path_name
 
@@ -206,10 +207,10 @@ def make_optimizer(
 def norm(tree: Any, *, whole: bool = True) -> Float[Array, ""]:
     """The norm of all leaves together.
 
-    Where they are `whole` on each device, sums of parts of all leaves are added up at once in the
+    On GPUs, where they are `whole` on each, sums of parts of all leaves are added up at once in the
     end: it takes a GPU as long to start adding a few numbers as to add a hundred thousand.
     """
-    if not whole:
+    if not whole or target() != "gpu":
         return optax.tree.norm(tree)
     parts = []
     for leaf in jax.tree.leaves(tree):
