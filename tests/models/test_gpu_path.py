@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vit_jax import compiler
-from vit_jax.models import layers
+from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import folded, init_params, structure
 
@@ -94,7 +94,7 @@ def test_the_norm_and_its_gradient_are_the_written_out_ones():
     random = np.random.default_rng(0)
     x, above = random.normal(3, 2, (2, 5, 12)), random.normal(size=(2, 5, 12))
     wanted, gradient = normalised_in_float64(x, 1e-6, above)
-    y, back = jax.vjp(lambda x: layers.normalised(1e-6, x), jnp.asarray(x, jnp.float32))
+    y, back = jax.vjp(lambda x: elementwise.normalised(1e-6, x), jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, wanted, atol=1e-5)
     np.testing.assert_allclose(back(jnp.asarray(above, jnp.float32))[0], gradient, atol=1e-5)
 
@@ -117,7 +117,7 @@ def gelu_in_float64(kind, x):
 @pytest.mark.parametrize("kind", ["tanh", "erf", "quick"])
 def test_the_derivative_of_gelu_is_that_of_the_formula(kind, dtype, atol):
     x = jnp.linspace(-4, 4, 201).astype(dtype)
-    y, back = jax.vjp(layers.gelu(kind), x)
+    y, back = jax.vjp(elementwise.gelu(kind), x)
     value, slope = gelu_in_float64(kind, np.asarray(x, np.float64))
     np.testing.assert_allclose(np.asarray(y, np.float64), value, atol=atol)
     found = np.asarray(back(jnp.ones_like(x))[0], np.float64)
@@ -142,7 +142,7 @@ def test_an_odd_number_of_tokens_is_padded_and_nobody_sees_it(fields, padded, mo
 
     def fused(q, k, v, bias, *, implementation, **lengths):
         seen.add((implementation, q.shape[1], tuple(lengths)))
-        y = layers.attend(q[:, :real], k[:, :real], v[:, :real])
+        y = attention.attend(q[:, :real], k[:, :real], v[:, :real])
         return jnp.pad(y, ((0, 0), (0, q.shape[1] - real), (0, 0), (0, 0)))
 
     def outputs(model, images):
@@ -152,7 +152,8 @@ def test_an_odd_number_of_tokens_is_padded_and_nobody_sees_it(fields, padded, mo
 
     wanted = both(config, outputs)[0]
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
-    monkeypatch.setattr(layers, "backend_of", lambda config: "cudnn")
+    for module in (layers, attention):
+        monkeypatch.setattr(module, "backend_of", lambda config: "cudnn")
     assert_alike(both(config, outputs)[1], wanted, 2e-5)
     names = ("query_seq_lengths", "key_value_seq_lengths") if padded else ()
     assert seen == {("cudnn", real + padded, names)}

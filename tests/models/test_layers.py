@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vit_jax.models import layers
+from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
 
@@ -19,7 +19,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 6, 8)), jnp.float32)
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.8])
 def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
     x = X
-    y = np.asarray(layers.dropout(x, rate, KEY))
+    y = np.asarray(elementwise.dropout(x, rate, KEY))
     kept = y != 0
     assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / x.size)
     np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / (1 - rate), rtol=1e-6)
@@ -31,22 +31,22 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
 
 def test_dropout_is_the_identity_without_a_key_or_rate():
     x = X
-    assert layers.dropout(x, 0.5, None) is x
-    assert layers.dropout(x, 0.0, KEY) is x
+    assert elementwise.dropout(x, 0.5, None) is x
+    assert elementwise.dropout(x, 0.0, KEY) is x
 
 
 def test_dropout_depends_on_the_key_alone():
-    y = layers.dropout(X, 0.5, KEY)
-    np.testing.assert_array_equal(y, layers.dropout(X, 0.5, jax.random.key(7)))
-    assert (y != layers.dropout(X, 0.5, jax.random.key(8))).mean() > 0.4
+    y = elementwise.dropout(X, 0.5, KEY)
+    np.testing.assert_array_equal(y, elementwise.dropout(X, 0.5, jax.random.key(7)))
+    assert (y != elementwise.dropout(X, 0.5, jax.random.key(8))).mean() > 0.4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dropping_keeps_the_dtype(dtype):
     x = X.astype(dtype)
-    assert layers.dropout(x, 0.5, KEY).dtype == dtype
-    assert layers.drop_path(x, 0.5, KEY).dtype == dtype
-    assert layers.drop_path(x, jnp.float32(0.5), KEY).dtype == dtype
+    assert elementwise.dropout(x, 0.5, KEY).dtype == dtype
+    assert elementwise.drop_path(x, 0.5, KEY).dtype == dtype
+    assert elementwise.drop_path(x, jnp.float32(0.5), KEY).dtype == dtype
 
 
 def test_mean_over_many_keys_is_the_deterministic_value():
@@ -54,7 +54,7 @@ def test_mean_over_many_keys_is_the_deterministic_value():
     keys = jax.random.split(KEY, n)
     # A kept value is x / (1 - rate): the variance of one draw is x^2 rate / (1 - rate).
     five_sigma = 5 * np.abs(x) * np.sqrt(rate / (1 - rate) / n)
-    drops = (layers.dropout, layers.drop_path)
+    drops = (elementwise.dropout, elementwise.drop_path)
     draws = jax.jit(
         jax.vmap(lambda key: [drop(x, rate, key) for drop in drops]),
         compiler_options={"xla_backend_optimization_level": 0},
@@ -67,7 +67,7 @@ def test_mean_over_many_keys_is_the_deterministic_value():
 @pytest.mark.parametrize("traced", [False, True])
 def test_drop_path_drops_whole_examples(rate, traced):
     x = X
-    y = np.asarray(layers.drop_path(x, jnp.float32(rate) if traced else rate, KEY))
+    y = np.asarray(elementwise.drop_path(x, jnp.float32(rate) if traced else rate, KEY))
     kept = (y != 0).any(axis=(1, 2))
     assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / 2000)
     np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / (1 - rate), rtol=1e-6)
@@ -76,8 +76,8 @@ def test_drop_path_drops_whole_examples(rate, traced):
 
 def test_drop_path_is_the_identity_without_a_key_or_rate():
     x = X
-    assert layers.drop_path(x, 0.5, None) is x
-    np.testing.assert_array_equal(layers.drop_path(x, 0.0, KEY), x)
+    assert elementwise.drop_path(x, 0.5, None) is x
+    np.testing.assert_array_equal(elementwise.drop_path(x, 0.0, KEY), x)
 
 
 def test_layer_norm_keeps_its_digits_where_the_mean_is_large():
@@ -92,17 +92,17 @@ def test_layer_norm_keeps_its_digits_where_the_mean_is_large():
 
 def test_auto_attention_on_cpu_is_xlas():
     for dtype in ("float32", "bfloat16"):
-        assert layers.attention_backend("auto", dtype, 64, 197) == "xla"
+        assert attention.attention_backend("auto", dtype, 64, 197) == "xla"
 
 
 def test_auto_attention_with_a_bias_is_xlas(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert layers.attention_backend.__wrapped__("auto", "bfloat16", 64, 197, True) == "xla"
+    assert attention.attention_backend.__wrapped__("auto", "bfloat16", 64, 197, True) == "xla"
 
 
 @pytest.mark.parametrize("wanted, reached", [("xla", []), ("cudnn", ["cudnn"])])
 def test_an_explicit_attention_is_what_runs(wanted, reached, monkeypatch):
-    assert layers.attention_backend(wanted, "float32", 7, 3) == wanted
+    assert attention.attention_backend(wanted, "float32", 7, 3) == wanted
     asked = []
 
     def record(q, k, v, bias, *, implementation):
@@ -112,8 +112,8 @@ def test_an_explicit_attention_is_what_runs(wanted, reached, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     config = ViTConfig(width=16, num_heads=2, attention=wanted)
-    attention = nnx.eval_shape(lambda: layers.Attention(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(attention)
+    module = nnx.eval_shape(lambda: layers.Attention(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
     x = jax.ShapeDtypeStruct((1, 5, 16), jnp.float32)
     jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
     assert asked == reached
@@ -133,17 +133,17 @@ def test_captured_weights_are_those_that_a_fused_call_uses(position, wanted, mon
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     monkeypatch.setattr(layers, "attend", fused)
-    monkeypatch.setattr(layers, "attention_backend", lambda *_: wanted)
+    monkeypatch.setattr(attention, "attention_backend", lambda *_: wanted)
     config = ViTConfig(
         image_size=8, patch_size=4, width=16, num_heads=2, dtype="bfloat16", position=position
     )
-    attention = layers.Attention(config, rngs=nnx.Rngs(0), relative=position == "relative")
+    module = layers.Attention(config, rngs=nnx.Rngs(0), relative=position == "relative")
     if position == "relative":
         random = np.random.default_rng(1).normal(size=(7, 2, 8))
-        attention.rel_embed[...] = jnp.asarray(random, jnp.float32)
+        module.rel_embed[...] = jnp.asarray(random, jnp.float32)
     taps = layers.Taps("attention")
     x = np.random.default_rng(0).normal(size=(3, 5, 16))
-    attention(jnp.asarray(x, jnp.bfloat16), taps)
+    module(jnp.asarray(x, jnp.bfloat16), taps)
     assert seen["implementation"] == wanted
     assert taps.values["attention"].dtype == jnp.float32
     np.testing.assert_allclose(taps.values["attention"], seen["weights"], atol=1e-5)
@@ -165,14 +165,14 @@ def test_auto_attention_falls_back_where_cudnn_does_not_work(
 ):
     # A GPU in name only: whatever compiles for cuDNN here fails, and that is what auto catches.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    choose = layers.attention_backend.__wrapped__
+    choose = attention.attention_backend.__wrapped__
     with caplog.at_level(logging.WARNING):
         assert choose("auto", dtype, head_dim, 197) == "xla"
     assert ("cuDNN" in caplog.text) == tries
 
 
 def test_auto_attention_is_cudnns_where_it_compiles(monkeypatch):
-    monkeypatch.setattr(layers, "target", lambda: "gpu")
+    monkeypatch.setattr(attention, "target", lambda: "gpu")
     probed = []
 
     def fused(q, k, v, *, implementation):
@@ -180,8 +180,8 @@ def test_auto_attention_is_cudnns_where_it_compiles(monkeypatch):
         return q * k * v
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
-    layers._cudnn_works.cache_clear()
-    assert layers.attention_backend("auto", "bfloat16", 64, 197) == "cudnn"
+    attention._cudnn_works.cache_clear()
+    assert attention.attention_backend("auto", "bfloat16", 64, 197) == "cudnn"
     [(implementation, shape, dtype)] = set(probed)
     assert (implementation, dtype) == ("cudnn", "bfloat16")
     assert (shape[1], shape[3]) == (198, 64)
@@ -225,7 +225,7 @@ def test_attend_is_softmax_attention(dtype, large, of_value, of_gradient, biased
     with np.errstate(over="ignore"):
         assert np.isinf(np.exp(logits.astype(np.float32))).any() == large
 
-    found, back = jax.vjp(layers.attend, q, k, v, *[bias] * biased)
+    found, back = jax.vjp(attention.attend, q, k, v, *[bias] * biased)
     found = [found, *back(above)]
     for name, ours, theirs in zip(("y", "q", "k", "v", "bias"), found, wanted, strict=False):
         assert ours.dtype == dtype, name

@@ -1,7 +1,6 @@
 """The layers of a Vision Transformer; parameters float32, computation in `config.dtype`."""
 
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -9,18 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Layout as MemoryLayout
-from jax.experimental.layout import with_layout_constraint
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vit_jax.compiler import target, target_device
+from vit_jax.compiler import target
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import positions
+from vit_jax.models.attention import attend, attention_weights, backend_of
 from vit_jax.models.config import ModelConfig, ViTConfig
-from vit_jax.models.products import product, split_product, summed
-
-logger = logging.getLogger(__name__)
+from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
+from vit_jax.models.products import product, split_product
 
 CAPTURES = ("patches", "tokens", "attention", "encoded", "pooled", "pre_logits")
 
@@ -147,49 +143,6 @@ def split_key(key: Key[Array, ""] | None, n: int) -> list[Key[Array, ""] | None]
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Zeroes a share `rate` of x and scales up the rest; identity without a key."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
-
-
-def drop_path(
-    x: Float[Array, "b n d"], rate: float | Float[Array, ""], key: Key[Array, ""] | None
-) -> Float[Array, "b n d"]:
-    """Stochastic depth (arXiv 1603.09382): drops a whole residual branch, example by example."""
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
-
-
-def gelu(kind: str) -> Callable[[Array], Array]:
-    """`tanh` is Google's JAX default, `erf` the exact one of PyTorch, `quick` OpenAI's in CLIP."""
-    return functools.partial(_gelu if target() == "tpu" else _gelu_of_kept, kind)
-
-
-def _gelu(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    if kind == "quick":
-        return x * jax.nn.sigmoid(1.702 * x)
-    return nnx.gelu(x, approximate=kind == "tanh")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gelu_of_kept(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """With a derivative of x alone, in float32; a TPU's compiler does better with the plain one."""
-    return _gelu(kind, x)
-
-
-def _gelu_back(kind: str, x: Array, gradient: Array) -> tuple[Array]:
-    _, back = jax.vjp(functools.partial(_gelu, kind), x.astype(jnp.float32))
-    return (back(gradient.astype(jnp.float32))[0].astype(x.dtype),)
-
-
-_gelu_of_kept.defvjp(lambda kind, x: (_gelu_of_kept(kind, x), x), _gelu_back)
-
-
 class LayerNorm(nnx.LayerNorm):
     """A LayerNorm over the last dimension, its statistics in float32."""
 
@@ -200,28 +153,6 @@ class LayerNorm(nnx.LayerNorm):
             return super().__call__(x)
         y = normalised(self.epsilon, x.astype(jnp.float32))
         return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def normalised(epsilon: float, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """x with a mean of 0 and a variance of 1 in the last dimension, in float32."""
-    return _normalised(epsilon, x)[0]
-
-
-def _normalised(epsilon: float, x: Array) -> tuple[Array, Array]:
-    # Two-pass variance: the fast one loses digits where the mean is large.
-    x = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
-    return x * inverse, inverse
-
-
-def _normalised_back(epsilon: float, x: Array, gradient: Array) -> tuple[Array]:
-    y, inverse = _normalised(epsilon, x)
-    gradient = gradient - gradient.mean(-1, keepdims=True)
-    return (inverse * (gradient - y * (gradient * y).mean(-1, keepdims=True)),)
-
-
-normalised.defvjp(lambda epsilon, x: (normalised(epsilon, x), x), _normalised_back)
 
 
 def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -360,28 +291,6 @@ class Attention(nnx.Module):
         return split_product(x, kernel, bias)
 
 
-def attend(
-    q: Float[Array, "b m h k"],
-    k: Float[Array, "b n h k"],
-    v: Float[Array, "b n h k"],
-    bias: Float[Array, "b h m n"] | None = None,
-) -> Float[Array, "b m h k"]:
-    """softmax(q k' / sqrt(head_dim) + bias) v, where nothing fused does it; softmax in float32.
-
-    The softmax divides last, what is weighted instead of the weights: so on the way back its sums
-    run over head_dim, not over tokens (FlashAttention's trick, arXiv 2205.14135, section 3.1).
-    """
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    scores = summed("bhmk,bhnk->bhmn", q, k)
-    scale = q.shape[-1] ** -0.5
-    if bias is not None:
-        scores, scale = scores * scale + bias, 1.0
-    highest = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
-    weights = jnp.exp((scores - highest) * scale)
-    y = summed("bhmn,bhnk->bhmk", weights.astype(v.dtype), v)
-    return jnp.swapaxes(y / weights.sum(axis=-1, keepdims=True), 1, 2).astype(v.dtype)
-
-
 def affine(
     x: Float[Array, "b n *inputs"], layer: "Affine | nnx.Linear", dtype: Any
 ) -> Float[Array, "b n *outputs"]:
@@ -396,79 +305,6 @@ class Affine(nnx.Module):
         self.kernel = nnx.Param(kernel)
         if bias_shape is not None:
             self.bias = nnx.Param(jnp.zeros(bias_shape))
-
-
-def attention_weights(
-    q: Float[Array, "b m h k"],
-    k: Float[Array, "b n h k"],
-    bias: Float[Array, "b h m n"] | None = None,
-) -> Float[Array, "b h m n"]:
-    """The softmax that a fused attention never writes to memory, computed beside it in float32."""
-    scores = jnp.einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    return jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
-
-
-def backend_of(config: ViTConfig) -> str:
-    """What self-attention runs on where this is traced for: `cudnn` or `xla`."""
-    sizes = (config.dtype, config.head_dim, config.num_tokens)
-    return attention_backend(config.attention, *sizes, config.position == "relative")
-
-
-def attention_backend(
-    wanted: str, dtype: str, head_dim: int, tokens: int, biased: bool = False
-) -> str:
-    """Chooses what `jax.nn.dot_product_attention` runs on; `auto` is cuDNN where it works.
-
-    cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
-    device that is traced for is found out by compiling a small gradient once. With a bias of the
-    logits (relative positions), `auto` is XLA everywhere: cuDNN's has limits on sizes and on
-    gradients.
-    """
-    if wanted != "auto":
-        return wanted
-    if biased or target() != "gpu" or dtype == "float32" or head_dim % 8 or head_dim > 128:
-        return "xla"
-    return "cudnn" if _cudnn_works(target_device(), dtype, head_dim, tokens) else "xla"
-
-
-@functools.cache
-def _cudnn_works(device: Any, dtype: str, head_dim: int, tokens: int) -> bool:
-    def probe(q):
-        return jax.nn.dot_product_attention(q, q, q, implementation="cudnn").astype("float32").sum()
-
-    try:
-        place = NamedSharding(Mesh([device], "x"), PartitionSpec())
-        shape = (1, even(tokens), 1, head_dim)
-        jax.jit(jax.grad(probe)).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=place)).compile()
-    except Exception as error:  # noqa: BLE001  cuDNN and XLA raise many types
-        logger.warning("cuDNN attention is not available here, using XLA's: %s", error)
-        return False
-    return True
-
-
-@jax.custom_vjp
-def row_major(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """The same x, whose gradient on GPUs lies in memory in the order of its axes.
-
-    Else XLA lets the sum over images, which is the gradient of position embeddings, turn the tokens
-    of all blocks around.
-    """
-    return x
-
-
-def _row_major_back(_: None, gradient: Array) -> tuple[Array]:
-    if target() == "gpu":
-        gradient = with_layout_constraint(gradient, MemoryLayout(major_to_minor=(0, 1, 2)))
-    return (gradient,)
-
-
-row_major.defvjp(lambda x: (x, None), _row_major_back)
-
-
-def even(tokens: int) -> int:
-    """How many tokens cuDNN is given: JAX refuses odd numbers in training (0.10 to 0.12)."""
-    return tokens + tokens % 2
 
 
 class Mlp(nnx.Module):

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
-from vit_jax.models import layers, positions, resnet
+from vit_jax.models import attention, elementwise, layers, positions, resnet
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
 from vit_jax.models.layers import Corruption, Layout
 
@@ -100,8 +100,8 @@ class ViT(nnx.Module):
                 x = corruption.apply(x, self.mask_token[...])
             x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
             if config.position_at == "input":
-                x = layers.row_major(x + self.positions().astype(x.dtype))
-        x = layers.dropout(x, config.dropout, embedding_key)
+                x = elementwise.row_major(x + self.positions().astype(x.dtype))
+        x = elementwise.dropout(x, config.dropout, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
 
@@ -203,8 +203,8 @@ class ViT(nnx.Module):
         shared = self.positions() if at == "layers_shared" else None
 
         length, padding = x.shape[1], 0
-        if layers.backend_of(self.config) == "cudnn":
-            padding = layers.even(length) - length
+        if attention.backend_of(self.config) == "cudnn":
+            padding = attention.even(length) - length
 
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) if padding else x

@@ -1,0 +1,96 @@
+"""What is done to each element or token by itself, with derivatives that keep little."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Key
+
+from vit_jax.compiler import target
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+    """Zeroes a share `rate` of x and scales up the rest; identity without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def drop_path(
+    x: Float[Array, "b n d"], rate: float | Float[Array, ""], key: Key[Array, ""] | None
+) -> Float[Array, "b n d"]:
+    """Stochastic depth (arXiv 1603.09382): drops a whole residual branch, example by example."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def gelu(kind: str) -> Callable[[Array], Array]:
+    """`tanh` is Google's JAX default, `erf` the exact one of PyTorch, `quick` OpenAI's in CLIP."""
+    return functools.partial(_gelu if target() == "tpu" else _gelu_of_kept, kind)
+
+
+def _gelu(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    if kind == "quick":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return nnx.gelu(x, approximate=kind == "tanh")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gelu_of_kept(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """With a derivative of x alone, in float32; a TPU's compiler does better with the plain one."""
+    return _gelu(kind, x)
+
+
+def _gelu_back(kind: str, x: Array, gradient: Array) -> tuple[Array]:
+    _, back = jax.vjp(functools.partial(_gelu, kind), x.astype(jnp.float32))
+    return (back(gradient.astype(jnp.float32))[0].astype(x.dtype),)
+
+
+_gelu_of_kept.defvjp(lambda kind, x: (_gelu_of_kept(kind, x), x), _gelu_back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def normalised(epsilon: float, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x with a mean of 0 and a variance of 1 in the last dimension, in float32."""
+    return _normalised(epsilon, x)[0]
+
+
+def _normalised(epsilon: float, x: Array) -> tuple[Array, Array]:
+    # Two-pass variance: the fast one loses digits where the mean is large.
+    x = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+    return x * inverse, inverse
+
+
+def _normalised_back(epsilon: float, x: Array, gradient: Array) -> tuple[Array]:
+    y, inverse = _normalised(epsilon, x)
+    gradient = gradient - gradient.mean(-1, keepdims=True)
+    return (inverse * (gradient - y * (gradient * y).mean(-1, keepdims=True)),)
+
+
+normalised.defvjp(lambda epsilon, x: (normalised(epsilon, x), x), _normalised_back)
+
+
+@jax.custom_vjp
+def row_major(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """The same x, whose gradient on GPUs lies in memory in the order of its axes.
+
+    Else XLA lets the sum over images, which is the gradient of position embeddings, turn the tokens
+    of all blocks around.
+    """
+    return x
+
+
+def _row_major_back(_: None, gradient: Array) -> tuple[Array]:
+    if target() == "gpu":
+        gradient = with_layout_constraint(gradient, Layout(major_to_minor=(0, 1, 2)))
+    return (gradient,)
+
+
+row_major.defvjp(lambda x: (x, None), _row_major_back)
