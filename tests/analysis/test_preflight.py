@@ -38,7 +38,7 @@ def test_the_report_says_what_the_run_will_be(report):
     embed = 2 * 2 * 1 * 16 + 16 + 16 + 17 * 16
     params = embed + 2 * block + 2 * 16 + 16 * 8 + 8 + 8 * 10 + 10
     assert report["model"] == [f"{params:,} parameters, 17 tokens of 16"]
-    assert report["attention"] == ["xla"]
+    assert report["attention"] == ["XLA's"]
     assert re.search(r"GiB a device at the peak, 0\.00 of it state", *report["memory"])
     assert any("all-gather" in line for line in report["moves"])
     assert re.search(r"ms a step.* for 24 steps", *report["time"])

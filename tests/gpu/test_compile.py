@@ -13,6 +13,7 @@ import pytest
 
 from vit_jax import compiler
 from vit_jax.analysis import chips, cost, preflight
+from vit_jax.analysis.collectives import by_kind
 from vit_jax.analysis.hlo import parse
 from vit_jax.analysis.roofline import Roofline, read_kernels
 from vit_jax.errors import UserError
@@ -137,6 +138,13 @@ def test_fsdp_moves_little_more_than_it_needs():
     assert 0.8 < found.moved_bytes / found.least_bytes < 1.25
     replicated = rehearsed("h100:8", "mesh.data=8", depth=4)
     assert 0.9 < replicated.moved_bytes / replicated.least_bytes < 1.1
+
+
+def test_tensor_parallelism_gathers_nothing():
+    found = rehearsed("h100:8", "mesh.data=4", "mesh.tensor=2")
+    kinds = by_kind(found.collectives)
+    assert sum(kinds.get(kind, (0, 0))[1] for kind in ("all-gather", "all-to-all")) < 100
+    assert 0.9 < found.moved_bytes / found.least_bytes < 1.15
 
 
 def test_a_deterministic_program_compiles():

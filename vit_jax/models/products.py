@@ -1,11 +1,9 @@
 """Matrix products: where their tokens are, and in which type they are computed."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from vit_jax.compiler import target
@@ -14,23 +12,22 @@ from vit_jax.compiler import target
 def product(
     x: Float[Array, "b n *inputs"],
     kernel: Float[Array, "..."],
-    bias: Float[Array | np.ndarray, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
 ) -> Float[Array, "b n *outputs"]:
     """Every token [*inputs] times a kernel [*inputs *outputs], plus a bias [*outputs].
 
     On CPUs and GPUs with the tokens of all images in one dimension: else XLA transposes x in memory
-    for the kernel's gradient on a CPU, and on a GPU takes the bias for a matrix. A TPU would have
-    to move them: it keeps each image's in whole tiles.
+    for the kernel's gradient. A TPU would have to move them: it keeps each image's in whole tiles.
     """
-    inputs, lead, outputs = x.ndim - 2, x.shape[:2], kernel.shape[x.ndim - 2 :]
-    if target() == "tpu":
-        y = jnp.tensordot(x, kernel, axes=inputs)
-        return y if bias is None else y + bias
-    width = math.prod(kernel.shape[:inputs])
-    y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+    inputs, lead = x.ndim - 2, x.shape[:2]
+    if target() != "tpu":
+        x = x.reshape(-1, *x.shape[2:])
+    y = jnp.tensordot(x, kernel, axes=inputs)
     if bias is not None:
-        y = y + bias.reshape(-1)
-    return y.reshape(*lead, *outputs)
+        if target() == "gpu" and bias.ndim == 2:  # heads: cuBLASLt adds vectors alone
+            y, bias = y.reshape(len(y), -1), bias.reshape(-1)
+        y = y + bias
+    return y.reshape(*lead, *kernel.shape[inputs:])
 
 
 def split_product(
