@@ -164,10 +164,15 @@ def read_kernels(hlo: str) -> list[Kernel]:
                 tuple(products.items()),
                 read,
                 written,
-                f"{_list(arrays)} -> {_list(each.arrays)}",
+                f"{_list(arrays)} -> {_list(_results(each))}",
             )
         )
     return kernels
+
+
+def _results(each: Instruction) -> tuple[Array, ...]:
+    """What an instruction results in, without the room that cuBLAS works in."""
+    return each.arrays[:-1] if '"__cublas$' in each.rest and each.arrays[1:] else each.arrays
 
 
 def _list(arrays: Iterable[Array]) -> str:
@@ -200,10 +205,7 @@ def _traffic(module: Module, computation: str, each: Instruction) -> tuple[float
         if each.op == "dynamic-update-slice":
             part = sources[1].arrays[0].bytes
             return part, part
-        results = each.arrays
-        if '"__cublas$' in each.rest and len(results) > 1:  # the last is room to work in
-            results = results[:-1]
-        whole = sum((array.bytes for array in results), 0.0)
+        whole = sum((array.bytes for array in _results(each)), 0.0)
         if each.op in _SLICES:
             return whole, whole
         if each.op == "copy-start":  # (to, from, context)
