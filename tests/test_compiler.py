@@ -39,7 +39,7 @@ def on(monkeypatch):
 
     def on(platform):
         device = jax.devices()[0] if platform == "cpu" else SimpleNamespace(platform=platform)
-        monkeypatch.setattr(jax, "devices", lambda: [device])
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
 
     return on

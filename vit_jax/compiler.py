@@ -43,7 +43,7 @@ def compiler_options(
       mesh: of the devices that are compiled for; by default, where JAX runs.
       deterministic: whether a GPU is to repeat itself bit for bit, which costs speed.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = _one_of(mesh)
     platform = device.platform
     wanted = OPTIONS.get(platform, {}) | (DETERMINISTIC.get(platform, {}) if deterministic else {})
     said = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
@@ -63,7 +63,15 @@ def target() -> str:
 def target_device() -> Any:
     """A device of those that a program is being traced for."""
     device = _target.get()
-    return jax.devices()[0] if device is None else device
+    return _one_of(None) if device is None else device
+
+
+def _one_of(mesh: Mesh | None) -> Any:
+    """A device to try things on: one of this process, where the mesh has any."""
+    local = jax.local_devices()
+    if mesh is None:
+        return local[0]
+    return next((device for device in mesh.devices.flat if device in local), mesh.devices.flat[0])
 
 
 def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +79,7 @@ def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
-        token = _target.set(mesh.devices.flat[0])
+        token = _target.set(_one_of(mesh))
         try:
             return function(*args)
         finally:

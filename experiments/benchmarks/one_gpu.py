@@ -36,6 +36,7 @@ import budget
 import engine
 import flags
 import jax
+import jax.numpy as jnp
 import kernels
 import numpy as np
 import one_gpu_tables
@@ -52,6 +53,8 @@ from vit_jax.models.config import ModelConfig, variant
 from vit_jax.models.vit import init_params, structure
 
 ROOT = Path(__file__).parents[2]
+BEST = "timm-compile:max-autotune+cudnn"  # of timm's, with the attention that ours has
+THEIRS = ("timm-compile", BEST)
 KINDS = ("parity", "step", "train", "options", "roofline", "infer", "tests")
 # Of what asks for another device, or for what only a GPU has.
 TESTS = (
@@ -108,13 +111,12 @@ def jobs_of(day: Day, kinds: list[str]) -> list[budget.Job]:
     """What is worth most first; seconds are what one H100 with 16 cores is likely to need."""
     table = OPTIONS.get(day.record["backend"], {}).items()
     flips = [f"ours+xla:{name}={not v}".lower() for name, v in table if isinstance(v, bool)]
-    best = "timm-compile:max-autotune+cudnn"
     rows: list[tuple] = [
         (20, "parity", parity, Model("Ti/16", 224, 2)),
         (25, "parity", parity, Model("B/16", 224, 2)),
         (60, "step", step, B16),
         (80, "train", train, B16, "ours", "timm-compile"),
-        (150, "train", train, B16, "ours", best),
+        (150, "train", train, B16, "ours", BEST),
         (200, "train", train, L16, "ours", "timm-compile"),
         (110, "train", train, S16, "ours", "timm-compile"),
         (130, "train", train, LARGE_IMAGES, "ours", "timm-compile"),
@@ -163,7 +165,9 @@ def environment(day: Day) -> Iterator[dict[str, Any]]:
         machine["versions"]["driver"] = driver.stdout.split("\n")[0]
     dtype = "float32" if machine["backend"] == "cpu" else "bfloat16"
     args = Namespace(machine=machine, dtype=dtype, **day.rounds)
-    yield {"table": "environment", "record": engine.new_record("train", args)}
+    record = engine.new_record("train", args)
+    missing = {name: left_out(dataclasses.replace(day, record=record), name) for name in THEIRS}
+    yield {"table": "environment", "record": record, "left_out": missing}
 
 
 def parity(day: Day, model: Model) -> Iterator[dict[str, Any]]:
@@ -192,6 +196,35 @@ def parity(day: Day, model: Model) -> Iterator[dict[str, Any]]:
         difference = float(np.abs(np.float64(compiled(params, images)) - wanted).max())
         row = model.row("parity") | {"dtype": dtype, "attention": attention_in(compiled)}
         yield row | {"difference": difference, "spread": float(wanted.std())}
+    if day.record["backend"] == "gpu":
+        yield from gradients(day, model, params, images)
+
+
+def gradients(day: Day, model: Model, params: Any, images: Any) -> Iterator[dict[str, Any]]:
+    """Gradients through cuDNN's attention beside those through XLA's.
+
+    Of an odd number of tokens, which is padded, and of an even one: the largest difference of a
+    parameter's gradient, by the spread of it.
+    """
+    for pool in ("token", "gap"):
+        found: dict[str, Any] = {}
+        for backend in ("cudnn", "xla"):
+            fields = {"dtype": "bfloat16", "attention": backend, "pool": pool}
+            config = dataclasses.replace(day.config(model), **fields, class_token=pool == "token")
+            graphdef, _ = structure(config)
+
+            def loss(params, graphdef=graphdef):
+                return jnp.square(nnx.merge(graphdef, params)(images)).sum()
+
+            grad = jax.jit(jax.grad(loss), compiler_options=compiler_options())
+            found[backend] = jax.tree.map(np.float64, grad(params))
+        differences = jax.tree.map(
+            lambda a, b: float(np.abs(a - b).max() / (b.std() + 1e-30)), *found.values()
+        )
+        where, worst = max(jax.tree.leaves_with_path(differences), key=lambda leaf: leaf[1])
+        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found["cudnn"]))
+        row = model.row("gradients") | {"pool": pool, "tokens": config.num_tokens}
+        yield row | {"worst": worst, "where": jax.tree_util.keystr(where), "finite": finite}
 
 
 def attention_in(compiled: Any) -> str:
@@ -343,9 +376,13 @@ def measure(args: Namespace) -> None:
     rows = args.out / "rows.jsonl"
     budget.run([budget.Job("environment", 5, environment, (day,))], rows, deadline)
     records = [row["record"] for row in budget.read(rows) if "record" in row]
-    if records:
-        day = dataclasses.replace(day, record=records[0])
-        budget.run(jobs_of(day, args.only.split(",")), rows, deadline)
+    if not records:
+        raise SystemExit("one_gpu.py: JAX did not start; rows.jsonl says why")
+    day = dataclasses.replace(day, record=records[0])
+    if day.record["backend"] == "cpu" and not args.tiny:
+        print("one_gpu.py: JAX found no GPU; to try this on a CPU, give --tiny", file=sys.stderr)
+        raise SystemExit(2)
+    budget.run(jobs_of(day, args.only.split(",")), rows, deadline)
     # There may be thousands of files in it: no reason to come late.
     cleaning = threading.Thread(target=shutil.rmtree, args=(caches, True), daemon=True)
     cleaning.start()

@@ -16,6 +16,7 @@ MEMORY = "variant | image | batch | attention | first step s | loss | GiB by XLA
 ROOFLINE = "variant | image | batch | launches | predicted ms | measured ms | predicted / measured"
 PARTS = "part | launches | predicted ms | measured ms | predicted / measured"
 KERNELS = "kernels | arrays | launches | predicted us | measured us | predicted / measured"
+GRADIENTS = "variant | image | tokens | largest difference / spread | of | all finite"
 TESTS = "passed | failed | errors | skipped | exit code"
 
 
@@ -71,6 +72,7 @@ def lines(rows: list[Row]) -> Iterator[str]:
         ("roofline", "The roofline beside the clock", ROOFLINE, _roofline),
         ("memory", "Memory", MEMORY, _memory),
         ("parity", "Parity with float64", PARITY, _parity),
+        ("gradients", "Gradients: cuDNN's attention beside XLA's", GRADIENTS, _gradients),
         ("tests", "Tests", TESTS, _tests),
     ):
         yield from _table(title, columns, cells, [row for row in rows if row.get("table") == kind])
@@ -80,6 +82,8 @@ def lines(rows: list[Row]) -> Iterator[str]:
         yield from _table(f"{title}, the dearest", KERNELS, _kernel, row["dearest"])
         yield from [f"\n{row['note']}."] if row["note"] else []
     missed = [row for row in rows if "table" not in row]
+    for name, why in rows[0].get("left_out", {}).items():
+        missed += [{"job": name, "skipped": why}] if why else []
     if missed:
         yield "\n## Not measured\n"
     for row in missed:
@@ -133,6 +137,11 @@ def _parity(row: Row) -> list[str]:
     named = [row["variant"], tables.size_name(row), row["dtype"], row["attention"]]
     by = row["difference"] / row["spread"]
     return [*named, *(f"{value:.2g}" for value in (row["difference"], row["spread"], by))]
+
+
+def _gradients(row: Row) -> list[str]:
+    found = [str(row["tokens"]), f"{row['worst']:.2g}", row["where"], str(row["finite"])]
+    return [row["variant"], tables.size_name(row), *found]
 
 
 def _tests(row: Row) -> list[str]:

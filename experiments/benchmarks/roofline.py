@@ -17,9 +17,10 @@ from contestants import our_program
 from names import read_name
 from tables import header
 
-from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
+from vit_jax.analysis.chips import CHIPS, GIB, GPUS, topology_devices
 from vit_jax.analysis.roofline import Roofline, read_kernels
-from vit_jax.errors import UserError
+from vit_jax.analysis.roofline import tell as tell_kernel
+from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, variant
 
 COLUMNS = (
@@ -56,10 +57,7 @@ def measure(config: ModelConfig, batch_size: int, gpu: str, contestant: str) -> 
         "tflop": roofline.flops / 1e12,
         "temporaries_gib": program.memory_analysis().temp_size_in_bytes / GIB,
         "parts_ms": {part: seconds * 1e3 for part, seconds in parts.items()},
-        "dearest": [
-            f"{seconds * 1e3:.3f} ms, {count} x {kernel.part}, {kernel.direction}: {kernel.arrays}"
-            for kernel, count, seconds in roofline.dearest(12)
-        ],
+        "dearest": [tell_kernel(*dearest) for dearest in roofline.dearest(12)],
     }
 
 
@@ -110,13 +108,25 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises a UserError for what cannot be compiled, before any of it is."""
+    known = dict.fromkeys(name for name, _, _ in CASES)
+    for flag, given, names in (("gpus", args.gpus, GPUS), ("variants", args.variants, known)):
+        for each in [each for each in (given or "").split(",") if each and each not in names]:
+            raise UserError(f"--{flag}={given}: no {each!r}; {nearest(each, names)}")
+    if read_name(args.contestant, "train").family != "ours":
+        raise UserError(f"--contestant={args.contestant}: only ours can be compiled here")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json={args.json}: there is no folder {args.json.parent}")
+
+
 def tell(args: argparse.Namespace) -> None:
     """Compiles case by case, and prints and keeps what was found."""
-    wanted = args.variants and args.variants.split(",")
+    check(args)
     rows: list[dict[str, Any]] = []
     print(header(COLUMNS), flush=True)
     for name, size, batch_size in CASES:
-        if wanted and name not in wanted:
+        if args.variants and name not in args.variants.split(","):
             continue
         sizes = dict(image_size=size, num_classes=1000, dtype="bfloat16")
         config = variant(name, **sizes | read_fields(args.model))

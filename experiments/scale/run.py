@@ -1,6 +1,6 @@
 """Rehearses large runs: compiles their training steps for TPUs and GPUs, on a machine without.
 
-    python experiments/scale/run.py tpus    # or gpus, or rows by their names
+    python experiments/scale/run.py [tpus | gpus | ROW ...]    # all, where both compilers are
     python experiments/scale/run.py --compile-time    # the last table
 
 Writes what it finds to results.json, row by row, and README.md from all of it. Needs libtpu
@@ -234,7 +234,11 @@ def main() -> None:
     if args.compile_time:
         results["compile_times"] = compile_times()
         write()
-    for name in [row for each in args.rows for row in KINDS.get(each, [each])]:
+    asked = args.rows or ([] if args.compile_time else list(KINDS))
+    names = [row for each in asked for row in KINDS.get(each, [each])]
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"no row {unknown[0]!r}: tpus, gpus, or of {', '.join(ROWS)}")
+    for name in names:
         results["rows"][name] = rehearse(name)
         row = results["rows"][name]
         print(name, row["peak_gib"], row["moved_gb"] / max(row["least_gb"], 1e-9), flush=True)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax.analysis.chips import Chip
+from vit_jax.analysis.hlo import bytes_of
 from vit_jax.analysis.roofline import PARTS, Roofline, read_kernels
 
 CHIP = Chip(memory=2**30, peak=2e9, bandwidth=1e9, products=1e9, copies=1e8, launch=1e-3)
@@ -100,6 +101,48 @@ def test_a_loop_is_counted_as_often_as_it_runs():
     told = loop + ', backend_config={"known_trip_count":{"n":"11"}}'
     kernels = read_kernels(program(start + told, ("body", body), ("cond", condition)))
     assert {kernel.times for kernel in kernels} == {11}
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "  %n = f32[] constant(0.5)\n  ROOT %c = pred[] compare(%i, %n), direction=LT",
+        "  %n = s32[] constant(7)\n  ROOT %c = pred[] compare(%i, %n), direction=GT",
+        "  ROOT %c = pred[] and(%i, %i)",
+    ],
+)
+def test_a_loop_of_unknown_length_is_counted_once_and_said_so(condition):
+    start = "  %p = (s32[], f32[8]{0}) parameter(0)\n  %i = s32[] get-tuple-element(%p), index=0\n"
+    body = start + "  %w = f32[8]{0} copy(%i)\n  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %w)"
+    loop = "  %s = (s32[], f32[8]{0}) parameter(0)\n"
+    loop += "  ROOT %l = (s32[], f32[8]{0}) while(%s), condition=%cond, body=%body"
+    kernels = read_kernels(program(loop, ("body", body), ("cond", start + condition)))
+    assert [(kernel.times, kernel.known) for kernel in kernels] == [(1, False)]
+    assert Roofline(tuple(kernels), CHIP).unknown == 1
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%one, %two}", "true_computation=%one, false_computation=%two"],
+)
+def test_all_branches_are_counted_and_said_so(branches):
+    entry = X + f"  ROOT %c = f32[64,32]{{1,0}} conditional(%x, %x, %x), {branches}"
+    branch = "  %a = f32[64,32]{1,0} parameter(0)\n  ROOT %b = f32[64,32]{1,0} copy(%a)"
+    kernels = read_kernels(program(entry, ("one", branch), ("two", branch)))
+    assert [kernel.known for kernel in kernels] == [False, False]
+
+
+def test_what_a_custom_call_computes_is_not_known():
+    kernel = only(X + '  ROOT %c = f32[64,32]{1,0} custom-call(%x), custom_call_target="mine"')
+    assert not kernel.known and kernel.bytes == 2 * 64 * 32 * 4
+
+
+@pytest.mark.parametrize("dtype, size", [("f8e8m0fnu", 1), ("f4e2m1fn", 0.5), ("c64", 8)])
+def test_element_types(dtype, size):
+    entry = f"  %x = {dtype}[64]{{0}} parameter(0)\n  ROOT %c = {dtype}[64]{{0}} copy(%x)"
+    assert only(entry).read == 64 * size
+    with pytest.raises(ValueError, match="no element type 'q7'"):
+        bytes_of("q7")
 
 
 DOT = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"

@@ -175,7 +175,8 @@ def test_auto_attention_is_cudnns_where_it_compiles(monkeypatch):
     monkeypatch.setattr(attention, "target", lambda: "gpu")
     probed = []
 
-    def fused(q, k, v, *, implementation):
+    def fused(q, k, v, *, implementation, **lengths):
+        assert set(lengths) == {"query_seq_lengths", "key_value_seq_lengths"}
         probed.append((implementation, q.shape, q.dtype.name))
         return q * k * v
 

@@ -1,11 +1,16 @@
 """What a scanned block keeps for the way back: counted, bounded by a formula, without effect."""
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
+from vit_jax import compiler
 from vit_jax.models import layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import init_params, structure
@@ -77,6 +82,19 @@ def test_what_is_computed_anew_is_a_choice():
     assert found[0] < found[1] < found[2] - 4 * B * H * N * N
 
 
+def test_products_are_kept_on_gpus_as_on_cpus():
+    """By remat=dots: queries, keys, values, attention's output and the hidden layer."""
+    gpu = Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform="gpu")]))
+
+    def kept_by(config):
+        loss = loss_of(config)
+        return size(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], structure(config)[1]))
+
+    config = config_of(4, "float32", remat="dots", scan=True)
+    on_gpu = compiler.traced_for(gpu, lambda: kept_by(config))()
+    assert on_gpu == pytest.approx(kept_by(config), rel=0.05)
+
+
 def test_the_compiled_program_keeps_no_more(monkeypatch):
     """By how many bytes a block makes the temporaries grow; of bfloat16 a CPU makes float32."""
 
@@ -91,7 +109,7 @@ def test_the_compiled_program_keeps_no_more(monkeypatch):
 
     assert growth() < 1.05 * bound("float32")
     everything(monkeypatch)
-    assert growth() > 2 * bound("float32")
+    assert growth() > 1.8 * bound("float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

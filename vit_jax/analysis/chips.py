@@ -100,7 +100,7 @@ def topology_devices(name: str) -> list[Any]:
     if not os.environ.get("JAX_PLATFORMS"):  # what runs meanwhile needs no accelerator
         jax.config.update("jax_platforms", "cpu")
     kind = name.partition(":")[0]
-    if re.fullmatch(r"v\d\w*", kind):
+    if re.fullmatch(r"v\d[a-z]*", kind):
         return _tpus(name)
     if kind not in GPUS:
         raise UserError(
@@ -127,9 +127,9 @@ def _gpus(name: str, kind: str) -> list[Any]:
             topology=f"1x{shape[1] or 1}x{shape[2]}",
         )
     except Exception as error:  # noqa: BLE001  plugins raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--topology={name}: the compiler for GPUs does not start: {reason}; it {install}"
+            f"--topology={name}: the compiler for GPUs does not start: {_first_line(error)}; it "
+            f"{install}"
         ) from None
     return list(topology.devices)
 
@@ -175,7 +175,11 @@ def _tpus(name: str) -> list[Any]:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except Exception as error:  # noqa: BLE001  libtpu raises what it likes
         raise UserError(
-            f"--topology={name}: {str(error).splitlines()[0]}; expected one such as v5e:4x4, "
+            f"--topology={name}: {_first_line(error)}; expected one such as v5e:4x4, "
             "v5p:8x8x4, v6e:16x16, or v5p:4x4x4*2 for two slices"
         ) from None
     return list(topology.devices)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

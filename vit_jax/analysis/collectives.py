@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from vit_jax.analysis.hlo import BYTES, Array, Instruction, parse
+from vit_jax.analysis.hlo import CALLS, Array, Instruction, bytes_of, parse
 
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
@@ -52,12 +52,12 @@ def read_collectives(hlo: str) -> list[Collective]:
                     found[key] = _collective(kind, given, each, times)
             elif each.op == "while":
                 (body,) = each.called("body")
-                visit(body, times * module.trips(each))
+                visit(body, times * (module.trips(each) or 1))
             elif each.op == "fusion":
                 for called in each.called("calls"):
                     visit(called, times, True, called.startswith("all-reduce-scatter"))
             else:
-                for called in each.called("calls", "to_apply", "branch_computations"):
+                for called in each.called(*CALLS):
                     visit(called, times, fused, scattered)
 
     visit(module.entry, 1)
@@ -66,7 +66,7 @@ def read_collectives(hlo: str) -> list[Collective]:
 
 def _collective(kind: str, given: Iterable[Array], each: Instruction, times: int) -> Collective:
     """A collective by the arrays that each device gives: what it gets is written variously."""
-    total = sum(BYTES.get(array.dtype, 0) * array.size for array in given)
+    total = sum(bytes_of(array.dtype) * array.size for array in given)
     if kind == "collective-permute":
         return Collective(kind, 2, times, float(total))
     group = _group(each.rest)

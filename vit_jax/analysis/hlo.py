@@ -6,12 +6,25 @@ import math
 import re
 from collections.abc import Iterator
 
-BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-    "f8e4m3fn": 1, "f8e5m2": 1,
-}  # fmt: skip
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+_NUMBER = re.compile(r"(?:[suf]|c)(\d+)")  # f32, u8, f8e4m3fn, f4e2m1fn, c64
 
+
+def bytes_of(dtype: str) -> float:
+    """Bytes of an element, by XLA's name of its type.
+
+    Raises:
+      ValueError: no such type.
+    """
+    match = _NUMBER.match(dtype)
+    if dtype not in _BITS and match is None:
+        raise ValueError(f"no element type {dtype!r}")
+    return (_BITS[dtype] if dtype in _BITS else int(match[1])) / 8
+
+
+# Attributes that name computations which run.
+CALLS = ("calls", "to_apply", "branch_computations", "true_computation", "false_computation")
+CALLS += ("called_computations",)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](\{[^}]*\})?")
@@ -33,7 +46,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        return 0.0 if self.resident else float(BYTES.get(self.dtype, 0)) * self.size
+        return 0.0 if self.resident else bytes_of(self.dtype) * self.size
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -69,8 +82,15 @@ class Instruction:
 
     def called(self, *keys: str) -> list[str]:
         """The computations that it names under one of these attributes."""
-        found = re.findall(rf"\b(?:{'|'.join(keys)})=\{{?(%[\w.%, -]+)", self.rest)
-        return [name for names in found for name in _NAMES.findall(names)]
+        pattern = rf"\b(?:{'|'.join(keys)})=(?:\{{([^}}]*)\}}|(%[\w.-]+))"
+        found = re.findall(pattern, self.rest)
+        return [name for several, one in found for name in _NAMES.findall(several or one)]
+
+    @property
+    def number(self) -> int | None:
+        """What is in a parameter's or a constant's parentheses, where that is a whole number."""
+        text = self.rest.partition(")")[0]
+        return int(text) if re.fullmatch(r"-?\d+", text) else None
 
     def attribute(self, pattern: str) -> str | None:
         """The first group of a regular expression in what follows the operands."""
@@ -100,41 +120,44 @@ class Module:
         """What a computation results in."""
         return next(each for each in self.computations[computation] if each.root)
 
-    def trips(self, loop: Instruction) -> int:
-        """How often a `while` runs, where it counts from zero to a constant; 1 where not seen."""
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a `while` runs, where it counts from zero up to a constant; else None."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         (body,), (condition,) = loop.called("body"), loop.called("condition")
         compare = self.root(condition)
-        if compare.op != "compare":
-            return 1
+        if compare.op != "compare" or compare.attribute(r"direction=(\w+)") != "LT":
+            return None
         left, right = (self.find(condition, name) for name in compare.operands[:2])
-        if left is None or right is None or right.op != "constant":
-            return 1
-        bound, index = _constant(right), left.attribute(r"index=(\d+)")
-        update = self.find(body, self.root(body).operands[int(index or 0)])
+        if left is None or right is None or right.op != "constant" or right.number is None:
+            return None
+        update = self.find(body, self.root(body).operands[int(left.attribute(r"index=(\d+)") or 0)])
         while update is not None and update.op == "copy":
             update = self.find(body, update.operands[0])
         step = 1
         if update is not None and update.op == "add":
             added = [self.find(body, name) for name in update.operands[:2]]
-            step = next((_constant(a) for a in added if a is not None and a.op == "constant"), 1)
-        return -(-bound // step)
+            steps = [a.number for a in added if a is not None and a.op == "constant"]
+            step = next((n for n in steps if n), 1)
+        return -(-right.number // step)
 
-    def launched(self, name: str | None = None, times: int = 1) -> Iterator[tuple]:
-        """Yields (computation, instruction, times a step), loops, calls and branches entered."""
+    def launched(
+        self, name: str | None = None, times: int = 1, known: bool = True
+    ) -> Iterator[tuple[str, Instruction, int, bool]]:
+        """Yields (computation, instruction, times a step, whether that is known).
+
+        Loops, calls and all branches of conditionals are entered; a loop of unknown length once.
+        """
         name = self.entry if name is None else name
         for each in self.computations.get(name, ()):
             if each.op == "while":
-                (body,) = each.called("body")
-                yield from self.launched(body, times * self.trips(each))
+                (body,), trips = each.called("body"), self.trips(each)
+                yield from self.launched(body, times * (trips or 1), known and trips is not None)
             elif each.op in ("call", "conditional", "async-start"):
-                for called in each.called(
-                    "calls", "to_apply", "branch_computations", "called_computations"
-                ):
-                    yield from self.launched(called, times)
+                for called in each.called(*CALLS):
+                    yield from self.launched(called, times, known and each.op != "conditional")
             else:
-                yield name, each, times
+                yield name, each, times, known
 
 
 def parse(hlo: str) -> Module:
@@ -153,7 +176,3 @@ def parse(hlo: str) -> Module:
             root, name, shape, op, rest = match.groups()
             current.append(Instruction(name, shape, op, rest, bool(root)))
     return Module(computations, entry)
-
-
-def _constant(each: Instruction) -> int:
-    return int(each.rest.partition(")")[0])

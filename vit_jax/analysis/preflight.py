@@ -3,6 +3,7 @@
 With a topology the step is compiled by the real compiler of TPUs or GPUs, on a machine without.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
 from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
-from vit_jax.analysis.roofline import Roofline, read_kernels
+from vit_jax.analysis.roofline import Roofline, read_kernels, tell
 from vit_jax.checkpoints.load import open_model
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data.pipeline import train_batches
@@ -45,7 +46,7 @@ class Rehearsal:
       limit_bytes: what the device has, None where that is not known.
       collectives: what moves between devices in a step.
       least_bytes: what the mesh needs at the least (see `least_traffic`).
-      fused_attention: calls of cuDNN's attention.
+      fused_attention: calls of cuDNN's attention; None where the compiler refused.
       roofline: how long a device takes at the least, None for kinds that are not in CHIPS.
     """
 
@@ -55,7 +56,7 @@ class Rehearsal:
     limit_bytes: int | None
     collectives: tuple[Collective, ...] = ()
     least_bytes: float = 0.0
-    fused_attention: int = 0
+    fused_attention: int | None = None
     roofline: Roofline | None = None
 
     @property
@@ -120,15 +121,16 @@ def memory_limit(device: Any) -> int | None:
     if device.platform == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total // jax.local_device_count()
-    known = CHIPS.get(device.device_kind)
-    try:
+    with contextlib.suppress(Exception):  # a topology's devices have none, and say so variously
         return int(device.memory_stats()["bytes_limit"])
-    except Exception:  # noqa: BLE001  a topology's devices have none, and say so variously
-        if known is None or device.platform != "gpu":
-            return known and int(known.memory)
-        variables = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-        share = next((os.environ[name] for name in variables if os.environ.get(name)), 0.75)
-        return int(float(share) * known.memory)
+    known = CHIPS.get(device.device_kind)
+    if known is None or device.platform != "gpu":
+        return known and known.memory
+    variables = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    share = next((os.environ[name] for name in variables if os.environ.get(name)), "0.75")
+    if not re.fullmatch(r"0?\.\d+|1(\.0*)?", share):
+        raise UserError(f"{' or '.join(variables)} is {share!r}; expected a share such as 0.9")
+    return int(float(share) * known.memory)
 
 
 def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
@@ -158,8 +160,8 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
     rehearsal = rehearse(config, record, mesh)
-    if isinstance(vit, ViTConfig):
-        calls = rehearsal.fused_attention
+    calls = rehearsal.fused_attention
+    if isinstance(vit, ViTConfig) and calls is not None:
         yield _line("attention", f"cuDNN's, {calls} kernels in the program" if calls else "XLA's")
     for parameter in unsplit(rehearsal.program.state.params, mesh):
         yield _line("not split", str(parameter))
@@ -248,9 +250,11 @@ def roofline_lines(roofline: Roofline) -> Iterator[str]:
     parts = roofline.by(lambda kernel: kernel.part)
     told = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in parts.items())
     yield _line("ms of", told)
-    for kernel, count, seconds in roofline.dearest(5):
-        where = f"{kernel.part}, {kernel.direction}"
-        yield _line("dearest", f"{seconds * 1e3:.3g} ms, {count} x {where}: {kernel.arrays}")
+    for dearest in roofline.dearest(5):
+        yield _line("dearest", tell(*dearest))
+    if roofline.unknown:
+        told = "in loops of unknown length, in branches, or of unknown products: counted once"
+        yield _line("", f"{roofline.unknown} kernels are {told}")
 
 
 def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:

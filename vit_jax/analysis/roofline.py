@@ -58,6 +58,8 @@ class Kernel:
       read: bytes that it reads, each array once, and only what it uses of it.
       written: bytes that it writes.
       arrays: what it reads and writes, as text.
+      known: whether that is all: not of custom calls that are not known, nor how often in loops of
+        unknown length and in branches.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Kernel:
     read: float
     written: float
     arrays: str
+    known: bool = True
 
     @property
     def flops(self) -> float:
@@ -78,14 +81,14 @@ class Kernel:
 
     @property
     def part(self) -> str:
-        words = set(re.findall(r"\w+", self.op_name))
-        return next((part for scope, part in PARTS.items() if scope in words), "other")
+        return part_of(self.op_name)
 
     @property
     def direction(self) -> str:
         if "transpose(" in self.op_name:
             return "back"
-        return "forward" if "jvp(" in self.op_name or "checkpoint" in self.op_name else "update"
+        forward = self.part not in ("optimiser", "other") or "jvp(" in self.op_name
+        return "forward" if forward else "update"
 
     def seconds(self, chip: Chip) -> float:
         """Of all its runs in a step."""
@@ -117,8 +120,13 @@ class Roofline:
         return sum((kernel.times * kernel.flops for kernel in self.kernels), 0.0)
 
     @property
+    def unknown(self) -> int:
+        """How many kernels there is more to than is counted."""
+        return sum(not kernel.known for kernel in self.kernels)
+
+    @property
     def ceiling(self) -> float:
-        """The share of the rate that large products reach."""
+        """The share of the rate that large products in bfloat16 reach."""
         return self.flops / self.chip.products / self.seconds
 
     def by(self, key: Callable[[Kernel], str]) -> dict[str, float]:
@@ -140,6 +148,18 @@ class Roofline:
         return sorted(told, key=lambda each: -each[2])[:count]
 
 
+def tell(kernel: Kernel, count: int, seconds: float) -> str:
+    """One of the dearest, as a line."""
+    where = f"{kernel.part}, {kernel.direction}"
+    return f"{seconds * 1e3:.3g} ms, {count} x {where}: {kernel.arrays}"
+
+
+def part_of(op_name: str) -> str:
+    """The part of the model that an instruction is of, by the scopes in its name."""
+    words = set(re.findall(r"\w+", op_name))
+    return next((part for scope, part in PARTS.items() if scope in words), "other")
+
+
 def read_kernels(hlo: str) -> list[Kernel]:
     """Returns what a step of a program launches, from its HLO text, `compiled.as_text()`.
 
@@ -147,7 +167,7 @@ def read_kernels(hlo: str) -> list[Kernel]:
     """
     module = parse(hlo)
     kernels = []
-    for computation, each, times in module.launched():
+    for computation, each, times, known in module.launched():
         if each.op in _FREE or each.op.endswith("-done") or each.op.startswith(_COLLECTIVES):
             continue
         read, written = _traffic(module, computation, each)
@@ -165,14 +185,19 @@ def read_kernels(hlo: str) -> list[Kernel]:
                 read,
                 written,
                 f"{_list(arrays)} -> {_list(_results(each))}",
+                known and (each.op != "custom-call" or bool(products)),
             )
         )
     return kernels
 
 
 def _results(each: Instruction) -> tuple[Array, ...]:
-    """What an instruction results in, without the room that cuBLAS works in."""
-    return each.arrays[:-1] if '"__cublas$' in each.rest and each.arrays[1:] else each.arrays
+    """What an instruction results in, without the room that cuBLAS and cuDNN work in."""
+    *results, last = each.arrays
+    works = re.search(r'custom_call_target="__cu(blas|dnn)\$', each.rest)
+    if works and results and last.dtype in ("s8", "u8") and len(last.shape) == 1:
+        return tuple(results)
+    return each.arrays
 
 
 def _list(arrays: Iterable[Array]) -> str:
@@ -187,12 +212,12 @@ def _list(arrays: Iterable[Array]) -> str:
 def _op_name(module: Module, each: Instruction) -> str:
     """Its own; that of what is fused in it where it has none, or none of a known part."""
     own = each.attribute(r'op_name="([^"]*)"') or ""
-    if Kernel("", own, 1, (), 0.0, 0.0, "").part != "other":
+    if part_of(own) != "other":
         return own
     for computation in each.called("calls"):
         for inner in reversed(module.computations[computation]):
             name = inner.attribute(r'op_name="([^"]*)"') or ""
-            if Kernel("", name, 1, (), 0.0, 0.0, "").part != "other":
+            if part_of(name) != "other":
                 return name
     return own
 
@@ -214,9 +239,7 @@ def _traffic(module: Module, computation: str, each: Instruction) -> tuple[float
         return sum(read.values(), 0.0), whole
     inside = fused[0]
     used = _used(module, inside)
-    parameters = {
-        int(p.rest.partition(")")[0]): p for p in module.computations[inside] if p.op == "parameter"
-    }
+    parameters = {p.number: p for p in module.computations[inside] if p.op == "parameter"}
     read: dict[str, float] = {}
     for number, source in enumerate(sources):
         if source is None or number not in parameters:
@@ -252,7 +275,7 @@ def _used(module: Module, computation: str) -> Callable[[str], float]:
                 parameter = next(
                     p
                     for p in module.computations[inner[0]]
-                    if p.op == "parameter" and int(p.rest.partition(")")[0]) == place
+                    if p.op == "parameter" and p.number == place
                 )
                 needed += _used(module, inner[0])(parameter.name) * size
             else:
@@ -282,13 +305,13 @@ def _products(module: Module, computation: str, each: Instruction) -> dict[str, 
     sources = [module.find(computation, name) for name in each.operands]
     sums: dict[str, float] = {}
     target = each.attribute(r'custom_call_target="([^"]*)"') or ""
-    dims = each.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
+    labels = each.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
     if each.op == "dot":
         dims = _numbers(each.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
         summed = math.prod(sources[0].arrays[0].shape[d] for d in dims)
         sums[sources[0].arrays[0].dtype] = 2.0 * each.arrays[0].size * summed
-    elif dims:
-        sums[sources[0].arrays[0].dtype] = _convolution(target, dims, sources, each)
+    elif labels:
+        sums[sources[0].arrays[0].dtype] = _convolution(target, labels, sources, each)
     elif target.startswith("__cudnn$fmha"):
         q, k = sources[0].arrays[0], sources[1].arrays[0]  # [b t h d], [b s h d]
         count = 5 if target.endswith("Backward") else 2  # scores are computed anew on the way back
@@ -306,19 +329,19 @@ def _products(module: Module, computation: str, each: Instruction) -> dict[str, 
     return sums
 
 
-def _convolution(target: str, dims: str, sources: list[Instruction], each: Instruction) -> float:
+def _convolution(target: str, labels: str, sources: list[Instruction], each: Instruction) -> float:
     """FLOPs of a convolution, of which TPU programs write products too: without what is padding."""
     x, kernel, y = sources[0].arrays[0], sources[1].arrays[0], each.arrays[0]
     if target.endswith("BackwardFilter"):  # (x, dy) -> dk
         kernel, y = y, kernel
     elif target.endswith("BackwardInput"):  # (dy, k) -> dx
         x, y = y, x
-    of_x, of_kernel, of_y = re.split("_|->", dims)
+    of_x, of_kernel, of_y = re.split("_|->", labels)
     window = each.attribute(r"window=\{([^}]*)\}") or ""
     given = {key: value.split("x") for key, _, value in (w.partition("=") for w in window.split())}
     flops = 2.0 * y.shape[of_y.index("b")] * y.shape[of_y.index("f")]
     flops *= kernel.shape[of_kernel.index("i")]
-    for i in range(len(dims.split("->")[1]) - 2):
+    for i in range(len(of_y) - 2):
         sizes = (a.shape[of.index(str(i))] for a, of in ((x, of_x), (kernel, of_kernel), (y, of_y)))
         pad = int(given["pad"][i].partition("_")[0]) if "pad" in given else 0
         steps = (

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vit_jax.compiler import target, target_device
 from vit_jax.models.config import ViTConfig
@@ -63,7 +63,7 @@ def attention_backend(
     cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
     device that is traced for is found out by compiling a small gradient once. With a bias of the
     logits (relative positions), `auto` is XLA everywhere: cuDNN's has limits on sizes and on
-    gradients.
+    gradients. Its gradients have none of their own: second derivatives need XLA's.
     """
     if wanted != "auto":
         return wanted
@@ -75,7 +75,8 @@ def attention_backend(
 @functools.cache
 def _cudnn_works(device: Any, dtype: str, head_dim: int, tokens: int) -> bool:
     def probe(q):
-        return jax.nn.dot_product_attention(q, q, q, implementation="cudnn").astype("float32").sum()
+        y = jax.nn.dot_product_attention(q, q, q, implementation="cudnn", **padding(q, tokens))
+        return y.astype("float32").sum()
 
     try:
         place = NamedSharding(Mesh([device], "x"), PartitionSpec())
@@ -85,6 +86,18 @@ def _cudnn_works(device: Any, dtype: str, head_dim: int, tokens: int) -> bool:
         logger.warning("cuDNN attention is not available here, using XLA's: %s", error)
         return False
     return True
+
+
+def padding(q: Float[Array, "b n h k"], length: int) -> dict[str, Int[Array, " b"]]:
+    """What tells `jax.nn.dot_product_attention` that tokens count up to `length`, if not all do.
+
+    The same for each image. It depends on q, if only for the eye, so that it has q's axes under
+    `jax.vmap`: JAX 0.10 needs that.
+    """
+    if length == q.shape[1]:
+        return {}
+    lengths = jnp.where(q[:, 0, 0, 0] > 0, jnp.int32(length), jnp.int32(length))
+    return dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
 
 
 def even(tokens: int) -> int:

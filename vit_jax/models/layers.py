@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from vit_jax.compiler import target
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import positions
-from vit_jax.models.attention import attend, attention_weights, backend_of
+from vit_jax.models.attention import attend, attention_weights, backend_of, padding
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
 from vit_jax.models.products import product, split_product
@@ -61,16 +61,26 @@ def _costly(primitive: Any, *_: Any, **params: Any) -> bool:
 
     So is a function with a derivative of its own, which keeps what it needs, unless it multiplies.
     """
-    inside = params.get("call_jaxpr")
-    if primitive.name.startswith("custom_vjp_call") and inside is not None:
-        return any(each.primitive.name == "dot_general" for each in inside.eqns)
+    inside = _inside(primitive, params)
+    if inside is not None:
+        return any(each.primitive.name == "dot_general" for each in inside)
     return primitive.name not in _CHEAP
 
 
 def _products(primitive: Any, *args: Any, **params: Any) -> bool:
     """Keeps what kernels were multiplied with and convolved with."""
+    inside = _inside(primitive, params)
+    if inside is not None:
+        return any(_products(each.primitive, **each.params) for each in inside)
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return primitive.name == "conv_general_dilated" or dots(primitive, *args, **params)
+
+
+def _inside(primitive: Any, params: dict[str, Any]) -> list[Any] | None:
+    """The equations of a function with a derivative of its own; None of anything else."""
+    jaxpr = params.get("call_jaxpr")
+    own = primitive.name.startswith("custom_vjp_call") and jaxpr is not None
+    return jaxpr.eqns if own else None
 
 
 _REMAT = {
@@ -269,12 +279,9 @@ class Attention(nnx.Module):
             if backend == "xla" and target() != "tpu":  # which knows JAX's own, and fuses it
                 y = attend(q, k, v, logits_bias)
             else:
-                padding = {}
-                if length < x.shape[1]:
-                    lengths = jnp.full(len(x), length, jnp.int32)
-                    padding = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+                padded = padding(q, length) if query is None else {}
                 y = jax.nn.dot_product_attention(
-                    q, k, v, logits_bias, implementation=backend, **padding
+                    q, k, v, logits_bias, implementation=backend, **padded
                 )
         with jax.named_scope("attention_out"):
             return affine(y, self.out, dtype)

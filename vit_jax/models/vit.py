@@ -243,7 +243,7 @@ def folded(block: dict[str, Any]) -> dict[str, Any]:
 
     The function of the block stays the same. What it saves is on the way back: the gradients of
     these vectors are sums over all tokens, those of kernels are products, and the latter tell the
-    former.
+    former. A forward pass alone reads the kernels once more for it.
     """
 
     def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
