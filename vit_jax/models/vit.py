@@ -202,12 +202,12 @@ class ViT(nnx.Module):
         depth, at = self.config.depth, self.config.position_at
         shared = self.positions() if at == "layers_shared" else None
 
-        length, padding = x.shape[1], 0
+        length, extra = x.shape[1], 0  # cuDNN takes even numbers of tokens
         if attention.backend_of(self.config) == "cudnn":
-            padding = attention.even(length) - length
+            extra = attention.even(length) - length
 
         def pad(x):  # [... n d]
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) if padding else x
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
 
         # Where kernels are split among devices, what is folded into them would be moved. All blocks
         # at once, but for a scan, which would be given them all.
