@@ -229,7 +229,7 @@ def test_what_is_in_a_tpus_fast_memory_is_free():
 
 def test_what_starts_beside_other_work_is_counted_where_it_starts():
     kernel = only(
-        X + "  %s = (f32[64,32]{1,0:S(1)}, f32[64,32]{1,0}, u32[]{:S(2)}) copy-start(%x)\n"
+        X + "  %s = (f32[64,32]{1,0:T(8,128)S(1)}, f32[64,32]{1,0}, u32[]{:S(2)}) copy-start(%x)\n"
         "  ROOT %d = f32[64,32]{1,0:S(1)} copy-done(%s)"
     )
     assert (kernel.name, kernel.read, kernel.written) == ("s", 64 * 32 * 4, 0)

@@ -29,7 +29,8 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](\{[^}]*\})?")
 _NAMES = re.compile(r"%([\w.-]+)")
-_SMALL = re.compile(r"\{[^}]*S\(1\)")  # a layout in a TPU's own memory, beside the large one
+# A layout in a TPU's fast memory: in tiles, as all of them; a GPU calls another memory S(1).
+_FAST = re.compile(r"\{[^}]*T\([^}]*S\(1\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Instruction:
     def arrays(self) -> tuple[Array, ...]:
         """What it results in; several arrays where that is a tuple."""
         return tuple(
-            Array(dtype, tuple(int(n) for n in dims.split(",") if n), bool(_SMALL.match(layout)))
+            Array(dtype, tuple(int(n) for n in dims.split(",") if n), bool(_FAST.match(layout)))
             for dtype, dims, layout in _ARRAY.findall(self.shape)
         )
 
