@@ -1,7 +1,8 @@
 """What a program is compiled for, and what XLA is asked for beyond its defaults: one table.
 
-An option is here because it was measured to pay (see experiments/benchmarks/README.md). What the
-environment's XLA_FLAGS says of an option goes before the table.
+An option is here because it was measured to pay, those of GPUs by what the compiled program reads,
+writes and launches (see experiments/benchmarks/README.md). What the environment's XLA_FLAGS says of
+an option goes before the table.
 """
 
 import contextvars
