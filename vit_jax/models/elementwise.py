@@ -32,27 +32,27 @@ def drop_path(
 
 def gelu(kind: str) -> Callable[[Array], Array]:
     """`tanh` is Google's JAX default, `erf` the exact one of PyTorch, `quick` OpenAI's in CLIP."""
-    return functools.partial(_gelu if target() == "tpu" else _gelu_of_kept, kind)
+    return functools.partial(_gelu, kind)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gelu(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """With a derivative of x alone, in float32."""
+    return _plain_gelu(kind, x)
+
+
+def _plain_gelu(kind: str, x: Array) -> Array:
     if kind == "quick":
         return x * jax.nn.sigmoid(1.702 * x)
     return nnx.gelu(x, approximate=kind == "tanh")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gelu_of_kept(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """With a derivative of x alone, in float32; a TPU's compiler does better with the plain one."""
-    return _gelu(kind, x)
-
-
 def _gelu_back(kind: str, x: Array, gradient: Array) -> tuple[Array]:
-    _, back = jax.vjp(functools.partial(_gelu, kind), x.astype(jnp.float32))
+    _, back = jax.vjp(functools.partial(_plain_gelu, kind), x.astype(jnp.float32))
     return (back(gradient.astype(jnp.float32))[0].astype(x.dtype),)
 
 
-_gelu_of_kept.defvjp(lambda kind, x: (_gelu_of_kept(kind, x), x), _gelu_back)
+_gelu.defvjp(lambda kind, x: (_gelu(kind, x), x), _gelu_back)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
