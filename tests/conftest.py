@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one test, process or run has compiled, the next need not: compiling is most of the time.
@@ -20,7 +22,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook("vit_jax", "beartype.beartype")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -57,3 +61,8 @@ def tiny_run(tmp_path_factory):
 def pytest_collection_modifyitems(items):
     """The longest go first, so that no worker is left alone with them at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_resume.py", "test_hosts.py"))
+
+
+def fake_mesh(platform):
+    """Stands for a mesh of one device in name only, to trace for what is not here."""
+    return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))

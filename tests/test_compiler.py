@@ -3,14 +3,12 @@
 import dataclasses
 import re
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, TINY
+from conftest import DIGITS, TINY, fake_mesh
 from flax import nnx
-from jax.sharding import Mesh
 
 import vit_jax
 from vit_jax import compiler
@@ -68,10 +66,6 @@ def test_a_mesh_says_what_is_compiled_for(on, monkeypatch):
     on("gpu")
     assert compiler.compiler_options() == {"b": True}
     assert compiler.compiler_options(mesh) == {"a": True}
-
-
-def fake_mesh(platform):
-    return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))
 
 
 def test_a_function_is_traced_for_the_devices_of_its_mesh():

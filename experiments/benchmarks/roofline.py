@@ -42,7 +42,7 @@ def compiled(config: ModelConfig, batch_size: int, gpu: str, contestant: str = "
 def measure(config: ModelConfig, batch_size: int, gpu: str, contestant: str) -> dict[str, Any]:
     """What the compiled step is, as a row of the table and as JSON keeps it."""
     program = compiled(config, batch_size, gpu, contestant)
-    chip = CHIPS[topology_devices(f"{gpu}:1")[0].device_kind]
+    chip = CHIPS[GPUS[gpu][0]]
     roofline = Roofline(tuple(read_kernels(program.as_text())), chip)
     parts = roofline.by(lambda kernel: f"{kernel.part}, {kernel.direction}")
     return {

@@ -6,23 +6,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-# By `device_kind`: dense bfloat16 products in TFLOP/s, accumulated in float32. Sources: NVIDIA's
-# data sheets of each (those that tell numbers with sparsity, halved), and Google Cloud's TPU pages.
-PEAKS = {
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA A100-PCIE-40GB": 312,
-    "NVIDIA A100 80GB PCIe": 312,
-    "NVIDIA H100 80GB HBM3": 989.4,  # SXM
-    "NVIDIA H100 NVL": 835,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H200": 989.4,
-    "NVIDIA L4": 121,
-    "NVIDIA L40S": 362,
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
+from vit_jax.analysis.chips import CHIPS
+
+# By `device_kind`, dense bfloat16 products in FLOP/s, accumulated in float32: those of `CHIPS`, and
+# of others by NVIDIA's data sheets (where these tell numbers with sparsity, halved).
+PEAKS = {kind: chip.peak for kind, chip in CHIPS.items()} | {
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
 }
 COLUMNS = (
     "variant | image | batch | contestant | images/s | ours / this | TFLOP/s | of ceiling | "
@@ -33,8 +27,7 @@ LARGEST_COLUMNS = "variant | image | contestant | largest batch | GiB | of GiB |
 
 def peak_flops(record: dict[str, Any]) -> float | None:
     """FLOP/s by the data sheet; None for other devices, and for other dtypes than bfloat16."""
-    peak = PEAKS.get(record["device_kind"]) if record["dtype"] == "bfloat16" else None
-    return peak and peak * 1e12
+    return PEAKS.get(record["device_kind"]) if record["dtype"] == "bfloat16" else None
 
 
 def spread(values: list[float], show: Callable[[float], str]) -> str:

@@ -1,21 +1,18 @@
 """What is traced for GPUs is the same function: run here in float32, beside what a CPU is given."""
 
-from types import SimpleNamespace
-from unittest.mock import Mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import fake_mesh
 from flax import nnx
-from jax.sharding import Mesh
 
 from vit_jax import compiler
 from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import folded, init_params, structure
 
-GPU = Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform="gpu")]))
+GPU = fake_mesh("gpu")
 SIZES = dict(image_size=8, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=24, num_classes=5)
 
 

@@ -1,14 +1,11 @@
 """What a scanned block keeps for the way back: counted, bounded by a formula, without effect."""
 
-from types import SimpleNamespace
-from unittest.mock import Mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import fake_mesh
 from flax import nnx
-from jax.sharding import Mesh
 
 from vit_jax import compiler
 from vit_jax.models import layers
@@ -84,15 +81,9 @@ def test_what_is_computed_anew_is_a_choice():
 
 def test_products_are_kept_on_gpus_as_on_cpus():
     """By remat=dots: queries, keys, values, attention's output and the hidden layer."""
-    gpu = Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform="gpu")]))
-
-    def kept_by(config):
-        loss = loss_of(config)
-        return size(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], structure(config)[1]))
-
     config = config_of(4, "float32", remat="dots", scan=True)
-    on_gpu = compiler.traced_for(gpu, lambda: kept_by(config))()
-    assert on_gpu == pytest.approx(kept_by(config), rel=0.05)
+    on_gpu = compiler.traced_for(fake_mesh("gpu"), kept)(config)
+    assert on_gpu == pytest.approx(kept(config), rel=0.05)
 
 
 def test_the_compiled_program_keeps_no_more(monkeypatch):

@@ -2,15 +2,13 @@
 
 import functools
 import math
-from types import SimpleNamespace
-from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from conftest import fake_mesh
 
 from vit_jax import compiler
 from vit_jax.errors import UserError
@@ -442,8 +440,7 @@ def test_the_norm_on_gpus_is_that_of_all_entries():
     tree = {str(i): random.normal(size=shape).astype("float32") for i, shape in enumerate(shapes)}
     tree["half"] = jnp.asarray(random.normal(size=(2**10, 2**7)), jnp.bfloat16)
     wanted = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(tree)))
-    gpu = Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform="gpu")]))
-    found = jax.jit(compiler.traced_for(gpu, norm))(tree)
+    found = jax.jit(compiler.traced_for(fake_mesh("gpu"), norm))(tree)
     assert float(found) == pytest.approx(wanted, rel=1e-5)
 
 

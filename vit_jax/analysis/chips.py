@@ -51,8 +51,8 @@ CHIPS = {
     "TPU v6 lite": Chip(32 * GIB, 918e12, 1.64e12),
     "NVIDIA A100-SXM4-40GB": Chip(40 * GIB, 312e12, 1.555e12, launch=2e-6),
     "NVIDIA A100-SXM4-80GB": Chip(80 * GIB, 312e12, 2.039e12, launch=2e-6),
-    "NVIDIA H100 80GB HBM3": Chip(80 * GIB, 989e12, 3.352e12, 790e12, 3.0e12, 2e-6),
-    "NVIDIA H200": Chip(141 * GIB, 989e12, 4.8e12, 790e12, 4.3e12, 2e-6),
+    "NVIDIA H100 80GB HBM3": Chip(80 * GIB, 989.4e12, 3.352e12, 790e12, 3.0e12, 2e-6),
+    "NVIDIA H200": Chip(141 * GIB, 989.4e12, 4.8e12, 790e12, 4.3e12, 2e-6),
     "NVIDIA B200": Chip(178 * GIB, 2250e12, 7.672e12, launch=2e-6),
 }
 

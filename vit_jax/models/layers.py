@@ -171,7 +171,7 @@ def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
         config.width,
         epsilon=config.layernorm_eps,
         dtype=jnp.dtype(config.dtype),
-        use_fast_variance=False,
+        use_fast_variance=False,  # which loses digits where the mean is large
         rngs=rngs,
     )
 
