@@ -46,6 +46,36 @@ class Packed(Sequence):
         return os.fsdecode(self.text[start : self.ends[index]])
 
 
+class PassedOver:
+    """Files that a source does not read: all are counted by reason, the first ones named.
+
+    A source has one as `passed_over`. Printed, it is a line: "4 files passed over: 3 of no known
+    format (.txt), 1 empty".
+
+    Attributes:
+      counts: reason -> how many.
+      files: (name, reason) of the first MOST.
+    """
+
+    MOST = 10_000
+
+    def __init__(self):
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.files: list[tuple[str, str]] = []
+
+    def add(self, name: str, why: str) -> None:
+        self.counts[why] += 1
+        if len(self.files) < self.MOST:
+            self.files.append((name, why))
+
+    def __len__(self) -> int:
+        return self.counts.total()
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {why}" for why, count in self.counts.most_common())
+        return f"{len(self)} files passed over: {reasons}" if reasons else "no file passed over"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
     """Images in the folders of their classes; `source[i]["image"]` is a file's bytes."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,9 +23,30 @@ JPEG_MODES = ("accurate", "fast")
 MAX_PIXELS = 178_956_970
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow knows more; for EPS it would start a program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_MAGIC = {
+    re.compile(pattern, re.DOTALL): name
+    for pattern, name in {
+        rb"\xff\xd8\xff": "JPEG",
+        rb"\x89PNG\r\n\x1a\n": "PNG",
+        rb"RIFF....WEBP": "WEBP",
+        rb"GIF8[79]a": "GIF",
+        rb"BM.{4}\0{4}....[\x0c(4@lx|8]\0{3}": "BMP",  # the sizes of its second header
+        rb"II[*+]\0|MM\0[*+]": "TIFF",
+        rb"P[1-6][\s#]": "PPM",
+        rb"....ftyp(avi[fs]|mi[fa]f1.{4}.*avif)": "AVIF",
+    }.items()
+}
+
+
+def sniff(start: bytes) -> str | None:
+    """Which of FORMATS the first bytes of a file (32 are enough) are of, None for any other."""
+    for magic, name in _MAGIC.items():
+        if magic.match(start):
+            return name
+    return None
 
 
 class BadImage(UserError):

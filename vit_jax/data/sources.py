@@ -29,6 +29,7 @@ class Source(Protocol):
     A source may have an attribute `multi_label`; where it is True, images have any number of
     labels, and `label` is a tuple of ints. One with an attribute `masks` that is True has a class
     for each pixel: its images are pixels, no files, and `label` is int32 [h w] beside them.
+    `passed_over`, where it has one, is a `files.PassedOver`: what lay among the images unread.
     """
 
     label_names: tuple[str, ...]
