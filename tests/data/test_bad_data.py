@@ -21,7 +21,7 @@ from vit_jax.data.pipeline import (
     train_batches,
 )
 from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import Relabelled, open_source, with_labels
+from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
 from vit_jax.errors import UserError
 
@@ -188,26 +188,6 @@ def arrays(names):
     return ArraySource(np.zeros((len(names), 2, 2, 1), np.uint8), labels, tuple(names))
 
 
-def test_classes_go_by_their_names():
-    labels = ("ant", "bee", "cat")
-    assert with_labels(same := arrays(labels), labels) is same
-    fewer = with_labels(arrays(("cat", "ant")), labels)
-    assert [fewer[i]["label"] for i in range(len(fewer))] == [2, 0]
-    assert isinstance(fewer, Relabelled) and fewer.label_names == labels
-
-
-def test_ids_are_taken_for_descriptions_in_order_with_a_warning(caplog):
-    source = with_labels(arrays(("n01", "n02")), ("ant", "bee"))
-    assert [source[i]["label"] for i in range(2)] == [0, 1]
-    assert "taken for the model's (ant, ...), in order" in caplog.text
-
-
-@pytest.mark.parametrize("names", [("ant", "dog"), ("x", "y", "z", "w"), ("x",)])
-def test_classes_that_the_model_does_not_know_are_named(names):
-    with pytest.raises(UserError, match=r"the model knows no '(dog|x)'"):
-        with_labels(arrays(names), ("ant", "bee"))
-
-
 def test_a_sliver_that_would_become_huge_is_a_bad_image():
     sliver = PIL.Image.fromarray(np.zeros((1, 60_000), np.uint8))
     file = io.BytesIO()
@@ -226,11 +206,6 @@ def test_a_sliver_that_would_become_huge_is_a_bad_image():
         BatchReader(files, keep)(np.arange(N), np.arange(N))
     batch = BatchReader(files, keep, on_corrupt="skip")(np.arange(N), np.arange(N))
     assert batch["corrupt"].tolist() == [index == 2 for index in range(N)]
-
-
-def test_classes_of_one_name_cannot_go_by_names():
-    with pytest.raises(UserError, match="class names that occur twice"):
-        with_labels(arrays(("crane", "x")), ("x", "crane", "crane"))
 
 
 def test_a_file_that_cannot_be_opened_is_no_bad_image(tmp_path):

@@ -20,9 +20,10 @@ import tensorflow_datasets
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vit_jax.data import examples, records
+from vit_jax.data.classes import Matched, Relabelled, with_labels
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import Relabelled, open_source
+from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import InceptionCrop, Preprocess
 from vit_jax.errors import UserError
 
@@ -319,11 +320,12 @@ def test_a_feature_may_be_chosen_as_the_label(real):
 def test_several_labels_become_those_of_a_model(real):
     source = open_source(f"{real},label=real_label", "validation")
     names = ("Bombay", *reversed(CLASSES))
-    other = Relabelled(source, (3, 2, 1), names)
+    other = with_labels(source, names)
     assert other.multi_label and other.label_names == names
     assert [other[i]["label"] for i in range(5)] == [(1,), (3, 2), (), (1, 3, 2), (2,)]
-    assert Relabelled(source, (3, 2), names)[0]["label"] == (-1,)  # reported where it is read
-    assert not Relabelled(open_source(real, "validation"), (3, 2, 1), names).multi_label
+    short = Relabelled(source, Matched(CLASSES[:2], names, (3, 2), ""))
+    assert short[0]["label"] == (-1,)  # reported where it is read
+    assert not with_labels(open_source(real, "validation"), names).multi_label
 
 
 def test_a_label_may_be_chosen_in_a_folder_whose_name_has_a_comma(copy, tmp_path):

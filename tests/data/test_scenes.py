@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from vit_jax.data.arrays import digits
+from vit_jax.data.classes import Matched, Relabelled, with_labels
 from vit_jax.data.fractals import SPLITS, FractalSource, open_fractals
 from vit_jax.data.pipeline import BatchReader, Split, eval_batches
 from vit_jax.data.scenes import scenes
-from vit_jax.data.sources import Relabelled, open_source, with_labels
+from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess, resize, resize_mask
 from vit_jax.errors import UserError
 
@@ -242,5 +243,6 @@ def test_masks_by_other_classes():
     turned = with_labels(source, source.label_names[::-1])
     assert isinstance(turned, Relabelled) and turned.masks
     np.testing.assert_array_equal(turned[1]["label"], 7 - source.all[1])
-    wrong = Relabelled(changed(label=np.array([[0, 9, -1]], np.int32)), (4, 5), ())
+    two = Matched(("a", "b"), (), (4, 5), "")
+    wrong = Relabelled(changed(label=np.array([[0, 9, -1]], np.int32)), two)
     assert wrong[0]["label"].tolist() == [[4, -1, -1]]

@@ -46,6 +46,8 @@ class Split:
     Attributes:
       source: such as "digits" or "folder:PATH" (see sources.py).
       split: the source's own name of the split.
+      classes: what its classes are called, where their names do not say it: a file (see
+        `classes.renamed`), or "in_order": as the model's, one after the other.
       resize, resize_dtype, aspect, crop: how images are brought to the model's size (see
         `Preprocess`); None is as the model is evaluated.
       jpeg, exif: how image files are decoded (see `images.decode`); None is as for the model.
@@ -60,6 +62,7 @@ class Split:
 
     source: str
     split: str
+    classes: str | None = None
     resize: str | None = None
     resize_dtype: str | None = None
     aspect: str | None = None
@@ -102,6 +105,7 @@ class DataConfig:
       threads: how many of them; None is one for each core that this process may use.
       on_corrupt: what an image that cannot be read does: "stop" the run, or "skip": the next one
         of the source takes its place in training, and none in evaluation.
+      same_images: whether what is measured may be what is trained on.
     """
 
     train: Split | None = None
@@ -110,6 +114,7 @@ class DataConfig:
     workers: int = 0
     threads: int | None = None
     on_corrupt: str = "stop"
+    same_images: bool = False
 
     def __post_init__(self):
         if self.workers < 0 or (self.threads is not None and self.threads < 1):

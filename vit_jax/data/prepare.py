@@ -22,11 +22,12 @@ from typing import Any
 import tqdm
 
 from vit_jax.data.archives import TarSource, open_tar
+from vit_jax.data.classes import with_labels
 from vit_jax.data.examples import write_example
 from vit_jax.data.files import WHOLE, class_name, open_file
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.records import INFO
-from vit_jax.data.sources import SOURCES, Source, open_source, with_labels
+from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
 

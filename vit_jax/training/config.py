@@ -40,7 +40,11 @@ from vit_jax.training.sharding import MeshConfig
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 # What a run may be resumed with in another form; everything else decides what it computes.
-RESUMABLE = ("mesh", "data.workers", "data.threads", "data.on_corrupt", "log", "eval", "checkpoint")
+RESUMABLE = (
+    "mesh",
+    *(f"data.{name}" for name in ("workers", "threads", "on_corrupt", "same_images")),
+)
+RESUMABLE += ("log", "eval", "checkpoint")
 
 
 def _not_none(kind: Any) -> Any:

@@ -16,11 +16,12 @@ from vit_jax.checkpoints.load import open_together, place
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.compiler import compiler_options
 from vit_jax.data.pipeline import BatchReader, Split, eval_batches
-from vit_jax.data.sources import open_source, with_labels
+from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training import masking
 from vit_jax.training.config import Config, from_json
+from vit_jax.training.datasets import DataSets
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
 from vit_jax.training.probes import Features
@@ -42,11 +43,18 @@ class Evaluation:
 
     All data is opened here, so that what is missing is said before a run begins.
 
+    Args:
+      data: opens it; by default as the config says, from the folder that this process is in.
+
     Raises:
-      UserError: a split that cannot be opened or is endless, or has other classes than the model.
+      UserError: a split that cannot be opened or is endless, has other classes than the model, or
+        the images that an evaluator learns from.
     """
 
-    def __init__(self, config: Config, record: ModelRecord, mesh: Mesh):
+    def __init__(
+        self, config: Config, record: ModelRecord, mesh: Mesh, data: DataSets | None = None
+    ):
+        data = data or DataSets()
         self._config, self._mesh = config, mesh
         self._evaluators: dict[str, Evaluator] = {
             name: Classification(test=split, every=every)
@@ -76,12 +84,18 @@ class Evaluation:
                 )
             for splits in evaluator.data_sets():
                 labels = record.labels if ours and not masked else None
-                for split in splits:
-                    source = _open(where, split, labels, evaluator.reads_masks)
-                    labels = labels or source.label_names
+                names = _names(where, evaluator, splits)
+                for name, split in zip(names, splits, strict=True):
+                    source = _open(data, name, split, evaluator.reads_masks)
+                    if labels is None:
+                        labels = data.labels(name, split)
+                    if not masked:
+                        source = data.with_labels(name, split, labels)
                     self._reads[split, ours] = BatchReader.of(
                         source, split, record.preprocess, on_corrupt=config.data.on_corrupt
                     )
+                if len(names) > 1:
+                    data.check(names, allow=config.data.same_images)
         graphdef, _ = structure(record.config)
         layout = make_layout(mesh, record.config.dtype)
         options = dict(objective=config.objective, layout=layout)
@@ -227,8 +241,18 @@ class _Weighted:
         return self.evaluation.num_classes(split)
 
 
-def _open(where: str, split: Split, labels: tuple[str, ...] | None, masks: bool) -> Any:
-    source = open_source(split.source, split.split)
+def _names(where: str, evaluator: Evaluator, splits: tuple[Split, ...]) -> tuple[str, ...]:
+    """What the splits of a data set of an evaluator are called."""
+    if len(splits) == 1:
+        return (where,)
+    parts = [part for part in ("train", "val", "test") if getattr(evaluator, part, None)]
+    if len(parts) == len(splits):
+        return tuple(f"{where}.{part}" for part in parts)
+    return tuple(f"{where} {split.source} {split.split}" for split in splits)
+
+
+def _open(data: DataSets, where: str, split: Split, masks: bool) -> Source:
+    source = data.open(where, split)
     if not isinstance(source, Sized):
         raise UserError(f"{where}.source {split.source} is endless: name a finite split")
     if masks != getattr(source, "masks", False):
@@ -236,10 +260,7 @@ def _open(where: str, split: Split, labels: tuple[str, ...] | None, masks: bool)
         if not masks:
             said = "has masks for labels, which only an evaluator of type segmentation reads"
         raise UserError(f"{where}: {split.source} {said}")
-    try:
-        return source if labels is None else with_labels(source, labels)
-    except UserError as error:
-        raise UserError(f"{where} ({split.source}, {split.split}): {error}") from None
+    return source
 
 
 def read_config(workdir: epath.PathLike) -> Config:
@@ -253,8 +274,12 @@ def read_config(workdir: epath.PathLike) -> Config:
         raise UserError(f"{path} is damaged or of another version: {error}") from None
 
 
-def evaluate_run(path: epath.PathLike, config: Config) -> dict[str, int | float]:
+def evaluate_run(
+    path: epath.PathLike, config: Config, data: DataSets | None = None
+) -> dict[str, int | float]:
     """Evaluates any model that `load` takes on the splits of `config`: {"val/accuracy": ..., ...}.
+
+    `data` opens them (see `Evaluation`).
 
     Raises:
       UserError: no model there, no split to evaluate, or classes that do not agree.
@@ -262,7 +287,7 @@ def evaluate_run(path: epath.PathLike, config: Config) -> dict[str, int | float]
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1))
     hosts.meet()
     opened = open_together(path)
-    evaluation = hosts.each("evaluation", lambda: Evaluation(config, opened.record, mesh))
+    evaluation = hosts.each("evaluation", lambda: Evaluation(config, opened.record, mesh, data))
     if not evaluation.names:
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
     shardings = functools.partial(placement, mesh=mesh)

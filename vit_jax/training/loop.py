@@ -20,9 +20,9 @@ from vit_jax.checkpoints.load import open_together, place
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.checkpoints.store import Store, lock, write_atomically
 from vit_jax.data.pipeline import Batch, train_batches
-from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import Stopped, UserError
 from vit_jax.training.config import Config, differences, to_json
+from vit_jax.training.datasets import DataSets, elsewhere
 from vit_jax.training.evaluate import Evaluation, read_config
 from vit_jax.training.metrics import (
     Diverged,
@@ -130,20 +130,28 @@ def _run(
     stack: contextlib.ExitStack,
 ) -> dict[str, int | float]:
     config.check_trains()
-    train = config.data.train
-    source = hosts.each("data", lambda: open_source(train.source, train.split))
+    resume_step, data = store.newest(), DataSets()
+    if resume_step is not None:  # the same data may lie elsewhere by now
+        config, moved = elsewhere(read_config(workdir), config)
+        data = DataSets.of_run(workdir, moved)
+    source = hosts.each("data", lambda: data.open("data.train", config.data.train))
     total_steps = run_steps(config, source)
     mesh = make_mesh(config.mesh)
     hosts.meet()
     check_batch(config.batch_size, config.optim.accumulate, mesh)
 
-    resume_step = store.newest()
-    record, params = _start(config, workdir, source, resume_step, mesh)
+    record, params = _start(config, workdir, data, resume_step, mesh)
+    if record.labels:
+        source = data.with_labels("data.train", config.data.train, record.labels)
     program = make_program(config, record.config, record.preprocess, total_steps, mesh)
     for parameter in unsplit(program.state.params, mesh):
         logger.info("%s", parameter)
     read = train_reader(config, record, source)
-    evaluation = hosts.each("evaluation", lambda: Evaluation(config, record, mesh))
+    evaluation = hosts.each("evaluation", lambda: Evaluation(config, record, mesh, data))
+    if resume_step is None:
+        hosts.first("same images", lambda: data.check_held_out(allow=config.data.same_images))
+    for line in data.summary():
+        logger.info("%s", line)
 
     if resume_step is None:
         state = make_state(
@@ -152,6 +160,7 @@ def _run(
         if hosts.is_lead():
             write_atomically(workdir / "config.json", to_json(config))
             record.write(workdir)
+            data.write(workdir)
     else:
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
@@ -204,7 +213,7 @@ def _run(
 
 
 def _start(
-    config: Config, workdir: epath.Path, source: Source, resume_step: int | None, mesh: Mesh
+    config: Config, workdir: epath.Path, data: DataSets, resume_step: int | None, mesh: Mesh
 ) -> tuple[ModelRecord, Any | None]:
     """Decides where the run starts; returns what its weights mean and, if not fresh, them.
 
@@ -214,6 +223,7 @@ def _start(
          position embeddings are resized (section 3.2), its preprocessing is inherited;
       3. scratch.
     """
+    source = data.opened["data.train"]
     if resume_step is not None:
         changed = differences(read_config(workdir), config)
         if changed:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.compiler import compiler_options, traced_for
+from vit_jax.data import classes
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
@@ -49,17 +50,30 @@ def new_record(
     """Says what a new run's weights will mean, and whether it keeps the head of `base`.
 
     Args:
-      labels: of the data; with masked patch prediction the model has none.
+      labels: the data's classes, which data.train.classes may call otherwise; with masked patch
+        prediction the model has none.
       base: the model that the run starts from, if any: what `config` leaves out is its.
 
     Raises:
       UserError: the model does not fit the classes, or `base`.
     """
     masked = config.objective in masking.OBJECTIVES
-    labels = () if masked else labels
-    keep_head = base is not None and config.model.get("head") == "keep" and base.labels == labels
-    # A patch head that was trained for one target says nothing of another.
-    keep_head = keep_head and (not masked or base.objective == config.objective)
+    keep_head = base is not None and config.model.get("head") == "keep"
+    if masked:
+        # A patch head that was trained for one target says nothing of another.
+        keep_head = keep_head and not base.labels and base.objective == config.objective
+        labels = ()
+    else:
+        train, keep_head = config.data.train, keep_head and bool(base.labels)
+        try:
+            if keep_head:
+                classes.match(labels, base.labels, train.classes)
+                labels = base.labels
+            else:
+                labels = classes.renamed(labels, train.classes)[1]
+        except UserError as error:
+            kept = " (model.head=keep)" if keep_head else ""
+            raise UserError(f"data.train ({train.source}){kept}: {error}") from None
     vit = config.model_config(base and base.config, len(labels), keep_head)
     if vit.num_classes != len(labels):
         data = f"objective {config.objective}" if masked else config.data.train.source

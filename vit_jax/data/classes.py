@@ -1,0 +1,299 @@
+"""Which class of a model each class of a data set is: by what they are called, never by place.
+
+Unless the user says that both are in the same order, or gives a table of which is which.
+"""
+
+import dataclasses
+import functools
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.labels import imagenet_labels, imagenet_synsets
+from vit_jax.data.sources import Source
+from vit_jax.data.tables import read_pairs
+from vit_jax.errors import UserError
+
+IN_ORDER = "in_order"
+# What a split's `classes` may say: IN_ORDER, a file, or what a run has kept of one.
+How = str | Mapping[str, str] | None
+
+_SYNSET = re.compile(r"(n\d{8})(?![^ _\-])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """Class `classes[i]` of `labels` is what the data calls `names[i]`; `rule` says by what.
+
+    Printed, it is a line.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    classes: tuple[int, ...]
+    rule: str
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """What the data calls a class -> what the model calls it."""
+        return {
+            name: self.labels[label] for name, label in zip(self.names, self.classes, strict=True)
+        }
+
+    @property
+    def is_identity(self) -> bool:
+        return self.names == self.labels and self.classes == tuple(range(len(self.labels)))
+
+    def __str__(self) -> str:
+        shown = [f"{name} is {label}" for name, label in list(self.pairs.items())[:5]]
+        more = ", ..." if len(self.names) > len(shown) else ""
+        text = f"{len(self.names)} of the model's {len(self.labels)} classes, {self.rule}: "
+        return text + "; ".join(shown) + more
+
+
+def match(names: Sequence[str], labels: Sequence[str], how: How = None) -> Matched:
+    """Finds the model's class for each of a data set's, which may have fewer of them.
+
+    A class is that of the same name; else the one whose name is the same but for case and for `_`
+    and `-` in place of spaces; else the same first of the names that commas separate; else the same
+    of ImageNet's, whose WordNet ids (n01440764, n01440764-tench) and names are known. Where classes
+    are called 0 to N-1 and the model has N, each is the one of that number.
+
+    Args:
+      names, labels: of the data's and of the model's classes.
+      how: None; or "in_order"; or a file: a table of the data's and the model's names, or a list of
+        names that the data has the numbers of (see `renamed`).
+
+    Raises:
+      UserError: some class has no counterpart, or two have the same, or which one is not clear. It
+        begins with a verb, as of the split that the caller names.
+    """
+    names, labels = tuple(names), tuple(labels)
+    if how == IN_ORDER:
+        if len(names) != len(labels):
+            raise UserError(
+                f"has {len(names)} classes, the model {len(labels)}: they cannot be taken in order"
+            )
+        return Matched(names, labels, tuple(range(len(labels))), "in order, as asked for")
+    if how is not None:
+        new, _ = renamed(names, how)
+        found = match(tuple(dict.fromkeys(new)), labels).pairs
+        numbers = {label: number for number, label in enumerate(labels)}
+        rule = "as data.SPLIT.classes says"
+        return Matched(names, labels, tuple(numbers[found[name]] for name in new), rule)
+    if names == labels:
+        return Matched(names, labels, tuple(range(len(labels))), "by name")
+    found, rule = _by_name(names, labels)
+    if None in found and (numbers := _by_number(names, labels)) is not None:
+        found, rule = numbers, "by number"
+    if None in found:
+        unknown = [name for name, label in zip(names, found, strict=True) if label is None]
+        raise UserError(
+            f"has {len(names)} classes, the model {len(labels)}, and the model knows no "
+            + ", ".join(repr(name) for name in unknown[:3])
+            + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            + f", but {', '.join(map(repr, labels[:3]))}{', ...' if len(labels) > 3 else ''}. Say "
+            "which is which: classes=FILE, a table of the data's and the model's names, or "
+            "classes=in_order where both are in the same order (--config.data.val.classes=FILE)"
+        )
+    seen: dict[int, str] = {}
+    for name, label in zip(names, found, strict=True):
+        if label in seen:
+            other = seen[label]
+            raise UserError(
+                f"has {other!r} and {name!r}, which would both be the model's {labels[label]!r}: "
+                "say so by classes=FILE, a table of the data's and the model's names"
+            )
+        seen[label] = name
+    return Matched(names, labels, tuple(found), rule)
+
+
+def _by_name(names: Sequence[str], labels: Sequence[str]) -> tuple[list[int | None], str]:
+    """For each name its label, None where there is none or more than one; and by which rule."""
+    found: list[int | None] = [None] * len(names)
+    by = "by name"
+    for form, rule in _FORMS.items():
+        waiting = [i for i, label in enumerate(found) if label is None]
+        if not waiting:
+            break
+        theirs, ours = form(labels), form(names)
+        where: dict[str, list[int]] = {}
+        for number, key in enumerate(theirs):
+            where.setdefault(key, []).append(number)
+        for i in waiting:
+            there = where.get(ours[i], []) if ours[i] else []
+            if len(there) == 1:
+                found[i], by = there[0], rule
+    return found, by
+
+
+def plain(name: str) -> str:
+    """A class's name without what is spelt now so, now otherwise: case, `_`, `-`, spaces."""
+    name = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(re.split(r"[\s_\-]+", name)).strip()
+
+
+def _first(name: str) -> str:
+    return plain(name.partition(",")[0])
+
+
+def _synsets(names: Sequence[str]) -> list[str]:
+    """The WordNet id of each class, "" where it is not known to have one."""
+    known = _imagenet()
+    if len(names) == 1000 and [_first(n) for n in names] == [
+        _first(re.sub(r" \[n\d{8}\]$", "", n)) for n in imagenet_labels()
+    ]:  # all of ImageNet's, in its order: of two cranes each is known by its place
+        return list(imagenet_synsets())
+    found = [_SYNSET.match(name) for name in names]
+    return [
+        match[1] if match else known.get(plain(name)) or known.get(_first(name), "")
+        for match, name in zip(found, names, strict=True)
+    ]
+
+
+@functools.cache
+def _imagenet() -> dict[str, str]:
+    """Name -> WordNet id, of whole names and, where but one class has it, of the first of them."""
+    ids, names = imagenet_synsets(), imagenet_labels()
+    firsts = [_first(name) for name in names]
+    known = {first: one for first, one in zip(firsts, ids, strict=True) if firsts.count(first) == 1}
+    return known | {plain(name): one for name, one in zip(names, ids, strict=True)}
+
+
+_FORMS: dict[Callable[[Sequence[str]], Sequence[str]], str] = {
+    list: "by name",
+    lambda names: [plain(name) for name in names]: "by name, but for case, _ and -",
+    lambda names: [_first(name) for name in names]: "by the first of several names",
+    _synsets: "by WordNet id",
+}
+
+
+def _by_number(names: Sequence[str], labels: Sequence[str]) -> list[int] | None:
+    """The labels of classes that are called by numbers; None where that is not clear."""
+    ours, theirs = _numbers(names), _numbers(labels)
+    if ours is None or len(set(ours)) < len(ours):
+        return None
+    if theirs is not None:
+        if len(set(theirs)) < len(theirs) or not set(ours) <= set(theirs):
+            return None
+        where = {number: label for label, number in enumerate(theirs)}
+        return [where[number] for number in ours]
+    return ours if sorted(ours) == list(range(len(labels))) else None
+
+
+def _numbers(names: Sequence[str]) -> list[int] | None:
+    if all(re.fullmatch(r"\d{1,9}", name, re.ASCII) for name in names):
+        return [int(name) for name in names]
+    return None
+
+
+def renamed(names: Sequence[str], how: How) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a split's `classes` says that its classes are called; and all that it names, in order.
+
+    A file with two columns says of each class what it is called, in either order of the columns,
+    and several may have one name. One with a single column names the classes 0, 1, ... of data
+    that has numbers for names; or it is the data's own names, whose order it then decides.
+
+    Raises:
+      UserError: no such file, or it does not fit the data.
+    """
+    if how is None:
+        return tuple(names), tuple(names)
+    if how == IN_ORDER:
+        raise UserError(
+            "has classes=in_order, which says that its classes are a model's in their order: there "
+            "is no such model (init_from with model.head=keep)"
+        )
+    rows = read_pairs(how) if isinstance(how, str) else list(how.items())
+    told = f"classes={how}" if isinstance(how, str) else "what the run kept of classes"
+    if all(len(row) == 1 for row in rows):
+        given = [row[0] for row in rows]
+        if len(set(given)) < len(given):
+            raise UserError(f"{told} names a class twice")
+        if set(names) <= set(given):
+            return tuple(names), tuple(given)
+        numbers = _numbers(names)
+        if numbers is None or max(numbers) >= len(given) or len(set(numbers)) < len(numbers):
+            raise UserError(
+                f"{told} has {len(given)} names in one column, which are those of classes 0 to "
+                f"{len(given) - 1}, but the data's are called {', '.join(map(repr, names[:3]))}: "
+                "expected two columns, the data's names and the model's"
+            )
+        return tuple(given[number] for number in numbers), tuple(given)
+    sides = [dict(rows), {theirs: ours for ours, theirs in rows}]
+    fits = [set(names) <= set(side) for side in sides]
+    if not any(fits):
+        side = max(sides, key=lambda side: len(set(names) & set(side)))
+        missing = next(name for name in names if name not in side)
+        raise UserError(f"{told} says nothing of the data's class {missing!r}")
+    if all(fits) and any(sides[0][name] != sides[1][name] for name in names):
+        raise UserError(
+            f"{told} has the data's names in both columns: which one is meant is not clear"
+        )
+    side = sides[fits.index(True)]
+    ours = [row[fits.index(True)] for row in rows]
+    if len(set(ours)) < len(ours):
+        twice = next(name for name in ours if ours.count(name) > 1)
+        raise UserError(f"{told} has {twice!r} twice")
+    return tuple(side[name] for name in names), tuple(dict.fromkeys(side.values()))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Relabelled:
+    """A source whose class c is class `matched.classes[c]` of another list of names."""
+
+    source: Source
+    matched: Matched
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.matched.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("source", "matched") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.source[index]
+        label = example["label"]
+        if isinstance(label, np.ndarray):
+            count = len(self.matched.classes)
+            known = (label >= 0) & (label < count)
+            classes = np.array((*self.matched.classes, -1), np.int32)
+            return {**example, "label": classes[np.where(known, label, -1)]}
+        if isinstance(label, tuple):
+            return {**example, "label": tuple(dict.fromkeys(self._class(each) for each in label))}
+        return {**example, "label": self._class(label)}
+
+    def _class(self, label: int) -> int:
+        # A label out of range stays one, and is reported where it is read.
+        return self.matched.classes[label] if 0 <= label < len(self.matched.classes) else -1
+
+
+class RelabelledEndless(Relabelled):
+    """The same of a source without a length."""
+
+    __len__ = None
+
+
+def relabelled(source: Source, matched: Matched) -> Source:
+    """The source with the classes that its own were matched with."""
+    if matched.is_identity:
+        return source
+    return (Relabelled if isinstance(source, Sized) else RelabelledEndless)(source, matched)
+
+
+def with_labels(source: Source, labels: Sequence[str], how: How = None) -> Source:
+    """The source with a model's classes, of which it may have fewer, in another order.
+
+    Raises:
+      UserError: as `match`.
+    """
+    return relabelled(source, match(source.label_names, labels, how))

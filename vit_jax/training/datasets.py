@@ -1,0 +1,169 @@
+"""The data of a run: opened where it lies, its classes those of the model, and written down.
+
+A run folder keeps in data.json where each split was found and which class is which, so that the run
+goes on, and is evaluated, from any folder, and from another place that holds the same data.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
+
+from etils import epath
+
+from vit_jax.checkpoints.store import write_atomically
+from vit_jax.data import classes, describe
+from vit_jax.data.pipeline import Split
+from vit_jax.data.sources import Source, located, open_source
+from vit_jax.errors import UserError
+from vit_jax.training.config import Config
+
+logger = logging.getLogger(__name__)
+FILE = "data.json"
+_SPLITS = ("train", "val", "test")
+
+
+class DataSets:
+    """Opens the splits of a config, each under the name of its section, such as "data.val".
+
+    Args:
+      kept: what the run's data.json says, by these names.
+      moved: sources that are named in place of the run's, by these names; they must hold the same.
+    """
+
+    def __init__(self, kept: Mapping[str, Mapping[str, Any]] = {}, moved: Mapping[str, str] = {}):
+        self._kept, self._moved = kept, moved
+        self._known = bool(kept)  # all was looked at when the run began
+        self.opened: dict[str, Source] = {}
+        self.lines: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def of_run(cls, workdir: epath.PathLike, moved: Mapping[str, str] = {}) -> "DataSets":
+        """Those of a run folder; where it has no data.json, its config says where they are."""
+        path = epath.Path(workdir) / FILE
+        try:
+            kept = json.loads(path.read_text())
+            if not all(isinstance(each, dict) for each in kept.values()):
+                raise ValueError("expected sections")
+        except FileNotFoundError:
+            kept = {}
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+        return cls(kept, moved)
+
+    def open(self, where: str, split: Split) -> Source:
+        """The source of a split, as its section `where` names it.
+
+        Raises:
+          UserError: it cannot be opened, or a place that is named anew holds other data.
+        """
+        kept = self._kept.get(where, {})
+        if (kept.get("source"), kept.get("split")) != (split.source, split.split):
+            kept = {}
+        spec = self._moved.get(where)
+        places = [located(spec or split.source)]
+        if kept.get("place") and not spec:
+            places = list(dict.fromkeys([kept["place"], *places]))
+        source = place = problem = None
+        for place in places:
+            try:
+                source = open_source(place, split.split)
+                break
+            except UserError as error:
+                problem = problem or error
+        if source is None:
+            raise UserError(f"{where}: {problem}") from None
+        before = kept.get("fingerprint")
+        if spec and before != source.fingerprint:
+            raise UserError(
+                f"{where}: {place} is not the data of this run, {split.source} (fingerprint "
+                f"{before or 'not kept'} -> {source.fingerprint}): another place must hold the same"
+            )
+        if before not in (None, source.fingerprint) and where != "data.train":
+            logger.warning(
+                "%s: %s changed since the run began (fingerprint %s -> %s)",
+                *(where, place, before, source.fingerprint),
+            )
+        self.opened[where] = source
+        self.lines[where] = {
+            "source": split.source,
+            "split": split.split,
+            "place": place,
+            "examples": len(source) if isinstance(source, Sized) else None,
+            "fingerprint": source.fingerprint,
+        }
+        return source
+
+    def how(self, where: str, split: Split) -> classes.How:
+        """What the split says of its classes: as the run has kept it, where that is a file."""
+        kept = self._kept.get(where, {})
+        if split.classes not in (None, classes.IN_ORDER) and kept.get("classes") == split.classes:
+            return kept["named"]
+        return split.classes
+
+    def labels(self, where: str, split: Split) -> tuple[str, ...]:
+        """What the classes of an open split are called, for a model that has none of its own."""
+        try:
+            return classes.renamed(self.opened[where].label_names, self.how(where, split))[1]
+        except UserError as error:
+            raise UserError(f"{where} ({split.source}): {error}") from None
+
+    def match(self, where: str, split: Split, labels: tuple[str, ...]) -> classes.Matched:
+        """Which of `labels` the classes of an open split are; printed where it is not plain.
+
+        Raises:
+          UserError: as `classes.match`.
+        """
+        names = self.opened[where].label_names
+        try:
+            how = self.how(where, split)
+            matched = classes.match(names, labels, how)
+            if split.classes is not None and how != classes.IN_ORDER:
+                named = dict(zip(names, classes.renamed(names, how)[0], strict=True))
+                self.lines[where] |= {"classes": split.classes, "named": named}
+        except UserError as error:
+            raise UserError(f"{where} ({split.source}, {split.split}): {error}") from None
+        self.lines[where] |= {"rule": matched.rule, "mapping": matched.pairs}
+        if not matched.is_identity:
+            logger.info("%s: %s", where, matched)
+        return matched
+
+    def with_labels(self, where: str, split: Split, labels: tuple[str, ...]) -> Source:
+        """An open split with a model's classes (see `match`)."""
+        source = classes.relabelled(self.opened[where], self.match(where, split, labels))
+        self.opened[where] = source
+        return source
+
+    def check(self, names: Sequence[str], *, allow: bool) -> None:
+        """Says which images several open splits share (see `describe.check_splits`)."""
+        named = {name: self.opened[name] for name in names}
+        most = {"most": 0} if self._known else {}
+        for line in describe.check_splits(named, allow=allow, **most):
+            logger.warning("%s", line)
+
+    def check_held_out(self, *, allow: bool) -> None:
+        """Refuses to measure by the images that are trained on."""
+        held_out = [name for name in ("data.val", "data.test") if name in self.opened]
+        for group in [("data.train", name) for name in held_out] or [("data.train",)]:
+            self.check(group, allow=allow)
+
+    def summary(self) -> list[str]:
+        """A line for each of data.train, data.val and data.test."""
+        names = (f"data.{name}" for name in _SPLITS)
+        return describe.first_lines({n: self.opened[n] for n in names if n in self.opened})
+
+    def write(self, workdir: epath.PathLike) -> None:
+        """Writes data.json."""
+        write_atomically(epath.Path(workdir) / FILE, json.dumps(self.lines, indent=1))
+
+
+def elsewhere(old: Config, new: Config) -> tuple[Config, dict[str, str]]:
+    """`new` with the sources of `old`, and those it names in their place: "data.val" -> source."""
+    moved, parts = {}, {}
+    for name in _SPLITS:
+        ours, theirs = getattr(new.data, name), getattr(old.data, name)
+        if ours and theirs and ours.source != theirs.source:
+            moved[f"data.{name}"] = ours.source
+            parts[name] = dataclasses.replace(ours, source=theirs.source)
+    return dataclasses.replace(new, data=dataclasses.replace(new.data, **parts)), moved
