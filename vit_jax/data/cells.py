@@ -124,9 +124,10 @@ def read_table(path: str, what: str = "table", spaces: bool = False) -> Table:
     return table
 
 
-def read_text(path: str, what: str) -> str:
-    """The text of a file, which may be compressed; raises as `read_table` does."""
-    return decoded(path, _read(path, what), what)
+def read_text(path: str, what: str) -> str | None:
+    """The text of a file, None for Parquet; raises as `read_table` does."""
+    data = _read(path, what)
+    return None if data[:4] == b"PAR1" else decoded(path, data, what)
 
 
 def _read(path: str, what: str) -> bytes:
@@ -157,11 +158,15 @@ def parsed_json(text: str) -> Any:
         return None
     try:
         return json.loads(text, object_pairs_hook=_once)
-    except ValueError:
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         pass
     try:
         return [json.loads(line, object_pairs_hook=_once) for line in text.splitlines() if line]
-    except ValueError:
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         return None
 
 
@@ -169,7 +174,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise UserError(f"a JSON file has the key {twice!r} twice in one object")
+        raise UserError(f"JSON has the key {twice!r} twice in one object")
     return found
 
 

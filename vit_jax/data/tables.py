@@ -1,5 +1,6 @@
 """What tables say of images and classes: labels of images, lists and pairs of class names."""
 
+import dataclasses
 import io
 import logging
 import lzma
@@ -7,7 +8,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import scipy.io
@@ -100,6 +101,8 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
             f"{image!r} names the images)"
         )
     labels = table.columns[label_column(table, told.get("label"), rows, f"--labels={file}")]
+    if all(_stem(label) != label for label in labels):
+        raise UserError(f"{path} has files such as {labels[0]!r} for labels")
     labels = _classes_of_boxes(table, labels)
     found = _labels_of(table, labels, rows[image], names, image)
     used = len(set(rows[image]))
@@ -112,43 +115,43 @@ def _label_table(
     path: str, names: Sequence[str], told: Mapping[str, str]
 ) -> tuple[Table, dict[str, list[int | None]] | None]:
     """A table and its columns that name the images; None for these where it is a plain list."""
-    table = read_table(path, "file of labels", spaces=True)
-    if "image" in told and told["image"] not in table.columns and not table.header:
-        table = table.headed()
-    tried = [table.known(told["image"])] if "image" in told else list(table.columns)
-    rows = image_columns(table, tried, names)
-    if not rows and len(table.columns) == 1 and not told:
-        lines = table.columns["1"] if not table.header else ()
-        pairs = [_LABELLED.fullmatch(line) for line in lines]
-        if any(pairs) and not all(pairs):
-            odd = lines[pairs.index(None)]
-            raise UserError(f"{path}: {odd!r} names no image and class, as other lines do")
-        words = [pair.group("name", "label") if pair else None for pair in pairs]
-        if not all(pairs):
-            words = [tuple(line.split(None, 1)) for line in lines]
-        if words and all(len(each) == 2 for each in words):
-            cells = [tuple(each) for each in zip(*words, strict=True)]
-            divided = Table(path, {"1": cells[0], "2": cells[1]}, False, table.lines)
-            rows = image_columns(divided, ["1"], names)
-            if all(pairs) or rows:
-                table = divided
-    if not rows:
-        if len(table.columns) == 1 and not table.header:
-            return table, None
+    plain = read_table(path, "file of labels")
+    for table in (plain, *_divided_by_spaces(plain)):
+        if "image" in told and told["image"] not in table.columns and not table.header:
+            table = table.headed()
+        tried = [table.known(told["image"])] if "image" in told else list(table.columns)
+        rows = image_columns(table, tried, names)
+        if rows:
+            break
+    else:
+        if list(plain.columns) == ["1"] and not plain.header and not told:
+            return plain, None
         raise UserError(
-            f"{path}: no column names images such as {names[0]!r}: found {table.summary()}"
+            f"{path}: no column names images such as {names[0]!r}: found {plain.summary()}"
         )
-    first = next(iter(rows))
-    if not table.header and 0 not in rows[first] and len(table) > 1:
+    if not table.header and 0 not in next(iter(rows.values())) and len(table) > 1:
         table = table.headed()
-        rows = dict(
-            zip(
-                [list(table.columns)[int(name) - 1] for name in rows],
-                [[None if row is None else row - 1 for row in each] for each in rows.values()],
-                strict=True,
-            )
-        )
+        rows = image_columns(table, [list(table.columns)[int(name) - 1] for name in rows], names)
     return table, rows
+
+
+def _divided_by_spaces(table: Table) -> Iterator[Table]:
+    """A column of text as tables: "A_1 1 3", "my a.jpg big cat", "a big cat"."""
+    if list(table.columns) != ["1"] or table.header:
+        return
+    lines = table.columns["1"]
+    pairs = [_LABELLED.fullmatch(line) for line in lines]
+    if any(pairs) and not all(pairs):
+        odd = lines[pairs.index(None)]
+        raise UserError(f"{table.path}: {odd!r} names no image and class, as other lines do")
+    by_words = [line.split() for line in lines]
+    by_first = [line.split(None, 1) for line in lines]
+    for rows in ([pair.groups()[::2] for pair in pairs if pair], by_words, by_first):
+        if rows and len(rows[0]) > 1 and {len(row) for row in rows} == {len(rows[0])}:
+            columns = {
+                str(number): cells for number, cells in enumerate(zip(*rows, strict=True), 1)
+            }
+            yield dataclasses.replace(table, columns=columns)
 
 
 def image_columns(
@@ -156,14 +159,20 @@ def image_columns(
 ) -> dict[str, list[int | None]]:
     """Which columns name the images: column -> the row of each image, None where there is none.
 
-    Those that name most of them, and in the same rows.
+    Those that name most of them, and in the same rows; columns called "label" and the like only
+    where there is no other, and "1" only where no other has "1.jpg".
 
     Raises:
       UserError: columns that name them differently, or an image that has two rows.
     """
-    found = {name: rows for name in tried if (rows := _rows_of(table.columns[name], names))}
-    most = max((_count(rows) for rows in found.values()), default=0)
-    found = {name: rows for name, rows in found.items() if _count(rows) == most}
+    ranks, found = {}, {}
+    for name in tried:
+        rows = _rows_of(table.columns[name], names)
+        if rows:
+            ending = any(_stem(cell) != cell for cell in table.columns[name])
+            ranks[name] = _count(rows), name.lower() not in LABEL_COLUMNS, ending
+            found[name] = rows
+    found = {name: rows for name, rows in found.items() if ranks[name] == max(ranks.values())}
     if any(rows != next(iter(found.values())) for rows in found.values()):
         raise UserError(
             f"{table.path}: columns {' and '.join(map(repr, found))} both name the images, "
@@ -380,6 +389,8 @@ def read_classes(path: str, found: Sequence[str]) -> tuple[str, ...]:
 def _readings(path: str, what: str = "list of classes") -> list[list[tuple[str, ...]]]:
     """The columns of a list of classes, in every way that it can be read; the likeliest first."""
     text = read_text(path, what)
+    if text is None:
+        return [_table_columns(read_table(path, what))]
     value = parsed_json(text)
     if value is not None:
         return [_json_columns(path, value, what)]
@@ -392,7 +403,7 @@ def _readings(path: str, what: str = "list of classes") -> list[list[tuple[str, 
         table = read_table(path, what)
     except NoTable:
         return [whole]
-    columns = [tuple(map(class_name, cells)) for cells in table.columns.values()]
+    columns = _table_columns(table)
     loose = len(columns) > 1 and all(", " in line for line in lines) and '"' not in text
     if len(columns) == 1:
         return [columns]
@@ -405,11 +416,14 @@ def _columns(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
     return [tuple(map(class_name, cells)) for cells in zip(*rows, strict=True)]
 
 
+def _table_columns(table: Table) -> list[tuple[str, ...]]:
+    return [tuple(map(class_name, cells)) for cells in table.columns.values()]
+
+
 def _json_columns(path: str, value: Any, what: str) -> list[tuple[str, ...]]:
     rows: list[tuple[Any, ...]]
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-        table = read_table(path, what)
-        return [tuple(map(class_name, cells)) for cells in table.columns.values()]
+        return _table_columns(read_table(path, what))
     if isinstance(value, dict):
         rows = [(k, *(v if isinstance(v, list) else [v])) for k, v in value.items()]
     else:
