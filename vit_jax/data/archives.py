@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.io
-import scipy.io.matlab
 from jaxtyping import Int32, Int64
 
 from vit_jax.data.files import (
@@ -30,14 +28,12 @@ from vit_jax.data.files import (
     parse_split,
     percentile,
 )
-from vit_jax.data.images import SUFFIXES, BadImage
+from vit_jax.data.images import BadImage
+from vit_jax.data.tables import read_labels
 from vit_jax.errors import UserError
 
 # A file of more bytes is no image to decode.
 MAX_BYTES = 512 * 2**20
-_LABELLED = re.compile(
-    rf"(?P<name>.+?({'|'.join(map(re.escape, SUFFIXES))}))[,\t ]\s*(?P<label>.+)", re.IGNORECASE
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -265,72 +261,3 @@ def _folder_classes(
         first = folder[len(shared) :].lstrip("/").partition("/")[0]
         found.append(known or first or (None if folder else stem))
     return found
-
-
-def read_labels(path: str, names: Sequence[str]) -> list[str]:
-    """The class of every image of a split whose archive does not say it.
-
-    Args:
-      path: ImageNet-1k's development kit (ILSVRC2012_devkit_t12.tar.gz), or a text with a line for
-        each image: its class, in the order of the sorted names; or its name and class, separated
-        by a comma, a tab or a space.
-
-    Raises:
-      UserError: another file, or one that is not about these images.
-    """
-    try:
-        if path.endswith((".tar", ".tar.gz", ".tgz")):
-            lines = _development_kit(path)
-        else:
-            with open(path, encoding="utf-8") as file:
-                lines = [line.strip() for line in file if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"there is no file of labels {path!r}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no file of labels: {error}") from None
-    if os.path.basename(path) == "ILSVRC2012_validation_ground_truth.txt":
-        raise UserError(
-            f"the numbers in {path} say nothing without the kit that they are from: give "
-            "ILSVRC2012_devkit_t12.tar.gz itself"
-        )
-    pairs = [_LABELLED.fullmatch(line) for line in lines]
-    bases = [os.path.basename(name) for name in names]
-    if any(pairs) and not all(pairs):
-        odd = lines[pairs.index(None)]
-        raise UserError(f"{path}: {odd!r} names no image and class, as other lines do")
-    if all(pairs):
-        told = {pair["name"]: pair["label"] for pair in pairs}
-        keys = names if len(set(bases)) < len(bases) else bases
-        if keys is bases:
-            told = {os.path.basename(name): label for name, label in told.items()}
-        missing = [name for name in keys if name not in told]
-        if missing:
-            raise UserError(f"{path} says nothing of {len(missing)} images, such as {missing[0]!r}")
-        return [told[name] for name in keys]
-    if len(lines) != len(names):
-        raise UserError(f"{path} has {len(lines)} labels, but there are {len(names)} images")
-    order = sorted(range(len(names)), key=names.__getitem__)
-    classes = [""] * len(names)
-    for row, line in zip(order, lines, strict=True):
-        classes[row] = line
-    return classes
-
-
-def _development_kit(path: str) -> list[str]:
-    """The WordNet ids of ImageNet-1k's 50,000 validation images, in the order of their names."""
-    try:
-        with tarfile.open(path) as kit:
-            files = {os.path.basename(m.name): m for m in kit if m.isreg()}
-            meta = scipy.io.loadmat(
-                io.BytesIO(kit.extractfile(files["meta.mat"]).read()), squeeze_me=True
-            )
-            numbers = kit.extractfile(files["ILSVRC2012_validation_ground_truth.txt"]).read()
-        ids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in meta["synsets"]}
-        return [ids[int(number)] for number in numbers.split()]
-    except FileNotFoundError:
-        raise
-    except (
-        *(tarfile.TarError, scipy.io.matlab.MatReadError, zlib.error, lzma.LZMAError, EOFError),
-        *(OSError, LookupError, ValueError, TypeError),
-    ) as error:
-        raise UserError(f"{path} is no development kit of ILSVRC2012: {error!r}") from None

@@ -24,10 +24,11 @@ import tqdm
 from vit_jax.data.archives import TarSource, open_tar
 from vit_jax.data.classes import with_labels
 from vit_jax.data.examples import write_example
-from vit_jax.data.files import WHOLE, class_name, open_file
+from vit_jax.data.files import WHOLE, open_file
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.records import INFO
 from vit_jax.data.sources import SOURCES, Source, open_source
+from vit_jax.data.tables import read_classes
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
 
@@ -93,8 +94,9 @@ def prepare(
       split: what the split is called from now on.
       part: which part of `src` it is: see the source. By default `split` where a folder has it, or
         where `src` is a source; else all.
-      labels: a file that says the class of every image (see `archives.read_labels`).
-      classes: a text file with a class name a line, which fixes their order; by default sorted.
+      labels: a file that says the class of every image (see `tables.read_labels`).
+      classes: a list or table of class names (see `tables.read_classes`), which fixes their order;
+        by default sorted.
       examples: how many to take, of an endless source.
       shard_examples: how many go into a shard.
 
@@ -201,13 +203,7 @@ def _class_names(dst: str, classes: str | None, found: Sequence[str]) -> tuple[s
     names = tuple(others[0]["plan"]["label_names"]) if others else tuple(found)
     if classes is None:
         return names
-    try:
-        with open(classes, encoding="utf-8") as file:
-            given = tuple(class_name(line.strip()) for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{classes} is no file of class names: {error}") from None
-    if len(set(given)) != len(given):
-        raise UserError(f"{classes} names a class twice")
+    given = read_classes(classes, found)
     if others and given != names:
         raise UserError(f"{classes} names other classes than the splits that {dst} holds")
     return given

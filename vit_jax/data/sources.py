@@ -8,6 +8,7 @@ from vit_jax.data.archives import tar
 from vit_jax.data.arrays import arrays, digits
 from vit_jax.data.files import folder
 from vit_jax.data.fractals import open_fractals
+from vit_jax.data.listed import table
 from vit_jax.data.records import records, tfds
 from vit_jax.data.scenes import scenes
 from vit_jax.data.vtab import vtab
@@ -45,6 +46,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "arrays": arrays,
     "folder": folder,
     "tar": tar,
+    "table": table,
     "tfds": tfds,
     "records": records,
     "vtab": vtab,

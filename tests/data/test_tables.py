@@ -1,0 +1,245 @@
+"""Tables of labels and of classes: what they say, in every form that they come in."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from vit_jax.data.cells import read_table
+from vit_jax.data.tables import options, read_classes, read_labels, read_pairs, sorted_names
+from vit_jax.errors import UserError
+
+PLAIN = [("i0", "cat"), ("i1", "dog")]
+
+
+def lines(rows, delimiter=",", end="\n"):
+    return "".join(delimiter.join(row) + end for row in rows)
+
+
+def written(path, content):
+    if isinstance(content, pa.Table):
+        pyarrow.parquet.write_table(content, path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+HEADED = [("image", "label"), *PLAIN]
+TABLES = {
+    "commas": lines(PLAIN),
+    "semicolons": lines(PLAIN, ";"),
+    "tabs": lines(PLAIN, "\t"),
+    "bars": lines(PLAIN, "|"),
+    "crlf": lines(PLAIN, end="\r\n"),
+    "old mac": lines(PLAIN, end="\r"),
+    "quotes": '"i0","cat"\n"i1","dog"\n',
+    "padded": "i0 , cat \n\n i1,dog,\n".replace(",\n", "\n"),
+    "bom": "\ufeff" + lines(PLAIN),
+    "utf-16": lines(HEADED).encode("utf-16"),
+    "header": lines(HEADED),
+    "CamelCase": lines([("ImageId", "PredictionString"), *PLAIN]),
+    "header of no known words": lines([("stem", "what"), *PLAIN]),
+    "label first": lines([("breed", "id"), *((b, a) for a, b in PLAIN)]),
+    "label first, no header": lines((b, a) for a, b in PLAIN),
+    "pandas": ",image,label\n0,i0,cat\n1,i1,dog\n",
+    "three columns": "image,label,width\ni0,cat,3\ni1,dog,4\n",
+    "trailing delimiter": "image,label,\ni0,cat,\ni1,dog,\n",
+    "paths": "train\\i0.jpg,cat\ntrain\\i1.jpg,dog\n",
+    "ending": "i0.JPG,cat\ni1.JPG,dog\n",
+    "more images": lines([*PLAIN, ("i2", "ox"), ("i2", "cow")]),
+    "twice": lines([*PLAIN, PLAIN[0]]),
+    "name label": "i0.jpg cat\ni1.jpg dog\n",
+    "stem label": "i0 cat\ni1 dog\n",
+    "jsonl": '{"file_name": "i0.jpg", "label": "cat"}\n{"file_name": "i1.jpg", "label": "dog"}\n',
+    "json": json.dumps([{"label": b, "image": a, "box": {"x": 1}} for a, b in PLAIN]),
+    "parquet": pa.table({"image": ["i0", "i1"], "label": ["cat", "dog"], "x": [b"1", b"2"]}),
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+@pytest.mark.parametrize("names", [["i1.jpg", "i0.jpg"], ["t/a/i1.jpg", "t/b/i0.jpg"]])
+def test_labels_go_to_their_images(tmp_path, form, names):
+    path = written(tmp_path / "table", TABLES[form])
+    assert read_labels(path, names) == ["dog", "cat"]
+
+
+CASES = {
+    "a list in the order of names": ("cat\ndog\n", ["b.jpg", "a.jpg"], ["dog", "cat"]),
+    "a list of several words": (
+        "big cat\nsea lion\nbig cat\n",
+        ["a", "b", "c"],
+        ["big cat", "sea lion", "big cat"],
+    ),
+    "a quoted list": ('"tench, Tinca tinca"\n"cock"\n', ["a", "b"], ["tench, Tinca tinca", "cock"]),
+    "names with spaces": (
+        "my a.jpg big cat\nmy b.jpg dog\n",
+        ["my b.jpg", "my a.jpg"],
+        ["dog", "big cat"],
+    ),
+    "pandas numbers": ("image,label\na,1.0\nb,3.0\n", ["b", "a"], ["3", "1"]),
+    "a chosen column": ("list,label=2", ["A_1.jpg", "B_1.jpg"], ["1", "2"]),
+    "a column by name": ("named,label=breed", ["a.jpg"], ["pug"]),
+    "a column by name, header unsure": ("unsure,label=zwei", ["a.jpg", "b.jpg"], ["x", "y"]),
+    "same file names": ("a/1.jpg,cat\nb/1.jpg,dog\n", ["b/1.jpg", "a/1.jpg"], ["dog", "cat"]),
+    "below a shared folder": ("a/1,cat\nb/1,dog\n", ["x/b/1.png", "x/a/1.png"], ["dog", "cat"]),
+    "boxes": (
+        "ImageId,PredictionString\nv_2,n03995372 85 1 499 272 n03995372 1 2 3 4 \n"
+        "v_1,n01440764 0 0 9 9\n",
+        ["v_1.JPEG", "v_2.JPEG"],
+        ["n01440764", "n03995372"],
+    ),
+    "labels that are other images' names": (
+        "image,label\n1.jpg,2\n2.jpg,1\n",
+        ["1.jpg", "2.jpg"],
+        ["2", "1"],
+    ),
+}
+FILES = {
+    "list": "A_1 1 1 9\nB_1 2 1 9\n",
+    "named": "id,breed,age\na,pug,3\n",
+    "unsure": "eins,zwei,drei\na,x,1\nb,y,2\n",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_labels_of_these(tmp_path, case):
+    content, names, expected = CASES[case]
+    name, _, option = content.partition(",")
+    if name in FILES:
+        path = written(tmp_path / name, FILES[name]) + f",{option}"
+    else:
+        path = written(tmp_path / "labels.csv", content)
+    assert read_labels(path, names) == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a,cat\nb\nc,dog\n", "1 cells in line 2, by commas, but 2 in others"),
+        ("a,cat;x\nb,dog;x\n", "commas as well as semicolons"),
+        ('a,"cat\nb,dog\n', "commas do not divide"),
+        ("x,cat\ny,dog\n", r"no column names images such as 'a.jpg': found '1' \('x'"),
+        ("1 1\n2 2\n", "'1 1' may be a class, or an image and its class"),
+        ("a.jpg cat\ndog\n", "'dog' names no image and class"),
+        ("a,cat\n", "says nothing of 1 images, such as 'b.jpg'"),
+        ("a,cat\nb,\n", "line 2: 'b' has no label"),
+        ("a,cat\nb,dog\na,ox\n", "line 3: 'a' is 'ox', but 'cat' in line 1"),
+        ("image,sex,age\na,m,1\nb,f,2\n", r"2 columns that may be labels .*,label=sex"),
+        ("image,label,class\na,m,1\nb,f,2\n", "3 columns|2 columns that may be labels"),
+        ("image\na\nb\n", "no column names|no column of labels|has 3 labels"),
+        ("a,b\nb,a\n", "both name the images, differently"),
+        (
+            "i,PredictionString\na,n00000001 1 2 3 4 n00000002 1 2 3 4\nb,n00000001 1 2 3 4\n",
+            "line 2 has boxes of several classes",
+        ),
+        ("label,label,image\n1,2,a\n1,2,b\n", "two columns 'label'"),
+        (b"a,caf\xe9\nb,x\n", "is no file of labels in UTF-8"),
+        (b"a\0,\0c\0", "it is no text"),
+        (b"PAR1abcdPAR1", "is no file of labels"),
+        ("[1, 2]", "expected a JSON object"),
+        ('{"image": "a", "image": "b"}', "'image' twice"),
+    ],
+)
+def test_labels_that_are_not_sure_are_refused(tmp_path, content, message):
+    path = written(tmp_path / "labels.csv", content)
+    with pytest.raises(UserError, match=message):
+        read_labels(path, ["a.jpg", "b.jpg"])
+
+
+def test_options_of_labels_are_checked(tmp_path):
+    path = written(tmp_path / "l,x=1.csv", "image,label\na,cat\n")
+    assert read_labels(path, ["a.jpg"]) == ["cat"]
+    for option, message in {
+        "lable=x": "did you mean 'label'",
+        "label=lable": "did you mean 'label'",
+        "label=a,label=b": "label= once",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_labels(f"{path},{option}", ["a.jpg"])
+    assert options("~/x,root=y", ("root",))[0].startswith("/")
+
+
+WNIDS = ("n01440764", "n01443537")
+LISTS = {
+    "a class a line": ("dog\ncat\n", ("dog", "cat")),
+    "names with commas": ("tench, Tinca\ncat\ndog\n", ("tench, Tinca", "cat", "dog")),
+    "one comma each": ("dog, hound\ncat, puss\n", ("dog, hound", "cat, puss")),
+    "index,name": ("1,cat\n0,dog\n", ("dog", "cat")),
+    "name,index from 1": ("cat,2\ndog,1\n", ("dog", "cat")),
+    "header": ("index,name\n0,dog\n1,cat\n", ("dog", "cat")),
+    "header of one": ("class\ndog\ncat\n", ("dog", "cat")),
+    "synsets": (f"{WNIDS[0]} tench, Tinca tinca\n{WNIDS[1]} goldfish\n", WNIDS),
+    "words.txt": (
+        f"{WNIDS[0]}\ttench, Tinca\n{WNIDS[1]}\tgoldfish\n",
+        ("tench, Tinca", "goldfish"),
+    ),
+    "class_index.json": (
+        json.dumps({"1": [WNIDS[1], "goldfish"], "0": [WNIDS[0], "tench"]}),
+        WNIDS,
+    ),
+    "json list": ('["dog", "cat"]', ("dog", "cat")),
+    "json name: index": ('{"cat": 1, "dog": 0}', ("dog", "cat")),
+    "json index: name": ('{"1": "cat", "0": "dog"}', ("dog", "cat")),
+    "numbers and names": ("1,cat\n0,dog\n", ("0", "1")),
+    "decomposed": ("e\u0301pagneul\ncat\n", ("\u00e9pagneul", "cat")),
+    "parquet": (pa.table({"i": [1, 0], "n": ["cat", "dog"]}), ("dog", "cat")),
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_classes_are_in_their_order(tmp_path, form):
+    content, expected = LISTS[form]
+    path = written(tmp_path / "classes", content)
+    found = sorted(expected)[-2:]
+    assert read_classes(path, found) == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("0,dog\n2,cat\n", "the numbers of its 2 classes are not 0 to 1, nor 1 to 2"),
+        ("0,dog\n1,ox\n", "no column with all classes of the data in it: .*not such as 'cat'"),
+        ("dog\ncat\ndog\n", "names a class twice"),
+        ("dog,cat\ncat,dog\n", "in more than one column"),
+        ("cat,0,1\ndog,1,0\n", "two columns of numbers"),
+        ('{"a": {"b": 1}}', "expected a JSON list of names"),
+        ("", "is no file of class names: it is empty"),
+    ],
+)
+def test_classes_that_are_not_sure_are_refused(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read_classes(written(tmp_path / "classes.csv", content), ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("cat\ndog\n", [("cat",), ("dog",)]),
+        ("0,cat\n1,dog\n", [("0", "cat"), ("1", "dog")]),
+        ("from\tto\nname\tx\n", [("from", "to"), ("name", "x")]),
+        ("class,name\na,x\n", [("a", "x")]),
+        (f"{WNIDS[0]} tench, Tinca\n", [(WNIDS[0], "tench, Tinca")]),
+        ("tench, Tinca\ncat, puss\n", [("tench, Tinca",), ("cat, puss",)]),
+        ('{"1": ["b", "cat"], "0": ["a", "dog"]}', [("a", "dog"), ("b", "cat")]),
+        ('{"tabby": "cat"}', [("tabby", "cat")]),
+    ],
+)
+def test_pairs(tmp_path, content, expected):
+    assert read_pairs(written(tmp_path / "pairs", content)) == expected
+
+
+def test_tables_say_where_a_row_is(tmp_path):
+    table = read_table(written(tmp_path / "t", 'a;"x\ny"\n\nb;z\n'))
+    assert table.columns == {"1": ("a", "b"), "2": ("x\ny", "z")}
+    assert table.at(1).endswith("line 4")
+    lists = pa.table({"path": ["a"], "n": pa.array([2.0]), "labels": [["x", "y"]], "b": [True]})
+    table = read_table(written(tmp_path / "p", lists))
+    assert table.columns == {"path": ("a",), "n": ("2",), "b": ("1",)} and table.header
+    assert table.lists == {"labels": (("x", "y"),)}
+
+
+def test_numbers_are_sorted_by_value():
+    assert sorted_names(["10", "2", "1"]) == ("1", "2", "10")
+    assert sorted_names(["0", "2", "3"]) == ("0", "1", "2", "3")
+    assert sorted_names(["b", "10", "9"]) == ("10", "9", "b")

@@ -1,0 +1,364 @@
+"""The source `table:`: image files, their labels and splits as a table lists them."""
+
+import collections
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from vit_jax.data.cells import Table, read_table
+from vit_jax.data.files import (
+    WHOLE,
+    Packed,
+    class_name,
+    fingerprint_of,
+    is_image,
+    parse_split,
+    percentile,
+)
+from vit_jax.data.tables import label_column, options, sorted_names
+from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = ("image", "label", "labels", "separator", "split", "root")
+SEPARATORS = {"|": "|", ";": ";", "comma": ",", "space": " "}
+_SPLIT_COLUMNS = ("split", "subset", "partition")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableSource:
+    """Image files that a table lists; `source[i]["image"]` is a file's bytes.
+
+    Example i has the labels from `ends[i - 1]` to `ends[i]`: one, unless it is `multi_label`.
+    """
+
+    root: str
+    names: Packed  # relative to root
+    labels: Int32[np.ndarray, " m"]
+    ends: Int64[np.ndarray, " n"]
+    label_names: tuple[str, ...]
+    fingerprint: str
+    multi_label: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file = self.names[index]
+        path = os.path.join(self.root, file)
+        try:
+            with open(path, "rb") as opened:
+                data = opened.read()
+        except OSError as error:
+            raise UserError(
+                f"{path} was there but cannot be read ({error.strerror}): did the folder change?"
+            ) from None
+        start = self.ends[index - 1] if index else 0
+        labels = tuple(self.labels[start : self.ends[index]].tolist())
+        label = labels if self.multi_label else labels[0]
+        return {"image": data, "label": label, "name": path, "file": file}
+
+
+def table(argument: str, split: str) -> TableSource:
+    """The images that a table lists (see `cells.read_table`), in its order.
+
+    Args:
+      argument: FILE, and, where they are not sure, behind commas
+        image=COLUMN: paths, relative to the table's folder, or without the files' ending;
+        label=COLUMN: class names;
+        labels=COLUMN: any number of class names an image, in lists, or with |, ; or spaces between
+          (separator=|, ;, comma or space where several occur);
+        labels=COLUMN+COLUMN or labels=*: a column of 0 and 1 for each class, * for all others;
+        split=COLUMN: what split an image is in, without it the column called split, if any;
+        root=FOLDER: what the paths are relative to.
+      split: a value of that column, or "all"; a part of it as for folders, such as "all[:90%]".
+
+    Raises:
+      UserError: a column that is not there or not sure, no such split, a file that is not there, an
+        image without label or with two of them.
+    """
+    where = f"table:{argument}"
+    rows, told = _open(argument)
+    name, low, high = parse_split(split)
+    column = _split_column(rows, told)
+    known = _splits(rows, column)
+    if name not in (WHOLE, *known):
+        if not known:
+            raise UserError(
+                f"{where} has no column of splits, so that {split!r} is unknown: use split=all, "
+                "all[:90%] or all[90%:], or say split=COLUMN"
+            )
+        raise UserError(f"{where} has no split {split!r}; {nearest(name, [*known, WHOLE])}")
+    root = _root(rows, told)
+    image = _image_column(rows, told, root)
+    labels, many = _labels(rows, told, [image, *([column] if column else [])], where)
+    in_split = [name == WHOLE or cell == name for cell in _cells(rows, column)]
+    files = _files(rows, rows.columns[image], root, in_split)
+    chosen: dict[str, int] = {}
+    elsewhere = set()
+    again = 0
+    for row, (file, _) in enumerate(files):
+        if not in_split[row]:
+            elsewhere.add(file)
+        elif not low <= percentile(file) < high:
+            continue
+        elif file in chosen:
+            again += 1
+            if labels[row] != labels[chosen[file]]:
+                raise UserError(
+                    f"{rows.at(row)}: {file!r} is {_text(labels[row])}, but "
+                    f"{_text(labels[chosen[file]])} in line {rows.lines[chosen[file]]}"
+                )
+        else:
+            chosen[file] = row
+            if not many and not labels[row][0]:
+                raise UserError(f"{rows.at(row)}: {file!r} has no label")
+    if not chosen:
+        raise UserError(f"{where} has no image in split {split!r}")
+    if again:
+        logger.warning("%s lists %d images again, which are taken once", where, again)
+    if shared := sum(file in elsewhere for file in chosen):
+        logger.warning("%s has %d images of split %r in others, too", where, shared, split)
+    names = sorted_names(each for cell in labels for each in cell if each)
+    numbers = {each: number for number, each in enumerate(names)}
+    found = [sorted(numbers[each] for each in set(labels[row])) for row in chosen.values()]
+    flat = [number for each in found for number in each]
+    keys = [f"{file}\0{each}" for file, each in zip(chosen, found, strict=True)]
+    return TableSource(
+        root,
+        Packed.of(chosen),
+        np.array(flat, np.int32),
+        np.cumsum([len(each) for each in found], dtype=np.int64),
+        names,
+        fingerprint_of(names, keys, [files[row][1] for row in chosen.values()]),
+        many,
+    )
+
+
+def table_splits(argument: str) -> tuple[str, ...]:
+    """What `table` takes for split: the values of the column of splits, and "all"."""
+    rows, told = _open(argument)
+    return (*_splits(rows, _split_column(rows, told)), WHOLE)
+
+
+def _open(argument: str) -> tuple[Table, dict[str, str]]:
+    path, told = options(argument, OPTIONS)
+    if "label" in told and "labels" in told:
+        raise UserError(f"table:{argument}: label=COLUMN or labels=COLUMN, not both")
+    rows = read_table(path, "table of images", spaces=True)
+    said = {told[key] for key in ("image", "label", "labels", "split") if key in told}
+    if not rows.header and len(rows) > 1:
+        folders = _Folders(_root(rows, told))
+        starts = [cells[:2] for cells in rows.columns.values()]
+        if not said <= {*rows.columns, "*"} or any(
+            folders.find(second) and not folders.find(first) and not is_image(first)
+            for first, second in starts
+        ):
+            logger.info("%s: its first row, %s, is its header", path, [cell for cell, _ in starts])
+            rows = rows.headed()
+    return rows, told
+
+
+def _root(rows: Table, told: Mapping[str, str]) -> str:
+    return os.path.expanduser(told.get("root") or os.path.dirname(rows.path) or ".")
+
+
+def _split_column(rows: Table, told: Mapping[str, str]) -> str | None:
+    if "split" in told:
+        return rows.known(told["split"])
+    named = [name for name in rows.columns if name.lower() in _SPLIT_COLUMNS]
+    if len(named) > 1:
+        raise UserError(f"{rows.path} has columns {named[0]!r} and {named[1]!r}: say split=COLUMN")
+    return named[0] if named else None
+
+
+def _cells(rows: Table, column: str | None) -> Sequence[str]:
+    return [""] * len(rows) if column is None else rows.columns[column]
+
+
+def _splits(rows: Table, column: str | None) -> tuple[str, ...]:
+    """The values of the column of splits."""
+    if column is None:
+        return ()
+    cells = rows.columns[column]
+    if "" in cells:
+        raise UserError(f"{rows.at(cells.index(''))} is in no split (column {column!r})")
+    found = sorted(set(cells))
+    odd = [cell for cell in found if cell == WHOLE or "[" in cell or "]" in cell]
+    if odd or 2 * len(found) > len(rows) > 4:
+        raise UserError(
+            f"{rows.path}: column {column!r} is no column of splits, with {len(found)} values such "
+            f"as {(odd or found)[0]!r}"
+        )
+    return tuple(found)
+
+
+def _image_column(rows: Table, told: Mapping[str, str], root: str) -> str:
+    """The column that was said, or the only one whose first and last cells are files."""
+    if "image" in told:
+        return rows.known(told["image"])
+    folders = _Folders(root)
+    found = [
+        name
+        for name, cells in rows.columns.items()
+        if any(folders.find(cell) for cell in (cells[0], cells[-1]) if cell)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"{rows.path} has several columns with files ({', '.join(map(repr, found))}): say "
+            "image=COLUMN"
+        )
+    named = [
+        name for name, cells in rows.columns.items() if is_image(cells[0]) and is_image(cells[-1])
+    ]
+    if len(named) == 1:
+        return named[0]
+    if rows.binary:
+        raise UserError(
+            f"{rows.path} has the bytes of images in it ({', '.join(rows.binary)}): use hf-data:"
+        )
+    raise UserError(
+        f"{rows.path}: no column has files of {root!r} in it: found {rows.summary()}; say "
+        "image=COLUMN, or root=FOLDER"
+    )
+
+
+class _Folders:
+    """Looks up files below a folder, listing each folder once."""
+
+    def __init__(self, root: str):
+        self.root = root
+        self._listed: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {}
+
+    def find(self, cell: str) -> tuple[str, int] | None:
+        """The path from the root of a file, and its size; None where there is none.
+
+        Raises:
+          UserError: several images have the name that was given without its ending.
+        """
+        for path in dict.fromkeys((cell, cell.replace("\\", "/"))):
+            path = path.removeprefix("./")
+            folder, name = os.path.split(path)
+            files, stems = self._list(folder)
+            if name in files:
+                return path, files[name]
+            if len(several := stems.get(name, [])) > 1:
+                raise UserError(
+                    f"{cell!r} may be {' or '.join(map(repr, several))} of "
+                    f"{os.path.join(self.root, folder)}: give files with their endings"
+                )
+            for one in several:
+                return os.path.join(folder, one), files[one]
+        return None
+
+    def _list(self, folder: str) -> tuple[dict[str, int], dict[str, list[str]]]:
+        if folder not in self._listed:
+            files: dict[str, int] = {}
+            stems = collections.defaultdict(list)
+            try:
+                with os.scandir(os.path.join(self.root, folder)) as entries:
+                    files = {e.name: e.stat().st_size for e in entries if e.is_file()}
+            except OSError:
+                pass
+            for name in sorted(files):
+                if is_image(name):
+                    stems[os.path.splitext(name)[0]].append(name)
+            self._listed[folder] = files, stems
+        return self._listed[folder]
+
+
+def _files(
+    rows: Table, cells: Sequence[str], root: str, needed: Sequence[bool]
+) -> list[tuple[str, int]]:
+    """The path from the root and the size of each row's file.
+
+    Raises:
+      UserError: one that is needed is not there.
+    """
+    folders = _Folders(root)
+    found = [folders.find(cell) if cell else None for cell in cells]
+    missing = [row for row, each in enumerate(found) if each is None and needed[row]]
+    if missing:
+        first = missing[0]
+        raise UserError(
+            f"{rows.at(first)}: there is no file {os.path.join(root, cells[first])!r}"
+            + (f", and {len(missing) - 1} others are missing" if len(missing) > 1 else "")
+        )
+    return [each or (cell, 0) for each, cell in zip(found, cells, strict=True)]
+
+
+def _labels(
+    rows: Table, told: Mapping[str, str], others: list[str], where: str
+) -> tuple[list[tuple[str, ...]], bool]:
+    """The class names of each row, and whether there may be any number of them."""
+    said = told.get("labels")
+    if said is None:
+        if not [name for name in rows.columns if name not in others] and rows.lists:
+            raise UserError(f"{where}: say labels={next(iter(rows.lists))} for several an image")
+        cells = rows.columns[_one(rows, label_column(rows, told.get("label"), others, where))]
+        nan = {"": "", "nan": "", "NaN": ""}
+        return [(class_name(nan.get(cell, cell)),) for cell in cells], False
+    if said in rows.lists:
+        return [tuple(map(class_name, cell)) for cell in rows.lists[said]], True
+    if said == "*" or (said not in rows.columns and "+" in said):
+        every = [name for name in rows.columns if name not in others]
+        names = every if said == "*" else [rows.known(name) for name in said.split("+")]
+        return list(_indicated(rows, names)), True
+    cells = rows.columns[rows.known(said)]
+    separator = _separator(rows, said, cells, told.get("separator"))
+    return [
+        tuple(class_name(each.strip()) for each in cell.split(separator) if each.strip())
+        for cell in cells
+    ], True
+
+
+def _one(rows: Table, column: str) -> str:
+    if column in rows.lists:
+        raise UserError(f"{rows.path}: column {column!r} has lists: say labels={column}")
+    return column
+
+
+def _separator(rows: Table, column: str, cells: Sequence[str], said: str | None) -> str:
+    """What is between the labels in a cell. UserError: nothing that is sure."""
+    if said is not None:
+        if said not in SEPARATORS:
+            raise UserError(f"separator={said}: {nearest(said, SEPARATORS)}")
+        return SEPARATORS[said]
+    found = [name for name in ("|", ";", "space") if any(SEPARATORS[name] in c for c in cells)]
+    if any("," in cell for cell in cells):
+        found.append("comma")
+    if len(found) == 1 and found != ["comma"]:
+        return SEPARATORS[found[0]]
+    if not found:
+        return "|"
+    raise UserError(
+        f"{rows.path}: what is between the labels of column {column!r}? Say separator="
+        + " or ".join(found)
+    )
+
+
+def _indicated(rows: Table, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The columns of each row that are 1. UserError: one is neither that nor 0."""
+    if not names:
+        raise UserError(f"{rows.path} has no columns of labels: found {rows.summary()}")
+    for name in names:
+        for row, cell in enumerate(rows.columns[name]):
+            if cell not in ("0", "1"):
+                raise UserError(
+                    f"{rows.at(row)}: column {name!r} has {cell!r}; expected 0 or 1 for a class"
+                )
+    for cells in zip(*(rows.columns[name] for name in names), strict=True):
+        yield tuple(
+            class_name(name) for name, cell in zip(names, cells, strict=True) if cell == "1"
+        )
+
+
+def _text(labels: Sequence[str]) -> str:
+    return " and ".join(map(repr, labels)) or "nothing"

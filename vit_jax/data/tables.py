@@ -1,0 +1,471 @@
+"""What tables say of images and classes: labels of images, lists and pairs of class names."""
+
+import dataclasses
+import io
+import logging
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import scipy.io
+import scipy.io.matlab
+
+from vit_jax.data.cells import (
+    NoTable,
+    Table,
+    is_word,
+    parsed_json,
+    read_table,
+    read_text,
+)
+from vit_jax.data.files import class_name
+from vit_jax.data.images import SUFFIXES
+from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+LABEL_COLUMNS = ("label", "class", "category", "target", "breed", "species")
+_LABELLED = re.compile(
+    rf"(?P<name>.+?({'|'.join(map(re.escape, SUFFIXES))}))[,\t ]\s*(?P<label>.+)", re.IGNORECASE
+)
+_BOXES = re.compile(r"(n\d{8}( -?\d+){4}\s*)+")
+_NUMBER = re.compile(r"0|[1-9]\d{0,7}", re.ASCII)
+
+
+def options(argument: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Takes "PATH,label=breed" to ("PATH", {"label": "breed"}); a comma in a path is one.
+
+    Raises:
+      UserError: an option that is not known, or twice.
+    """
+    path, found = argument, {}
+    while match := re.fullmatch(r"(.+),(\w+)=([^,]*)", path, re.DOTALL):
+        if os.path.exists(os.path.expanduser(path)):
+            break
+        path, name, value = match.groups()
+        if name not in known:
+            raise UserError(f"{argument} has an option {name!r}; {nearest(name, known)}")
+        if name in found or not value:
+            raise UserError(f"{argument}: {name}= once, and with a value, was expected")
+        found[name] = value
+    return os.path.expanduser(path), found
+
+
+def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names in their order; numbers by value, from 0 on where most of those occur."""
+    found = set(names)
+    if not found or not all(_NUMBER.fullmatch(name) for name in found):
+        return tuple(sorted(found))
+    numbers = sorted(map(int, found))
+    if numbers[-1] < 2 * len(numbers):
+        numbers = range(numbers[-1] + 1)
+    return tuple(map(str, numbers))
+
+
+def read_labels(path: str, names: Sequence[str]) -> list[str]:
+    """The class of every image of a split whose archive does not say it.
+
+    Args:
+      path: ImageNet-1k's development kit (ILSVRC2012_devkit_t12.tar.gz); a table (see
+        `cells.read_table`) with a column that names the images, by path, by the file's name, or by
+        that without its ending, and one of labels; name and label with a space between; or a text
+        with a line for each image: its class, in the order of the sorted names. The column of
+        labels is the only other one, or the only one of LABEL_COLUMNS, or said:
+        FILE,label=COLUMN and FILE,image=COLUMN. Kaggle's LOC_val_solution.csv of ImageNet is one.
+
+    Raises:
+      UserError: another file, or one that is not about these images.
+    """
+    if path.endswith((".tar", ".tar.gz", ".tgz")):
+        return _in_order(path, _development_kit(path), names)
+    if os.path.basename(path) == "ILSVRC2012_validation_ground_truth.txt":
+        raise UserError(
+            f"the numbers in {path} say nothing without the kit that they are from: give "
+            "ILSVRC2012_devkit_t12.tar.gz itself"
+        )
+    file, told = options(path, ("image", "label"))
+    if not os.path.exists(file):
+        raise UserError(f"there is no file of labels {file!r}")
+    table, rows = _label_table(file, names, told)
+    if rows is None:
+        return _in_order(file, list(table.columns["1"]), names)
+    image = next(iter(rows))
+    missing = [name for name, row in zip(names, rows[image], strict=True) if row is None]
+    if missing:
+        raise UserError(
+            f"{path} says nothing of {len(missing)} images, such as {missing[0]!r} (column "
+            f"{image!r} names the images)"
+        )
+    labels = table.columns[label_column(table, told.get("label"), rows, f"--labels={file}")]
+    if all(_stem(label) != label for label in labels):
+        raise UserError(f"{path} has files such as {labels[0]!r} for labels")
+    labels = _classes_of_boxes(table, labels)
+    found = _labels_of(table, labels, rows[image], names, image)
+    used = len(set(rows[image]))
+    if used < len(table):
+        logger.info("%s: %d of %d rows are of other images", path, len(table) - used, len(table))
+    return found
+
+
+def _label_table(
+    path: str, names: Sequence[str], told: Mapping[str, str]
+) -> tuple[Table, dict[str, list[int | None]] | None]:
+    """A table and its columns that name the images; None for these where it is a plain list."""
+    plain = read_table(path, "file of labels")
+    for table in (plain, *_divided_by_spaces(plain)):
+        if "image" in told and told["image"] not in table.columns and not table.header:
+            table = table.headed()
+        tried = [table.known(told["image"])] if "image" in told else list(table.columns)
+        rows = image_columns(table, tried, names)
+        if rows:
+            break
+    else:
+        if list(plain.columns) == ["1"] and not plain.header and not told:
+            return plain, None
+        raise UserError(
+            f"{path}: no column names images such as {names[0]!r}: found {plain.summary()}"
+        )
+    if not table.header and 0 not in next(iter(rows.values())) and len(table) > 1:
+        table = table.headed()
+        rows = image_columns(table, [list(table.columns)[int(name) - 1] for name in rows], names)
+    return table, rows
+
+
+def _divided_by_spaces(table: Table) -> Iterator[Table]:
+    """A column of text as tables: "A_1 1 3", "my a.jpg big cat", "a big cat"."""
+    if list(table.columns) != ["1"] or table.header:
+        return
+    lines = table.columns["1"]
+    pairs = [_LABELLED.fullmatch(line) for line in lines]
+    if any(pairs) and not all(pairs):
+        odd = lines[pairs.index(None)]
+        raise UserError(f"{table.path}: {odd!r} names no image and class, as other lines do")
+    by_words = [line.split() for line in lines]
+    by_first = [line.split(None, 1) for line in lines]
+    for rows in ([pair.groups()[::2] for pair in pairs if pair], by_words, by_first):
+        if rows and len(rows[0]) > 1 and {len(row) for row in rows} == {len(rows[0])}:
+            columns = {
+                str(number): cells for number, cells in enumerate(zip(*rows, strict=True), 1)
+            }
+            yield dataclasses.replace(table, columns=columns)
+
+
+def image_columns(
+    table: Table, tried: Iterable[str], names: Sequence[str]
+) -> dict[str, list[int | None]]:
+    """Which columns name the images: column -> the row of each image, None where there is none.
+
+    Those that name most of them, and in the same rows; columns called "label" and the like only
+    where there is no other, and "1" only where no other has "1.jpg".
+
+    Raises:
+      UserError: columns that name them differently, or an image that has two rows.
+    """
+    ranks, found = {}, {}
+    for name in tried:
+        rows = _rows_of(table.columns[name], names)
+        if rows:
+            ending = any(_stem(cell) != cell for cell in table.columns[name])
+            ranks[name] = _count(rows), name.lower() not in LABEL_COLUMNS, ending
+            found[name] = rows
+    found = {name: rows for name, rows in found.items() if ranks[name] == max(ranks.values())}
+    if any(rows != next(iter(found.values())) for rows in found.values()):
+        raise UserError(
+            f"{table.path}: columns {' and '.join(map(repr, found))} both name the images, "
+            "differently: say image=COLUMN"
+        )
+    return found
+
+
+def _count(rows: Sequence[int | None]) -> int:
+    return sum(row is not None for row in rows)
+
+
+def _rows_of(cells: Sequence[str], names: Sequence[str]) -> list[int | None] | None:
+    """The first row of each image, by the rule that finds most of them; None if none does."""
+    cells = [cell.replace("\\", "/").removeprefix("./") for cell in cells]
+    names = [name.removeprefix("./") for name in names]
+    folder = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
+    below = len(folder) + 1 if folder else 0
+    best: list[int | None] | None = None
+    rules: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
+        (str, str),
+        (lambda name: name[below:], str),
+        (os.path.basename, os.path.basename),
+        (_stem, str),
+        (lambda name: _stem(name[below:]), str),
+        (lambda name: _stem(os.path.basename(name)), os.path.basename),
+    ]
+    for of_name, of_cell in rules:
+        for ending in (str, _lower_ending):
+            keys = [ending(of_name(name)) for name in names]
+            if len(set(keys)) < len(keys):
+                continue
+            rows = {}
+            for row, cell in enumerate(cells):
+                rows.setdefault(ending(of_cell(cell)), row)
+            found = [rows.get(key) for key in keys]
+            if _count(found) > (_count(best) if best else 0):
+                best = found
+    return best
+
+
+def _stem(name: str) -> str:
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in SUFFIXES else name
+
+
+def _lower_ending(name: str) -> str:
+    stem, ending = os.path.splitext(name)
+    return stem + ending.lower()
+
+
+def label_column(table: Table, said: str | None, others: Collection[str], how: str) -> str:
+    """The column of labels: the one said, the only one not in `others`, or of LABEL_COLUMNS.
+
+    Raises:
+      UserError: none, or several.
+    """
+    if said is not None:
+        return table.known(said)
+    rest = [name for name in table.columns if name not in others]
+    named = [name for name in rest if name.lower() in LABEL_COLUMNS]
+    for one in (rest, named):
+        if len(one) == 1:
+            return one[0]
+    if not rest:
+        raise UserError(f"{table.path} has no column of labels: found {table.summary()}")
+    raise UserError(
+        f"{table.path} has {len(rest)} columns that may be labels ({', '.join(map(repr, rest))}): "
+        f"say which, as in {how},label={(named or rest)[0]}"
+    )
+
+
+def _labels_of(
+    table: Table,
+    labels: Sequence[str],
+    rows: Sequence[int | None],
+    names: Sequence[str],
+    image: str,
+) -> list[str]:
+    """The label of each image. UserError: an empty one, or two of one image."""
+    same: dict[str, int] = {}
+    used = set(rows)
+    base = {os.path.basename(table.columns[image][row].replace("\\", "/")) for row in used}
+    by_path = any("/" in name for name in names) and len(base) < len(used)
+    for row, cell in enumerate(table.columns[image]):
+        key = cell.replace("\\", "/").removeprefix("./")
+        key = _lower_ending(key if by_path else os.path.basename(key))
+        other = same.setdefault(key, row)
+        if labels[other] != labels[row] and {row, other} & used:
+            raise UserError(
+                f"{table.at(row)}: {cell!r} is {labels[row]!r}, but {labels[other]!r} in line "
+                f"{table.lines[other]}"
+            )
+    for row in rows:
+        if not labels[row] or labels[row].lower() == "nan":
+            raise UserError(f"{table.at(row)}: {table.columns[image][row]!r} has no label")
+    return [labels[row] for row in rows]
+
+
+def _classes_of_boxes(table: Table, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's boxes, "n03995372 85 1 499 272 ", as Kaggle has them."""
+    if not all(_BOXES.fullmatch(label) for label in labels):
+        return labels
+    found = []
+    for row, label in enumerate(labels):
+        ids = set(label.split()[::5])
+        if len(ids) > 1:
+            raise UserError(f"{table.at(row)} has boxes of several classes: {label!r}")
+        found.append(ids.pop())
+    return tuple(found)
+
+
+def _in_order(path: str, labels: list[str], names: Sequence[str]) -> list[str]:
+    """Labels that are in the order of the sorted names, a line each."""
+    if len(labels) != len(names):
+        raise UserError(f"{path} has {len(labels)} labels, but there are {len(names)} images")
+    firsts = [label.split(None, 1)[0] for label in labels]
+    if len(labels) > 1 and len(set(firsts)) == len(firsts) and all(" " in each for each in labels):
+        raise UserError(
+            f"{path}: {labels[0]!r} may be a class, or an image and its class, though no image is "
+            f"named so ({names[0]!r} is): name the images as they are, NAME,CLASS in each line"
+        )
+    order = sorted(range(len(names)), key=names.__getitem__)
+    classes = [""] * len(names)
+    for row, label in zip(order, labels, strict=True):
+        classes[row] = label
+    return classes
+
+
+def _development_kit(path: str) -> list[str]:
+    """The WordNet ids of ImageNet-1k's 50,000 validation images, in the order of their names."""
+    try:
+        with tarfile.open(path) as kit:
+            files = {os.path.basename(m.name): m for m in kit if m.isreg()}
+            meta = scipy.io.loadmat(
+                io.BytesIO(kit.extractfile(files["meta.mat"]).read()), squeeze_me=True
+            )
+            numbers = kit.extractfile(files["ILSVRC2012_validation_ground_truth.txt"]).read()
+        ids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in meta["synsets"]}
+        return [ids[int(number)] for number in numbers.split()]
+    except FileNotFoundError:
+        raise UserError(f"there is no file of labels {path!r}") from None
+    except (
+        *(tarfile.TarError, scipy.io.matlab.MatReadError, zlib.error, lzma.LZMAError, EOFError),
+        *(OSError, LookupError, ValueError, TypeError),
+    ) as error:
+        raise UserError(f"{path} is no development kit of ILSVRC2012: {error!r}") from None
+
+
+def read_pairs(path: str) -> list[tuple[str, ...]]:
+    """The rows of a list of classes, of one cell each, or of a table of two columns, of two each.
+
+    Such as ["cat", "dog"] and [("0", "cat"), ("1", "dog")]. A header is left out where it is one
+    for sure. A WordNet id and a space begin a line of two cells. The keys and values of a JSON
+    object are two cells. A third column that counts the rows from 0 or 1 on gives their order, and
+    is left out, as in imagenet_class_index.json.
+
+    Raises:
+      UserError: no such file, or cells that are not divided with certainty.
+    """
+    columns = _readings(path)[0]
+    if len(columns) > 2:
+        order = [place for place, cells in enumerate(columns) if _places(cells) is not None]
+        if len(columns) != 3 or len(order) != 1:
+            raise UserError(
+                f"{path} has {len(columns)} columns; expected classes, or pairs of names"
+            )
+        columns = _by_places(columns, order[0])
+        del columns[order[0]]
+    return list(zip(*columns, strict=True))
+
+
+def read_classes(path: str, found: Sequence[str]) -> tuple[str, ...]:
+    """The classes in their order, as a list or a table says it.
+
+    Of several columns the one is meant that has all classes of the data in it; where another counts
+    them from 0 or 1 on, that is their order, else it is the file's.
+
+    Args:
+      path: see `read_pairs`.
+      found: the classes of the data.
+
+    Raises:
+      UserError: no such file, none or several of its columns are the data's classes, a class is in
+        it twice, or its numbers are not 0 to N-1 or 1 to N.
+    """
+    wanted, fitting = set(found), {}
+    readings = _readings(path, "file of class names")
+    for columns in readings:
+        for place, cells in enumerate(columns):
+            if wanted <= set(cells):
+                ordered = _ordered(path, columns, place)
+                if len(columns) == 1 and is_word(ordered[0]) and ordered[0] not in wanted:
+                    logger.info("%s: %r is taken for a header", path, ordered[0])
+                    ordered = ordered[1:]
+                fitting.setdefault(ordered, None)
+    if len(fitting) > 1:
+        raise UserError(f"{path} has the data's classes in more than one column")
+    names = next(iter(fitting), None)
+    if names is None:
+        if len(readings[0]) > 1:
+            first = [f"{cells[0]!r}, ..." for cells in readings[0]]
+            unknown = [name for name in found if not any(name in cells for cells in readings[0])]
+            raise UserError(
+                f"{path} has no column with all classes of the data in it: found "
+                f"{'; '.join(first)}, but not such as {(unknown or found)[0]!r}"
+            )
+        names = readings[0][0]
+    if len(set(names)) != len(names):
+        raise UserError(f"{path} names a class twice")
+    return names
+
+
+def _readings(path: str, what: str = "list of classes") -> list[list[tuple[str, ...]]]:
+    """The columns of a list of classes, in every way that it can be read; the likeliest first."""
+    text = read_text(path, what)
+    if text is None:
+        return [_table_columns(read_table(path, what))]
+    value = parsed_json(text)
+    if value is not None:
+        return [_json_columns(path, value, what)]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    whole = [tuple(map(class_name, lines))]
+    words = [line.split(None, 1) for line in lines]
+    if all(len(each) == 2 and re.fullmatch(r"n\d{8}", each[0]) for each in words):
+        return [_columns(words), whole]
+    try:
+        table = read_table(path, what)
+    except NoTable:
+        return [whole]
+    columns = _table_columns(table)
+    loose = len(columns) > 1 and all(", " in line for line in lines) and '"' not in text
+    if len(columns) == 1:
+        return [columns]
+    if loose and "\t" not in text and all(line.count(",") == line.count(", ") for line in lines):
+        return [whole, columns]  # "tench, Tinca tinca" is rather one name
+    return [columns, whole]
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    return [tuple(map(class_name, cells)) for cells in zip(*rows, strict=True)]
+
+
+def _table_columns(table: Table) -> list[tuple[str, ...]]:
+    return [tuple(map(class_name, cells)) for cells in table.columns.values()]
+
+
+def _json_columns(path: str, value: Any, what: str) -> list[tuple[str, ...]]:
+    rows: list[tuple[Any, ...]]
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        return _table_columns(read_table(path, what))
+    if isinstance(value, dict):
+        rows = [(k, *(v if isinstance(v, list) else [v])) for k, v in value.items()]
+    else:
+        rows = [tuple(v) if isinstance(v, list) else (v,) for v in value]
+    plain = all(type(cell) in (str, int) for row in rows for cell in row)
+    if not rows or not plain or len(set(map(len, rows))) != 1:
+        raise UserError(
+            f"{path} is no {what}: expected a JSON list of names, or an object of names and numbers"
+        )
+    return _columns([[str(cell).strip() for cell in row] for row in rows])
+
+
+def _places(cells: Sequence[str]) -> list[int] | None:
+    """What place from 0 on each row has, where its cells count from 0 or 1 on, in any order."""
+    if not all(_NUMBER.fullmatch(cell) for cell in cells):
+        return None
+    numbers = [int(cell) for cell in cells]
+    first = min(numbers)
+    complete = first in (0, 1) and sorted(numbers) == list(range(first, first + len(numbers)))
+    return [number - first for number in numbers] if complete else None
+
+
+def _by_places(columns: Sequence[tuple[str, ...]], place: int) -> list[tuple[str, ...]]:
+    order = sorted(range(len(columns[place])), key=_places(columns[place]).__getitem__)
+    return [tuple(cells[row] for row in order) for cells in columns]
+
+
+def _ordered(path: str, columns: list[tuple[str, ...]], place: int) -> tuple[str, ...]:
+    """A column in the order of the numbers in it or in another."""
+    numbers = [i for i, cells in enumerate(columns) if all(map(_NUMBER.fullmatch, cells))]
+    if len(columns) == 1 or not numbers:
+        return columns[place]
+    if place in numbers:
+        numbers = [place]
+    if len(numbers) > 1:
+        raise UserError(f"{path} has two columns of numbers: leave one of them out")
+    at = numbers[0]
+    if _places(columns[at]) is None:
+        raise UserError(
+            f"{path}: the numbers of its {len(columns[at])} classes are not 0 to "
+            f"{len(columns[at]) - 1}, nor 1 to {len(columns[at])}"
+        )
+    if "0" not in columns[at]:
+        logger.info("%s counts from 1: its class 1 is class 0 here", path)
+    return _by_places(columns, at)[place]
