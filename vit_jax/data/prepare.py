@@ -13,27 +13,34 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import tqdm
+from jaxtyping import UInt64
 
 from vit_jax.data.archives import TarSource, open_tar
 from vit_jax.data.classes import with_labels
+from vit_jax.data.describe import content, image_hash, shared
 from vit_jax.data.examples import write_example
 from vit_jax.data.files import WHOLE, open_file
 from vit_jax.data.images import BadImage, decode, encode
-from vit_jax.data.records import INFO
+from vit_jax.data.records import CONTENT, INFO, content_digest, records
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.data.tables import read_classes
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 NAME = "images"  # of the data set, as TFDS calls it
 _LEFT_FREE = 256 * 2**20  # bytes of disk
+_MOST_READ = 20_000  # images of another split that are read to be compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +112,8 @@ def prepare(
 
     Raises:
       UserError: a source that cannot be opened, classes that do not fit, no image that can be
-        read, a full disk, or a split in `dst` that was made otherwise.
+        read, a full disk, a split in `dst` that was made otherwise, or another one of it that is
+        of the same images.
     """
     if not re.fullmatch(r"\w+", split):
         raise UserError(f"split {split!r}: a name of letters, digits and _ was expected")
@@ -149,6 +157,7 @@ def prepare(
             )
         if done:
             return done
+        _refuse_again(dst, split, plan, part)
         os.makedirs(work, exist_ok=True)
         _write(os.path.join(work, "plan.json"), plan)
         starts = range(0, total, shard_examples)
@@ -171,6 +180,7 @@ def prepare(
                 shards.append(shard)
         info = _finish(dst, split, plan, shards)
         shutil.rmtree(work)
+        _say_shared(dst, split)
         return info
 
 
@@ -215,14 +225,58 @@ def _infos(dst: str) -> list[str]:
     return [os.path.join(dst, name) for name in names]
 
 
+def _others(dst: str, split: str) -> dict[str, dict[str, Any]]:
+    """What is said of each other split that is finished."""
+    start = len(INFO.partition("{split}")[0])
+    told = {os.path.basename(path)[start : -len(".json")]: _read(path) for path in _infos(dst)}
+    return {name: info for name, info in told.items() if info and name != split}
+
+
+def _refuse_again(dst: str, split: str, plan: dict[str, Any], part: str | None) -> None:
+    """Raises a UserError if another split of `dst`, finished or begun, is of the same images."""
+    plans = {name: (info["plan"], "") for name, info in _others(dst, split).items()}
+    for folder in sorted(n for n in os.listdir(dst) if n.startswith(".unfinished_")):
+        begun = _read(os.path.join(dst, folder, "plan.json"))
+        name = folder.removeprefix(".unfinished_")
+        if begun and name not in (split, *plans):
+            plans[name] = begun, f", begun (if it is not meant, delete {dst}/{folder})"
+    base = (part or WHOLE).partition("[")[0]
+    for name, (other, note) in plans.items():
+        if other.get("source_fingerprint") == plan["source_fingerprint"]:
+            raise UserError(
+                f"{plan['source']} as split {split!r} is the same images as split {name!r} of "
+                f"{dst}{note}: say which part each split is, such as --part={base}[:90%] for one "
+                f"and --part={base}[90%:] for the other, or --part=FOLDER"
+            )
+
+
+def _say_shared(dst: str, split: str) -> None:
+    """Warns of images of a new split that other splits of `dst` have too."""
+    mine = content(records(dst, split))
+    for name in _others(dst, split):
+        other = records(dst, name)
+        if other.kept_content() is None and len(other) > _MOST_READ:
+            logger.warning(
+                "whether splits %r and %r share images was not looked at: %r has no %s",
+                *(split, name, name, CONTENT.format(split=name)),
+            )
+            continue
+        _, found = shared(content(other), mine)
+        if len(found):
+            logger.warning(
+                "%s of the %s images of split %r are in split %r of %s too",
+                *(f"{len(found):,}", f"{len(mine):,}", split, name, dst),
+            )
+
+
 def _converted(
     source: Source,
     indices: Iterable[int],
     conversion: Conversion,
     pool: concurrent.futures.Executor,
     sequential: bool,
-) -> Iterator[tuple[bytes | None, str, str]]:
-    """Yields (record or None, name, why there is none), in order, a few of them ahead."""
+) -> Iterator[tuple[bytes | None, int, str, str]]:
+    """Yields (record or None, its image's hash, name, why there is none), in order, a few ahead."""
 
     def read(index):
         try:
@@ -239,14 +293,15 @@ def _converted(
             name = example.get("name", name)
             image = conversion(example["image"])
         except BadImage as error:
-            return None, name, str(error)
+            return None, 0, name, str(error)
         label = example["label"]
         if isinstance(label, tuple):
             raise UserError(f"{name} has several labels or none: shards hold one of each image")
         if not 0 <= label < len(source.label_names):
-            return None, name, f"label {label}"
+            return None, 0, name, f"label {label}"
         file = os.path.basename(example.get("file", str(index))).encode("utf-8", "replace")
-        return write_example({"image": image, "label": label, "name": file}), name, ""
+        record = write_example({"image": image, "label": label, "name": file})
+        return record, image_hash(image), name, ""
 
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     for index in indices:
@@ -258,16 +313,16 @@ def _converted(
 
 
 def _write_shard(
-    path: str, examples: Iterable[tuple[bytes | None, str, str]], bar: tqdm.tqdm
+    path: str, examples: Iterable[tuple[bytes | None, int, str, str]], bar: tqdm.tqdm
 ) -> dict[str, Any]:
     """Writes a shard and returns what vouches for it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder, partial = os.path.dirname(path), f"{path}.partial"
-    digest, count, total, bad = hashlib.sha256(), 0, 0, []
+    digest, count, total, bad, hashes = hashlib.sha256(), 0, 0, [], []
     # Image files are compressed already; groups of one are read without their neighbours.
     writer = ArrayRecordWriter(partial, "group_size:1,uncompressed")
-    for record, name, why in examples:
+    for record, hashed, name, why in examples:
         bar.update()
         if record is None:
             bad.append({"name": name, "why": why})
@@ -278,6 +333,7 @@ def _write_shard(
         with _writing(path):
             writer.write(record)
         digest.update(record)
+        hashes.append(hashed)
         count, total = count + 1, total + len(record)
     with _writing(path):
         writer.close()
@@ -291,6 +347,7 @@ def _write_shard(
         "examples": count,
         "sha256": digest.hexdigest(),
         "bad": bad,
+        "content": np.array(hashes, "<u8").tobytes().hex(),
     }
 
 
@@ -308,6 +365,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Writes what says which shards there are: for TFDS first, for us last."""
     bad = [each for shard in shards for each in shard.pop("bad")]
+    hashes = [shard.pop("content", None) for shard in shards]
     if not any(shard["examples"] for shard in shards):
         why = f"; the first, {bad[0]['name']}: {bad[0]['why']}"
         raise UserError(f"none of the {len(bad)} images of {plan['source']} can be read{why}")
@@ -324,12 +382,12 @@ def _finish(
         "label_names": plan["label_names"],
         "shards": shards,
     }
+    if None not in hashes:  # an earlier version may have begun it
+        whole = np.frombuffer(bytes.fromhex("".join(hashes)), "<u8").astype(np.uint64)
+        _write_array(os.path.join(dst, CONTENT.format(split=split)), whole)
+        info["content"] = content_digest(whole)
     path = os.path.join(dst, INFO.format(split=split))
-    others = [
-        (os.path.basename(other)[len(INFO.split("{")[0]) : -len(".json")], _read(other))
-        for other in _infos(dst)
-        if other != path
-    ]
+    others = _others(dst, split).items()
     _write(os.path.join(dst, "features.json"), _features(len(plan["label_names"])))
     _write_text(os.path.join(dst, "label.labels.txt"), "\n".join(plan["label_names"]) + "\n")
     _write(os.path.join(dst, "dataset_info.json"), _tfds_info([*others, (split, info)]))
@@ -405,9 +463,19 @@ def _write(path: str, value: Any) -> None:
     _write_text(path, json.dumps(value, indent=1))
 
 
+def _write_array(path: str, values: UInt64[np.ndarray, " n"]) -> None:
+    out = io.BytesIO()
+    np.save(out, values)
+    _write_bytes(path, out.getvalue())
+
+
 def _write_text(path: str, text: str) -> None:
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        file.write(text)
+    _write_bytes(path, text.encode("utf-8"))
+
+
+def _write_bytes(path: str, data: bytes) -> None:
+    with open(f"{path}.partial", "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.partial", path)

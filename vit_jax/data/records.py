@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from grain.experimental import index_shuffle
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt64
 
 from vit_jax.data.examples import feature_values, parse_example
 from vit_jax.data.files import OpenFiles, parse_split
@@ -43,7 +43,8 @@ class RecordSource:
     """Labelled images in records; `source[i]["image"]` is an image file's bytes.
 
     `keys` are the names of the image, the label and, if there is one, the example's name. Where
-    it is `multi_label`, labels are tuples of ints, which may be empty.
+    it is `multi_label`, labels are tuples of ints, which may be empty. `kept` is the file of the
+    hashes that `prepare` wrote, and their digest.
     """
 
     records: Records
@@ -52,9 +53,30 @@ class RecordSource:
     label_names: tuple[str, ...]
     fingerprint: str
     multi_label: bool = False
+    kept: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def kept_content(self) -> UInt64[np.ndarray, " n"] | None:
+        """A hash of each example's image file, as `describe.content` has it; None if none is kept.
+
+        Those of another state of the shards count as none.
+        """
+        if self.kept is None:
+            return None
+        path, expected = self.kept
+        share = self.records if isinstance(self.records, _Share) else None
+        whole = self.records if share is None else share.records
+        try:
+            hashes = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        if hashes.dtype != np.uint64 or hashes.shape != (len(whole),):
+            return None
+        if content_digest(hashes) != expected:
+            return None
+        return hashes if share is None else hashes[[share.place(i) for i in range(len(share))]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, key, name = self.keys
@@ -252,6 +274,7 @@ class _Part:
 
 
 INFO = "vit_jax_{split}.json"  # what `prepare` writes of a split, last
+CONTENT = "content_{split}.npy"  # a hash of each image file, uint64, in the order of the records
 FEATURES = ("image", "label", "name")
 
 
@@ -305,7 +328,15 @@ def records(path: str, split: str) -> RecordSource:
     if (low, high) != (0, 100):
         reader = _Share(reader, start, stop)
         fingerprint = digest((fingerprint, start, stop, "mixed"))
-    return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint)
+    kept = None
+    if isinstance(info.get("content"), str):  # splits of earlier versions have none
+        kept = os.path.join(path, CONTENT.format(split=name)), info["content"]
+    return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint, kept=kept)
+
+
+def content_digest(hashes: UInt64[np.ndarray, " n"]) -> str:
+    """What a split's own file says of the hashes of its images: 16 hex digits."""
+    return hashlib.sha256(hashes.astype("<u8")).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,9 +354,12 @@ class _Share:
         return self.stop - self.start
 
     def __getitem__(self, index: int) -> bytes:
+        return self.records[self.place(index)]
+
+    def place(self, index: int) -> int:
+        """Which record of all it is."""
         last = len(self.records) - 1
-        at = index_shuffle(self.start + index, max_index=last, seed=0, rounds=4) if last else 0
-        return self.records[at]
+        return index_shuffle(self.start + index, max_index=last, seed=0, rounds=4) if last else 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
