@@ -30,7 +30,14 @@ from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
 from vit_jax.models.vit import structure
 from vit_jax.training import masking
 from vit_jax.training.config import Config
-from vit_jax.training.program import Program, make_program, new_record, run_steps, train_reader
+from vit_jax.training.program import (
+    Program,
+    check_labels,
+    make_program,
+    new_record,
+    run_steps,
+    train_reader,
+)
 from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
 
 _SECONDS_OF_DATA = 5.0
@@ -71,7 +78,10 @@ class Rehearsal:
 def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
     """Compiles the training step of `config` for the devices of `mesh`, which need not exist."""
     vit = record.config
-    program = make_program(config, vit, record.preprocess, config.steps(10**9), mesh)
+    several = record.multi_label
+    program = make_program(
+        config, vit, record.preprocess, config.steps(10**9), mesh, multi_label=several
+    )
     state_bytes = shard_bytes(program.state)
     device = mesh.devices.flat[0]
     limit, chip = memory_limit(device), CHIPS.get(device.device_kind)
@@ -282,7 +292,10 @@ def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:
     base = None if config.init_from is None else open_model(config.init_from).record
     try:
         source = open_source(config.data.train.source, config.data.train.split)
-        return new_record(config, source.label_names, source.fingerprint, base)[0], source, ""
+        several = getattr(source, "multi_label", False)
+        record, _ = new_record(
+            config, source.label_names, source.fingerprint, base, multi_label=several
+        )
     except UserError as error:
         masked = config.objective in masking.OBJECTIVES
         classes = 0 if masked else config.model.get("num_classes")
@@ -293,6 +306,8 @@ def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:
             ) from None
         labels = tuple(str(i) for i in range(classes))
         return new_record(config, labels, "", base)[0], None, str(error)
+    check_labels(config, source)
+    return record, source, ""
 
 
 def _data_rate(

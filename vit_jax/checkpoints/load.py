@@ -52,6 +52,7 @@ class Loaded:
     step: int | None
     objective: str = "softmax"
     position_resize: str = "zoom"
+    multi_label: bool = False
 
     @functools.cached_property
     def _forward(self) -> Callable[[Any, Any], jax.Array]:
@@ -95,6 +96,7 @@ class Loaded:
             self.labels,
             objective=self.objective,
             position_resize=self.position_resize,
+            multi_label=self.multi_label,
         )
 
 
@@ -164,6 +166,7 @@ def load(
         opened.step,
         record.objective,
         record.position_resize,
+        record.multi_label,
     )
 
 

@@ -106,6 +106,7 @@ class ModelRecord:
     """What weights mean: the model, its preprocessing, the names of its classes.
 
     `position_resize` is how the family resizes position embeddings (see models/posembed.py).
+    `multi_label` is whether it was trained on images of several labels, or none.
     """
 
     config: ModelConfig
@@ -114,6 +115,7 @@ class ModelRecord:
     fingerprint: str = ""
     objective: str = "softmax"
     position_resize: str = "zoom"
+    multi_label: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Grid and prefix tokens stand in it for other readers."""
@@ -141,13 +143,17 @@ class ModelRecord:
                 raise ValueError(f"{value!r}; {nearest(value, known)}")
         if not isinstance(fingerprint, str):
             raise ValueError(f"fingerprint {fingerprint!r}")
+        several = record.get("multi_label", False)
+        if not isinstance(several, bool):
+            raise ValueError(f"multi_label {several!r}")
         told = {**record["preprocess"], "image_size": config.image_size}
         if told.get("in_channels") != config.in_channels:
             raise ValueError("preprocessing for another number of channels")
         for name in ("crop", "mean", "std"):
             if name in told:
                 told[name] = numbers(told[name])
-        return cls(config, Preprocess(**told), tuple(labels), fingerprint, objective, method)
+        told = Preprocess(**told)
+        return cls(config, told, tuple(labels), fingerprint, objective, method, several)
 
     def write(self, workdir: epath.PathLike) -> None:
         """Writes WORKDIR/model/model.json."""

@@ -104,7 +104,9 @@ class DataConfig:
       workers: processes that read ahead; with 0, threads of this process do.
       threads: how many of them; None is one for each core that this process may use.
       on_corrupt: what an image that cannot be read does: "stop" the run, or "skip": the next one
-        of the source takes its place in training, and none in evaluation.
+        of the source takes its place in training, and none in evaluation. It is named once, by each
+        process that meets it. `train/corrupt` is how many images there were so far that could not
+        be read, each counted once; `val/corrupt` how many were left out.
       same_images: whether what is measured may be what is trained on.
     """
 
@@ -139,6 +141,7 @@ class BatchReader:
     Attributes:
       replace: whether, with on_corrupt="skip", the next example of the source takes the place of
         one that cannot be read (training), or the mask leaves it out (evaluation).
+      told: the examples of which it was said that they are skipped.
     """
 
     source: Source
@@ -152,6 +155,7 @@ class BatchReader:
     erasing: float = 0.0
     on_corrupt: str = "stop"
     replace: bool = False
+    told: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
         moved = [name for name in AUGMENTATIONS if getattr(self, name)]
@@ -181,7 +185,8 @@ class BatchReader:
         Returns:
           {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
           bool [b]}. Images are pixels of 0 to 255, not yet normalised: float32 where `preprocess`
-          resizes in it. `corrupt` marks the rows whose own image cannot be read. Where images have
+          resizes in it. `corrupt` marks the rows whose own image cannot be read, in training in
+          the first epoch alone, so that their sum is the number of such images. Where images have
           several labels, or none, `label` is float32 [b k], 1 for each of them; where labels are
           masks, it is int32 [b h w], of the model's size as the image is.
 
@@ -274,8 +279,11 @@ class BatchReader:
                         f"{name} is no readable image: {error}; data.on_corrupt=skip goes on "
                         "without it"
                     ) from None
-                logger.warning("skipped %s: %s", name, error)
-            batch["corrupt"][row] = True
+                if index not in self.told:
+                    self.told.add(index)
+                    logger.warning("skipped %s: %s", name, error)
+            # Each epoch has every example once.
+            batch["corrupt"][row] = position < _length(self.source, position + 1)
             if not self.replace:
                 batch["mask"][row] = False
                 return None, 0, None

@@ -12,7 +12,14 @@ from etils import epath
 from vit_jax.launch.jobs import Change
 
 # What says best how far a run is; the first that it has measured is shown.
-SHOWN = ("test/accuracy", "val/accuracy", "train/accuracy", "train/loss")
+SHOWN = (
+    "test/mAP",
+    "val/mAP",
+    "test/accuracy",
+    "val/accuracy",
+    "train/accuracy",
+    "train/loss",
+)
 
 
 class Progress:

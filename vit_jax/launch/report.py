@@ -116,13 +116,14 @@ def title(folders: Sequence[str]) -> str:
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:
-    """What runs are compared by: val/accuracy; else another of val, an evaluator's, train/loss."""
+    """What runs are compared by: val/mAP or val/accuracy; else another of val, an evaluator's,
+    train/loss."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     names = [name for name in names if not name.endswith("_std")]
     val = [name for name in names if name.startswith("val/")]
     others = [name for name in names if name.split("/")[0] not in ("train", "val", "test")]
     accuracies = [name for name in val if not lower_is_better(name)]
-    ordered = ["val/accuracy", *accuracies, *val, *others, "train/loss"]
+    ordered = ["val/mAP", "val/accuracy", *accuracies, *val, *others, "train/loss"]
     return next((name for name in ordered if name in names), None)
 
 

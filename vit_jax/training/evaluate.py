@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sized
+import logging
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from vit_jax.data.pipeline import BatchReader, Split, eval_batches
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
-from vit_jax.training import masking
+from vit_jax.training import masking, multilabel
 from vit_jax.training.config import Config, from_json
 from vit_jax.training.datasets import DataSets
 from vit_jax.training.evaluators import Classification, Evaluator
@@ -36,6 +37,13 @@ from vit_jax.training.sharding import (
     total,
 )
 from vit_jax.training.steps import make_eval_step, make_feature_step, make_masked_eval_step
+
+logger = logging.getLogger(__name__)
+# How images of several labels are counted.
+_COUNTED = {
+    "any": "an image is right where any is found (ImageNet-ReaL), images without one are left out",
+    "each": "each is a question of its own (mAP, micro_f1, macro_f1), of images without one too",
+}
 
 
 class Evaluation:
@@ -74,6 +82,8 @@ class Evaluation:
             )
         # By split, and whether its classes are the model's.
         self._reads: dict[tuple[Split, bool], BatchReader] = {}
+        # By split and the evaluator's own `several`.
+        self._several: dict[tuple[Split, str | None], str | None] = {}
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
             where = f"data.{name}" if name in ("val", "test") else f"eval.evaluators.{name}"
@@ -85,34 +95,44 @@ class Evaluation:
             for splits in evaluator.data_sets():
                 labels = record.labels if ours and not masked else None
                 names = _names(where, evaluator, splits)
-                for name, split in zip(names, splits, strict=True):
-                    source = _open(data, name, split, evaluator.reads_masks)
+                for named, split in zip(names, splits, strict=True):
+                    source = _open(data, named, split, evaluator.reads_masks)
                     if labels is None:
-                        labels = data.labels(name, split)
+                        labels = data.labels(named, split)
                     if not masked:
-                        source = data.with_labels(name, split, labels)
+                        source = data.with_labels(named, split, labels)
                     self._reads[split, ours] = BatchReader.of(
                         source, split, record.preprocess, on_corrupt=config.data.on_corrupt
                     )
+                    several = None
+                    if not masked or not ours:
+                        several = _several(named, source, split, evaluator, config, record)
+                    if ours:
+                        self._several[split, evaluator.several] = several
                 if len(names) > 1:
                     data.check(names, allow=config.data.same_images)
         graphdef, _ = structure(record.config)
         layout = make_layout(mesh, record.config.dtype)
         options = dict(objective=config.objective, layout=layout)
         asked = compiler_options(mesh, deterministic=config.mesh.deterministic)
+        whole = NamedSharding(mesh, PartitionSpec())
         if masked:
             step = make_masked_eval_step(graphdef, record.preprocess, seed=config.seed, **options)
             self._eval_step = jax.jit(step, compiler_options=asked)
         else:
             classes = record.config.num_classes
-            step = make_eval_step(graphdef, record.preprocess, num_classes=classes, **options)
+            make = functools.partial(
+                make_eval_step, graphdef, record.preprocess, num_classes=classes, **options
+            )
+            step, each = make(), make(each=True)
             self._eval_step = jax.jit(
                 lambda params, batch, start: step(params, batch), compiler_options=asked
             )
+            self._each_step = jax.jit(each, out_shardings=whole, compiler_options=asked)
         self._feature_steps = {
             dense: jax.jit(
                 make_feature_step(graphdef, record.preprocess, dense=dense, layout=layout),
-                out_shardings=NamedSharding(mesh, PartitionSpec()),
+                out_shardings=whole,
                 compiler_options=asked,
             )
             for dense in (False, True)
@@ -139,8 +159,11 @@ class Evaluation:
             values = self._evaluators[name].measure(model)
             yield {f"{name}/{key}": value for key, value in values.items()}
 
-    def classify(self, params: Any, split: Split) -> dict[str, float]:
+    def classify(self, params: Any, split: Split, several: str | None = None) -> dict[str, float]:
         """Returns the means over all examples: accuracy (top-1), top5 and loss.
+
+        Where images have several labels, these and what is beside them are as `several` says (see
+        `evaluators.Classification`).
 
         Of a model that predicts masked patches, loss and accuracy of that, each example corrupted
         as ever.
@@ -148,29 +171,51 @@ class Evaluation:
         Padding is masked; the sums of all batches are added on the host, and divided last. Where
         images that cannot be read are skipped, they are masked too, and `corrupt` is their number.
         """
-        read, sums, corrupt = self._reads[split, True], [], 0
-        with self._batches(read) as batches:
+        read, corrupt = self._reads[split, True], 0
+        each = self._several[split, several] == "each"
+
+        def results(batches):
+            nonlocal corrupt
             for number, batch in enumerate(batches):
                 if read.on_corrupt == "skip":
                     corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
-                start = number * self._batch_size
-                sums.append(self._eval_step(params, self._to_devices(batch), start))
+                on_device = self._to_devices(batch)
+                if each:
+                    yield self._each_step(params, on_device)
+                else:
+                    yield self._eval_step(params, on_device, number * self._batch_size)
+
+        logits, labels = [], []
+        with self._batches(read) as batches:
+            if each:
+                sums = []
+                for values in fetched(results(batches)):
+                    mask = values.pop("mask")
+                    logits.append(values.pop("logits")[mask])
+                    labels.append(values.pop("label")[mask])
+                    sums.append(values)
+            else:
+                sums = jax.device_get(list(results(batches)))
         totals = {
-            name: np.sum([each[name] for each in jax.device_get(sums)], dtype=np.float64)
-            for name in sums[0]
+            name: np.sum([values[name] for values in sums], dtype=np.float64) for name in sums[0]
         }
         count = totals.pop("count")
         if not count:
-            raise UserError(f"{split.source} {split.split}: no image can be evaluated")
-        means = {name: float(value / count) for name, value in totals.items()}
+            raise UserError(
+                f"{split.source} {split.split}: no image can be evaluated"
+                + (", as none has a label" if each and totals["images"] else "")
+            )
+        counts = dict.fromkeys(totals, count)
+        if each:
+            counts["loss"] = totals.pop("images")
+        means = {name: float(value / counts[name]) for name, value in totals.items()}
+        if each:
+            means |= multilabel.scores(np.concatenate(logits), np.concatenate(labels))
         return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
 
     def features(self, params: Any, split: Split) -> Features:
         """Returns what the head reads of every example, in order, on the host of every process."""
-        x, y = self._run(params, split, dense=False)
-        if y.ndim != 1:
-            raise UserError(f"{split.source} has several labels an image: no probe takes them")
-        return Features(x, y)
+        return Features(*self._run(params, split, dense=False))
 
     def dense(self, params: Any, split: Split) -> Dense:
         """Returns what each patch of every example is for the model, and the masks, likewise.
@@ -180,21 +225,13 @@ class Evaluation:
         return Dense(*self._run(params, split, dense=True))
 
     def _run(self, params: Any, split: Split, *, dense: bool) -> tuple[np.ndarray, np.ndarray]:
-        read, kept = self._reads[split, False], []
-        pending: collections.deque[dict[str, jax.Array]] = collections.deque()
-
-        def keep(values):
-            rows = np.flatnonzero(values["mask"])
-            kept.append((np.asarray(values["x"])[rows], np.asarray(values["label"])[rows]))
-
+        read, step = self._reads[split, False], self._feature_steps[dense]
         with self._batches(read) as batches:
-            for batch in batches:
-                step = self._feature_steps[dense]
-                pending.append(step(params, self._to_devices(batch)))
-                if len(pending) > 2:  # so that the device need not wait for the host
-                    keep(pending.popleft())
-        for values in pending:
-            keep(values)
+            results = (step(params, self._to_devices(batch)) for batch in batches)
+            kept = [
+                (values["x"][values["mask"]], values["label"][values["mask"]])
+                for values in fetched(results)
+            ]
         x, y = (np.concatenate(column) for column in zip(*kept, strict=True))
         return x, y
 
@@ -225,8 +262,8 @@ class _Weighted:
     params: Any
     known: dict[Split, Features] = dataclasses.field(default_factory=dict)
 
-    def classify(self, split: Split) -> dict[str, float]:
-        return self.evaluation.classify(self.params, split)
+    def classify(self, split: Split, several: str | None = None) -> dict[str, float]:
+        return self.evaluation.classify(self.params, split, several)
 
     def features(self, split: Split) -> Features:
         if split not in self.known:
@@ -239,6 +276,53 @@ class _Weighted:
 
     def num_classes(self, split: Split) -> int:
         return self.evaluation.num_classes(split)
+
+
+def fetched(
+    results: Iterable[dict[str, jax.Array]], behind: int = 2
+) -> Iterator[dict[str, np.ndarray]]:
+    """Brings results to the host, some of them behind, so that the device need not wait for it."""
+    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for values in results:
+        pending.append(values)
+        if len(pending) > behind:
+            yield jax.device_get(pending.popleft())
+    yield from map(jax.device_get, pending)
+
+
+def _several(
+    where: str,
+    source: Source,
+    split: Split,
+    evaluator: Evaluator,
+    config: Config,
+    record: ModelRecord,
+) -> str | None:
+    """How the labels of a split count; None where images have one each.
+
+    Raises:
+      UserError: an evaluator or an objective that does not take several.
+    """
+    asked = getattr(evaluator, "several", None)
+    if not getattr(source, "multi_label", False):
+        if asked == "each":
+            raise UserError(
+                f"{where}: {split.source} has one label an image: leave several=each out"
+            )
+        return None
+    if not isinstance(evaluator, Classification):
+        raise UserError(
+            f"{where}: {split.source} has several labels an image, which no evaluator of type "
+            f"{evaluator.type} takes: measure them by type classification"
+        )
+    several = asked or ("each" if record.multi_label else "any")
+    if several == "each" and config.objective != "sigmoid":
+        raise UserError(
+            f"{where}: {split.source} has several labels an image, each a question of its own, but "
+            f"the objective is {config.objective}: set --config.objective=sigmoid"
+        )
+    logger.info("%s: images have several labels: %s", where, _COUNTED[several])
+    return several
 
 
 def _names(where: str, evaluator: Evaluator, splits: tuple[Split, ...]) -> tuple[str, ...]:

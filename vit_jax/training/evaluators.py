@@ -16,13 +16,17 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe
 from vit_jax.training.segmentation import Dense, segmentation
 
+# How images of several labels are counted (see `Classification`).
+SEVERAL = ("any", "each")
+
 
 @runtime_checkable
 class Model(Protocol):
     """A model with its weights, as evaluators see it."""
 
-    def classify(self, split: Split) -> dict[str, float]:
-        """Accuracy, top5 and loss over the split, whose classes are the model's."""
+    def classify(self, split: Split, several: str | None = None) -> dict[str, float]:
+        """Accuracy, top5 and loss over the split, whose classes are the model's, and with several
+        labels an image what `Classification` says."""
         ...
 
     def features(self, split: Split) -> Features:
@@ -67,15 +71,28 @@ class Evaluator:
 class Classification(Evaluator):
     """Accuracy, top5 and loss on another split of the model's classes, such as ImageNet-V2.
 
-    Where images have several labels, each of them is right, and images without any are left out:
-    ImageNet-ReaL (arXiv 2006.07159).
+    Where images have several labels, `several` says what they are:
+
+    - "any": each of them is right, and images without any are left out: ImageNet-ReaL
+      (arXiv 2006.07159).
+    - "each": a question of its own, which objective sigmoid answers. Beside accuracy and top5,
+      which are as above, there are mAP, micro_f1 and macro_f1 (see `multilabel.scores`); these and
+      the loss count images without labels too.
+    - None: "each" for a model that was trained on several labels an image, as its record says,
+      "any" for others. data.val and data.test are measured so.
     """
 
     type: str = "classification"
     test: Split
+    several: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.several not in (None, *SEVERAL):
+            raise UserError(f"eval: several is {self.several!r}; {nearest(self.several, SEVERAL)}")
 
     def measure(self, model: Model) -> dict[str, float]:
-        return model.classify(self.test)
+        return model.classify(self.test, self.several)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

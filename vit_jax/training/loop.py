@@ -30,6 +30,8 @@ from vit_jax.training.metrics import (
     check_wandb,
     due,
     last_values,
+    read_corrupt,
+    record_corrupt,
     record_start,
 )
 from vit_jax.training.program import make_program, new_record, run_steps, train_reader
@@ -143,7 +145,14 @@ def _run(
     record, params = _start(config, workdir, data, resume_step, mesh)
     if record.labels:
         source = data.with_labels("data.train", config.data.train, record.labels)
-    program = make_program(config, record.config, record.preprocess, total_steps, mesh)
+    program = make_program(
+        config,
+        record.config,
+        record.preprocess,
+        total_steps,
+        mesh,
+        multi_label=record.multi_label,
+    )
     for parameter in unsplit(program.state.params, mesh):
         logger.info("%s", parameter)
     read = train_reader(config, record, source)
@@ -160,10 +169,11 @@ def _run(
         if hosts.is_lead():
             write_atomically(workdir / "config.json", to_json(config))
             record.write(workdir)
-            data.write(workdir)
     else:
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
+    if hosts.is_lead():
+        data.write(workdir)
     start_step = resume_step or 0
 
     batches = stack.enter_context(
@@ -183,13 +193,15 @@ def _run(
     stack.push(lambda kind, *_: recorder.close(failed=kind is not None))
 
     skips = config.data.on_corrupt == "skip"
+    corrupt = read_corrupt(workdir, start_step) if skips else 0
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     for step in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
-        batch, corrupt = next(arriving)
+        batch, unread = next(arriving)
         waited = time.perf_counter() - began
         state, metrics = program.step(state, batch)
         if skips:
+            corrupt += unread
             metrics["corrupt"] = corrupt
         recorder.step(step, metrics, config.batch_size, waited)
 
@@ -204,11 +216,16 @@ def _run(
                 for values in evaluation.measure(measuring, weights):
                     recorder.write(step, values)
                 if saving:
+                    if skips and hosts.is_lead():
+                        record_corrupt(workdir, step, int(corrupt))
                     store.save(step, to_saved(state))
         if stopping and step < total_steps:
             store.wait()
             raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
     store.wait()
+    if (n := int(corrupt)) and hosts.is_lead():
+        told = "an image" if n == 1 else f"{n} images"
+        logger.warning("%s of %s could not be read: the next took its place", told, train.source)
     return hosts.first("results", lambda: last_values(workdir))
 
 
@@ -242,7 +259,11 @@ def _start(
 
     opened = None if config.init_from is None else open_together(config.init_from)
     record, keep_head = new_record(
-        config, source.label_names, source.fingerprint, opened and opened.record
+        config,
+        source.label_names,
+        source.fingerprint,
+        opened and opened.record,
+        multi_label=getattr(source, "multi_label", False),
     )
     if opened is None:
         return record, None
@@ -265,7 +286,7 @@ def on_device(
 ) -> Iterator[tuple[dict[str, jax.Array], int | jax.Array]]:
     """Yields batches as global arrays, with `ahead` of them on their way to the devices.
 
-    With each comes how many of its images could not be read, if `corrupt`.
+    With each comes how many of its images could not be read and are new, if `corrupt`.
     """
     queue: collections.deque[tuple[dict[str, jax.Array], int | jax.Array]] = collections.deque()
     for batch in batches:

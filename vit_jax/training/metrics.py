@@ -31,6 +31,8 @@ SHOWN = {
     "train/accuracy": "acc",
     "val/accuracy": "val",
     "test/accuracy": "test",
+    "val/mAP": "val mAP",
+    "test/mAP": "test mAP",
     "images_per_second": "img/s",
 }
 
@@ -78,6 +80,22 @@ def record_start(workdir: epath.Path, start_step: int, total_steps: int, devices
 def read_starts(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of `record_start`; [] of a run that was trained before there were any."""
     return _read_lines(epath.Path(workdir) / "starts.jsonl")
+
+
+def record_corrupt(workdir: epath.Path, step: int, images: int) -> None:
+    """Adds a line to corrupt.jsonl: how many training images could not be read up to a step.
+
+    A run that resumes from this step's checkpoint counts on from there.
+    """
+    kept = [line for line in _read_lines(workdir / "corrupt.jsonl") if line["step"] < step]
+    lines = [*kept, {"step": step, "images": images}]
+    write_atomically(workdir / "corrupt.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_corrupt(workdir: epath.Path, step: int) -> int:
+    """What `record_corrupt` said of a step, or of the last one before it; 0 if nothing."""
+    lines = [line for line in _read_lines(workdir / "corrupt.jsonl") if line["step"] <= step]
+    return lines[-1]["images"] if lines else 0
 
 
 def due(step: int, every: int, total_steps: int) -> bool:

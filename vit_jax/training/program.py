@@ -45,7 +45,12 @@ class Program:
 
 
 def new_record(
-    config: Config, labels: tuple[str, ...], fingerprint: str, base: ModelRecord | None
+    config: Config,
+    labels: tuple[str, ...],
+    fingerprint: str,
+    base: ModelRecord | None,
+    *,
+    multi_label: bool = False,
 ) -> tuple[ModelRecord, bool]:
     """Says what a new run's weights will mean, and whether it keeps the head of `base`.
 
@@ -53,6 +58,7 @@ def new_record(
       labels: the data's classes, which data.train.classes may call otherwise; with masked patch
         prediction the model has none.
       base: the model that the run starts from, if any: what `config` leaves out is its.
+      multi_label: whether the data has several labels an image.
 
     Raises:
       UserError: the model does not fit the classes, or `base`.
@@ -89,7 +95,16 @@ def new_record(
     evaluated = config.data.val or config.data.test or config.data.train
     preprocess = evaluated.preprocess(preprocess)
     method = config.model.get("position_resize") or (base.position_resize if base else "zoom")
-    return ModelRecord(vit, preprocess, labels, fingerprint, config.objective, method), keep_head
+    record = ModelRecord(
+        vit,
+        preprocess,
+        labels,
+        fingerprint,
+        config.objective,
+        method,
+        multi_label=multi_label and not masked,
+    )
+    return record, keep_head
 
 
 def run_steps(config: Config, source: Source | None) -> int:
@@ -97,17 +112,28 @@ def run_steps(config: Config, source: Source | None) -> int:
     return config.steps(len(source) if isinstance(source, Sized) else None)
 
 
+def check_labels(config: Config, source: Source) -> None:
+    """Raises a UserError where the objective does not learn from such labels."""
+    name = f"data.train.source {config.data.train.source}"
+    if getattr(source, "masks", False):
+        raise UserError(
+            f"{name} has masks for labels, and models learn labels of whole images: masks go with "
+            "the evaluator type segmentation"
+        )
+    if getattr(source, "multi_label", False) and config.objective == "softmax":
+        raise UserError(
+            f"{name} has several labels an image, of which objective softmax would choose one: set "
+            "--config.objective=sigmoid"
+        )
+
+
 def train_reader(config: Config, record: ModelRecord, source: Source) -> BatchReader:
     """What reads the training batches.
 
     Raises:
-      UserError: the labels are masks.
+      UserError: the objective does not learn from such labels.
     """
-    if getattr(source, "masks", False):
-        raise UserError(
-            f"data.train.source {config.data.train.source} has masks for labels, and models learn "
-            "one label an image: masks go with the evaluator type segmentation"
-        )
+    check_labels(config, source)
     return BatchReader.of(
         source,
         config.data.train,
@@ -127,6 +153,9 @@ def make_program(
     multi_label: bool = False,
 ) -> Program:
     """Returns the program of `config` for a model `vit` on the devices of `mesh`.
+
+    Args:
+      multi_label: whether labels are float32 [b k] (see `ModelRecord.multi_label`).
 
     Raises:
       UserError: the batch does not divide among the devices, or the warm-up is too long.

@@ -46,12 +46,18 @@ def class_loss(
     smoothing: float,
     layout: Layout | None,
 ) -> Loss:
-    """The loss of a classifier, and the accuracy; images may be mixed with a `partner`."""
+    """The loss of a classifier, and the accuracy; images may be mixed with a `partner`.
+
+    With labels [b k] an image is right where the class of its highest logit is any of its labels,
+    and `labelled` counts the images that have any, which the accuracy is a share of. Of a mixed
+    image they are those of the larger part.
+    """
     loss_of = objectives.OBJECTIVES[objective]
 
     def loss_fn(params, batch, key, weight):
-        inputs = images(batch, preprocess)
-        targets = objectives.to_targets(batch["label"], num_classes, smoothing)
+        inputs, labels = images(batch, preprocess), batch["label"]
+        targets = objectives.to_targets(labels, num_classes, smoothing)
+        several = labels.ndim == 2
         if "partner" in batch:
             partner, mixing = batch["partner"], batch["mixing"]
             with jax.named_scope("mixing"):
@@ -59,9 +65,16 @@ def class_loss(
             others = objectives.to_targets(partner["label"], num_classes, smoothing)
             share = mixing["share"][:, None]
             targets = share * targets + (1 - share) * others
+            if several:
+                labels = jnp.where(share >= 0.5, labels, partner["label"])
         logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
         with jax.named_scope("head"):
             loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
+            if several:
+                best = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)[:, 0]
+                hits = jnp.sum((best > 0) & batch["mask"])
+                labelled = jnp.sum((labels.max(axis=-1) > 0) & batch["mask"])
+                return loss, {"accuracy": hits, "labelled": labelled}
             hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
         return loss, {"accuracy": hits}
 
@@ -125,7 +138,8 @@ def make_train_step(
     """Returns (state, batch) -> (state, metrics), to be jitted with its state donated.
 
     The metrics are scalars of this batch alone: loss, accuracy (top-1, or of predicted patches; not
-    of pixels), grad_norm (before clipping), param_norm (after the update) and lr.
+    of pixels; of several labels see `class_loss`), grad_norm (before clipping), param_norm (after
+    the update) and lr.
     """
     if objective in masking.OBJECTIVES:
         loss_fn = patch_loss(graphdef, preprocess, objective, layout)
@@ -151,6 +165,9 @@ def make_train_step(
             (loss, sums), grads = grad_fn(state.params, batch, key, weight)
         else:
             loss, sums, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
+        counts = dict.fromkeys(sums, weight)
+        if "labelled" in sums:
+            counts["accuracy"] = jnp.maximum(sums.pop("labelled"), 1)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -159,7 +176,7 @@ def make_train_step(
                 average = optax.incremental_update(params, state.ema, 1 - ema)
             metrics = {
                 "loss": loss,
-                **{name: value / weight for name, value in sums.items()},
+                **{name: value / counts[name] for name, value in sums.items()},
                 "grad_norm": norm(grads, whole=layout is None),
                 "param_norm": norm(params, whole=layout is None),
                 "lr": jnp.asarray(schedule(state.step), jnp.float32),
@@ -205,11 +222,18 @@ def make_eval_step(
     *,
     num_classes: int,
     objective: str,
+    each: bool = False,
     layout: Layout | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
     """Returns (params, batch) -> sums over the batch's real examples; division comes last.
 
-    With labels [b k], an image is right where any of its labels is found (ImageNet-ReaL).
+    With labels [b k], an image is right where any of its labels is found (ImageNet-ReaL); where it
+    has none, it is left out of all sums.
+
+    Args:
+      each: whether each label is a question of its own, so that images without any have a loss
+        too: `loss` is then the sum over all images, `images` their number, and beside the sums
+        come the rows that `multilabel.scores` reads: logits (float32), label, mask.
     """
     loss_of = objectives.OBJECTIVES[objective]
 
@@ -226,12 +250,16 @@ def make_eval_step(
         loses = (logits < best) | ((logits == best) & (index >= label[:, None]))
         rank = jnp.sum(~loses, axis=1)
         right = mask & (jnp.take_along_axis(targets, label[:, None], axis=1)[:, 0] > 0)
-        return {
+        sums = {
             "count": mask.sum(),
             "accuracy": jnp.sum((rank == 0) & right),
             "top5": jnp.sum((rank < min(5, num_classes)) & right),
-            "loss": jnp.sum(loss_of(logits, targets) * mask),
+            "loss": jnp.sum(loss_of(logits, targets) * (batch["mask"] if each else mask)),
         }
+        if not each:
+            return sums
+        rows = {"logits": logits.astype(jnp.float32), "label": targets, "mask": batch["mask"]}
+        return {**sums, "images": batch["mask"].sum(), **rows}
 
     return eval_step
 
