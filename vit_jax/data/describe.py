@@ -21,11 +21,12 @@ from jaxtyping import Int64, UInt64
 from vit_jax.data import records, vtab
 from vit_jax.data.archives import TarSource
 from vit_jax.data.arrays import ArraySource
+from vit_jax.data.classes import with_labels
 from vit_jax.data.files import WHOLE, FolderSource
 from vit_jax.data.fractals import FractalSource
 from vit_jax.data.images import FORMATS, BadImage, read_image, sniff
 from vit_jax.data.scenes import SceneSource
-from vit_jax.data.sources import SOURCES, Source, open_source, with_labels
+from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.errors import UserError
 
 Hashes = UInt64[np.ndarray, " _n"]
@@ -180,8 +181,8 @@ def check_splits(
         such = ""
         if found is not None:
             count = len(found[0])
-            such = f", such as {_name(sources[0], found[0][0])} and " if count else ""
-            such += _name(sources[1], found[1][0]) if count else ""
+            such = f", such as {_name(sources[0], int(found[0][0]))} and " if count else ""
+            such += _name(sources[1], int(found[1][0])) if count else ""
         if not count:
             continue
         line = f"{count:,} of the {len(sources[1]):,} images of {small} are in {large} too{such}"

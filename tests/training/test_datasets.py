@@ -1,0 +1,139 @@
+"""The data of runs: by which classes it is measured, from where, and that it is held out."""
+
+import dataclasses
+import json
+import logging
+import os
+
+import pytest
+from conftest import DIGITS, TINY
+
+from vit_jax.data.arrays import digits
+from vit_jax.data.images import encode
+from vit_jax.errors import UserError
+from vit_jax.training.config import EvalConfig, load_config, unpack
+from vit_jax.training.datasets import DataSets
+from vit_jax.training.evaluate import evaluate_run, read_config
+from vit_jax.training.evaluators import Probe
+from vit_jax.training.loop import train
+
+
+def write_digits(root, names="0123456789", splits=("train", "val")):
+    """The digits as folders of files, whose classes are called by `names`."""
+    for split in splits:
+        source = digits("", split)
+        for i in range(0, len(source), 1 if split == "val" else 5):
+            example = source[i]
+            folder = root / split / names[example["label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i:04d}.png").write_bytes(encode(example["image"]))
+
+
+def config_of(*flags):
+    return load_config(DIGITS, [*TINY, *flags])
+
+
+def evaluated(model, root, *flags):
+    flags = ("--config.data.test=None", f"--config.data.val.source=folder:{root}", *flags)
+    return evaluate_run(model, config_of(*flags))["val/accuracy"]
+
+
+def test_a_model_is_measured_by_classes_under_whatever_names(tiny_run, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vit_jax")
+    workdir, results = tiny_run
+    expected = results["val/accuracy"]
+    write_digits(tmp_path / "same", splits=["val"])
+    assert evaluated(workdir, tmp_path / "same") == expected
+    write_digits(tmp_path / "padded", [f"{i:03d}" for i in range(10)], ["val"])
+    assert evaluated(workdir, tmp_path / "padded") == expected
+    assert "data.val: 10 of the model's 10 classes, by number: 000 is 0" in caplog.text
+    # In an order that is not the model's: "a digit 9" sorts first.
+    words = ["nine", "eight", "one", "zero", "two", "three", "four", "five", "six", "seven"]
+    write_digits(tmp_path / "words", words, ["val"])
+    with pytest.raises(UserError, match=r"data\.val \(folder:.*, val\): has 10 .* no 'eight'"):
+        evaluated(workdir, tmp_path / "words")
+    rows = "".join(f"{name}\t{number}\n" for number, name in enumerate(words))
+    (file := tmp_path / "which.tsv").write_text(rows)
+    assert evaluated(workdir, tmp_path / "words", f"--config.data.val.classes={file}") == expected
+    wrong = evaluated(workdir, tmp_path / "words", "--config.data.val.classes=in_order")
+    assert wrong != expected and "in order, as asked for" in caplog.text
+
+
+def test_a_head_is_kept_by_names_or_not_at_all(tiny_run, tmp_path):
+    write_digits(tmp_path / "padded", [f"{9 - i:03d}" for i in range(10)])
+    flags = [f"--config.init_from={tiny_run[0]}", "--config.model.head=keep"]
+    flags += [f"--config.data.{s}.source=folder:{tmp_path}/padded" for s in ("train", "val")]
+    flags += ["--config.data.test=None", "--config.optim.lr=0", "--config.total_steps=1"]
+    rows = "".join(f"{9 - number:03d};{number}\n" for number in range(10))
+    (tmp_path / "which.csv").write_text(rows)
+    told = [f"--config.data.{s}.classes={tmp_path}/which.csv" for s in ("train", "val")]
+    flags += ["--config.optim.warmup=0", "--config.optim.weight_decay=0"]
+    results = train(config_of(*flags, *told), tmp_path / "kept")
+    assert results["val/accuracy"] == pytest.approx(tiny_run[1]["val/accuracy"], abs=0.01)
+    kept = json.loads((tmp_path / "kept" / "data.json").read_text())
+    assert kept["data.val"]["mapping"]["009"] == "0" and kept["data.val"]["examples"] == 179
+    for folder in (tmp_path / "padded").iterdir():
+        (folder / "009").rename(folder / "dodo")
+    with pytest.raises(UserError, match=r"\(model\.head=keep\): has 10 .* no '000'"):
+        train(config_of(*flags), tmp_path / "refused")
+
+
+def test_a_run_finds_its_data_from_anywhere(tmp_path, monkeypatch, caplog):
+    (home := tmp_path / "home").mkdir()
+    (away := tmp_path / "away").mkdir()
+    write_digits(home / "pictures")
+    monkeypatch.chdir(home)
+    sources = [f"--config.data.{s}.source=folder:pictures" for s in ("train", "val")]
+    config = config_of(*sources, "--config.data.test=None", "--config.total_steps=2")
+    first = train(config, tmp_path / "run")
+
+    def again(config):
+        opened = DataSets.of_run(tmp_path / "run")
+        return evaluate_run(tmp_path / "run", config, opened)["val/accuracy"]
+
+    monkeypatch.chdir(away)
+    assert train(config, tmp_path / "run") == first
+    assert again(read_config(tmp_path / "run")) == first["val/accuracy"]
+
+    # The same data at another place, by its name: the run goes on, and remembers it.
+    (home / "pictures").rename(away / "moved")
+    with pytest.raises(UserError, match=rf"data\.train: folder:{home}/pictures"):
+        train(config, tmp_path / "run")
+    moved = config_of(
+        *(flag.replace("pictures", "moved") for flag in sources),
+        *("--config.data.test=None", "--config.total_steps=2"),
+    )
+    assert train(moved, tmp_path / "run") == first
+    monkeypatch.chdir(tmp_path)
+    assert again(read_config(tmp_path / "run")) == first["val/accuracy"]
+
+    # Other data is no other place of the same.
+    val = away / "moved" / "val" / "3"
+    (val / os.listdir(val)[0]).unlink()
+    monkeypatch.chdir(away)
+    with pytest.raises(UserError, match=r"data\.val: folder:.*moved is not the data of this run"):
+        train(moved, tmp_path / "run")
+    assert again(read_config(tmp_path / "run")) != first["val/accuracy"]
+    assert "moved changed since the run began" in caplog.text
+
+
+def test_home_is_where_a_tilde_says(tmp_path, monkeypatch):
+    write_digits(tmp_path, splits=["val"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    val = dataclasses.replace(config_of().data.val, source="folder:~")
+    assert len(DataSets().open("data.val", val)) == 179
+
+
+def test_what_is_measured_is_not_what_is_trained_on(tiny_run, tmp_path):
+    flags = ["--config.data.val.split=train", "--config.total_steps=1"]
+    with pytest.raises(UserError, match=r"data\.train and data\.val"):
+        train(config_of(*flags), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    train(config_of(*flags, "--config.data.same_images=True"), tmp_path / "run")
+    probe = {"type": "probe", "l2": (1e-3, 1e-2)}
+    for part, split in {"train": "train", "val": "val", "test": "val"}.items():
+        probe[part] = {"source": "digits", "split": split}
+    evaluators = EvalConfig(evaluators={"linear": unpack(Probe, probe)})
+    config = dataclasses.replace(config_of(), eval=evaluators)
+    with pytest.raises(UserError, match=r"linear\.val and eval\.evaluators\.linear\.test"):
+        evaluate_run(tiny_run[0], config)
