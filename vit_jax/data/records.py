@@ -331,9 +331,7 @@ def records(path: str, split: str) -> RecordSource:
     kept = None
     if isinstance(info.get("content"), str):  # splits of earlier versions have none
         kept = os.path.join(path, CONTENT.format(split=name)), info["content"]
-    return RecordSource(
-        reader, FEATURES, f"{where} {split}", label_names, fingerprint, kept=kept
-    )
+    return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint, kept=kept)
 
 
 def content_digest(hashes: UInt64[np.ndarray, " n"]) -> str:
