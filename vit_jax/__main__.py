@@ -14,6 +14,7 @@ import logging
 import sys
 import traceback
 import warnings
+from typing import Any
 
 from vit_jax import hosts
 from vit_jax.errors import Stopped, UserError, nearest
@@ -131,6 +132,67 @@ def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     print(json.dumps({"source": f"records:{args.dst}", "split": args.split, **told}))
 
 
+def data(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Says what a source is understood to be: splits, classes, sizes, duplicates, what is amiss."""
+    from vit_jax.data import describe
+
+    if (args.spec is None) == (args.config is None) or (overrides and not args.config):
+        raise UserError("give a SPEC such as folder:/data/pets, or --config=FILE.py")
+    config, specs = None, {}
+    if args.config:
+        from vit_jax.training.config import load_config
+
+        config = load_config(args.config, overrides)
+        every = {name: getattr(config.data, name) for name in ("train", "val", "test")}
+        known = [name for name, split in every.items() if split]
+        if args.split and args.split not in known:
+            raise UserError(f"the config has no data.{args.split}; {nearest(args.split, known)}")
+        chosen = [args.split] if args.split else known
+        splits = {f"data.{name}": every[name] for name in chosen}
+        opened = describe.open_all({k: (split.source, split.split) for k, split in splits.items()})
+        specs = {k: f"{split.source}, {split.split}" for k, split in splits.items()}
+    else:
+        spec = describe.understood(args.spec)
+        opened = describe.open_splits(spec, args.split)
+        print(f"{describe.heading(spec)}\nsplits: {', '.join(opened)}")
+    model = None
+    if args.model:
+        from vit_jax.checkpoints.load import open_model
+
+        model = open_model(args.model).record
+    for line in describe.report(opened, specs, model and model.labels):
+        print(line, flush=True)
+    sources = {name: each for name, each in opened.items() if not isinstance(each, UserError)}
+    if args.pictures:
+        from vit_jax.data import pictures
+
+        for name, source in sources.items():
+            read, how = _reader(name, source, config, model)
+            print(*pictures.draw(args.pictures, name, source, read, how), sep="\n", flush=True)
+    if len(sources) < len(opened):
+        bad = [f"{name}: {each}" for name, each in opened.items() if name not in sources]
+        raise UserError("; ".join(bad))
+
+
+def _reader(name: str, source: Any, config: Any, model: Any) -> tuple[Any, str]:
+    """What reads batches of a split: as the config says, else as a model, else as is usual."""
+    from vit_jax.data import pictures
+    from vit_jax.data.pipeline import BatchReader, Split
+
+    if config is None and model is None:
+        return pictures.default_reader(source)
+    if config is None:
+        return BatchReader.of(source, Split("", ""), model.preprocess), "as it is evaluated"
+    from vit_jax.checkpoints.load import open_model
+    from vit_jax.training.program import new_record
+
+    if model is None:
+        base = None if config.init_from is None else open_model(config.init_from).record
+        model, _ = new_record(config, source.label_names, source.fingerprint, base)
+    split = getattr(config.data, name.removeprefix("data."))
+    return BatchReader.of(source, split, model.preprocess, seed=config.seed), f"by {name}"
+
+
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Says what a run will need, before anything is spent; exit code 2 if it does not fit."""
     from vit_jax.analysis.preflight import preflight
@@ -237,6 +299,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--set", **fields)
     command.set_defaults(function=inspect, takes_overrides=False)
+
+    command = commands.add_parser(
+        "data", help=data.__doc__, epilog="--config.KEY=VALUE changes any key of the config."
+    )
+    command.add_argument("spec", nargs="?", metavar="SPEC", help="such as folder:/data/pets")
+    command.add_argument("--split", help="one of them alone (default: all that there are)")
+    command.add_argument("--config", metavar="FILE.py[:ARGUMENT]", help="its data in SPEC's place")
+    command.add_argument("--model", help="whatever vit_jax.load reads: what its classes are in it")
+    command.add_argument("--pictures", metavar="DIR", help="draw examples, stored and as read")
+    command.set_defaults(function=data, takes_overrides=True)
 
     command = commands.add_parser(
         "preflight",

@@ -4,10 +4,10 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import importlib
 import io
 import itertools
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -35,6 +35,7 @@ Indices = Int64[np.ndarray, " _m"]
 _BLOCK = 64  # examples that a thread reads at a time
 _HEADERS, _DECODED, _MADE = 2000, 200, 200  # examples looked at more closely; of made ones, at all
 _ORIENTATION = 0x0112  # the EXIF tag
+_MODES = {"L": "grey", "LA": "grey with alpha", "P": "palette", "RGBA": "RGB with alpha"}
 
 
 # ------------------------------------------------------------------------------ contents of images
@@ -181,8 +182,8 @@ def check_splits(
         such = ""
         if found is not None:
             count = len(found[0])
-            such = f", such as {_name(sources[0], int(found[0][0]))} and " if count else ""
-            such += _name(sources[1], int(found[1][0])) if count else ""
+            such = f", such as {_name(sources[0], found[0][0])} and " if count else ""
+            such += _name(sources[1], found[1][0]) if count else ""
         if not count:
             continue
         line = f"{count:,} of the {len(sources[1]):,} images of {small} are in {large} too{such}"
@@ -322,17 +323,8 @@ def _three(argument: str) -> list[str]:
     return ["train", "val", "test"]
 
 
-def _of(module: str, function: str, otherwise: Callable[[str], Sequence[str]] | None = None):
-    """The splits that a source's own module finds."""
-
-    def splits(argument: str) -> Sequence[str]:
-        found = getattr(importlib.import_module(f"vit_jax.data.{module}"), function, otherwise)
-        return list(found(argument)) if found else []
-
-    return splits
-
-
-# What splits a source has, by its argument; none is the whole of it. A new source adds itself.
+# What splits a source has, by its argument; none is the whole of it. Where the module of a source
+# NAME has a function `NAME_splits`, that is asked instead.
 SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "digits": _three,
     "fractals": _three,
@@ -341,12 +333,17 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "arrays": _array_splits,
     "records": _record_splits,
     "tfds": _tfds_splits,
-    "folder": _of("files", "folder_splits", _folder_splits),
-    "tar": _of("archives", "tar_splits"),
-    "table": _of("tables", "table_splits"),
-    "idx": _of("idx", "idx_splits"),
-    "hf": _of("hf", "hf_splits"),
+    "folder": _folder_splits,
 }
+
+
+def splits_of(spec: str) -> list[str]:
+    """The names of a source's splits, as far as they can be known; [] where it has none."""
+    kind, _, argument = spec.partition(":")
+    module = sys.modules.get(getattr(SOURCES.get(kind), "__module__", ""))
+    ask = getattr(module, f"{kind}_splits", SPLITS.get(kind))
+    found = list(ask(argument)) if ask else []
+    return [name for name in found if name != WHOLE]
 
 
 def understood(spec: str) -> str:
@@ -364,22 +361,26 @@ def open_splits(spec: str, split: str | None = None) -> dict[str, Source | UserE
     """Opens one split of a source, or all that it has; one that cannot be is its error.
 
     Raises:
-      UserError: the one split cannot be opened.
+      UserError: there is but one, and it cannot be opened.
     """
-    kind, _, argument = spec.partition(":")
-    names: Sequence[str] = [split] if split else []
-    if not split and kind in SPLITS:
-        try:
-            names = SPLITS[kind](argument)
-        except (OSError, ValueError):  # which opening it says in a sentence
-            names = []
-    names = names or [WHOLE]
+    names = [split] if split else []
+    try:
+        names = names or splits_of(spec) or [WHOLE]
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        names = [WHOLE]  # opening it says in a sentence what is wrong
+    return open_all({name: (spec, name) for name in names})
+
+
+def open_all(specs: Mapping[str, tuple[str, str]]) -> dict[str, Source | UserError]:
+    """Opens sources and their splits; see `open_splits`."""
     found: dict[str, Source | UserError] = {}
-    for name in names:
+    for name, (spec, split) in specs.items():
         try:
-            found[name] = open_source(spec, name)
+            found[name] = open_source(spec, split)
         except UserError as error:
-            if len(names) == 1:
+            if len(specs) == 1:
                 raise
             found[name] = error
     return found
@@ -452,7 +453,7 @@ def look(source: Source, title: str | None = None) -> Look:
     """Reads all examples of a split (of one made by a formula, 200), and decodes up to 200."""
     endless = not isinstance(source, Sized)
     n = _MADE if endless else len(source)
-    indices = range(n) if not _made(source) or endless else spread(n, _MADE)
+    indices = range(min(n, _MADE) if _made(source) else n)
     bad: dict[str, str] = {}
     # First, while nothing of it is in memory.
     decoded = [indices[i] for i in spread(len(indices), _DECODED)]
@@ -492,7 +493,7 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
         return found
     try:
         return found._replace(header=_header(image))
-    except Exception as error:  # Pillow's readers raise what they like on damaged bytes
+    except Exception as error:  # noqa: BLE001  Pillow's readers raise what they like
         return found._replace(why=f"{type(error).__name__}: {error}".replace("\n", " "))
 
 
@@ -503,16 +504,27 @@ def _header(data: bytes) -> tuple[int, int, str, int]:
             w, h = opened.size
             # Of a PNG without it, Pillow would look for EXIF behind the pixels.
             has = opened.format != "PNG" or "exif" in opened.info
-            return h, w, opened.mode, opened.getexif().get(_ORIENTATION, 1) if has else 1
+            return (
+                h,
+                w,
+                _MODES.get(opened.mode, opened.mode),
+                opened.getexif().get(_ORIENTATION, 1) if has else 1,
+            )
 
 
 def report(
-    named: Mapping[str, Source | UserError], specs: Mapping[str, str] | None = None
+    named: Mapping[str, Source | UserError],
+    specs: Mapping[str, str] | None = None,
+    labels: tuple[str, ...] | None = None,
 ) -> Iterator[str]:
     """Yields the lines that say what each split is, and what they share; reads all images.
 
     Args:
       specs: by the same names, what is to be said behind the name of a split.
+      labels: the classes of a model, which those of the splits are to be.
+
+    Raises:
+      UserError: the classes are none of the model.
     """
     looks: dict[str, Look] = {}
     for name, source in named.items():
@@ -527,6 +539,11 @@ def report(
         yield ""
         yield "between splits"
         yield from _rows(_between(looks))
+    if labels is not None:
+        for source in {seen.source.label_names: seen.source for seen in looks.values()}.values():
+            yield ""
+            yield "classes in the model"
+            yield from mapping_lines(source, labels)
 
 
 def _rows(facts: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -572,14 +589,7 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
         facts.append(("passed over", str(passed)))
         facts += [("", f"{name}: {why}") for name, why in passed.files[:5]]
     if seen.bad:
-        facts.append(
-            (
-                "unreadable",
-                f"{len(seen.bad):,}, of {seen.decoded:,} that were decoded and the rest's headers"
-                if False
-                else f"{len(seen.bad):,} of those looked at",
-            )
-        )
+        facts.append(("unreadable", f"{len(seen.bad):,} found; {seen.decoded:,} were decoded"))
         facts += [("", f"{name}: {why}") for name, why in list(seen.bad.items())[:5]]
     facts += _again(seen)
     rate = f"{seen.decoded / max(seen.seconds, 1e-9):,.0f} images/s on one thread"
@@ -597,8 +607,9 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
     names = source.label_names
     masks, several = (getattr(source, name, False) for name in ("masks", "multi_label"))
     kind = " for each pixel" * masks + ", several or none an image" * several
-    told = f"{len(names):,}{kind}: {_range(counts)} images each, median {np.median(counts):,.0f}"
-    pairs = [f"{name} {count:,}" for name, count in zip(names, counts.tolist(), strict=True)]
+    told = f"{len(names):,}{kind}: in {_range(counts)} images each, median {np.median(counts):,.0f}"
+    told += "" if seen.whole else f" (of {len(seen.examples):,})"
+    pairs = [f"{name}: {count:,}" for name, count in zip(names, counts.tolist(), strict=True)]
     facts = [("classes", told), ("", ", ".join(pairs[:10]) + ", ..." * (len(pairs) > 10))]
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty and seen.whole:
@@ -625,13 +636,13 @@ def _again(seen: Look) -> list[tuple[str, str]]:
     groups = duplicates(seen.hashes)
     if not groups:
         return [("duplicates", "none")]
-    copies = sum(len(group) - 1 for group in groups)
+    count = sum(map(len, groups))
     first = ", ".join(_name(seen.source, i, "file") for i in groups[0][:3])
     more = ", ..." * (len(groups[0]) > 3)
-    facts = [("duplicates", f"{copies:,} copies, in {len(groups):,} groups, such as {first}{more}")]
+    facts = [("duplicates", f"{count:,} images are but {len(groups):,}, such as {first}{more}")]
     torn = [g for g in groups if len({seen.examples[i].label for i in g}) > 1]
     if torn:
-        facts.append(("", f"{len(torn):,} of the groups have DIFFERENT labels:"))
+        facts.append(("", f"{len(torn):,} of the {len(groups):,} with DIFFERENT labels:"))
     for group in torn[:5]:
         told = {seen.examples[i].label: i for i in reversed(group.tolist())}
         names = [
@@ -685,11 +696,12 @@ def mapping_lines(source: Source, labels: tuple[str, ...]) -> list[str]:
     mapped = with_labels(source, labels)
     names = source.label_names
     classes = getattr(mapped, "classes", range(len(names)))
-    same = sum(labels[c] == name for name, c in zip(names, classes, strict=True))
-    lines = [
-        f"{same:,} of {len(names):,} classes have the same name among the model's {len(labels):,}"
+    pairs = [(name, labels[c], c) for name, c in zip(names, classes, strict=True)]
+    other = [pair for pair in pairs if pair[0] != pair[1]]
+    facts = [
+        f"{len(pairs) - len(other):,} of {len(pairs):,} classes have the same name in the model, "
+        f"which has {len(labels):,}"
     ]
-    pairs = [(n, labels[c], c) for n, c in zip(names, classes, strict=True)]
-    shown = [pair for pair in pairs if pair[0] != pair[1]] or pairs[:10]
-    lines += [f"  {name} -> {known} (class {number})" for name, known, number in shown]
-    return lines + ["  ..."] * (len(shown) == 10 < len(pairs) and same == len(pairs))
+    facts += [f"{name} -> {known} (class {number})" for name, known, number in other or pairs[:10]]
+    facts += ["..."] * (not other and len(pairs) > 10)
+    return [f"  {fact}" for fact in facts]

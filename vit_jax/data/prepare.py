@@ -30,7 +30,7 @@ from vit_jax.data.describe import content, image_hash, shared
 from vit_jax.data.examples import write_example
 from vit_jax.data.files import WHOLE, open_file
 from vit_jax.data.images import BadImage, decode, encode
-from vit_jax.data.records import CONTENT, INFO, content_digest, records
+from vit_jax.data.records import CONTENT, INFO, RecordSource, content_digest, records
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.data.tables import read_classes
 from vit_jax.data.transforms import resize
@@ -157,7 +157,7 @@ def prepare(
             )
         if done:
             return done
-        _refuse_again(dst, split, plan, part)
+        _refuse_again(dst, split, plan, part, source)
         os.makedirs(work, exist_ok=True)
         _write(os.path.join(work, "plan.json"), plan)
         starts = range(0, total, shard_examples)
@@ -232,7 +232,9 @@ def _others(dst: str, split: str) -> dict[str, dict[str, Any]]:
     return {name: info for name, info in told.items() if info and name != split}
 
 
-def _refuse_again(dst: str, split: str, plan: dict[str, Any], part: str | None) -> None:
+def _refuse_again(
+    dst: str, split: str, plan: dict[str, Any], part: str | None, source: Source
+) -> None:
     """Raises a UserError if another split of `dst`, finished or begun, is of the same images."""
     plans = {name: (info["plan"], "") for name, info in _others(dst, split).items()}
     for folder in sorted(n for n in os.listdir(dst) if n.startswith(".unfinished_")):
@@ -242,31 +244,51 @@ def _refuse_again(dst: str, split: str, plan: dict[str, Any], part: str | None) 
             plans[name] = begun, f", begun (if it is not meant, delete {dst}/{folder})"
     base = (part or WHOLE).partition("[")[0]
     for name, (other, note) in plans.items():
-        if other.get("source_fingerprint") == plan["source_fingerprint"]:
-            raise UserError(
-                f"{plan['source']} as split {split!r} is the same images as split {name!r} of "
-                f"{dst}{note}: say which part each split is, such as --part={base}[:90%] for one "
-                f"and --part={base}[90%:] for the other, or --part=FOLDER"
-            )
+        if other.get("source_fingerprint") != plan["source_fingerprint"]:
+            continue
+        if not note and _only_alike(source, other, records(dst, name).kept_content()):
+            continue
+        raise UserError(
+            f"{plan['source']} as split {split!r} is the same images as split {name!r} of "
+            f"{dst}{note}: say which part each split is, such as --part={base}[:90%] for one and "
+            f"--part={base}[90%:] for the other, or --part=FOLDER"
+        )
+
+
+def _only_alike(source: Source, plan: dict[str, Any], known: Any) -> bool:
+    """Whether files of the same names and sizes are other images than those of a split."""
+    if known is None:
+        return False
+    fields = [field.name for field in dataclasses.fields(Conversion)]
+    conversion = Conversion(**{name: plan[name] for name in fields if name in plan})
+    found = set()
+    for index in range(min(16, plan["examples"])):
+        with contextlib.suppress(BadImage):
+            found.add(image_hash(conversion(source[index]["image"])))
+    return bool(found) and not np.isin(np.array(sorted(found), np.uint64), known).any()
 
 
 def _say_shared(dst: str, split: str) -> None:
     """Warns of images of a new split that other splits of `dst` have too."""
-    mine = content(records(dst, split))
     for name in _others(dst, split):
-        other = records(dst, name)
-        if other.kept_content() is None and len(other) > _MOST_READ:
+        try:
+            found = _shared(records(dst, name), records(dst, split))
+        except UserError as error:  # another split is damaged: this one is not
+            found = str(error)
+        if isinstance(found, str):
+            logger.warning("splits %r and %r of %s were not compared: %s", split, name, dst, found)
+        elif found:
             logger.warning(
-                "whether splits %r and %r share images was not looked at: %r has no %s",
-                *(split, name, name, CONTENT.format(split=name)),
+                "%s images of split %r of %s are in split %r too", f"{found:,}", split, dst, name
             )
-            continue
-        _, found = shared(content(other), mine)
-        if len(found):
-            logger.warning(
-                "%s of the %s images of split %r are in split %r of %s too",
-                *(f"{len(found):,}", f"{len(mine):,}", split, name, dst),
-            )
+
+
+def _shared(a: RecordSource, b: RecordSource) -> int | str:
+    """How many images of `b` are in `a` too, or why that is not known."""
+    for each in (a, b):
+        if each.kept_content() is None and len(each) > _MOST_READ:
+            return f"{each.where} has no hashes of its {len(each):,} images"
+    return len(shared(content(a), content(b))[1])
 
 
 def _converted(
