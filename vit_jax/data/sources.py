@@ -11,6 +11,7 @@ from vit_jax.data.archives import tar
 from vit_jax.data.arrays import arrays, digits
 from vit_jax.data.files import folder
 from vit_jax.data.fractals import open_fractals
+from vit_jax.data.idx import idx
 from vit_jax.data.listed import table
 from vit_jax.data.records import records, tfds
 from vit_jax.data.scenes import scenes
@@ -52,6 +53,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "folder": folder,
     "tar": tar,
     "table": table,
+    "idx": idx,
     "tfds": tfds,
     "records": records,
     "vtab": vtab,
