@@ -9,8 +9,10 @@ import numpy as np
 
 from vit_jax.data.archives import tar
 from vit_jax.data.arrays import arrays, digits
+from vit_jax.data.custom import python
 from vit_jax.data.files import folder
 from vit_jax.data.fractals import open_fractals
+from vit_jax.data.hub import hub
 from vit_jax.data.idx import idx
 from vit_jax.data.listed import table
 from vit_jax.data.records import records, tfds
@@ -54,6 +56,8 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "tar": tar,
     "table": table,
     "idx": idx,
+    "hf-data": hub,
+    "python": python,
     "tfds": tfds,
     "records": records,
     "vtab": vtab,
