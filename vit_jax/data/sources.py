@@ -6,8 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from vit_jax.data.archives import tar
 from vit_jax.data.arrays import arrays, digits
+from vit_jax.data.custom import python
 from vit_jax.data.files import folder
 from vit_jax.data.fractals import open_fractals
+from vit_jax.data.hub import hub
+from vit_jax.data.idx import idx
 from vit_jax.data.listed import table
 from vit_jax.data.records import records, tfds
 from vit_jax.data.scenes import scenes
@@ -47,6 +50,9 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "folder": folder,
     "tar": tar,
     "table": table,
+    "idx": idx,
+    "hf-data": hub,
+    "python": python,
     "tfds": tfds,
     "records": records,
     "vtab": vtab,

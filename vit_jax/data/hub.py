@@ -1,0 +1,516 @@
+"""The source `hf-data:`: data sets in Parquet files as the Hugging Face hub has them."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import glob
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from jaxtyping import Int32, Int64
+
+from vit_jax.data.files import (
+    class_name,
+    fingerprint_of,
+    parse_split,
+    percentile,
+)
+from vit_jax.data.images import BadImage
+from vit_jax.data.tables import LABEL_COLUMNS, options, sorted_names
+from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = ("config", "image", "label")
+_HUB_NAME = r"([^/@\s]+/[^/@\s]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?"
+_SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
+# Groups of rows that take longer to read than their images to decode.
+_LARGE = 32 * 2**20
+
+
+class ParquetRows:
+    """Reads a column of Parquet files row by row, from any thread; pickled as places alone.
+
+    Parquet is read a group of rows at a time; the last two are kept, so that rows in order are
+    cheap.
+    """
+
+    KEPT = 2
+
+    def __init__(self, paths: Sequence[str], column: str):
+        self.paths, self.column = tuple(paths), column
+        groups, starts, row, self.largest = [], [], 0, 0
+        for number, path in enumerate(self.paths):
+            metadata = _metadata(path)
+            for group in range(metadata.num_row_groups):
+                told = metadata.row_group(group)
+                if told.num_rows:
+                    groups.append((number, group))
+                    starts.append(row)
+                    row += told.num_rows
+                    self.largest = max(self.largest, _bytes_of(told, column))
+        self._groups = np.array(groups, np.int64).reshape(-1, 2)
+        self._starts, self._rows = np.array(starts, np.int64), row
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    def __getstate__(self):
+        lost = ("_lock", "_kept")
+        return {name: value for name, value in self.__dict__.items() if name not in lost}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._begin()
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Which file a row is in, and which group of all is."""
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return int(self._groups[group, 0]), group
+
+    def __getitem__(self, row: int) -> Any:
+        """The cell of a row: None, bytes, or a dict. UserError: the file cannot be read."""
+        file, group = self.place(row)
+        with self._lock:
+            future, mine = self._kept.get(group), False
+            if future is None:
+                future, mine = concurrent.futures.Future(), True
+                self._kept[group] = future
+                if len(self._kept) > self.KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(group)
+        if mine:
+            try:
+                future.set_result(self._read(self.paths[file], int(self._groups[group, 1])))
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    self._kept.pop(group, None)
+                raise
+        return future.result()[row - int(self._starts[group])].as_py()
+
+    def _read(self, path: str, group: int) -> pyarrow.ChunkedArray:
+        with _reading(path), pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            return file.read_row_group(group, [self.column], use_threads=False).column(0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParquetSource:
+    """Images in Parquet files; `source[i]["image"]` is an image file's bytes.
+
+    Example i has the labels from `ends[i - 1]` to `ends[i]`: one, unless it is `multi_label`.
+    """
+
+    images: ParquetRows
+    rows: Int64[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " m"]
+    ends: Int64[np.ndarray, " n"]
+    label_names: tuple[str, ...]
+    fingerprint: str
+    multi_label: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self.rows[index])
+        cell = self.images[row]
+        path = self.images.paths[self.images.place(row)[0]]
+        data, file = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, "")
+        name = f"{path}, row {row} of the split" + (f" ({file})" if file else "")
+        if not isinstance(data, bytes):
+            raise BadImage(f"{name} has no bytes of an image in it")
+        start = self.ends[index - 1] if index else 0
+        labels = tuple(self.labels[start : self.ends[index]].tolist())
+        label = labels if self.multi_label else labels[0]
+        return {"image": data, "label": label, "name": name, "file": file or str(row)}
+
+
+def hub(argument: str, split: str) -> ParquetSource:
+    """A data set in Parquet files, on the Hugging Face hub or in a folder of that form.
+
+    Args:
+      argument: OWNER/NAME, OWNER/NAME@REVISION or a folder, whose README.md, or else the files'
+        names (data/SPLIT-00000-of-00002.parquet, SPLIT/0000.parquet, SPLIT.parquet), say which
+        splits there are; and, where they are not sure, behind commas config=NAME, image=COLUMN and
+        label=COLUMN. Class names are those that the files or README.md give, else the values in
+        that column in all splits; lists there are any number of labels an image.
+      split: one of the splits; a part of it, such as "train[:90%]" and "train[90%:]", is drawn for
+        good by the number of the row.
+
+    Raises:
+      UserError: no such data set, config, split or column, several that may be meant, or labels
+        that are missing.
+    """
+    where = f"hf-data:{argument}"
+    name, low, high = parse_split(split)
+    root, splits, card, told = _open(argument)
+    if name not in splits:
+        raise UserError(f"{where} has no split {name!r}; {nearest(name, splits)}")
+    features, schema = _features(splits[name][0], card)
+    image = _image_column(where, schema, features, told.get("image"))
+    label = _label_column(where, schema, features, told.get("label"), image)
+    labelled = _alike(splits, card, name, label, image)
+    images = ParquetRows(splits[name], image)
+    if images.largest > _LARGE:
+        logger.warning(
+            "%s has %d MB of images in a group of rows, which is read for each image when they are "
+            "shuffled: `python -m vit_jax prepare` makes shards that are read image by image",
+            where,
+            images.largest // 2**20,
+        )
+    names, many = _names_in(features.get(label)), _is_list(schema.field(label).type)
+    cells = _label_cells(where, splits[name], label)
+    if names is None:
+        every = [*cells, *(c for s in labelled if s != name for c in _values(splits[s], label))]
+        flat = (each for cell in every for each in (cell if many else [cell]) if each is not None)
+        names = sorted_names(map(_text, flat))
+        numbers = {each: number for number, each in enumerate(names)}
+        found = [[numbers[_text(each)] for each in (c if many else [c])] for c in cells]
+    else:
+        found = [list(cell) if many else [cell] for cell in cells]
+        if not many and all(each[0] < 0 for each in found):
+            raise UserError(f"{where} has no labels in split {name!r}: all are {found[0][0]}")
+    rows = [r for r in range(len(images)) if low <= percentile(f"{name}/{r}") < high]
+    if not rows:
+        raise UserError(f"{where} has no image in split {split!r}")
+    chosen = [sorted(set(found[row])) for row in rows]
+    keys = [f"{row}\0{chosen[i]}\0{image}" for i, row in enumerate(rows)]
+    digest = fingerprint_of(names, keys, [0] * len(keys))
+    paths = splits[name]
+    digest = fingerprint_of(
+        (digest,), [os.path.relpath(p, root) for p in paths], map(os.path.getsize, paths)
+    )
+    return ParquetSource(
+        images,
+        np.array(rows, np.int64),
+        np.array([each for labels in chosen for each in labels], np.int32),
+        np.cumsum([len(labels) for labels in chosen], dtype=np.int64),
+        names,
+        digest,
+        many,
+    )
+
+
+def hub_splits(argument: str) -> tuple[str, ...]:
+    """What `hub` takes for split."""
+    return tuple(_open(argument)[1])
+
+
+def _open(
+    argument: str,
+) -> tuple[str, dict[str, list[str]], dict[str, Any], dict[str, str]]:
+    """The folder, its Parquet files by split, its card's features, and the options."""
+    name, told = options(argument, OPTIONS)
+    root = name if os.path.isdir(name) else _fetch(name)
+    card = _card(root)
+    every = _configs(root, card) or _configs_by_name(root)
+    if not every:
+        raise UserError(
+            f"hf-data:{argument} has no Parquet files; of the sets on the hub that are in other "
+            "formats, OWNER/NAME@refs/convert/parquet may have them"
+        )
+    config = told.get("config")
+    if config is None and len(every) > 1:
+        raise UserError(
+            f"hf-data:{argument} has several configs ({', '.join(map(repr, every))}): say which, "
+            f"as in hf-data:{argument},config={next(iter(every))}"
+        )
+    config = next(iter(every)) if config is None else config
+    if config not in every:
+        raise UserError(f"hf-data:{argument} has no config {config!r}; {nearest(config, every)}")
+    infos = card.get("dataset_info") or []
+    infos = infos if isinstance(infos, list) else [infos]
+    fitting = [i for i in infos if len(infos) == 1 or i.get("config_name", "default") == config]
+    features = fitting[0].get("features") if fitting else None
+    return root, every[config], _card_features(features or []), told
+
+
+def _fetch(name: str) -> str:
+    """The folder of a data set of the hub, fetched where it is not there already."""
+    match = re.fullmatch(_HUB_NAME, name)
+    if not match or name.startswith(("/", ".", "~")):
+        raise UserError(f"hf-data:{name}: there is no such folder, and OWNER/NAME was expected")
+    repo, revision = match.groups()
+    by_hand = (
+        f"put README.md and the Parquet files of https://huggingface.co/datasets/{repo}/tree/"
+        f"{revision or 'main'} into a folder, and give that"
+    )
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            f"hf-data:{name}: there is no such folder, and the hub needs huggingface_hub: pip "
+            f'install "vit_jax[hub]". To do without it: {by_hand}'
+        ) from None
+    try:
+        only = dict(revision=revision, allow_patterns=["*.parquet", "README.md"])
+        return str(huggingface_hub.snapshot_download(repo, repo_type="dataset", **only))
+    except Exception as error:  # they have no class in common: httpx's, OSError, ValueError
+        short = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+        raise UserError(
+            f"hf-data:{name} could not be fetched ({short}). To fetch it by hand: {by_hand}"
+        ) from error
+
+
+def _card(root: str) -> dict[str, Any]:
+    """What README.md says between two lines of ---, as YAML."""
+    import yaml  # ml-collections needs it
+
+    path = os.path.join(root, "README.md")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parts = re.split(r"^---[ \t]*$", file.read(), maxsplit=2, flags=re.MULTILINE)
+        value = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _configs(root: str, card: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Config -> split -> files, as the card says it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for config in card.get("configs") or []:
+        told = config.get("data_files")
+        if told is None:
+            continue
+        if isinstance(told, dict):
+            told = [{"split": split, "path": path} for split, path in told.items()]
+        if not isinstance(told, list) or not all(isinstance(each, dict) for each in told):
+            told = [{"split": "train", "path": told}]
+        folder = os.path.join(root, config.get("data_dir") or "")
+        splits = found.setdefault(str(config.get("config_name", "default")), {})
+        for each in told:
+            paths = each["path"] if isinstance(each["path"], list) else [each["path"]]
+            files = [f for p in paths for f in sorted(_glob(folder, p))]
+            other = [f for f in files if not f.endswith(".parquet")]
+            if other or not files:
+                raise UserError(
+                    f"{root}: README.md names {paths[0]!r} for split {each['split']!r}, "
+                    f"{'which is no Parquet file' if other else 'where there is no file'}"
+                )
+            splits[str(each["split"])] = list(dict.fromkeys(files))
+    return found
+
+
+def _glob(folder: str, pattern: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True)
+
+
+def _configs_by_name(root: str) -> dict[str, dict[str, list[str]]]:
+    """Config -> split -> files, as folders and files are called."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in sorted(_glob(root, "**/*.parquet")):
+        *folders, name = os.path.relpath(path, root).split(os.sep)
+        stem = name.removesuffix(".parquet")
+        if match := _SHARD.fullmatch(stem):
+            split = match["split"]
+        elif folders and re.fullmatch(r"(part-?)?\d+", stem):
+            split = folders.pop()
+        elif re.fullmatch(r"[A-Za-z_]\w*", stem):
+            split = stem
+        else:
+            raise UserError(f"{path}: its name does not say which split it is of")
+        folders = [folder for folder in folders if folder != "data"]
+        config = "/".join(folders) or "default"
+        found.setdefault(config, {}).setdefault(split, []).append(path)
+    return found
+
+
+def _card_features(told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The card's features in the form that Parquet files have them."""
+    found = {}
+    for each in told:
+        kind = each.get("dtype") or each.get("sequence") or each.get("list")
+        if isinstance(kind, dict) and isinstance(kind.get("class_label"), dict):
+            names = kind["class_label"].get("names")
+            if isinstance(names, dict):
+                numbers = {int(number): str(name) for number, name in names.items()}
+                if sorted(numbers) != list(range(len(numbers))):
+                    raise UserError(f"README.md: the classes of {each.get('name')!r} have gaps")
+                names = [numbers[number] for number in range(len(numbers))]
+            found[str(each["name"])] = {"_type": "ClassLabel", "names": names}
+        elif kind == "image":
+            found[str(each["name"])] = {"_type": "Image"}
+    return found
+
+
+def _features(path: str, card: Mapping[str, Any]) -> tuple[dict[str, Any], pyarrow.Schema]:
+    """What a file says of its columns, and the card of those that it does not; and its schema."""
+    with _reading(path):
+        schema = pyarrow.parquet.read_schema(path)
+    try:
+        told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = dict((told.get("info") or {}).get("features") or {})
+    except (ValueError, AttributeError, TypeError):
+        features = {}
+    for name, feature in card.items():
+        said = _names_in(features.get(name))
+        if said is not None and _names_in(feature) not in (None, said):
+            raise UserError(f"{path} and README.md give column {name!r} different class names")
+        if said is None and name in schema.names:
+            features[name] = feature
+    return features, schema
+
+
+def _names_in(feature: Any) -> tuple[str, ...] | None:
+    """The class names of a feature, or of the features in its list."""
+    if isinstance(feature, list):
+        return _names_in(feature[0]) if len(feature) == 1 else None
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel" and feature.get("names"):
+        names = tuple(class_name(str(name)) for name in feature["names"])
+        if len(set(names)) < len(names):
+            raise UserError("the data set gives two classes one name")
+        return names
+    return _names_in(feature.get("feature"))
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _is_bytes(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _is_label(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    if _is_list(kind):
+        return _is_label(kind.value_type)
+    if types.is_dictionary(kind):
+        return _is_label(kind.value_type)
+    return any(
+        fits(kind)
+        for fits in (types.is_integer, types.is_string, types.is_large_string, types.is_boolean)
+    )
+
+
+def _image_column(
+    where: str, schema: pyarrow.Schema, features: Mapping[str, Any], said: str | None
+) -> str:
+    def holds(kind: pyarrow.DataType) -> bool:
+        if pyarrow.types.is_struct(kind):
+            return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+        return _is_bytes(kind)
+
+    every = [field.name for field in schema if holds(field.type)]
+    if said is not None:
+        if said not in every:
+            raise UserError(f"{where}: no column {said!r} has images; {nearest(said, every)}")
+        return said
+    told = [n for n in every if (features.get(n) or {}).get("_type") == "Image"]
+    for found in (told, every):
+        if len(found) == 1:
+            return found[0]
+    if not every:
+        raise UserError(f"{where}: no column has images: found {', '.join(schema.names)}")
+    raise UserError(f"{where} has images in columns {', '.join(every)}: say image=COLUMN")
+
+
+def _label_column(
+    where: str, schema: pyarrow.Schema, features: Mapping[str, Any], said: str | None, image: str
+) -> str:
+    every = [f.name for f in schema if f.name != image and _is_label(f.type)]
+    if said is not None:
+        if said not in every:
+            raise UserError(f"{where}: no column {said!r} has labels; {nearest(said, every)}")
+        return said
+    told = [name for name in every if _names_in(features.get(name)) is not None]
+    called = (*LABEL_COLUMNS, *(f"{name}s" for name in LABEL_COLUMNS))
+    for found in (told, [name for name in every if name.lower() in called]):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            every = found
+            break
+    raise UserError(
+        f"{where}: no column is surely the labels ({', '.join(every) or 'none has any'}): say "
+        "label=COLUMN"
+    )
+
+
+def _alike(
+    splits: Mapping[str, Sequence[str]], card: Mapping[str, Any], split: str, label: str, image: str
+) -> list[str]:
+    """The splits that have labels. UserError: a file has other columns, or other classes."""
+    features, schema = _features(splits[split][0], card)
+    found = []
+    for one, paths in splits.items():
+        for path in paths:
+            others, theirs = _features(path, card)
+            if one == split and not {image, label} <= set(theirs.names):
+                raise UserError(f"{path} has no columns {image!r} and {label!r}, as others have")
+            if label in theirs.names and (
+                _names_in(others.get(label)) != _names_in(features.get(label))
+                or _is_list(theirs.field(label).type) != _is_list(schema.field(label).type)
+            ):
+                raise UserError(f"{path} has other classes in {label!r} than {splits[split][0]}")
+        if label in theirs.names:
+            found.append(one)
+    return found
+
+
+def _values(paths: Sequence[str], column: str) -> list[Any]:
+    found = []
+    for path in paths:
+        with _reading(path):
+            found += pyarrow.parquet.read_table(path, columns=[column]).column(0).to_pylist()
+    return found
+
+
+def _label_cells(where: str, paths: Sequence[str], column: str) -> list[Any]:
+    """The labels of all rows. UserError: one is missing."""
+    cells = _values(paths, column)
+    for row, cell in enumerate(cells):
+        if cell is None or cell == "" or (isinstance(cell, list) and None in cell):
+            raise UserError(f"{where}: row {row} has no label in column {column!r}")
+    return cells
+
+
+def _text(label: Any) -> str:
+    if isinstance(label, int) and label < 0:
+        raise UserError(f"a label is {label}; classes that are numbers count from 0")
+    return class_name(str(int(label)) if isinstance(label, bool) else str(label).strip())
+
+
+def _metadata(path: str) -> pyarrow.parquet.FileMetaData:
+    with _reading(path):
+        return pyarrow.parquet.read_metadata(path)
+
+
+def _bytes_of(group: pyarrow.parquet.RowGroupMetaData, column: str) -> int:
+    """How many bytes of a group of rows are a column's."""
+    parts = (group.column(i) for i in range(group.num_columns))
+    return sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == column)
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Says as a UserError what pyarrow raises while a file is read."""
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(20).startswith(b"version https://git-"):
+                why = "it stands for a file that Git LFS has not fetched"
+        raise UserError(f"{path} cannot be read: {why}") from None
