@@ -12,7 +12,8 @@ What is known to matter: thousands of images are few for a ViT, which knows noth
 first. `--config.init_from=FILE` starts from weights of another code base (the variant must be the
 same; lower optim.lr to 1e-4 and total_epochs to 10). The crop and flip of Inception are the
 published ones ("How to train your ViT?", arXiv 2106.10270); evaluation resizes the shorter side
-to 8/7 of the model's size and cuts the centre out.
+to 8/7 of the model's size and cuts the centre out. Photographs are turned upright as their EXIF
+orientation says, in training, evaluation and `predict`; exif=False reads them as they are stored.
 """
 
 from ml_collections import ConfigDict
@@ -43,9 +44,10 @@ def get_config(arg="S/16,folder:images"):
 
     config.data = ConfigDict(dict(on_corrupt="stop"))
     config.data.train = ConfigDict(dict(source=source, split=train, flip=True, jpeg="fast"))
+    config.data.train.exif = True
     config.data.train.inception_crop = ConfigDict(dict(area=(0.05, 1.0), ratio=(0.75, 1.33)))
     config.data.val = ConfigDict(dict(source=source, split=val, aspect="keep", crop=0.875))
-    config.data.val.resize = "bilinear_antialias"
+    config.data.val.update(resize="bilinear_antialias", exif=True)
 
     config.augment = ConfigDict(dict(label_smoothing=0.1))
 

@@ -124,7 +124,7 @@ def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     info = prepare(
         args.src,
         args.dst,
-        conversion=Conversion(args.short_side, args.quality, args.exif),
+        conversion=Conversion(args.short_side, args.quality),
         **{name: getattr(args, name) for name in options},
     )
     told = {"examples": info["examples"], "classes": len(info["label_names"])}
@@ -356,7 +356,6 @@ def make_parser() -> argparse.ArgumentParser:
         ("threads", int, None, "default: one a core"),
     ):
         command.add_argument(f"--{name}", type=kind, default=default, help=what)
-    command.add_argument("--exif", action="store_true", help="turn shrunk images upright")
     command.set_defaults(function=prepare, takes_overrides=False)
     return parser
 

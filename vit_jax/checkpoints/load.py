@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import PIL.Image
 from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -62,20 +63,27 @@ class Loaded:
             compiler_options=compiler_options(),
         )
 
-    def predict(self, images: Iterable[Any], topk: int = 5) -> Iterator[list[tuple[str, float]]]:
+    def predict(self, images: Any, topk: int = 5) -> Iterator[list[tuple[str, float]]]:
         """Yields the likeliest classes of each image, the first one first: [(name, probability)].
 
         Args:
-          images: anything that `preprocess` takes.
-          topk: how many classes to name; all of them, where there are fewer.
+          images: one image, anything that `preprocess` takes, or an iterable of them; an array of
+            uint8 [b h w c] is b images.
+          topk: how many classes to name, at least 1; all of them, where there are fewer.
 
         Raises:
-          UserError: the model has no head.
+          UserError: the model has no head, or `topk` or `images` are no such; and when it comes to
+            an image, that it cannot be read.
         """
         if not self.labels:
             raise UserError(
                 "the model has no head to name classes by: give num_classes= and fine-tune it"
             )
+        if isinstance(topk, bool) or not isinstance(topk, (int, np.integer)) or topk < 1:
+            raise UserError(f"topk is {topk!r}; expected how many classes to name, at least 1")
+        return self._answers(_each(images), int(topk))
+
+    def _answers(self, images: Iterable[Any], topk: int) -> Iterator[list[tuple[str, float]]]:
         params = nnx.state(self.model)
         for image in images:
             logits = np.asarray(self._forward(params, self.preprocess(image)[None])[0], np.float64)
@@ -98,6 +106,19 @@ class Loaded:
             position_resize=self.position_resize,
             multi_label=self.multi_label,
         )
+
+
+def _each(images: Any) -> Iterable[Any]:
+    """One image as a list of one; several as they are."""
+    one = (str, os.PathLike, bytes, bytearray, memoryview, PIL.Image.Image)
+    if isinstance(images, one) or getattr(images, "ndim", None) in (2, 3):
+        return [images]
+    if hasattr(images, "read") or not isinstance(images, Iterable):
+        raise UserError(
+            f"expected an image (a path, an image file's bytes, a Pillow image or uint8 [h w c] "
+            f"pixels) or an iterable of images, found a {type(images).__name__}"
+        )
+    return images
 
 
 def load(

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,38 +14,26 @@ import PIL.ImageOps
 import simplejpeg
 from jaxtyping import UInt8
 
+from vit_jax.data.headers import bare, height_at, jpeg_orientation, unread
+from vit_jax.data.headers import sniff as sniff
 from vit_jax.errors import UserError, nearest
 
 Image = UInt8[np.ndarray, "h w c"]
 JPEG_MODES = ("accurate", "fast")
 # Of more pixels Pillow suspects a decompression bomb, and refuses.
 MAX_PIXELS = 178_956_970
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"),
+)
 # Pillow knows more; for EPS it would start a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_MAGIC = {
-    re.compile(pattern, re.DOTALL): name
-    for pattern, name in {
-        rb"\xff\xd8\xff": "JPEG",
-        rb"\x89PNG\r\n\x1a\n": "PNG",
-        rb"RIFF....WEBP": "WEBP",
-        rb"GIF8[79]a": "GIF",
-        rb"BM.{4}\0{4}....[\x0c(4@lx|8]\0{3}": "BMP",  # the sizes of its second header
-        rb"II[*+]\0|MM\0[*+]": "TIFF",
-        rb"P[1-6][\s#]": "PPM",
-        rb"....ftyp(avi[fs]|mi[fa]f1.{4}.*avif)": "AVIF",
-    }.items()
-}
-
-
-def sniff(start: bytes) -> str | None:
-    """Which of FORMATS the first bytes of a file (32 are enough) are of, None for any other."""
-    for magic, name in _MAGIC.items():
-        if magic.match(start):
-            return name
-    return None
+_BROKEN = (
+    *(OSError, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, EOFError),
+    *(AttributeError, RuntimeError, struct.error, zlib.error),
+)
 
 
 class BadImage(UserError):
@@ -60,10 +47,11 @@ def check_jpeg(mode: str) -> None:
 
 
 def decode(data: bytes, jpeg: str = "accurate", exif: bool = False) -> Image:
-    """Decodes a JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF or PPM.
+    """Decodes a JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF, PPM or AVIF.
 
-    Grey images have one channel, all others three: transparency is dropped, CMYK becomes RGB, and
-    of 16 bits the upper 8 are kept.
+    Grey images have one channel, all others three: transparency is dropped, CMYK and others become
+    RGB, and of 16 bits the upper 8 are kept (a PPM is scaled by its maximum). Texts, profiles and
+    EXIF that are damaged do no harm: without a readable orientation an image is upright.
 
     Args:
       jpeg: "accurate" gives the pixels of Pillow, OpenCV and TensorFlow's INTEGER_ACCURATE, "fast"
@@ -72,30 +60,65 @@ def decode(data: bytes, jpeg: str = "accurate", exif: bool = False) -> Image:
       exif: whether to turn the image as its EXIF orientation says; a TIFF is turned in any case.
 
     Raises:
-      BadImage: bytes that are no image, cut off or damaged, or more than MAX_PIXELS.
+      BadImage: bytes that are no image, cut off or damaged, of more than MAX_PIXELS, or with pixels
+        whose scale no file says: floats, 32 bits, or with a sign.
     """
-    image = _decode_jpeg(data, jpeg) if data[:3] == b"\xff\xd8\xff" else None
-    if image is not None and not exif:
-        return image
-    with _damaged(), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        if image is None:
-            return from_pillow(opened, exif)
-        orientation = opened.getexif().get(_ORIENTATION, 1)
-    return _turned(image, orientation)
+    if not data.startswith(b"\xff\xd8\xff"):
+        return _by_pillow(data, exif)
+    image = _decode_jpeg(data, jpeg)
+    if image is None:
+        image = _by_pillow(data, False)
+    return _turned(image, _orientation(data)) if exif else image
+
+
+def _by_pillow(data: bytes, exif: bool) -> Image:
+    """Decodes any of FORMATS, without what surrounds its pixels if that is damaged."""
+
+    def opened(data):
+        with _damaged(data), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return from_pillow(image, exif)
+
+    try:
+        return opened(data)
+    except BadImage as error:
+        without = bare(data)
+        if without is None or len(without) == len(data):
+            raise
+        try:
+            return opened(without)
+        except BadImage:
+            raise error from None
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 where none can be read."""
+    orientation = jpeg_orientation(data)
+    if orientation is not None:
+        return orientation
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _pillow_orientation(image)
+    except (*_BROKEN, PIL.Image.DecompressionBombError):
+        return 1
+
+
+def _pillow_orientation(image: PIL.Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN:
+        return 1
 
 
 @contextlib.contextmanager
-def _damaged() -> Iterator[None]:
+def _damaged(data: bytes = b"") -> Iterator[None]:
     """Says as a BadImage what Pillow's readers raise on damaged bytes."""
     try:
         yield
+    except BadImage:
+        raise
     except PIL.UnidentifiedImageError:
-        raise BadImage("it is of no known format, or empty") from None
-    except (
-        *(OSError, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, EOFError),
-        *(AttributeError, RuntimeError, struct.error, zlib.error),
-        PIL.Image.DecompressionBombError,
-    ) as error:
+        raise BadImage(f"it is {unread(data)}") from None
+    except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
         raise BadImage(f"{type(error).__name__}: {error}") from None
 
 
@@ -106,17 +129,18 @@ def decode_box(
 
     Of most JPEG files the rows below it are not decoded, so damage there is not seen either.
     """
-    at = None if exif else _height_at(data)
+    at = height_at(data)
     if at is None:
         image = decode(data, jpeg, exif)
         top, left, height, width = box(*image.shape[:2])
-    else:
-        h, w = struct.unpack_from(">HH", data, at)
-        top, left, height, width = box(h, w)
-        # Chroma is interpolated from one more of its rows, two of the image's.
-        image = _decode_rows(data, jpeg, at, top + height + 2)
-        image = decode(data, jpeg) if image is None else image
-    return image[top : top + height, left : left + width]
+        return image[top : top + height, left : left + width]
+    orientation = _orientation(data) if exif else 1
+    h, w = struct.unpack_from(">HH", data, at)
+    top, left, height, width = _as_stored(box, orientation, h, w)
+    # Chroma is interpolated from one more of its rows, two of the image's.
+    image = _decode_rows(data, jpeg, at, top + height + 2)
+    image = decode(data, jpeg) if image is None else image
+    return _turned(image[top : top + height, left : left + width], orientation)
 
 
 def _decode_rows(data: bytes, mode: str, at: int, rows: int) -> Image | None:
@@ -135,19 +159,6 @@ def _decode_rows(data: bytes, mode: str, at: int, rows: int) -> Image | None:
     return image
 
 
-def _height_at(data: bytes) -> int | None:
-    """Where a JPEG says its height; None for progressive ones, CMYK, or with restart markers."""
-    at = 2
-    while data[:3] == b"\xff\xd8\xff" and at + 10 < len(data) and data[at] == 0xFF:
-        kind = data[at + 1]
-        if kind in (0xC0, 0xC1):
-            return at + 5 if data[at + 9] in (1, 3) else None
-        if kind == 0xDD or (0xC2 <= kind <= 0xDA and kind not in (0xC4, 0xD8)):
-            return None
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
-
-
 def _decode_jpeg(data: bytes, mode: str) -> Image | None:
     """None where Pillow is to decide: CMYK, too large, or with faults that others pass over."""
     try:
@@ -161,57 +172,147 @@ def _decode_jpeg(data: bytes, mode: str) -> Image | None:
         return None
 
 
+# EXIF orientation -> quarter turns to the left, then whether to mirror left and right.
+_TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False)}
+_TURNS |= {7: (1, True), 8: (1, False)}
+
+
 def _turned(image: Image, orientation: int) -> UInt8[np.ndarray, "new_h new_w c"]:
-    """Undoes an EXIF orientation of 1 to 8."""
-    turns = {3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}.get(orientation, 0)
+    """Undoes an EXIF orientation of 1 to 8; any other means nothing."""
+    if orientation not in _TURNS:
+        return image
+    turns, mirrored = _TURNS[orientation]
     image = np.rot90(image, turns)
-    if orientation in (2, 4, 5, 7):
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
+    return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
+
+
+def _as_stored(
+    box: Callable[[int, int], tuple[int, int, int, int]], orientation: int, h: int, w: int
+) -> tuple[int, int, int, int]:
+    """Where the box of the turned image lies in that of h x w which is to be turned."""
+    turns, mirrored = _TURNS.get(orientation, (0, False))
+    h, w = (w, h) if turns % 2 else (h, w)
+    top, left, height, width = box(h, w)
+    left = w - left - width if mirrored else left
+    for _ in range(turns):
+        top, left, height, width = left, h - top - height, width, height
+        h, w = w, h
+    return top, left, height, width
 
 
 def read_image(image: Any, jpeg: str = "accurate", exif: bool = False) -> Image:
     """Reads a path, encoded bytes, a Pillow image or an array into uint8 [h w c].
 
-    Grey stays grey; see `decode`.
+    Grey stays grey; see `decode`. Arrays are taken as they are, whatever their channels.
 
     Raises:
       UserError: a file that is missing or no image, or an array of another kind.
     """
     if isinstance(image, (str, os.PathLike)):
+        path = os.fspath(image)
         try:
-            with open(image, "rb") as file:
+            with open(path, "rb") as file:
                 return decode(file.read(), jpeg, exif)
         except FileNotFoundError:
-            raise UserError(f"there is no image file {os.fspath(image)!r}") from None
+            raise UserError(f"there is no image file {path!r}") from None
+        except IsADirectoryError:
+            raise UserError(f"{path!r} is a folder: name the image files in it") from None
         except (OSError, ValueError, BadImage) as error:
-            raise BadImage(f"{os.fspath(image)!r} is no readable image: {error}") from None
-    if isinstance(image, bytes):
-        return decode(image, jpeg, exif)
+            raise BadImage(f"{path!r} is no readable image: {error}") from None
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode(bytes(image), jpeg, exif)
     if isinstance(image, PIL.Image.Image):
         with _damaged():
             return from_pillow(image, exif)
-    sound = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
-    if not sound or image.ndim not in (2, 3):
-        found = (
-            f"{image.dtype} {list(image.shape)}"
-            if hasattr(image, "dtype")
-            else type(image).__name__
-        )
-        raise UserError(f"expected a path, a Pillow image or uint8 [h w c] pixels, found {found}")
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
+        raise _no_pixels(image)
+    if image.ndim not in (2, 3):
+        raise _no_pixels(image)
     return image if image.ndim == 3 else image[..., None]
 
 
+def _no_pixels(image: Any) -> UserError:
+    """What an object is that is no image, and what to do about it."""
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape is None or dtype is None:
+        found, hint = f"a {type(image).__name__}", ""
+    else:
+        found, hint = f"{dtype} {list(shape)}", ""
+        if not isinstance(image, np.ndarray):
+            found, hint = f"a {type(image).__name__} of {found}", "; np.asarray makes one"
+        elif dtype.kind == "f":
+            hint = (
+                "; of floats from 0 to 1, (255 * image).round().astype('uint8') makes them, of "
+                "floats from 0 to 255, image.round().astype('uint8')"
+            )
+        elif dtype == np.uint16:
+            hint = "; (image >> 8).astype('uint8') keeps the upper 8 of 16 bits"
+        elif dtype.kind == "b":
+            hint = "; 255 * image.astype('uint8') makes them of black and white"
+        elif dtype.kind in "iu" and dtype != np.uint8:
+            hint = "; image.astype('uint8') makes them, where all are of 0 to 255"
+        elif len(shape) == 4:
+            hint = "; of several images, take one at a time"
+    return UserError(
+        f"expected a path, an image file's bytes, a Pillow image or an array of uint8 [h w c] "
+        f"pixels, found {found}{hint}"
+    )
+
+
 def from_pillow(image: PIL.Image.Image, exif: bool = False) -> Image:
-    """The pixels of a Pillow image: grey with one channel, all else as RGB."""
-    if exif:
-        image = PIL.ImageOps.exif_transpose(image)
+    """The pixels of a Pillow image: grey with one channel, all else as RGB.
+
+    Raises:
+      BadImage: pixels whose scale is not known, or which Pillow reads wrong.
+    """
+    if not isinstance(image.info.get("xmp", b""), (bytes, str)):
+        del image.info["xmp"]  # Pillow would look for an orientation in it
+    tags = getattr(image, "tag_v2", {})
+    _check_depth(image, tags)
+    image.load()  # a TIFF turns itself here
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
-        pixels = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        pixels = np.asarray(image).astype(np.int64)
+        pixels = pixels << 4 if tags.get(_BITS) == (12,) else pixels
+        pixels = 65535 - pixels if tags.get(_PHOTOMETRIC) == 0 else pixels
+        pixels = np.clip(pixels >> 8, 0, 255).astype(np.uint8)
     else:
         grey = image.mode in ("L", "LA", "La", "1")
-        pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+        plain = image.convert("LA") if image.mode == "La" else image
+        pixels = np.asarray(plain.convert("L" if grey else "RGB"))
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    return _turned(pixels, _pillow_orientation(image)) if exif else pixels
+
+
+# Tags of a TIFF.
+_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 258, 259, 262
+_PLANAR, _SUB_IFDS, _SAMPLE_FORMAT = 284, 330, 339
+
+
+def _check_depth(image: PIL.Image.Image, tags: Any) -> None:
+    """Raises a BadImage where Pillow's pixels have no known scale, or are not the file's."""
+    bits, kinds = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
+    name = {"F": "float32", "I": "int32"}.get(image.mode)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        name = None  # of 16 bits
+    elif 2 in kinds or (image.mode == "I" and image.format == "TIFF"):
+        name = f"{'int' if 2 in kinds else 'uint'}{bits[0]}"
+    if name:
+        raise BadImage(
+            f"it has {name} pixels, and nothing says which of them is white: save it with unsigned "
+            "pixels of 8 or 16 bits"
+        )
+    if tags.get(_PLANAR) == 2 and tags.get(_COMPRESSION, 1) == 1 and set(bits) != {8}:
+        raise BadImage(
+            f"it is a TIFF of {bits[0]}-bit colours in planes, which Pillow reads wrong: save it "
+            "compressed, or with the colours of each pixel together"
+        )
+    if tags.get(_SUBFILE, 0) & 1 and (_SUB_IFDS in tags or getattr(image, "n_frames", 1) > 1):
+        raise BadImage(
+            "its first picture is the preview of another, as in a camera's raw file: save the "
+            "picture itself as JPEG, PNG or TIFF"
+        )
+    if image.format == "PNG" and image.mode == "P" and image.palette is None:
+        raise BadImage("its palette is missing")
 
 
 def encode(image: Image, quality: int | None = None) -> bytes:

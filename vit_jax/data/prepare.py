@@ -47,13 +47,12 @@ _MOST_READ = 20_000  # images of another split that are read to be compared
 class Conversion:
     """What is done to an image: nothing, unless its shorter side is longer than `short_side`.
 
-    Then it is shrunk to that (each new pixel the mean of those that it covers) and written as a
-    JPEG of that quality; `exif` turns it upright first, since the new file says no orientation.
+    Then it is turned upright as its EXIF orientation says, which the new file does not, shrunk
+    (each new pixel the mean of those that it covers) and written as a JPEG of that quality.
     """
 
     short_side: int | None = None
     quality: int = 95
-    exif: bool = False
 
     def __post_init__(self):
         if not 1 <= self.quality <= 100 or (self.short_side is not None and self.short_side < 1):
@@ -68,7 +67,7 @@ class Conversion:
         Raises:
           BadImage: bytes that no image can be read from.
         """
-        pixels = decode(image, exif=self.exif) if isinstance(image, bytes) else image
+        pixels = decode(image, exif=True) if isinstance(image, bytes) else image
         shorter = min(pixels.shape[:2])
         if self.short_side is None or shorter <= self.short_side:
             return image if isinstance(image, bytes) else encode(pixels)
@@ -144,11 +143,14 @@ def prepare(
         "shard_examples": shard_examples,
         "label_names": list(names),
         **dataclasses.asdict(conversion),
+        "upright": True,
     }
     with _locked(dst):
         done = _read(os.path.join(dst, INFO.format(split=split)))
         work = os.path.join(dst, f".unfinished_{split}")
         begun = done["plan"] if done else _read(os.path.join(work, "plan.json"))
+        if begun and "upright" not in begun:  # of a version that turned images only with `exif`
+            begun["upright"] = begun.get("short_side") is None or begun.get("exif", False)
         changed = [key for key in plan if begun and begun.get(key) != plan[key] and key != "source"]
         if changed:
             raise UserError(

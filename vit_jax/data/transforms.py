@@ -242,8 +242,26 @@ class Preprocess:
             object.__setattr__(self, name, value)
 
     def read(self, image: Any) -> Image:
-        """Reads a path, encoded bytes, a Pillow image or an array (see `images.read_image`)."""
-        return read_image(image, self.jpeg, self.exif)
+        """Reads a path, encoded bytes, a Pillow image or an array (see `images.read_image`).
+
+        Raises:
+          UserError: as `read_image`; or an array whose last axis is no channels of the model's.
+        """
+        pixels = read_image(image, self.jpeg, self.exif)
+        known = sorted({1, 3, self.in_channels})
+        first, last = pixels.shape[0], pixels.shape[2]
+        if last in known:
+            return pixels
+        if first in (1, 2, 3, 4, self.in_channels):
+            hint = "where channels come first, image.transpose(1, 2, 0) puts them last"
+        elif last in (2, 4):
+            hint = f"image[..., :{last - 1}] leaves the last one out, if that is transparency"
+        else:
+            hint = "of several grey images, take one at a time"
+        raise UserError(
+            f"expected pixels [h w c] with {', '.join(map(str, known[:-1]))} or {known[-1]} "
+            f"channels, found {list(pixels.shape)}; {hint}"
+        )
 
     def pixels(self, image: Image, random: np.random.Generator | None = None) -> Pixels:
         """Brings an image to the model's size and channels: `pixel_dtype`, of 0 to 255.
@@ -300,6 +318,8 @@ class Preprocess:
 
     def __call__(self, image: Any) -> Float32[np.ndarray, "h w c"]:
         """Prepares one image: a path, bytes, a Pillow image, or uint8 [h w], [h w 1], [h w 3].
+
+        An array may also have as many channels as the model; transparency is not taken off it.
 
         Raises:
           UserError: a file that is missing or no image, or an array of another kind.

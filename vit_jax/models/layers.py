@@ -139,13 +139,26 @@ def scanned(scan: bool | None, depth: int) -> bool:
 
 
 def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
-    """Raises a UserError for images of another size, or number of channels."""
-    expected = (*config.image_size, config.in_channels)
-    if images.shape[1:] != expected:
+    """Raises a UserError for images that are no floats, or of another size or layout."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
-            f"images of shape {images.shape[1:]} (h, w, c) do not fit a model made for {expected}: "
-            "run them through .preprocess, or load the model with another image_size"
+            f"a model takes the normalised floats that .preprocess returns, not {images.dtype} "
+            "images: run them through it"
         )
+    expected = (*config.image_size, config.in_channels)
+    if images.ndim == 4 and images.shape[1:] == expected:
+        return
+    hint = "run them through .preprocess, or load the model with another image_size"
+    if images.shape == expected:
+        hint = "one image is images[None]"
+    elif images.shape[1:] == (expected[2], *expected[:2]):
+        hint = "their channels come first, and images.transpose(0, 2, 3, 1) puts them last"
+    elif images.ndim == 4 and images.shape[1:3] == expected[:2]:
+        hint = "run them through .preprocess, or load the model with another in_channels"
+    h, w, c = expected
+    raise UserError(
+        f"images of shape {images.shape} do not fit a model made for (b, {h}, {w}, {c}): {hint}"
+    )
 
 
 def split_key(key: Key[Array, ""] | None, n: int) -> list[Key[Array, ""] | None]:
