@@ -50,6 +50,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "arrays": arrays,
     "folder": folder,
     "tar": tar,
+    "zip": tar,
     "tfds": tfds,
     "records": records,
     "vtab": vtab,
