@@ -6,9 +6,11 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import logging
 import lzma
 import os
 import re
+import stat
 import threading
 import unicodedata
 import zlib
@@ -18,12 +20,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.images import SUFFIXES
+from vit_jax.data.images import SUFFIXES, sniff
+from vit_jax.data.layout import (
+    TEXTS,
+    check_class_folders,
+    label_option,
+    out_of_the_way,
+    split_kind,
+    unknown_format,
+)
 from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 _SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<low>\d+%)?:(?P<high>\d+%)?\])?")
 WHOLE = "all"
-_DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# What needs no word: it was never meant to be an image.
+_QUIET = ("of no known format", "of a folder", "hidden", "empty")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +89,15 @@ class PassedOver:
         return f"{len(self)} files passed over: {reasons}" if reasons else "no file passed over"
 
 
+def tell(where: str, passed_over: PassedOver) -> None:
+    """Logs what was passed over, if an image may be among it."""
+    if any(not why.startswith(_QUIET) for why in passed_over.counts):
+        loud = (each for each in passed_over.files if not each[1].startswith(_QUIET))
+        name, why = next(loud, ("", ""))
+        such = f"; such as {name}, {why}" if name else ""
+        logger.info("%s: %s%s", where, passed_over, such)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
     """Images in the folders of their classes; `source[i]["image"]` is a file's bytes."""
@@ -85,6 +107,7 @@ class FolderSource:
     labels: Int32[np.ndarray, " n"]
     label_names: tuple[str, ...]
     fingerprint: str
+    passed_over: PassedOver = dataclasses.field(default_factory=PassedOver)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,14 +128,20 @@ class FolderSource:
 def folder(path: str, split: str) -> FolderSource:
     """Image files under PATH/SPLIT/CLASS, at any depth below it, in the order of their names.
 
+    A file is an image by its ending, or else by its first bytes; what is none is counted in
+    `passed_over`. Class folders that are called like splits, or one alone that has folders of
+    images in it, are refused: `,label=folder` behind the path says that they are classes indeed.
+
     Args:
       split: a sub-folder, such as "train" or "images/train"; "all" is PATH itself. A part of it is
         "all[:90%]" or "all[90%:]": which part a file is in depends on its name alone, so that
         files that are added move none.
 
     Raises:
-      UserError: no such folder, a class without images, or no class at all.
+      UserError: no such folder, a class without images, no class at all, or folders that do not
+        look like classes.
     """
+    path, label = label_option(path, ("folder",))
     name, low, high = parse_split(split)
     root = path if name == WHOLE else os.path.join(path, name)
     if not os.path.isdir(root):
@@ -126,27 +155,46 @@ def folder(path: str, split: str) -> FolderSource:
     classes = _classes(root)
     if not classes:
         raise UserError(f"folder:{path}: {root} has no sub-folders, one for each class")
-    names, sizes, labels, empty = [], [], [], []
-    for label, one in enumerate(classes):
-        found = sorted(_image_files(root, classes[one]))
+    passed = _beside_classes(root)
+    names, sizes, labels, every, empty = [], [], [], [], {}
+    for label_number, one in enumerate(classes):
+        before = passed.counts.copy()
+        found = sorted(_image_files(root, classes[one], passed))
         if not found:
-            empty.append(one)
+            empty[one] = passed.counts - before
         for file, size in found:
+            every.append(file)
             if low <= percentile(file) < high:
                 names.append(file)
                 sizes.append(size)
-                labels.append(label)
+                labels.append(label_number)
     if empty:
+        told = [
+            repr(one) + (f" ({', '.join(f'{n} {why}' for why, n in why.items())})" if why else "")
+            for one, why in empty.items()
+        ]
         raise UserError(
             f"{root} has {len(empty)} class folder(s) without any image ({', '.join(SUFFIXES)}): "
-            + ", ".join(repr(one) for one in empty[:5])
+            + ", ".join(told[:5])
         )
+    check_class_folders(f"folder:{path}", split, every, label is not None)
     if not names:
         raise UserError(f"folder:{path} has no image in split {split!r}")
+    tell(f"folder:{path}", passed)
     told = tuple(classes)
+    fingerprint = fingerprint_of(told, names, sizes)
     return FolderSource(
-        root, Packed.of(names), np.array(labels, np.int32), told, fingerprint_of(told, names, sizes)
+        root, Packed.of(names), np.array(labels, np.int32), told, fingerprint, passed
     )
+
+
+def folder_splits(path: str) -> tuple[str, ...]:
+    """What may be given as a split: sub-folders that are called as splits are, and "all"."""
+    try:
+        here = _classes(label_option(path, ("folder",))[0])
+    except OSError:
+        raise UserError(f"folder:{path}: there is no such folder") from None
+    return (*(name for name in here.values() if split_kind(name)), WHOLE)
 
 
 def parse_split(split: str) -> tuple[str, int, int]:
@@ -175,7 +223,7 @@ def class_name(name: str) -> str:
 def _classes(root: str) -> dict[str, str]:
     """Class name -> folder, sorted."""
     with os.scandir(root) as entries:
-        folders = sorted(e.name for e in entries if not e.name.startswith(".") and _is_dir(e))
+        folders = sorted(e.name for e in entries if _is_dir(e) and not _no_folder(e.name))
     found: dict[str, str] = {}
     for name in folders:
         if (other := found.setdefault(class_name(name), name)) != name:
@@ -190,7 +238,25 @@ def _is_dir(entry: os.DirEntry) -> bool:
         return False
 
 
-def _image_files(root: str, start: str) -> Iterator[tuple[str, int]]:
+def _no_folder(name: str) -> str | None:
+    """Why a folder is none of images, by its name."""
+    return out_of_the_way(f"{name}/file")
+
+
+def _beside_classes(root: str) -> PassedOver:
+    """What lies in no class folder."""
+    passed = PassedOver()
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not _is_dir(entry):
+                _, why = _judged(entry)
+                passed.add(entry.name, why or "in no class folder")
+            elif why := _no_folder(entry.name):
+                passed.add(f"{entry.name}/", why)
+    return passed
+
+
+def _image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[str, int]]:
     """Every image file below a folder of `root`: its path from there, its bytes."""
     # A link may lead back up, or to another class.
     waiting, seen = [start], {_inode(root), _inode(os.path.join(root, start))}
@@ -199,14 +265,42 @@ def _image_files(root: str, start: str) -> Iterator[tuple[str, int]]:
         with os.scandir(os.path.join(root, here)) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = f"{here}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
                 if _is_dir(entry):
-                    if (inode := _inode(entry.path)) not in seen:
+                    if why := _no_folder(entry.name):
+                        passed.add(f"{path}/", why)
+                    elif (inode := _inode(entry.path)) not in seen:
                         seen.add(inode)
                         waiting.append(path)
-                elif is_image(entry.name) and os.path.isfile(entry.path):
-                    yield path, entry.stat().st_size
+                    continue
+                size, why = _judged(entry)
+                if why is None:
+                    yield path, size
+                else:
+                    passed.add(path, why)
+
+
+def _judged(entry: os.DirEntry) -> tuple[int, str | None]:
+    """The bytes of a file, and why it is no image; one with the ending of images is not opened."""
+    if entry.name.startswith("."):
+        return 0, "hidden"
+    try:
+        found = entry.stat()
+    except OSError:
+        return 0, "a link to nothing"
+    if not stat.S_ISREG(found.st_mode):
+        return 0, "no plain file"
+    if is_image(entry.name):
+        return found.st_size, None
+    if not found.st_size:
+        return 0, "empty"
+    if entry.name.lower().endswith(TEXTS):
+        return 0, unknown_format(entry.name)
+    try:
+        with open(entry.path, "rb", buffering=0) as file:
+            start = file.read(32)
+    except OSError as error:
+        return 0, f"not to be opened ({error.strerror})"
+    return found.st_size, None if sniff(start) else unknown_format(entry.name)
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -267,6 +361,53 @@ class OpenFiles:
                 f"{self.paths[which]} ends before byte {offset + size}: it changed, or is cut off"
             )
         return data
+
+
+class _Zstd(io.RawIOBase):
+    """A file compressed by Zstandard, decompressed; going back starts over."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._start()
+
+    def _start(self) -> None:
+        import pyarrow
+
+        self._stream, self._at = pyarrow.input_stream(self._path, compression="zstd"), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("the end of a .zst is not known")
+        offset += self._at if whence == io.SEEK_CUR else 0
+        if offset < self._at:
+            self._start()
+        while self._at < offset and self.read(min(offset - self._at, 2**20)):
+            pass
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+_DECOMPRESSORS = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(_Zstd(path), 2**17),
+    b"\x50\x2a\x4d\x18": lambda path: io.BufferedReader(_Zstd(path), 2**17),  # pzstd's
+}
 
 
 def open_file(path: str) -> Any:

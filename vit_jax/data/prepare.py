@@ -28,7 +28,7 @@ from vit_jax.data.archives import TarSource, open_tar
 from vit_jax.data.classes import with_labels
 from vit_jax.data.describe import content, image_hash, shared
 from vit_jax.data.examples import write_example
-from vit_jax.data.files import WHOLE, open_file
+from vit_jax.data.files import WHOLE, PassedOver, open_file
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.records import CONTENT, INFO, RecordSource, content_digest, records
 from vit_jax.data.sources import SOURCES, Source, open_source
@@ -92,10 +92,12 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes one split of a data set as shards; a run that was stopped goes on where it was.
 
-    Images that cannot be read are left out, and listed in DST/bad_images_SPLIT.jsonl.
+    Images that cannot be read are left out, and listed in DST/bad_images_SPLIT.jsonl; files that
+    are no images in DST/passed_over_SPLIT.jsonl.
 
     Args:
-      src: a folder, a tar (or a pattern for several), or a source such as "fractals:classes=1000".
+      src: a folder, a tar or zip (or a pattern for several; a tar may be compressed by gzip,
+        bzip2, xz or Zstandard), or a source such as "fractals:classes=1000".
       dst: a folder, which may hold other splits; their classes are then this one's too.
       split: what the split is called from now on.
       part: which part of `src` it is: see the source. By default `split` where a folder has it, or
@@ -135,6 +137,7 @@ def prepare(
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{dst} is a file; expected a folder") from None
     names = _class_names(dst, classes, source.label_names)
+    passed = getattr(source, "passed_over", PassedOver())
     source = with_labels(source, names)
     plan = {
         "source": src,
@@ -180,6 +183,7 @@ def prepare(
                 else:
                     bar.update(len(indices))
                 shards.append(shard)
+        _list_passed_over(dst, split, passed)
         info = _finish(dst, split, plan, shards)
         shutil.rmtree(work)
         _say_shared(dst, split)
@@ -192,13 +196,17 @@ def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[S
     if os.path.isdir(src):
         here = os.path.isdir(os.path.join(src, split))
         source = open_source(f"folder:{src}", part or (split if here else WHOLE))
+        if not (part or here):
+            logger.info("%s has no folder %r: all of it is taken", src, split)
         if not (part or here or any(name.count("/") == 1 for name in source.names)):
             raise UserError(
                 f"{src} has no folder {split!r}, and its folders are no classes, which have images "
                 "in them: say which --part of it is meant"
             )
-    elif kind == "tar" or kind not in SOURCES:
-        source = open_tar(argument if kind == "tar" else src, part or WHOLE, labels)
+    elif kind in ("tar", "zip") or kind not in SOURCES:
+        source = open_tar(src if kind not in SOURCES else argument, part or WHOLE, labels)
+        if not part:
+            logger.info("%s: all of it is taken; --part takes a folder in it", src)
     else:
         source = open_source(src, part or split)
     if labels and not isinstance(source, TarSource):
@@ -417,6 +425,17 @@ def _finish(
     _write(os.path.join(dst, "dataset_info.json"), _tfds_info([*others, (split, info)]))
     _write(path, info)
     return info
+
+
+def _list_passed_over(dst: str, split: str, passed: PassedOver) -> None:
+    """Writes which files were passed over, and logs how many."""
+    if passed:
+        path = os.path.join(dst, f"passed_over_{split}.jsonl")
+        lines = [{"name": name, "why": why} for name, why in passed.files]
+        if len(passed) > len(lines):
+            lines.append({"more": len(passed) - len(lines)})
+        _write_text(path, "".join(json.dumps(each) + "\n" for each in lines))
+        logger.info("%s, listed in %s", passed, path)
 
 
 def _tfds_info(splits: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

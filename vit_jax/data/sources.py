@@ -49,6 +49,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "arrays": arrays,
     "folder": folder,
     "tar": tar,
+    "zip": tar,
     "table": table,
     "idx": idx,
     "hf-data": hub,

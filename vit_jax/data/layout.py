@@ -1,0 +1,139 @@
+"""What lies in a folder or an archive of images: classes, splits, and what is of no concern."""
+
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+
+from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+# Folders that systems make, for thumbnails and what was deleted.
+SYSTEM_FOLDERS = (
+    *("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"),
+    *("__MACOSX", "lost+found"),
+)
+# Files of these are never looked into: some texts begin as a PPM does.
+TEXTS = (".txt", ".json", ".cls", ".csv", ".tsv", ".xml", ".md", ".html", ".py", ".yaml", ".yml")
+_ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+_PICTURES = (
+    *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".eps", ".pdf", ".psd", ".tga", ".ico"),
+    *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".hdr", ".dds", ".xcf", ".dcm"),
+)
+_SPLIT_NAME = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id|idation)?|dev|eval(?:uation)?)|(?P<test>test(?:ing)?))"
+    r"[_ -]?(?:set|data|images?|imgs?|split)?[_ -]?\d*",
+    re.IGNORECASE,
+)
+
+
+def split_kind(folder: str) -> str | None:
+    """ "train", "val" or "test" where a folder is called as splits are, such as "Training_set"."""
+    match = _SPLIT_NAME.fullmatch(folder)
+    return match.lastgroup if match else None
+
+
+def label_option(where: str, known: Collection[str]) -> tuple[str, str | None]:
+    """Takes "PATH,label=cls" to (PATH, "cls"), and a path alone to (path, None).
+
+    Args:
+      known: what `label` may be; "json" then stands for "json.KEY" too.
+
+    Raises:
+      UserError: another option, or another value.
+    """
+    match = re.fullmatch(r"(.*),(\w+)=(.*)", where)
+    if not match or os.path.exists(where):  # whose name may have commas
+        return where, None
+    path, name, value = match.groups()
+    if name != "label":
+        raise UserError(f"{where} has no option {name!r}; {nearest(name, ['label'])}")
+    if value not in known and not ("json" in known and re.fullmatch(r"json\..+", value)):
+        raise UserError(f"{where}: label {value!r}; {nearest(value, known)}")
+    return path, value
+
+
+def out_of_the_way(path: str) -> str | None:
+    """Why a file is no image of a data set, by its path in there alone; None if it may be one."""
+    *folders, name = path.split("/")
+    for one in folders:
+        if one in SYSTEM_FOLDERS or (one.startswith(".") and one.strip(".")):
+            return f"of a folder {one}"
+    return "hidden" if name.startswith(".") else None
+
+
+def unknown_format(name: str) -> str:
+    """What is said of a file that by its first bytes is no image."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending in _ARCHIVES:
+        return f"an archive beside images ({ending})"
+    if ending in _PICTURES:
+        return f"in a format that is not read ({ending})"
+    return f"of no known format ({ending if 0 < len(ending) < 9 else 'no ending'})"
+
+
+def check_class_folders(
+    where: str, split: str, files: Collection[str], sure: bool, option: str = "folder"
+) -> None:
+    """Refuses class folders that are in truth splits, or that have the classes in them.
+
+    Args:
+      files: CLASS/.../NAME of all images.
+      sure: whether the user said that the folders are the classes: then nothing is refused.
+      option: how the user can say so: with `label=`.
+
+    Raises:
+      UserError: classes called like splits; or one class alone, whose images are all in two or
+        more folders below it.
+    """
+    direct, below = set(), {}
+    for file in files:
+        one, _, rest = file.partition("/")
+        inner, deeper, _ = rest.partition("/")
+        inside = below.setdefault(one, set())
+        inside.add(inner) if deeper else direct.add(one)
+    told = f"or, if they are classes, write ,label={option} behind the path"
+    kinds = [split_kind(one) for one in below]
+    if not sure and (None not in kinds or len({*kinds} - {None}) > 1):
+        splits = sorted(one for one, kind in zip(below, kinds, strict=True) if kind)
+        raise UserError(
+            f"{where}: the folders {_few(splits)} are called like splits, not classes: say "
+            f"split={_joined(split, splits[0])} (prepare: --part={_joined(split, splits[0])}), "
+            f"{told}"
+        )
+    if not sure and len(below) == 1 and not direct:
+        folders = {os.path.dirname(file) for file in files}
+        shared = os.path.commonpath(folders)
+        if shared not in folders:
+            inside = {folder[len(shared) + 1 :].partition("/")[0] for folder in folders}
+            raise UserError(
+                f"{where}: all images are in the folder {shared!r}, which would be the one class, "
+                f"in folders of its own ({_few(inside)}): if those are the classes, say "
+                f"split={_joined(split, shared)}; if not, write ,label={option} behind the path"
+            )
+    first, *others = below.values()
+    if others and not direct and len(first) > 1 and all(first == other for other in others):
+        one = min(below)
+        logger.warning(
+            "%s: the classes are %s; each has the same folders (%s), which are taken as one: "
+            "split=%s would take those of %s as classes",
+            *(where, _few(below), _few(first), _joined(split, one), one),
+        )
+    alike: dict[str, str] = {}
+    for one in sorted(below):
+        other = alike.setdefault(unicodedata.normalize("NFKC", one).casefold().strip(), one)
+        if other != one:
+            logger.warning("%s: %r and %r are two classes", where, other, one)
+
+
+def _joined(split: str, folder: str) -> str:
+    """A folder in a split, as a split: ("train[:9%]", "images") -> "train/images[:9%]"."""
+    name, bracket, part = split.partition("[")
+    return (folder if name == "all" else f"{name}/{folder}") + bracket + part
+
+
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
