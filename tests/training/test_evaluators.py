@@ -18,7 +18,6 @@ from vit_jax.__main__ import main
 from vit_jax.checkpoints.load import open_model, place
 from vit_jax.data.pipeline import Split
 from vit_jax.data.sources import open_source
-from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training import evaluate, evaluators
 from vit_jax.training.config import from_json, load_config, to_json
@@ -260,7 +259,7 @@ def test_vtab_gives_tasks_groups_and_means(monkeypatch):
     asked = []
 
     class Model:
-        def classify(self, split):
+        def classify(self, split, several=None):
             raise AssertionError("a probe reads features")
 
         def features(self, split):
@@ -289,23 +288,3 @@ def test_vtab_gives_tasks_groups_and_means(monkeypatch):
         assert found[group] == pytest.approx(np.mean([tasks[name] for name in names]))
     some = evaluators.Vtab(tasks=("pets", "dtd")).measure(Model())
     assert set(some) == {"pets", "dtd"}
-
-
-def test_probes_want_one_label(monkeypatch, run):
-    opened, mesh = open_model(run[0]), make_mesh(MeshConfig(), jax.devices()[:1])
-    config = load_config(DIGITS)
-    split = Split("digits", "test")
-    fields = {"near": evaluators.Knn(train=split, test=split)}
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
-    evaluation = evaluate.Evaluation(config, opened.record, mesh)
-    params, _ = place(opened, opened.record.config)
-    source = evaluation._reads[split, False].source
-    many = type("Many", (), dict(
-        __len__=lambda self: len(source),
-        __getitem__=lambda self, i: {**source[i], "label": (source[i]["label"],)},
-        label_names=source.label_names, multi_label=True, fingerprint="",
-    ))()  # fmt: skip
-    read = dataclasses.replace(evaluation._reads[split, False], source=many)
-    monkeypatch.setitem(evaluation._reads, (split, False), read)
-    with pytest.raises(UserError, match="several labels an image"):
-        evaluation.features(params, split)
