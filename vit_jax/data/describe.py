@@ -1,9 +1,7 @@
-"""What a source is understood to be, and whether its splits hold images apart, before training."""
+"""What a source is understood to be, in words, before anything is trained."""
 
 import collections
-import concurrent.futures
 import dataclasses
-import hashlib
 import io
 import itertools
 import os
@@ -15,245 +13,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-import tqdm
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64
 
 from vit_jax.data import records, vtab
-from vit_jax.data.archives import TarSource
-from vit_jax.data.arrays import ArraySource
-from vit_jax.data.files import WHOLE, FolderSource
-from vit_jax.data.fractals import FractalSource
-from vit_jax.data.images import FORMATS, BadImage, read_image, sniff
-from vit_jax.data.scenes import SceneSource
+from vit_jax.data.contents import (
+    Hashes,
+    duplicates,
+    image_hash,
+    inner_source,
+    is_made,
+    labels_of,
+    name_of,
+    read_each,
+    shared,
+)
+from vit_jax.data.contents import check_splits as check_splits
+from vit_jax.data.contents import content as content
+from vit_jax.data.files import WHOLE
+from vit_jax.data.images import FORMATS, read_image, sniff
 from vit_jax.data.sources import SOURCES, Source, open_source, with_labels
 from vit_jax.errors import UserError
 
-Hashes = UInt64[np.ndarray, " _n"]
-Indices = Int64[np.ndarray, " _m"]
-
-_BLOCK = 64  # examples that a thread reads at a time
 _HEADERS, _DECODED, _MADE = 2000, 200, 200  # examples looked at more closely; of made ones, at all
 _ORIENTATION = 0x0112  # the EXIF tag
 _MODES = {"L": "grey", "LA": "grey with alpha", "P": "palette", "RGBA": "RGB with alpha"}
-
-
-# ------------------------------------------------------------------------------ contents of images
-
-
-def image_hash(image: Any) -> int:
-    """64 bits of an image file's bytes as they are stored, or of pixels, shape and dtype; not 0."""
-    digest = hashlib.blake2b(digest_size=8)
-    if not isinstance(image, bytes):
-        image = np.ascontiguousarray(image)
-        digest.update(f"{image.dtype.str} {image.shape} ".encode())
-    digest.update(image)
-    return int.from_bytes(digest.digest(), "little") or 1
-
-
-def content(source: Source, *, threads: int | None = None, title: str | None = None) -> Hashes:
-    """The `image_hash` of each example of a finite source; 0 for one that cannot be read.
-
-    All are read, by several threads and without decoding; but of shards the hashes that `prepare`
-    kept are taken.
-
-    Args:
-      title: with one, a bar of progress is shown.
-
-    Raises:
-      UserError: a file that is gone or cannot be opened.
-    """
-    source = _inner(source)
-    kept = _kept(source)
-    if kept is not None:
-        return kept
-
-    def read(index: int) -> int:
-        try:
-            return image_hash(source[index]["image"])
-        except BadImage:
-            return 0
-
-    found = _each(read, range(len(source)), threads, title)
-    return np.fromiter(found, np.uint64, len(source))
-
-
-def duplicates(hashes: Hashes) -> list[Indices]:
-    """The groups of examples with one content, by their first; each of two examples or more."""
-    _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    again = np.flatnonzero((counts[which] > 1) & (hashes != 0))
-    order = again[np.argsort(which[again], kind="stable")]
-    groups = np.split(order, np.flatnonzero(np.diff(which[order])) + 1) if len(order) else []
-    return sorted(groups, key=lambda group: int(group[0]))
-
-
-def shared(a: Hashes, b: Hashes) -> tuple[Indices, Indices]:
-    """The examples of `b` whose content `a` has too: the first in `a` for each, and they."""
-    values, first = np.unique(a, return_index=True)
-    at = np.searchsorted(values, b).clip(max=max(len(values) - 1, 0))
-    known = values[at] == b if len(values) else np.zeros(len(b), bool)
-    found = np.flatnonzero(known & (b != 0))
-    return first[at[found]], found
-
-
-def _inner(source: Source) -> Source:
-    """The source itself, under other names of its classes."""
-    while hasattr(under := getattr(source, "source", None), "label_names"):
-        source = under
-    return source
-
-
-def _kept(source: Source) -> Hashes | None:
-    return source.kept_content() if isinstance(source, records.RecordSource) else None
-
-
-def _made(source: Source) -> bool:
-    """Whether its images are made by a formula: no two are the same, and each costs time."""
-    return isinstance(_inner(source), FractalSource | SceneSource)
-
-
-def _each(
-    read: Callable[[int], Any],
-    indices: Sequence[int],
-    threads: int | None = None,
-    title: str | None = None,
-) -> Iterator[Any]:
-    """Yields read(index) of each, in order, a block a thread at a time."""
-    blocks = [indices[i : i + _BLOCK] for i in range(0, len(indices), _BLOCK)]
-    with (
-        concurrent.futures.ThreadPoolExecutor(threads) as pool,
-        tqdm.tqdm(
-            total=len(indices), unit="image", desc=title, disable=None if title else True
-        ) as bar,
-    ):
-        for found in pool.map(lambda block: [read(int(i)) for i in block], blocks):
-            bar.update(len(found))
-            yield from found
-
-
-# --------------------------------------------------------------------- what training itself checks
-
-
-def check_splits(
-    named: Mapping[str, Source],
-    *,
-    most: int = 20_000,
-    allow: bool = False,
-    classes: bool = True,
-) -> list[str]:
-    """Checks, before training, that splits are no copies of one another; no image is decoded.
-
-    Args:
-      named: the sources by their config keys, such as "data.train".
-      most: up to how many images of two splits are read to be compared; those in memory, and in
-        shards whose hashes `prepare` kept, always are.
-      allow: whether splits may be the same images, which is then returned as a line.
-      classes: whether data.train's classes are to be learnt.
-
-    Returns:
-      What is to be printed: images that two splits share, and what was not compared.
-
-    Raises:
-      UserError: two splits are the same images, or share more than half of the smaller one's; or
-        data.train has one class alone.
-    """
-    if classes and "data.train" in named:
-        _check_classes(named["data.train"])
-    lines: list[str] = []
-    finite = {name: source for name, source in named.items() if isinstance(source, Sized)}
-    known: dict[str, Hashes] = {}
-    unread: dict[str, None] = {}
-    for pair in itertools.combinations(finite, 2):
-        small, large = sorted(reversed(pair), key=lambda name: len(finite[name]))
-        sources = finite[large], finite[small]
-        same = sources[0].fingerprint == sources[1].fingerprint
-        found = None
-        if not any(_made(each) or getattr(each, "masks", False) for each in sources):
-            if sum(map(_to_read, sources)) <= most:
-                for name in pair:
-                    if name not in known:
-                        known[name] = content(finite[name])
-                found = shared(known[large], known[small])
-            elif not same:
-                unread |= dict.fromkeys(pair)
-                places = [_places(each) for each in sources]
-                found = shared(*places) if None not in map(type, places) else None
-        count = len(sources[1]) if same else 0
-        such = ""
-        if found is not None:
-            count = len(found[0])
-            such = f", such as {_name(sources[0], found[0][0])} and " if count else ""
-            such += _name(sources[1], found[1][0]) if count else ""
-        if not count:
-            continue
-        line = f"{count:,} of the {len(sources[1]):,} images of {small} are in {large} too{such}"
-        if same and count == len(sources[1]):
-            line = f"{pair[0]} and {pair[1]} are the same {count:,} images"
-        if 2 * count > len(sources[1]) and not allow:
-            raise UserError(
-                f"{line}: hold images out, such as split all[:90%] for one and all[90%:] for the "
-                "other (where there are splits, train[:90%] and train[90%:]), or set "
-                "data.same_images=True if it is meant"
-            )
-        lines.append(line)
-    if unread:
-        lines.append(
-            f"whether {' and '.join(unread)} share images was not looked at, by their contents "
-            f"(more than {most:,}): `python -m vit_jax data --config=FILE` does"
-        )
-    return lines
-
-
-def _check_classes(train: Source) -> None:
-    """Raises a UserError where there is one class to learn."""
-    if getattr(train, "multi_label", False) or getattr(train, "masks", False):
-        return
-    names, labels = train.label_names, _labels(train)
-    alone = names[0] if len(names) == 1 else None
-    if alone is None and labels is not None and len(labels) and (labels == labels[0]).all():
-        one = int(labels[0])
-        alone = _inner(train).label_names[one] if one >= 0 else None
-    if alone is not None:
-        said = "has one class alone" if len(names) == 1 else f"is of one of {len(names)} classes"
-        raise UserError(
-            f"data.train {said}, {alone!r}: nothing to tell apart; name the folder whose "
-            "sub-folders are the classes (`python -m vit_jax data SPEC` says what is seen)"
-        )
-
-
-def _labels(source: Source) -> np.ndarray | None:
-    """The labels of all examples, where they are at hand without reading one."""
-    labels = getattr(_inner(source), "labels", None)
-    return labels if isinstance(labels, np.ndarray) and labels.ndim == 1 else None
-
-
-def _to_read(source: Source) -> int:
-    """How many files or records it takes to know the contents of all examples."""
-    source = _inner(source)
-    if isinstance(source, ArraySource) or _kept(source) is not None:
-        return 0
-    return len(source)
-
-
-def _places(source: Source) -> Hashes | None:
-    """A hash of where each example lies, for files that may be too many to read."""
-    source = _inner(source)
-    if isinstance(source, FolderSource):
-        root = os.path.realpath(source.root)
-        texts = (os.fsencode(f"{root}/{name}") for name in source.names)
-    elif isinstance(source, TarSource):
-        files = [os.fsencode(os.path.realpath(path)) for path in source.files.paths]
-        at = zip(source.archive, source.offsets, strict=True)
-        texts = (b"%d %b" % (offset, files[number]) for number, offset in at)
-    else:
-        return None
-    return np.fromiter(map(image_hash, texts), np.uint64, len(source))
-
-
-def _name(source: Source, index: int, key: str = "name") -> str:
-    try:
-        return str(source[int(index)].get(key, f"example {index}"))
-    except UserError:
-        return f"example {index}"
 
 
 def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = None) -> list[str]:
@@ -267,16 +50,18 @@ def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = N
     for name, source in named.items():
         spec = f"{(specs or {}).get(name, '')}: ".removeprefix(": ")
         count = f"{len(source):,}" if isinstance(source, Sized) else "endless"
-        names, labels = source.label_names, _labels(source)
+        names, labels = source.label_names, labels_of(source)
         told = [", ".join(names[:2]) + (", ..." if len(names) > 2 else "")]
         if labels is not None:
-            counts = np.bincount(labels[labels >= 0], minlength=len(_inner(source).label_names))
+            counts = np.bincount(
+                labels[labels >= 0], minlength=len(inner_source(source).label_names)
+            )
             told.append(f"{_range(counts)} each")
         told += ["several or none an image"] * getattr(source, "multi_label", False)
         told += ["one for each pixel"] * getattr(source, "masks", False)
         classes = "1 class" if len(names) == 1 else f"{len(names):,} classes"
         line = f"{name:<{width}}  {spec}{count} images of {classes} ({'; '.join(told)})"
-        passed = getattr(_inner(source), "passed_over", None)
+        passed = getattr(inner_source(source), "passed_over", None)
         lines.append(f"{line}, {passed}" if passed else line)
     return lines
 
@@ -452,7 +237,7 @@ def look(source: Source, title: str | None = None) -> Look:
     """Reads all examples of a split (of one made by a formula, 200), and decodes up to 200."""
     endless = not isinstance(source, Sized)
     n = _MADE if endless else len(source)
-    indices = range(min(n, _MADE) if _made(source) else n)
+    indices = range(min(n, _MADE) if is_made(source) else n)
     bad: dict[str, str] = {}
     # First, while nothing of it is in memory.
     decoded = [indices[i] for i in spread(len(indices), _DECODED)]
@@ -467,10 +252,10 @@ def look(source: Source, title: str | None = None) -> Look:
             bad[name] = str(error)
     seconds = time.perf_counter() - began
     closely = {indices[i] for i in spread(len(indices), _HEADERS)}
-    examples = list(_each(lambda i: _look_at(source, i, i in closely), indices, title=title))
+    examples = list(read_each(lambda i: _look_at(source, i, i in closely), indices, title=title))
     for index, example in zip(indices, examples, strict=True):
         if example.why:
-            bad.setdefault(_name(source, index, "file"), example.why)
+            bad.setdefault(name_of(source, index, "file"), example.why)
     return Look(source, indices, examples, bad, len(decoded), seconds)
 
 
@@ -546,8 +331,9 @@ def report(
 
 
 def _rows(facts: Sequence[tuple[str, str]]) -> Iterator[str]:
+    width = max(12, *(len(what) for what, _ in facts))
     for what, value in facts:
-        yield f"  {what:<14}{value}".rstrip()
+        yield f"  {what:<{width}}  {value}".rstrip()
 
 
 def _facts(seen: Look) -> list[tuple[str, str]]:
@@ -583,7 +369,7 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
             facts.append(("orientation", what))
     size = sum(example.bytes for example in read)
     facts.append(("bytes", f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,}"))
-    passed = getattr(_inner(source), "passed_over", None)
+    passed = getattr(inner_source(source), "passed_over", None)
     if passed:
         facts.append(("passed over", str(passed)))
         facts += [("", f"{name}: {why}") for name, why in passed.files[:5]]
@@ -623,7 +409,7 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
         if not 0 <= label < len(names)
     ]
     if odd:
-        which = f"{_name(source, odd[0][0], 'file')} has {odd[0][1]}"
+        which = f"{name_of(source, odd[0][0], 'file')} has {odd[0][1]}"
         facts.append(("", f"{len(odd):,} labels are of no class: {which}"))
     return facts
 
@@ -636,7 +422,7 @@ def _again(seen: Look) -> list[tuple[str, str]]:
     if not groups:
         return [("duplicates", "none")]
     count = sum(map(len, groups))
-    first = ", ".join(_name(seen.source, i, "file") for i in groups[0][:3])
+    first = ", ".join(name_of(seen.source, i, "file") for i in groups[0][:3])
     more = ", ..." * (len(groups[0]) > 3)
     facts = [("duplicates", f"{count:,} images are but {len(groups):,}, such as {first}{more}")]
     torn = [g for g in groups if len({seen.examples[i].label for i in g}) > 1]
@@ -645,7 +431,7 @@ def _again(seen: Look) -> list[tuple[str, str]]:
     for group in torn[:5]:
         told = {seen.examples[i].label: i for i in reversed(group.tolist())}
         names = [
-            f"{_name(seen.source, i, 'file')} is {said(seen.source, label)}"
+            f"{name_of(seen.source, i, 'file')} is {said(seen.source, label)}"
             for label, i in sorted(told.items(), key=lambda pair: pair[1])
         ]
         facts.append(("", "; ".join(names[:4])))
@@ -673,7 +459,7 @@ def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
             first, second = shared(a.hashes, b.hashes)
             told = "no image is in both"
             if len(second):
-                names = f"{_name(a.source, first[0])} and {_name(b.source, second[0])}"
+                names = f"{name_of(a.source, first[0])} and {name_of(b.source, second[0])}"
                 told = f"{len(second):,} of the {len(b.examples):,} images of {other} are in {one}"
                 told += f" too, such as {names}"
                 torn = sum(

@@ -25,7 +25,7 @@ import tqdm
 from jaxtyping import UInt64
 
 from vit_jax.data.archives import TarSource, open_tar
-from vit_jax.data.describe import content, image_hash, shared
+from vit_jax.data.contents import content, image_hash, shared
 from vit_jax.data.examples import write_example
 from vit_jax.data.files import WHOLE, class_name, open_file
 from vit_jax.data.images import BadImage, decode, encode
