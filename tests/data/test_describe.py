@@ -321,7 +321,7 @@ def test_the_report_of_a_folder(animals, tmp_path, capsys, monkeypatch):
     assert main(["data", f"folder:{animals}", "--split=val"]) == 0
     out = capsys.readouterr().out
     assert "splits: val\n" in out and "between" not in out
-    assert sections(out)["val"]["duplicates"] == ["none"]
+    assert sections(out)["val"]["duplicates"] == ["none, byte for byte"]
 
 
 def test_what_was_passed_over_is_said(pets):
@@ -363,13 +363,12 @@ def test_the_report_of_a_config(capsys):
     assert main(["data", f"--config={DIGITS}", "--config.data.test=None"]) == 0
     out = capsys.readouterr().out
     found = sections(out)
-    assert [name.partition(" ")[0] for name in found if name] == [
-        "data.train",
-        "data.val",
-        "between",
-    ]
+    sections_of = [name.partition(" ")[0] for name in found if name]
+    assert sections_of == ["config", "data.train", "data.val", "between"]
     assert found["data.train  digits, train"]["examples"] == ["1,259"]
-    assert out.endswith("between splits\n  data.train, data.val  no image is in both\n")
+    assert out.endswith(
+        "between splits\n  data.train, data.val  no image is in both, byte for byte\n"
+    )
 
 
 def test_the_splits_that_there_are(animals, pets, tmp_path, monkeypatch):

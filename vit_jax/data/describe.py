@@ -131,11 +131,14 @@ def splits_of(spec: str) -> list[str]:
 
 
 def understood(spec: str) -> str:
-    """The spec of a source where a path alone is given: by what lies there."""
-    if spec.partition(":")[0] in SOURCES or not os.path.exists(spec):
+    """The spec of a source where a path alone is given: by its ending, or what lies there."""
+    if spec.partition(":")[0] in SOURCES:
         return spec
-    if os.path.isfile(spec):
-        return f"arrays:{spec}" if spec.endswith(".npz") else f"tar:{spec}"
+    for kind, endings in {"tar": (".tar", ".tar.gz", ".tgz"), "arrays": (".npz",)}.items():
+        if spec.endswith(endings):
+            return f"{kind}:{spec}"
+    if not os.path.isdir(spec):
+        return spec
     if _record_splits(spec):
         return f"records:{spec}"
     return f"{'tfds' if os.path.isfile(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
@@ -183,26 +186,32 @@ class Example(NamedTuple):
     """What one example is, without its pixels."""
 
     hash: int = 0
-    label: Any = None
+    label: Any = ()
     format: str = ""
     bytes: int = 0
     header: tuple[int, int, str, int] | None = None  # h, w, mode, EXIF orientation
     why: str = ""  # it cannot be read
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Look:
     """What was seen of a split.
 
     Attributes:
       indices: of the examples that were read; all, unless they are made by a formula.
+      labels: of each of them: an int, or a tuple of those that it has or whose pixels it has.
+      headers: (h, w, mode, EXIF orientation) of those whose header was read.
       bad: the name of an example -> why it cannot be read.
       decoded, seconds: how many were read and decoded on one thread, and how long it took.
     """
 
     source: Source
     indices: Sequence[int]
-    examples: list[Example]
+    hashes: Hashes
+    labels: list[Any]
+    formats: collections.Counter[str]
+    bytes: int
+    headers: list[tuple[int, int, str, int]]
     bad: dict[str, str]
     decoded: int
     seconds: float
@@ -212,20 +221,15 @@ class Look:
         return isinstance(self.source, Sized) and len(self.indices) == len(self.source)
 
     @property
-    def hashes(self) -> Hashes:
-        return np.array([example.hash for example in self.examples], np.uint64)
-
-    @property
     def counts(self) -> Int64[np.ndarray, " k"]:
         """How many examples have each class; of masks, a pixel of it."""
         k = len(self.source.label_names)
-        labels = [label for example in self.examples for label in _tuple(example.label)]
-        labels = np.array(labels, np.int64)
+        labels = np.fromiter(itertools.chain.from_iterable(map(_tuple, self.labels)), np.int64)
         return np.bincount(labels[(labels >= 0) & (labels < k)], minlength=k)
 
 
 def _tuple(label: Any) -> tuple[int, ...]:
-    return label if isinstance(label, tuple) else () if label is None else (label,)
+    return label if isinstance(label, tuple) else (label,)
 
 
 def spread(n: int, most: int) -> list[int]:
@@ -252,11 +256,32 @@ def look(source: Source, title: str | None = None) -> Look:
             bad[name] = str(error)
     seconds = time.perf_counter() - began
     closely = {indices[i] for i in spread(len(indices), _HEADERS)}
-    examples = list(read_each(lambda i: _look_at(source, i, i in closely), indices, title=title))
-    for index, example in zip(indices, examples, strict=True):
-        if example.why:
-            bad.setdefault(name_of(source, index, "file"), example.why)
-    return Look(source, indices, examples, bad, len(decoded), seconds)
+    seen = Look(
+        source,
+        indices,
+        np.zeros(len(indices), np.uint64),
+        [],
+        collections.Counter(),
+        0,
+        [],
+        bad,
+        len(decoded),
+        seconds,
+    )
+    found = read_each(lambda i: _look_at(source, i, i in closely), indices, title=title)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large images and of odd EXIF
+        for at, example in enumerate(found):
+            seen.hashes[at] = example.hash
+            seen.labels.append(example.label)
+            seen.bytes += example.bytes
+            if example.format:
+                seen.formats[example.format] += 1
+            if example.header:
+                seen.headers.append(example.header)
+            if example.why:
+                bad.setdefault(name_of(source, indices[at], "file"), example.why)
+    return seen
 
 
 def _look_at(source: Source, index: int, closely: bool) -> Example:
@@ -282,18 +307,13 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
 
 
 def _header(data: bytes) -> tuple[int, int, str, int]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images, and of odd EXIF
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            w, h = opened.size
-            # Of a PNG without it, Pillow would look for EXIF behind the pixels.
-            has = opened.format != "PNG" or "exif" in opened.info
-            return (
-                h,
-                w,
-                _MODES.get(opened.mode, opened.mode),
-                opened.getexif().get(_ORIENTATION, 1) if has else 1,
-            )
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        w, h = opened.size
+        orientation = 1
+        # Of a PNG without it, Pillow would look for EXIF behind the pixels.
+        if opened.format != "PNG" or "exif" in opened.info:
+            orientation = opened.getexif().get(_ORIENTATION, 1)
+        return h, w, _MODES.get(opened.mode, opened.mode), orientation
 
 
 def report(
@@ -338,15 +358,12 @@ def _rows(facts: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 def _facts(seen: Look) -> list[tuple[str, str]]:
     """What to say of a split: (what, value) a line; further lines of one have no name."""
-    source, examples = seen.source, seen.examples
-    read = [example for example in examples if example.format]
-    heads = [example.header for example in examples if example.header]
+    source, heads, n = seen.source, seen.headers, len(seen.indices)
     total = f"{len(source):,}" if isinstance(source, Sized) else "endless"
-    facts = [("examples", total if seen.whole else f"{total}; {len(examples)} were looked at")]
+    facts = [("examples", total if seen.whole else f"{total}; {n:,} were looked at")]
     facts += _classes(seen)
-    formats = collections.Counter(example.format for example in read)
-    facts.append(("formats", _counted(formats)))
-    of = "" if len(heads) == len(examples) else f" (of {len(heads):,} sampled)"
+    facts.append(("formats", _counted(seen.formats)))
+    of = "" if len(heads) == n else f" (of {len(heads):,} sampled)"
     if heads:
         sizes = {"h": [head[0] for head in heads], "w": [head[1] for head in heads]}
         told = "; ".join(
@@ -367,8 +384,8 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
         if other:
             what = f"{other:,} of {len(heads):,} sampled are upside down or mirrored; exif likewise"
             facts.append(("orientation", what))
-    size = sum(example.bytes for example in read)
-    facts.append(("bytes", f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,}"))
+    size = f"{seen.bytes / 1e6:,.1f} MB" if seen.bytes >= 1e5 else f"{seen.bytes:,}"
+    facts.append(("bytes", size))
     passed = getattr(inner_source(source), "passed_over", None)
     if passed:
         facts.append(("passed over", str(passed)))
@@ -393,7 +410,7 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
     masks, several = (getattr(source, name, False) for name in ("masks", "multi_label"))
     kind = " for each pixel" * masks + ", several or none an image" * several
     told = f"{len(names):,}{kind}: in {_range(counts)} images each, median {np.median(counts):,.0f}"
-    told += "" if seen.whole else f" (of {len(seen.examples):,})"
+    told += "" if seen.whole else f" (of {len(seen.indices):,})"
     pairs = [f"{name}: {count:,}" for name, count in zip(names, counts.tolist(), strict=True)]
     facts = [("classes", told), ("", ", ".join(pairs[:10]) + ", ..." * (len(pairs) > 10))]
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
@@ -404,8 +421,8 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
         facts.append(("", "one class alone: nothing to tell apart"))
     odd = [
         (index, label)
-        for index, example in zip(seen.indices, seen.examples, strict=True)
-        for label in _tuple(example.label)
+        for index, labels in zip(seen.indices, seen.labels, strict=True)
+        for label in _tuple(labels)
         if not 0 <= label < len(names)
     ]
     if odd:
@@ -420,16 +437,16 @@ def _again(seen: Look) -> list[tuple[str, str]]:
         return [("duplicates", "not looked for: images are made by a formula")]
     groups = duplicates(seen.hashes)
     if not groups:
-        return [("duplicates", "none")]
+        return [("duplicates", "none, byte for byte")]
     count = sum(map(len, groups))
     first = ", ".join(name_of(seen.source, i, "file") for i in groups[0][:3])
     more = ", ..." * (len(groups[0]) > 3)
     facts = [("duplicates", f"{count:,} images are but {len(groups):,}, such as {first}{more}")]
-    torn = [g for g in groups if len({seen.examples[i].label for i in g}) > 1]
+    torn = [g for g in groups if len({seen.labels[i] for i in g}) > 1]
     if torn:
         facts.append(("", f"{len(torn):,} of the {len(groups):,} with DIFFERENT labels:"))
     for group in torn[:5]:
-        told = {seen.examples[i].label: i for i in reversed(group.tolist())}
+        told = {seen.labels[i]: i for i in reversed(group.tolist())}
         names = [
             f"{name_of(seen.source, i, 'file')} is {said(seen.source, label)}"
             for label, i in sorted(told.items(), key=lambda pair: pair[1])
@@ -450,20 +467,20 @@ def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
     for one, other in itertools.combinations(looks, 2):
         a, b = looks[one], looks[other]
         title = f"{one}, {other}"
-        kinds = [{e.format == "pixels" for e in seen.examples if e.format} for seen in (a, b)]
+        kinds = [{kind == "pixels" for kind in seen.formats} for seen in (a, b)]
         if not (a.whole and b.whole):
             facts.append((title, "not compared: images are made by a formula"))
         elif kinds[0] != kinds[1]:
             facts.append((title, "not compared: pixels with files"))
         else:
             first, second = shared(a.hashes, b.hashes)
-            told = "no image is in both"
+            told = "no image is in both, byte for byte"
             if len(second):
                 names = f"{name_of(a.source, first[0])} and {name_of(b.source, second[0])}"
-                told = f"{len(second):,} of the {len(b.examples):,} images of {other} are in {one}"
+                told = f"{len(second):,} of the {len(b.indices):,} images of {other} are in {one}"
                 told += f" too, such as {names}"
                 torn = sum(
-                    said(a.source, a.examples[i].label) != said(b.source, b.examples[j].label)
+                    said(a.source, a.labels[i]) != said(b.source, b.labels[j])
                     for i, j in zip(first, second, strict=True)
                 )
                 told += f"; {torn:,} with DIFFERENT labels" if torn else ""
