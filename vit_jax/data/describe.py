@@ -201,20 +201,20 @@ class Look:
       indices: of the examples that were read; all, unless they are made by a formula.
       labels: of each of them: an int, or a tuple of those that it has or whose pixels it has.
       headers: (h, w, mode, EXIF orientation) of those whose header was read.
-      bad: the name of an example -> why it cannot be read.
+      bad: example -> its name, and why it cannot be read.
       decoded, seconds: how many were read and decoded on one thread, and how long it took.
     """
 
     source: Source
     indices: Sequence[int]
     hashes: Hashes
-    labels: list[Any]
-    formats: collections.Counter[str]
-    bytes: int
-    headers: list[tuple[int, int, str, int]]
-    bad: dict[str, str]
+    bad: dict[int, str]
     decoded: int
     seconds: float
+    labels: list[Any] = dataclasses.field(default_factory=list)
+    formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    headers: list[tuple[int, int, str, int]] = dataclasses.field(default_factory=list)
+    bytes: int = 0
 
     @property
     def whole(self) -> bool:
@@ -242,7 +242,7 @@ def look(source: Source, title: str | None = None) -> Look:
     endless = not isinstance(source, Sized)
     n = _MADE if endless else len(source)
     indices = range(min(n, _MADE) if is_made(source) else n)
-    bad: dict[str, str] = {}
+    bad: dict[int, str] = {}
     # First, while nothing of it is in memory.
     decoded = [indices[i] for i in spread(len(indices), _DECODED)]
     began = time.perf_counter()
@@ -253,21 +253,10 @@ def look(source: Source, title: str | None = None) -> Look:
             name = example.get("file", example.get("name", name))
             read_image(example["image"])
         except UserError as error:
-            bad[name] = str(error)
+            bad[index] = f"{name}: {error}"
     seconds = time.perf_counter() - began
     closely = {indices[i] for i in spread(len(indices), _HEADERS)}
-    seen = Look(
-        source,
-        indices,
-        np.zeros(len(indices), np.uint64),
-        [],
-        collections.Counter(),
-        0,
-        [],
-        bad,
-        len(decoded),
-        seconds,
-    )
+    seen = Look(source, indices, np.zeros(len(indices), np.uint64), bad, len(decoded), seconds)
     found = read_each(lambda i: _look_at(source, i, i in closely), indices, title=title)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large images and of odd EXIF
@@ -279,8 +268,8 @@ def look(source: Source, title: str | None = None) -> Look:
                 seen.formats[example.format] += 1
             if example.header:
                 seen.headers.append(example.header)
-            if example.why:
-                bad.setdefault(name_of(source, indices[at], "file"), example.why)
+            if example.why and indices[at] not in bad:
+                bad[indices[at]] = f"{name_of(source, indices[at], 'file')}: {example.why}"
     return seen
 
 
@@ -392,7 +381,7 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
         facts += [("", f"{name}: {why}") for name, why in passed.files[:5]]
     if seen.bad:
         facts.append(("unreadable", f"{len(seen.bad):,} found; {seen.decoded:,} were decoded"))
-        facts += [("", f"{name}: {why}") for name, why in list(seen.bad.items())[:5]]
+        facts += [("", seen.bad[index]) for index in sorted(seen.bad)[:5]]
     facts += _again(seen)
     rate = f"{seen.decoded / max(seen.seconds, 1e-9):,.0f} images/s on one thread"
     facts.append(("time to read", f"{rate} (measured here, {seen.decoded:,} images)"))

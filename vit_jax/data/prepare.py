@@ -282,8 +282,8 @@ def _say_shared(dst: str, split: str) -> None:
             logger.warning("splits %r and %r of %s were not compared: %s", split, name, dst, found)
         elif found:
             logger.warning(
-                "%s images of split %r of %s are in split %r too: delete one of the two, and prepare "
-                "it from another --part",
+                "%s images of split %r of %s are in split %r too: delete one of the two, "
+                "and prepare it from another --part",
                 *(f"{found:,}", split, dst, name),
             )
 
