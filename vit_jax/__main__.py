@@ -151,6 +151,7 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
         splits = {f"data.{name}": every[name] for name in chosen}
         opened = describe.open_all({k: (split.source, split.split) for k, split in splits.items()})
         specs = {k: f"{split.source}, {split.split}" for k, split in splits.items()}
+        print(f"config {args.config}")
     else:
         spec = describe.understood(args.spec)
         opened = describe.open_splits(spec, args.split)

@@ -476,6 +476,95 @@ def test_a_second_split_has_the_classes_of_the_first(pets, tmp_path):
         prepare(pets, str(dst), split="test")
 
 
+SAME = r"as split 'val' is the same images as split 'train' of .*: say which part each split is"
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({}, {}),
+        ({"part": "train[:50%]"}, {"part": "train[:50%]"}),
+        ({"src": "folder:SRC"}, {"src": "SRC"}),
+        ({}, {"src": "SRC/train", "part": "all"}),
+        ({"conversion": Conversion(short_side=4)}, {"shard_examples": 3}),
+        ({"src": "fractals:classes=3,size=16", "examples": 6},) * 2,
+    ],
+)
+def test_the_same_images_are_no_second_split(pets, tmp_path, first, second):
+    def make(split, src="SRC", part="train", **options):
+        prepare(src.replace("SRC", pets), str(dst), split=split, part=part, **options)
+
+    dst = tmp_path / "dst"
+    make("train", **first)
+    before = files(dst)
+    base = second.get("part", "train").partition("[")[0]
+    hint = re.escape(f"such as --part={base}[:90%] for one and --part={base}[90%:] for the other")
+    with pytest.raises(UserError, match=f"{SAME}, {hint}"):
+        make("val", **second)
+    assert files(dst) == before and not (dst / ".unfinished_val").exists()
+
+
+def test_a_split_that_was_begun_is_a_split(pets, tmp_path, monkeypatch):
+    dst, usage = tmp_path / "dst", collections.namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
+        with pytest.raises(OSError, match="nearly full"):
+            prepare(pets, str(dst), split="trian", part="train")
+    with pytest.raises(UserError, match=r"'trian' of .*begun \(if .* delete .*unfinished_trian\)"):
+        prepare(pets, str(dst))
+    shutil.rmtree(dst / ".unfinished_trian")
+    assert prepare(pets, str(dst))["examples"] == 10
+
+
+def test_other_images_of_the_same_names_and_sizes_are_a_second_split(tmp_path):
+    for split, seed in (("train", 0), ("val", 9)):
+        for i in range(4):
+            image = cv2.imencode(".bmp", pixels(6, 8, seed + i))[1].tobytes()
+            save(tmp_path / f"src/{split}/{'ab'[i % 2]}/{i}.bmp", image)
+    for split in ("train", "val"):
+        prepare(str(tmp_path / "src"), str(tmp_path / "dst"), split=split)
+    sources = [open_source(f"records:{tmp_path / 'dst'}", split) for split in ("train", "val")]
+    assert not {image for image, _ in examples(sources[0])} & {i for i, _ in examples(sources[1])}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_images_that_two_splits_share_are_counted(pets, tmp_path, caplog, monkeypatch, earlier):
+    dst = tmp_path / "dst"
+    prepare(pets, str(dst))
+    if earlier:  # a version that kept no hashes
+        info = json.loads((dst / "vit_jax_train.json").read_text())
+        del info["content"]
+        (dst / "vit_jax_train.json").write_text(json.dumps(info))
+    given = open_source(f"folder:{pets}", "train[50%:]")
+    assert caplog.messages == []
+    prepare(pets, str(dst), split="val", part="train[50%:]")
+    n = len(given)
+    (said,) = caplog.messages
+    assert said.startswith(f"{n} images of split 'val' of {dst} are in split 'train' too: ")
+    monkeypatch.setattr("vit_jax.data.prepare._MOST_READ", 5)
+    save(tmp_path / "more/cat/1.jpg", jpeg(seed=50))
+    prepare(str(tmp_path / "more"), str(dst), split="more", part="all")
+    assert len(caplog.messages) == 1 + earlier
+    assert "'train' of" not in caplog.messages[-1] or "has no hashes of its 10" in caplog.text
+
+
+def test_what_an_earlier_version_began_is_finished_without_hashes(pets, tmp_path, monkeypatch):
+    dst, usage = tmp_path / "dst", collections.namedtuple("usage", "total used free")
+    full = lambda path: usage(1, 1, 0 if list(dst.glob("*-of-00004")) else 2**40)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", full)
+        with pytest.raises(OSError, match="nearly full"):
+            prepare(pets, str(dst), shard_examples=3)
+    (vouched,) = (dst / ".unfinished_train").glob("images-*.json")
+    shard = json.loads(vouched.read_text())
+    assert len(shard.pop("content")) == 3 * 16
+    vouched.write_text(json.dumps(shard))
+    assert "content" not in prepare(pets, str(dst), shard_examples=3)
+    source = open_source(f"records:{dst}", "train")
+    assert source.kept_content() is None and not (dst / "content_train.npy").exists()
+    assert examples(source) == examples(open_source(f"folder:{pets}", "train"))
+
+
 def test_a_file_of_classes_fixes_their_order(pets, tmp_path):
     names = ("épagneul", "wolf", "cat", "Dog")
     text = tmp_path / "classes.txt"

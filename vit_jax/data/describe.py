@@ -1,9 +1,7 @@
-"""What a source is understood to be, and whether its splits hold images apart, before training."""
+"""What a source is understood to be, in words, before anything is trained."""
 
 import collections
-import concurrent.futures
 import dataclasses
-import hashlib
 import io
 import itertools
 import os
@@ -15,246 +13,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-import tqdm
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64
 
 from vit_jax.data import records, vtab
-from vit_jax.data.archives import TarSource
-from vit_jax.data.arrays import ArraySource
-from vit_jax.data.classes import with_labels
-from vit_jax.data.files import WHOLE, FolderSource
-from vit_jax.data.fractals import FractalSource
-from vit_jax.data.images import FORMATS, BadImage, read_image, sniff
-from vit_jax.data.scenes import SceneSource
+from vit_jax.data.classes import How, match
+from vit_jax.data.contents import (
+    Hashes,
+    duplicates,
+    image_hash,
+    inner_source,
+    is_made,
+    labels_of,
+    name_of,
+    read_each,
+    shared,
+)
+from vit_jax.data.contents import check_splits as check_splits
+from vit_jax.data.contents import content as content
+from vit_jax.data.files import WHOLE
+from vit_jax.data.images import FORMATS, read_image, sniff
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.errors import UserError
 
-Hashes = UInt64[np.ndarray, " _n"]
-Indices = Int64[np.ndarray, " _m"]
-
-_BLOCK = 64  # examples that a thread reads at a time
 _HEADERS, _DECODED, _MADE = 2000, 200, 200  # examples looked at more closely; of made ones, at all
 _ORIENTATION = 0x0112  # the EXIF tag
 _MODES = {"L": "grey", "LA": "grey with alpha", "P": "palette", "RGBA": "RGB with alpha"}
-
-
-# ------------------------------------------------------------------------------ contents of images
-
-
-def image_hash(image: Any) -> int:
-    """64 bits of an image file's bytes as they are stored, or of pixels, shape and dtype; not 0."""
-    digest = hashlib.blake2b(digest_size=8)
-    if not isinstance(image, bytes):
-        image = np.ascontiguousarray(image)
-        digest.update(f"{image.dtype.str} {image.shape} ".encode())
-    digest.update(image)
-    return int.from_bytes(digest.digest(), "little") or 1
-
-
-def content(source: Source, *, threads: int | None = None, title: str | None = None) -> Hashes:
-    """The `image_hash` of each example of a finite source; 0 for one that cannot be read.
-
-    All are read, by several threads and without decoding; but of shards the hashes that `prepare`
-    kept are taken.
-
-    Args:
-      title: with one, a bar of progress is shown.
-
-    Raises:
-      UserError: a file that is gone or cannot be opened.
-    """
-    source = _inner(source)
-    kept = _kept(source)
-    if kept is not None:
-        return kept
-
-    def read(index: int) -> int:
-        try:
-            return image_hash(source[index]["image"])
-        except BadImage:
-            return 0
-
-    found = _each(read, range(len(source)), threads, title)
-    return np.fromiter(found, np.uint64, len(source))
-
-
-def duplicates(hashes: Hashes) -> list[Indices]:
-    """The groups of examples with one content, by their first; each of two examples or more."""
-    _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    again = np.flatnonzero((counts[which] > 1) & (hashes != 0))
-    order = again[np.argsort(which[again], kind="stable")]
-    groups = np.split(order, np.flatnonzero(np.diff(which[order])) + 1) if len(order) else []
-    return sorted(groups, key=lambda group: int(group[0]))
-
-
-def shared(a: Hashes, b: Hashes) -> tuple[Indices, Indices]:
-    """The examples of `b` whose content `a` has too: the first in `a` for each, and they."""
-    values, first = np.unique(a, return_index=True)
-    at = np.searchsorted(values, b).clip(max=max(len(values) - 1, 0))
-    known = values[at] == b if len(values) else np.zeros(len(b), bool)
-    found = np.flatnonzero(known & (b != 0))
-    return first[at[found]], found
-
-
-def _inner(source: Source) -> Source:
-    """The source itself, under other names of its classes."""
-    while hasattr(under := getattr(source, "source", None), "label_names"):
-        source = under
-    return source
-
-
-def _kept(source: Source) -> Hashes | None:
-    return source.kept_content() if isinstance(source, records.RecordSource) else None
-
-
-def _made(source: Source) -> bool:
-    """Whether its images are made by a formula: no two are the same, and each costs time."""
-    return isinstance(_inner(source), FractalSource | SceneSource)
-
-
-def _each(
-    read: Callable[[int], Any],
-    indices: Sequence[int],
-    threads: int | None = None,
-    title: str | None = None,
-) -> Iterator[Any]:
-    """Yields read(index) of each, in order, a block a thread at a time."""
-    blocks = [indices[i : i + _BLOCK] for i in range(0, len(indices), _BLOCK)]
-    with (
-        concurrent.futures.ThreadPoolExecutor(threads) as pool,
-        tqdm.tqdm(
-            total=len(indices), unit="image", desc=title, disable=None if title else True
-        ) as bar,
-    ):
-        for found in pool.map(lambda block: [read(int(i)) for i in block], blocks):
-            bar.update(len(found))
-            yield from found
-
-
-# --------------------------------------------------------------------- what training itself checks
-
-
-def check_splits(
-    named: Mapping[str, Source],
-    *,
-    most: int = 20_000,
-    allow: bool = False,
-    classes: bool = True,
-) -> list[str]:
-    """Checks, before training, that splits are no copies of one another; no image is decoded.
-
-    Args:
-      named: the sources by their config keys, such as "data.train".
-      most: up to how many images of two splits are read to be compared; those in memory, and in
-        shards whose hashes `prepare` kept, always are.
-      allow: whether splits may be the same images, which is then returned as a line.
-      classes: whether data.train's classes are to be learnt.
-
-    Returns:
-      What is to be printed: images that two splits share, and what was not compared.
-
-    Raises:
-      UserError: two splits are the same images, or share more than half of the smaller one's; or
-        data.train has one class alone.
-    """
-    if classes and "data.train" in named:
-        _check_classes(named["data.train"])
-    lines: list[str] = []
-    finite = {name: source for name, source in named.items() if isinstance(source, Sized)}
-    known: dict[str, Hashes] = {}
-    unread: dict[str, None] = {}
-    for pair in itertools.combinations(finite, 2):
-        small, large = sorted(reversed(pair), key=lambda name: len(finite[name]))
-        sources = finite[large], finite[small]
-        same = sources[0].fingerprint == sources[1].fingerprint
-        found = None
-        if not any(_made(each) or getattr(each, "masks", False) for each in sources):
-            if sum(map(_to_read, sources)) <= most:
-                for name in pair:
-                    if name not in known:
-                        known[name] = content(finite[name])
-                found = shared(known[large], known[small])
-            elif not same:
-                unread |= dict.fromkeys(pair)
-                places = [_places(each) for each in sources]
-                found = shared(*places) if None not in map(type, places) else None
-        count = len(sources[1]) if same else 0
-        such = ""
-        if found is not None:
-            count = len(found[0])
-            such = f", such as {_name(sources[0], found[0][0])} and " if count else ""
-            such += _name(sources[1], found[1][0]) if count else ""
-        if not count:
-            continue
-        line = f"{count:,} of the {len(sources[1]):,} images of {small} are in {large} too{such}"
-        if same and count == len(sources[1]):
-            line = f"{pair[0]} and {pair[1]} are the same {count:,} images"
-        if 2 * count > len(sources[1]) and not allow:
-            raise UserError(
-                f"{line}: hold images out, such as split all[:90%] for one and all[90%:] for the "
-                "other (where there are splits, train[:90%] and train[90%:]), or set "
-                "data.same_images=True if it is meant"
-            )
-        lines.append(line)
-    if unread:
-        lines.append(
-            f"whether {' and '.join(unread)} share images was not looked at, by their contents "
-            f"(more than {most:,}): `python -m vit_jax data --config=FILE` does"
-        )
-    return lines
-
-
-def _check_classes(train: Source) -> None:
-    """Raises a UserError where there is one class to learn."""
-    if getattr(train, "multi_label", False) or getattr(train, "masks", False):
-        return
-    names, labels = train.label_names, _labels(train)
-    alone = names[0] if len(names) == 1 else None
-    if alone is None and labels is not None and len(labels) and (labels == labels[0]).all():
-        one = int(labels[0])
-        alone = _inner(train).label_names[one] if one >= 0 else None
-    if alone is not None:
-        said = "has one class alone" if len(names) == 1 else f"is of one of {len(names)} classes"
-        raise UserError(
-            f"data.train {said}, {alone!r}: nothing to tell apart; name the folder whose "
-            "sub-folders are the classes (`python -m vit_jax data SPEC` says what is seen)"
-        )
-
-
-def _labels(source: Source) -> np.ndarray | None:
-    """The labels of all examples, where they are at hand without reading one."""
-    labels = getattr(_inner(source), "labels", None)
-    return labels if isinstance(labels, np.ndarray) and labels.ndim == 1 else None
-
-
-def _to_read(source: Source) -> int:
-    """How many files or records it takes to know the contents of all examples."""
-    source = _inner(source)
-    if isinstance(source, ArraySource) or _kept(source) is not None:
-        return 0
-    return len(source)
-
-
-def _places(source: Source) -> Hashes | None:
-    """A hash of where each example lies, for files that may be too many to read."""
-    source = _inner(source)
-    if isinstance(source, FolderSource):
-        root = os.path.realpath(source.root)
-        texts = (os.fsencode(f"{root}/{name}") for name in source.names)
-    elif isinstance(source, TarSource):
-        files = [os.fsencode(os.path.realpath(path)) for path in source.files.paths]
-        at = zip(source.archive, source.offsets, strict=True)
-        texts = (b"%d %b" % (offset, files[number]) for number, offset in at)
-    else:
-        return None
-    return np.fromiter(map(image_hash, texts), np.uint64, len(source))
-
-
-def _name(source: Source, index: int, key: str = "name") -> str:
-    try:
-        return str(source[int(index)].get(key, f"example {index}"))
-    except UserError:
-        return f"example {index}"
 
 
 def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = None) -> list[str]:
@@ -268,16 +51,18 @@ def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = N
     for name, source in named.items():
         spec = f"{(specs or {}).get(name, '')}: ".removeprefix(": ")
         count = f"{len(source):,}" if isinstance(source, Sized) else "endless"
-        names, labels = source.label_names, _labels(source)
+        names, labels = source.label_names, labels_of(source)
         told = [", ".join(names[:2]) + (", ..." if len(names) > 2 else "")]
         if labels is not None:
-            counts = np.bincount(labels[labels >= 0], minlength=len(_inner(source).label_names))
+            counts = np.bincount(
+                labels[labels >= 0], minlength=len(inner_source(source).label_names)
+            )
             told.append(f"{_range(counts)} each")
         told += ["several or none an image"] * getattr(source, "multi_label", False)
         told += ["one for each pixel"] * getattr(source, "masks", False)
         classes = "1 class" if len(names) == 1 else f"{len(names):,} classes"
         line = f"{name:<{width}}  {spec}{count} images of {classes} ({'; '.join(told)})"
-        passed = getattr(_inner(source), "passed_over", None)
+        passed = getattr(inner_source(source), "passed_over", None)
         lines.append(f"{line}, {passed}" if passed else line)
     return lines
 
@@ -347,11 +132,14 @@ def splits_of(spec: str) -> list[str]:
 
 
 def understood(spec: str) -> str:
-    """The spec of a source where a path alone is given: by what lies there."""
-    if spec.partition(":")[0] in SOURCES or not os.path.exists(spec):
+    """The spec of a source where a path alone is given: by its ending, or what lies there."""
+    if spec.partition(":")[0] in SOURCES:
         return spec
-    if os.path.isfile(spec):
-        return f"arrays:{spec}" if spec.endswith(".npz") else f"tar:{spec}"
+    for kind, endings in {"tar": (".tar", ".tar.gz", ".tgz"), "arrays": (".npz",)}.items():
+        if spec.endswith(endings):
+            return f"{kind}:{spec}"
+    if not os.path.isdir(spec):
+        return spec
     if _record_splits(spec):
         return f"records:{spec}"
     return f"{'tfds' if os.path.isfile(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
@@ -399,49 +187,50 @@ class Example(NamedTuple):
     """What one example is, without its pixels."""
 
     hash: int = 0
-    label: Any = None
+    label: Any = ()
     format: str = ""
     bytes: int = 0
     header: tuple[int, int, str, int] | None = None  # h, w, mode, EXIF orientation
     why: str = ""  # it cannot be read
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Look:
     """What was seen of a split.
 
     Attributes:
       indices: of the examples that were read; all, unless they are made by a formula.
-      bad: the name of an example -> why it cannot be read.
+      labels: of each of them: an int, or a tuple of those that it has or whose pixels it has.
+      headers: (h, w, mode, EXIF orientation) of those whose header was read.
+      bad: example -> its name, and why it cannot be read.
       decoded, seconds: how many were read and decoded on one thread, and how long it took.
     """
 
     source: Source
     indices: Sequence[int]
-    examples: list[Example]
-    bad: dict[str, str]
+    hashes: Hashes
+    bad: dict[int, str]
     decoded: int
     seconds: float
+    labels: list[Any] = dataclasses.field(default_factory=list)
+    formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    headers: list[tuple[int, int, str, int]] = dataclasses.field(default_factory=list)
+    bytes: int = 0
 
     @property
     def whole(self) -> bool:
         return isinstance(self.source, Sized) and len(self.indices) == len(self.source)
 
     @property
-    def hashes(self) -> Hashes:
-        return np.array([example.hash for example in self.examples], np.uint64)
-
-    @property
     def counts(self) -> Int64[np.ndarray, " k"]:
         """How many examples have each class; of masks, a pixel of it."""
         k = len(self.source.label_names)
-        labels = [label for example in self.examples for label in _tuple(example.label)]
-        labels = np.array(labels, np.int64)
+        labels = np.fromiter(itertools.chain.from_iterable(map(_tuple, self.labels)), np.int64)
         return np.bincount(labels[(labels >= 0) & (labels < k)], minlength=k)
 
 
 def _tuple(label: Any) -> tuple[int, ...]:
-    return label if isinstance(label, tuple) else () if label is None else (label,)
+    return label if isinstance(label, tuple) else (label,)
 
 
 def spread(n: int, most: int) -> list[int]:
@@ -453,8 +242,8 @@ def look(source: Source, title: str | None = None) -> Look:
     """Reads all examples of a split (of one made by a formula, 200), and decodes up to 200."""
     endless = not isinstance(source, Sized)
     n = _MADE if endless else len(source)
-    indices = range(min(n, _MADE) if _made(source) else n)
-    bad: dict[str, str] = {}
+    indices = range(min(n, _MADE) if is_made(source) else n)
+    bad: dict[int, str] = {}
     # First, while nothing of it is in memory.
     decoded = [indices[i] for i in spread(len(indices), _DECODED)]
     began = time.perf_counter()
@@ -465,14 +254,24 @@ def look(source: Source, title: str | None = None) -> Look:
             name = example.get("file", example.get("name", name))
             read_image(example["image"])
         except UserError as error:
-            bad[name] = str(error)
+            bad[index] = f"{name}: {error}"
     seconds = time.perf_counter() - began
     closely = {indices[i] for i in spread(len(indices), _HEADERS)}
-    examples = list(_each(lambda i: _look_at(source, i, i in closely), indices, title=title))
-    for index, example in zip(indices, examples, strict=True):
-        if example.why:
-            bad.setdefault(_name(source, index, "file"), example.why)
-    return Look(source, indices, examples, bad, len(decoded), seconds)
+    seen = Look(source, indices, np.zeros(len(indices), np.uint64), bad, len(decoded), seconds)
+    found = read_each(lambda i: _look_at(source, i, i in closely), indices, title=title)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large images and of odd EXIF
+        for at, example in enumerate(found):
+            seen.hashes[at] = example.hash
+            seen.labels.append(example.label)
+            seen.bytes += example.bytes
+            if example.format:
+                seen.formats[example.format] += 1
+            if example.header:
+                seen.headers.append(example.header)
+            if example.why and indices[at] not in bad:
+                bad[indices[at]] = f"{name_of(source, indices[at], 'file')}: {example.why}"
+    return seen
 
 
 def _look_at(source: Source, index: int, closely: bool) -> Example:
@@ -498,18 +297,13 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
 
 
 def _header(data: bytes) -> tuple[int, int, str, int]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images, and of odd EXIF
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            w, h = opened.size
-            # Of a PNG without it, Pillow would look for EXIF behind the pixels.
-            has = opened.format != "PNG" or "exif" in opened.info
-            return (
-                h,
-                w,
-                _MODES.get(opened.mode, opened.mode),
-                opened.getexif().get(_ORIENTATION, 1) if has else 1,
-            )
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        w, h = opened.size
+        orientation = 1
+        # Of a PNG without it, Pillow would look for EXIF behind the pixels.
+        if opened.format != "PNG" or "exif" in opened.info:
+            orientation = opened.getexif().get(_ORIENTATION, 1)
+        return h, w, _MODES.get(opened.mode, opened.mode), orientation
 
 
 def report(
@@ -547,21 +341,19 @@ def report(
 
 
 def _rows(facts: Sequence[tuple[str, str]]) -> Iterator[str]:
+    width = max(12, *(len(what) for what, _ in facts))
     for what, value in facts:
-        yield f"  {what:<14}{value}".rstrip()
+        yield f"  {what:<{width}}  {value}".rstrip()
 
 
 def _facts(seen: Look) -> list[tuple[str, str]]:
     """What to say of a split: (what, value) a line; further lines of one have no name."""
-    source, examples = seen.source, seen.examples
-    read = [example for example in examples if example.format]
-    heads = [example.header for example in examples if example.header]
+    source, heads, n = seen.source, seen.headers, len(seen.indices)
     total = f"{len(source):,}" if isinstance(source, Sized) else "endless"
-    facts = [("examples", total if seen.whole else f"{total}; {len(examples)} were looked at")]
+    facts = [("examples", total if seen.whole else f"{total}; {n:,} were looked at")]
     facts += _classes(seen)
-    formats = collections.Counter(example.format for example in read)
-    facts.append(("formats", _counted(formats)))
-    of = "" if len(heads) == len(examples) else f" (of {len(heads):,} sampled)"
+    facts.append(("formats", _counted(seen.formats)))
+    of = "" if len(heads) == n else f" (of {len(heads):,} sampled)"
     if heads:
         sizes = {"h": [head[0] for head in heads], "w": [head[1] for head in heads]}
         told = "; ".join(
@@ -582,15 +374,15 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
         if other:
             what = f"{other:,} of {len(heads):,} sampled are upside down or mirrored; exif likewise"
             facts.append(("orientation", what))
-    size = sum(example.bytes for example in read)
-    facts.append(("bytes", f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,}"))
-    passed = getattr(_inner(source), "passed_over", None)
+    size = f"{seen.bytes / 1e6:,.1f} MB" if seen.bytes >= 1e5 else f"{seen.bytes:,}"
+    facts.append(("bytes", size))
+    passed = getattr(inner_source(source), "passed_over", None)
     if passed:
         facts.append(("passed over", str(passed)))
         facts += [("", f"{name}: {why}") for name, why in passed.files[:5]]
     if seen.bad:
         facts.append(("unreadable", f"{len(seen.bad):,} found; {seen.decoded:,} were decoded"))
-        facts += [("", f"{name}: {why}") for name, why in list(seen.bad.items())[:5]]
+        facts += [("", seen.bad[index]) for index in sorted(seen.bad)[:5]]
     facts += _again(seen)
     rate = f"{seen.decoded / max(seen.seconds, 1e-9):,.0f} images/s on one thread"
     facts.append(("time to read", f"{rate} (measured here, {seen.decoded:,} images)"))
@@ -608,7 +400,7 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
     masks, several = (getattr(source, name, False) for name in ("masks", "multi_label"))
     kind = " for each pixel" * masks + ", several or none an image" * several
     told = f"{len(names):,}{kind}: in {_range(counts)} images each, median {np.median(counts):,.0f}"
-    told += "" if seen.whole else f" (of {len(seen.examples):,})"
+    told += "" if seen.whole else f" (of {len(seen.indices):,})"
     pairs = [f"{name}: {count:,}" for name, count in zip(names, counts.tolist(), strict=True)]
     facts = [("classes", told), ("", ", ".join(pairs[:10]) + ", ..." * (len(pairs) > 10))]
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
@@ -619,12 +411,12 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
         facts.append(("", "one class alone: nothing to tell apart"))
     odd = [
         (index, label)
-        for index, example in zip(seen.indices, seen.examples, strict=True)
-        for label in _tuple(example.label)
+        for index, labels in zip(seen.indices, seen.labels, strict=True)
+        for label in _tuple(labels)
         if not 0 <= label < len(names)
     ]
     if odd:
-        which = f"{_name(source, odd[0][0], 'file')} has {odd[0][1]}"
+        which = f"{name_of(source, odd[0][0], 'file')} has {odd[0][1]}"
         facts.append(("", f"{len(odd):,} labels are of no class: {which}"))
     return facts
 
@@ -635,18 +427,18 @@ def _again(seen: Look) -> list[tuple[str, str]]:
         return [("duplicates", "not looked for: images are made by a formula")]
     groups = duplicates(seen.hashes)
     if not groups:
-        return [("duplicates", "none")]
+        return [("duplicates", "none, byte for byte")]
     count = sum(map(len, groups))
-    first = ", ".join(_name(seen.source, i, "file") for i in groups[0][:3])
+    first = ", ".join(name_of(seen.source, i, "file") for i in groups[0][:3])
     more = ", ..." * (len(groups[0]) > 3)
     facts = [("duplicates", f"{count:,} images are but {len(groups):,}, such as {first}{more}")]
-    torn = [g for g in groups if len({seen.examples[i].label for i in g}) > 1]
+    torn = [g for g in groups if len({seen.labels[i] for i in g}) > 1]
     if torn:
         facts.append(("", f"{len(torn):,} of the {len(groups):,} with DIFFERENT labels:"))
     for group in torn[:5]:
-        told = {seen.examples[i].label: i for i in reversed(group.tolist())}
+        told = {seen.labels[i]: i for i in reversed(group.tolist())}
         names = [
-            f"{_name(seen.source, i, 'file')} is {said(seen.source, label)}"
+            f"{name_of(seen.source, i, 'file')} is {said(seen.source, label)}"
             for label, i in sorted(told.items(), key=lambda pair: pair[1])
         ]
         facts.append(("", "; ".join(names[:4])))
@@ -665,20 +457,20 @@ def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
     for one, other in itertools.combinations(looks, 2):
         a, b = looks[one], looks[other]
         title = f"{one}, {other}"
-        kinds = [{e.format == "pixels" for e in seen.examples if e.format} for seen in (a, b)]
+        kinds = [{kind == "pixels" for kind in seen.formats} for seen in (a, b)]
         if not (a.whole and b.whole):
             facts.append((title, "not compared: images are made by a formula"))
         elif kinds[0] != kinds[1]:
             facts.append((title, "not compared: pixels with files"))
         else:
             first, second = shared(a.hashes, b.hashes)
-            told = "no image is in both"
+            told = "no image is in both, byte for byte"
             if len(second):
-                names = f"{_name(a.source, first[0])} and {_name(b.source, second[0])}"
-                told = f"{len(second):,} of the {len(b.examples):,} images of {other} are in {one}"
+                names = f"{name_of(a.source, first[0])} and {name_of(b.source, second[0])}"
+                told = f"{len(second):,} of the {len(b.indices):,} images of {other} are in {one}"
                 told += f" too, such as {names}"
                 torn = sum(
-                    said(a.source, a.examples[i].label) != said(b.source, b.examples[j].label)
+                    said(a.source, a.labels[i]) != said(b.source, b.labels[j])
                     for i, j in zip(first, second, strict=True)
                 )
                 told += f"; {torn:,} with DIFFERENT labels" if torn else ""
@@ -686,22 +478,14 @@ def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
     return facts
 
 
-def mapping_lines(source: Source, labels: tuple[str, ...]) -> list[str]:
+def mapping_lines(source: Source, labels: tuple[str, ...], how: How = None) -> list[str]:
     """Which class of a model each class of a source is.
 
     Raises:
       UserError: they do not fit.
     """
-    # The one place that asks how classes are matched.
-    mapped = with_labels(source, labels)
-    names = source.label_names
-    classes = getattr(mapped, "classes", range(len(names)))
-    pairs = [(name, labels[c], c) for name, c in zip(names, classes, strict=True)]
-    other = [pair for pair in pairs if pair[0] != pair[1]]
-    facts = [
-        f"{len(pairs) - len(other):,} of {len(pairs):,} classes have the same name in the model, "
-        f"which has {len(labels):,}"
-    ]
-    facts += [f"{name} -> {known} (class {number})" for name, known, number in other or pairs[:10]]
-    facts += ["..."] * (not other and len(pairs) > 10)
+    matched = match(source.label_names, labels, how)
+    facts = [f"{len(matched.names):,} of the model's {len(labels):,}, {matched.rule}"]
+    other = [pair for pair in matched.pairs.items() if pair[0] != pair[1]]
+    facts += [f"{name} -> {label}" for name, label in other]
     return [f"  {fact}" for fact in facts]

@@ -26,7 +26,7 @@ from jaxtyping import UInt64
 
 from vit_jax.data.archives import TarSource, open_tar
 from vit_jax.data.classes import with_labels
-from vit_jax.data.describe import content, image_hash, shared
+from vit_jax.data.contents import content, image_hash, shared
 from vit_jax.data.examples import write_example
 from vit_jax.data.files import WHOLE, PassedOver, open_file
 from vit_jax.data.images import BadImage, decode, encode
@@ -261,7 +261,7 @@ def _refuse_again(
         raise UserError(
             f"{plan['source']} as split {split!r} is the same images as split {name!r} of "
             f"{dst}{note}: say which part each split is, such as --part={base}[:90%] for one and "
-            f"--part={base}[90%:] for the other, or --part=FOLDER"
+            f"--part={base}[90%:] for the other, or --part=NAME of another folder or split"
         )
 
 
@@ -289,7 +289,9 @@ def _say_shared(dst: str, split: str) -> None:
             logger.warning("splits %r and %r of %s were not compared: %s", split, name, dst, found)
         elif found:
             logger.warning(
-                "%s images of split %r of %s are in split %r too", f"{found:,}", split, dst, name
+                "%s images of split %r of %s are in split %r too: delete one of the two, "
+                "and prepare it from another --part",
+                *(f"{found:,}", split, dst, name),
             )
 
 
