@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import logging
 import lzma
 import os
@@ -47,10 +48,6 @@ class Match:
 
     rows: list[int | None]
     keys: list[str]
-
-    @property
-    def count(self) -> int:
-        return sum(row is not None for row in self.rows)
 
 
 def options(argument: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
@@ -183,13 +180,22 @@ def image_columns(table: Table, tried: Iterable[str], names: Sequence[str]) -> d
     Raises:
       UserError: columns that name them differently, or an image that has two rows.
     """
+    cells = {name: [_plain(cell) for cell in table.columns[name]] for name in tried}
+    firsts = {name: _first_rows(each) for name, each in cells.items()}
+    best: dict[str, tuple[int, list[int | None], Callable[[str], str]]] = {}
+    for wanted, key in _keys_of(names):
+        for name, first in firsts.items():
+            most = best[name][0] if name in best else 0
+            if most < len(names):
+                by_key = _first_rows(map(key, first), first.values())
+                rows = [by_key.get(each) for each in wanted]
+                if (count := len(rows) - rows.count(None)) > most:
+                    best[name] = count, rows, key
     ranks, found = {}, {}
-    for name in tried:
-        match = _match(table.columns[name], names)
-        if match:
-            ending = any(_stem(cell) != cell for cell in table.columns[name])
-            ranks[name] = match.count, name.lower() not in LABEL_COLUMNS, ending
-            found[name] = match
+    for name, (count, rows, key) in best.items():
+        ending = any(_stem(cell) != cell for cell in firsts[name])
+        ranks[name] = count, name.lower() not in LABEL_COLUMNS, ending
+        found[name] = Match(rows, [key(cell) for cell in cells[name]])
     found = {name: match for name, match in found.items() if ranks[name] == max(ranks.values())}
     if any(match.rows != next(iter(found.values())).rows for match in found.values()):
         raise UserError(
@@ -199,44 +205,52 @@ def image_columns(table: Table, tried: Iterable[str], names: Sequence[str]) -> d
     return found
 
 
-def _match(cells: Sequence[str], names: Sequence[str]) -> Match | None:
-    """The rows of the images by the rule that finds most of them; None if none does."""
-    cells = [cell.replace("\\", "/").removeprefix("./") for cell in cells]
-    names = [name.removeprefix("./") for name in names]
-    folder = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
-    below = len(folder) + 1 if folder else 0
-    best = None
-    rules: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
-        (str, str),
-        (lambda name: name[below:], str),
-        (os.path.basename, os.path.basename),
-        (_stem, str),
-        (lambda name: _stem(name[below:]), str),
-        (lambda name: _stem(os.path.basename(name)), os.path.basename),
-    ]
-    for of_name, of_cell in rules:
-        for ending in (str, _lower_ending):
-            wanted = [ending(of_name(name)) for name in names]
-            if len(set(wanted)) < len(wanted):
-                continue
-            keys = [ending(of_cell(cell)) for cell in cells]
-            first: dict[str, int] = {}
-            for row, key in enumerate(keys):
-                first.setdefault(key, row)
-            found = Match([first.get(key) for key in wanted], keys)
-            if found.count > (best.count if best else 0):
-                best = found
-    return best
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _stem(name: str) -> str:
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in SUFFIXES else name
+    stem, dot, ending = name.rpartition(".")
+    return stem if stem and (dot + ending).lower() in SUFFIXES else name
 
 
 def _lower_ending(name: str) -> str:
-    stem, ending = os.path.splitext(name)
-    return stem + ending.lower()
+    stem, dot, ending = name.rpartition(".")
+    return name if "/" in ending else stem + dot + ending.lower()
+
+
+# What an image is called, from its path below the folder that all share, and a cell.
+_RULES: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
+    (str, str),
+    (_base, _base),
+    (_stem, str),
+    (lambda name: _stem(_base(name)), _base),
+)
+
+
+def _keys_of(names: Sequence[str]) -> Iterator[tuple[list[str], Callable[[str], str]]]:
+    """What the images may be called, by rules under which all differ; and a cell's key by each."""
+    names = [_plain(name) for name in names]
+    folder = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
+    below = [name[len(folder) + 1 :] for name in names] if folder else names
+    for of_name, of_cell in _RULES:
+        for start in (names, below) if folder and of_cell is str else (names,):
+            for ending in (str, _lower_ending):
+                keys = [ending(of_name(name)) for name in start]
+                if len(set(keys)) == len(keys):
+                    yield keys, lambda cell, of=of_cell, end=ending: end(of(cell))
+
+
+def _plain(cell: str) -> str:
+    return cell.replace("\\", "/").removeprefix("./").lstrip("/")
+
+
+def _first_rows(keys: Iterable[str], rows: Iterable[int] | None = None) -> dict[str, int]:
+    """Key -> its first row."""
+    found: dict[str, int] = {}
+    for key, row in zip(keys, itertools.count() if rows is None else rows, strict=False):
+        found.setdefault(key, row)
+    return found
 
 
 def label_column(table: Table, said: str | None, others: Collection[str], how: str) -> str:
