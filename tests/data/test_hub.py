@@ -185,6 +185,7 @@ def test_what_is_not_sure_is_refused(tmp_path):
         shard(file, [0], fields.pop("labels", [0]), **fields)
         with pytest.raises(UserError, match=message):
             open_source(spec, "train")
+    card(tmp_path, {})
     for data, message in (
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS has not fetched"),
         (b"PAR1", "cannot be read"),

@@ -89,6 +89,11 @@ CASES = {
         ["v_1.JPEG", "v_2.JPEG"],
         ["n01440764", "n03995372"],
     ),
+    "a file name twice, elsewhere": (
+        "a/1.jpg,cat\nb/2.jpg,dog\nc/1.jpg,ox\n",
+        ["a/1.jpg", "b/2.jpg"],
+        ["cat", "dog"],
+    ),
     "labels that are other images' names": (
         "image,label\n1.jpg,2\n2.jpg,1\n",
         ["1.jpg", "2.jpg"],
@@ -123,6 +128,11 @@ def test_labels_of_these(tmp_path, case):
         ("1 1\n2 2\n", "'1 1' may be a class, or an image and its class"),
         ("a.jpg cat\ndog\n", "'dog' names no image and class"),
         ("a,cat\n", "says nothing of 1 images, such as 'b.jpg'"),
+        ("a.png,cat\nb.jpg,dog\n", r"says nothing of 1 images, such as 'a.jpg' .column '1' names"),
+        (
+            "x/a.jpg,cat\ny/a.jpg,dog\nb.jpg,dog\n",
+            "line 2: 'y/a.jpg' is 'dog', but 'cat' in line 1",
+        ),
         ("a,cat\nb,\n", "line 2: 'b' has no label"),
         ("a,cat\nb,dog\na,ox\n", "line 3: 'a' is 'ox', but 'cat' in line 1"),
         ("image,sex,age\na,m,1\nb,f,2\n", r"2 columns that may be labels .*,label=sex"),

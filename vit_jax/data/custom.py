@@ -207,8 +207,8 @@ def _called(argument: str, split: str) -> Any:
     fingerprint = getattr(given, "fingerprint", None)
     if not isinstance(fingerprint, str) or not fingerprint:
         raise UserError(
-            f"{where}: fingerprint is {fingerprint!r}; expected text that changes when the examples "
-            "do, so that no run goes on with other data than it began with"
+            f"{where}: fingerprint is {fingerprint!r}; expected text that changes when the "
+            "examples do, so that no run goes on with other data than it began with"
         )
     return given
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import logging
 import lzma
 import os
@@ -34,6 +35,19 @@ _LABELLED = re.compile(
 )
 _BOXES = re.compile(r"(n\d{8}( -?\d+){4}\s*)+")
 _NUMBER = re.compile(r"0|[1-9]\d{0,7}", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """How a column names images.
+
+    Attributes:
+      rows: the first row of each image, None where there is none.
+      keys: what the cells were compared by, so that rows of one key are of one image.
+    """
+
+    rows: list[int | None]
+    keys: list[str]
 
 
 def options(argument: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
@@ -90,22 +104,22 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
     file, told = options(path, ("image", "label"))
     if not os.path.exists(file):
         raise UserError(f"there is no file of labels {file!r}")
-    table, rows = _label_table(file, names, told)
-    if rows is None:
+    table, images = _label_table(file, names, told)
+    if images is None:
         return _in_order(file, list(table.columns["1"]), names)
-    image = next(iter(rows))
-    missing = [name for name, row in zip(names, rows[image], strict=True) if row is None]
+    image, match = next(iter(images.items()))
+    missing = [name for name, row in zip(names, match.rows, strict=True) if row is None]
     if missing:
         raise UserError(
             f"{path} says nothing of {len(missing)} images, such as {missing[0]!r} (column "
             f"{image!r} names the images)"
         )
-    labels = table.columns[label_column(table, told.get("label"), rows, f"--labels={file}")]
+    labels = table.columns[label_column(table, told.get("label"), images, f"--labels={file}")]
     if all(_stem(label) != label for label in labels):
         raise UserError(f"{path} has files such as {labels[0]!r} for labels")
     labels = _classes_of_boxes(table, labels)
-    found = _labels_of(table, labels, rows[image], names, image)
-    used = len(set(rows[image]))
+    found = _labels_of(table, labels, match, image)
+    used = len(set(match.rows))
     if used < len(table):
         logger.info("%s: %d of %d rows are of other images", path, len(table) - used, len(table))
     return found
@@ -113,15 +127,15 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
 
 def _label_table(
     path: str, names: Sequence[str], told: Mapping[str, str]
-) -> tuple[Table, dict[str, list[int | None]] | None]:
+) -> tuple[Table, dict[str, Match] | None]:
     """A table and its columns that name the images; None for these where it is a plain list."""
     plain = read_table(path, "file of labels")
     for table in (plain, *_divided_by_spaces(plain)):
         if "image" in told and told["image"] not in table.columns and not table.header:
             table = table.headed()
         tried = [table.known(told["image"])] if "image" in told else list(table.columns)
-        rows = image_columns(table, tried, names)
-        if rows:
+        found = image_columns(table, tried, names)
+        if found:
             break
     else:
         if list(plain.columns) == ["1"] and not plain.header and not told:
@@ -129,10 +143,13 @@ def _label_table(
         raise UserError(
             f"{path}: no column names images such as {names[0]!r}: found {plain.summary()}"
         )
-    if not table.header and 0 not in next(iter(rows.values())) and len(table) > 1:
-        table = table.headed()
-        rows = image_columns(table, [list(table.columns)[int(name) - 1] for name in rows], names)
-    return table, rows
+    column, match = next(iter(found.items()))
+    if not table.header and set(match.rows).isdisjoint((0, None)):
+        if _stem(table.columns[column][0]) == table.columns[column][0]:
+            table = table.headed()
+            tried = [list(table.columns)[int(name) - 1] for name in found]
+            found = image_columns(table, tried, names)
+    return table, found
 
 
 def _divided_by_spaces(table: Table) -> Iterator[Table]:
@@ -154,10 +171,8 @@ def _divided_by_spaces(table: Table) -> Iterator[Table]:
             yield dataclasses.replace(table, columns=columns)
 
 
-def image_columns(
-    table: Table, tried: Iterable[str], names: Sequence[str]
-) -> dict[str, list[int | None]]:
-    """Which columns name the images: column -> the row of each image, None where there is none.
+def image_columns(table: Table, tried: Iterable[str], names: Sequence[str]) -> dict[str, Match]:
+    """Which columns name the images, and how.
 
     Those that name most of them, and in the same rows; columns called "label" and the like only
     where there is no other, and "1" only where no other has "1.jpg".
@@ -165,15 +180,24 @@ def image_columns(
     Raises:
       UserError: columns that name them differently, or an image that has two rows.
     """
+    cells = {name: [_plain(cell) for cell in table.columns[name]] for name in tried}
+    firsts = {name: _first_rows(each) for name, each in cells.items()}
+    best: dict[str, tuple[int, list[int | None], Callable[[str], str]]] = {}
+    for wanted, key in _keys_of(names):
+        for name, first in firsts.items():
+            most = best[name][0] if name in best else 0
+            if most < len(names):
+                by_key = _first_rows(map(key, first), first.values())
+                rows = [by_key.get(each) for each in wanted]
+                if (count := len(rows) - rows.count(None)) > most:
+                    best[name] = count, rows, key
     ranks, found = {}, {}
-    for name in tried:
-        rows = _rows_of(table.columns[name], names)
-        if rows:
-            ending = any(_stem(cell) != cell for cell in table.columns[name])
-            ranks[name] = _count(rows), name.lower() not in LABEL_COLUMNS, ending
-            found[name] = rows
-    found = {name: rows for name, rows in found.items() if ranks[name] == max(ranks.values())}
-    if any(rows != next(iter(found.values())) for rows in found.values()):
+    for name, (count, rows, key) in best.items():
+        ending = any(_stem(cell) != cell for cell in firsts[name])
+        ranks[name] = count, name.lower() not in LABEL_COLUMNS, ending
+        found[name] = Match(rows, [key(cell) for cell in cells[name]])
+    found = {name: match for name, match in found.items() if ranks[name] == max(ranks.values())}
+    if any(match.rows != next(iter(found.values())).rows for match in found.values()):
         raise UserError(
             f"{table.path}: columns {' and '.join(map(repr, found))} both name the images, "
             "differently: say image=COLUMN"
@@ -181,47 +205,52 @@ def image_columns(
     return found
 
 
-def _count(rows: Sequence[int | None]) -> int:
-    return sum(row is not None for row in rows)
-
-
-def _rows_of(cells: Sequence[str], names: Sequence[str]) -> list[int | None] | None:
-    """The first row of each image, by the rule that finds most of them; None if none does."""
-    cells = [cell.replace("\\", "/").removeprefix("./") for cell in cells]
-    names = [name.removeprefix("./") for name in names]
-    folder = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
-    below = len(folder) + 1 if folder else 0
-    best: list[int | None] | None = None
-    rules: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
-        (str, str),
-        (lambda name: name[below:], str),
-        (os.path.basename, os.path.basename),
-        (_stem, str),
-        (lambda name: _stem(name[below:]), str),
-        (lambda name: _stem(os.path.basename(name)), os.path.basename),
-    ]
-    for of_name, of_cell in rules:
-        for ending in (str, _lower_ending):
-            keys = [ending(of_name(name)) for name in names]
-            if len(set(keys)) < len(keys):
-                continue
-            rows = {}
-            for row, cell in enumerate(cells):
-                rows.setdefault(ending(of_cell(cell)), row)
-            found = [rows.get(key) for key in keys]
-            if _count(found) > (_count(best) if best else 0):
-                best = found
-    return best
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _stem(name: str) -> str:
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in SUFFIXES else name
+    stem, dot, ending = name.rpartition(".")
+    return stem if stem and (dot + ending).lower() in SUFFIXES else name
 
 
 def _lower_ending(name: str) -> str:
-    stem, ending = os.path.splitext(name)
-    return stem + ending.lower()
+    stem, dot, ending = name.rpartition(".")
+    return name if "/" in ending else stem + dot + ending.lower()
+
+
+# What an image is called, from its path below the folder that all share, and a cell.
+_RULES: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
+    (str, str),
+    (_base, _base),
+    (_stem, str),
+    (lambda name: _stem(_base(name)), _base),
+)
+
+
+def _keys_of(names: Sequence[str]) -> Iterator[tuple[list[str], Callable[[str], str]]]:
+    """What the images may be called, by rules under which all differ; and a cell's key by each."""
+    names = [_plain(name) for name in names]
+    folder = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
+    below = [name[len(folder) + 1 :] for name in names] if folder else names
+    for of_name, of_cell in _RULES:
+        for start in (names, below) if folder and of_cell is str else (names,):
+            for ending in (str, _lower_ending):
+                keys = [ending(of_name(name)) for name in start]
+                if len(set(keys)) == len(keys):
+                    yield keys, lambda cell, of=of_cell, end=ending: end(of(cell))
+
+
+def _plain(cell: str) -> str:
+    return cell.replace("\\", "/").removeprefix("./").lstrip("/")
+
+
+def _first_rows(keys: Iterable[str], rows: Iterable[int] | None = None) -> dict[str, int]:
+    """Key -> its first row."""
+    found: dict[str, int] = {}
+    for key, row in zip(keys, itertools.count() if rows is None else rows, strict=False):
+        found.setdefault(key, row)
+    return found
 
 
 def label_column(table: Table, said: str | None, others: Collection[str], how: str) -> str:
@@ -245,31 +274,20 @@ def label_column(table: Table, said: str | None, others: Collection[str], how: s
     )
 
 
-def _labels_of(
-    table: Table,
-    labels: Sequence[str],
-    rows: Sequence[int | None],
-    names: Sequence[str],
-    image: str,
-) -> list[str]:
+def _labels_of(table: Table, labels: Sequence[str], match: Match, image: str) -> list[str]:
     """The label of each image. UserError: an empty one, or two of one image."""
-    same: dict[str, int] = {}
-    used = set(rows)
-    base = {os.path.basename(table.columns[image][row].replace("\\", "/")) for row in used}
-    by_path = any("/" in name for name in names) and len(base) < len(used)
-    for row, cell in enumerate(table.columns[image]):
-        key = cell.replace("\\", "/").removeprefix("./")
-        key = _lower_ending(key if by_path else os.path.basename(key))
-        other = same.setdefault(key, row)
-        if labels[other] != labels[row] and {row, other} & used:
+    names, first = table.columns[image], {match.keys[row]: row for row in match.rows}
+    for row, key in enumerate(match.keys):
+        other = first.get(key, row)
+        if labels[other] != labels[row]:
             raise UserError(
-                f"{table.at(row)}: {cell!r} is {labels[row]!r}, but {labels[other]!r} in line "
-                f"{table.lines[other]}"
+                f"{table.at(row)}: {names[row]!r} is {labels[row]!r}, but {labels[other]!r} in "
+                f"line {table.lines[other]}"
             )
-    for row in rows:
+    for row in match.rows:
         if not labels[row] or labels[row].lower() == "nan":
-            raise UserError(f"{table.at(row)}: {table.columns[image][row]!r} has no label")
-    return [labels[row] for row in rows]
+            raise UserError(f"{table.at(row)}: {names[row]!r} has no label")
+    return [labels[row] for row in match.rows]
 
 
 def _classes_of_boxes(table: Table, labels: tuple[str, ...]) -> tuple[str, ...]:
