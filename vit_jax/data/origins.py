@@ -25,7 +25,7 @@ ORIGINS = {
 }
 _MOST = 200  # characters of a class name
 _SEVERAL = re.compile(r"[\d.+-]+([\s,;]+[\d.+-]+)+")
-_WORDNET = re.compile(r"[nvars]\d{8}")
+_WORDNET = re.compile(r"n\d+")
 
 
 class Wrong(str):
