@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import json
+import re
 import tarfile
+import zipfile
 
 import numpy as np
 import PIL.Image
@@ -234,3 +237,54 @@ def test_other_labels_are_another_data_set(tmp_path):
     (tmp_path / "third").write_text("0.jpg,cat\n1.jpg,cat\n2.jpg,dog\n3.jpg,\n")
     with pytest.raises(UserError, match=r"'3\.jpg,' names no image and class"):
         prepare(str(tmp_path / "a.tar"), str(tmp_path / "x"), labels=str(tmp_path / "third"))
+
+
+def test_what_was_passed_over_is_listed_by_prepare(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    members = {f"{c}/{i}.jpg": Files()[i]["image"] for i, c in enumerate("aabb")}
+    others = {"a/x.txt": "of no known format (.txt)", "b/@eaDir/0.jpg": "of a folder @eaDir"}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in [*members.items(), *((name, b"text") for name in others)]:
+            archive.writestr(name, data)
+            path = tmp_path / "pets" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    for src, named in {"a.zip": f"{tmp_path}/a.zip: ", "pets": ""}.items():
+        dst = tmp_path / f"from {src}"
+        assert prepare(str(tmp_path / src), str(dst))["examples"] == 4
+        found = open_source(f"records:{dst}", "train")
+        assert [(found[i]["image"], found[i]["label"]) for i in range(4)] == [
+            (data, "ab".index(name[0])) for name, data in members.items()
+        ]
+        listed = (dst / "passed_over_train.jsonl").read_text().splitlines()
+        listed = {each["name"]: each["why"] for each in map(json.loads, listed)}
+        whole = "b/@eaDir/" if src == "pets" else "b/@eaDir/0.jpg"
+        assert listed == {
+            f"{named}a/x.txt": others["a/x.txt"],
+            f"{named}{whole}": "of a folder @eaDir",
+        }
+        assert re.search(rf"2 files passed over: 1 of .*, 1 of .*, listed in {dst}", caplog.text)
+    assert f"{tmp_path}/pets has no folder 'train': all of it is taken" in caplog.text
+    assert f"{tmp_path}/a.zip: all of it is taken" in caplog.text
+    monkeypatch.setattr("vit_jax.data.files.PassedOver.MOST", 1)
+    prepare(str(tmp_path / "a.zip"), str(tmp_path / "third"))
+    lines = (tmp_path / "third/passed_over_train.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1]) == {"more": 1}
+
+
+def test_several_labels_go_into_no_shard(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jpg", Files()[0]["image"])
+        archive.writestr("a.json", '{"label": [2, 1]}')
+    with pytest.raises(UserError, match="has several labels or none"):
+        prepare(str(tmp_path / "a.zip"), str(tmp_path / "out"))
+
+
+def test_folders_called_like_splits_are_prepared_if_they_are_classes(tmp_path):
+    for name in ("train/1.jpg", "test/2.jpg"):
+        (tmp_path / "trips" / name).parent.mkdir(parents=True)
+        (tmp_path / "trips" / name).write_bytes(Files()[0]["image"])
+    src, dst = str(tmp_path / "trips"), str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--part=test.*or, if they are classes, .*,label=folder"):
+        prepare(src, dst, split="x")
+    assert prepare(f"{src},label=folder", dst, split="x")["label_names"] == ["test", "train"]

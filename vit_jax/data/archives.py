@@ -275,30 +275,33 @@ def _listed(path: str, number: int, split: str, key: str, passed: PassedOver) ->
     rows, beside, paths = _Rows(), Beside(key), []
     folder_name, low, high = parse_split(split)
     for member in members(path):
-        found = _below(member.path, folder_name)
+        where = member.path
+        found = _below(where, folder_name)
         if found is None:
             continue
         ending = os.path.splitext(member.name)[1].lower()
-        why = out_of_the_way(member.path) or member.why
+        why = out_of_the_way(where) or member.why
         if why is None and ending[1:] in BESIDE:
-            beside.add(member.path, member.read)
+            beside.add(where, member.read)
             continue
         if why is None and ending not in SUFFIXES:
             seen = ending not in TEXTS and member.size and sniff(member.read(32))
-            why = None if seen else unknown_format(member.name) if member.size else "empty"
+            why = None if seen else unknown_format(where) if member.size else "empty"
         if why is not None:
-            passed.add(f"{path}: {member.path}", why)
+            passed.add(f"{path}: {where}", why)
             if not why.startswith("of a folder"):
                 rows.lost.add(os.path.dirname(found[1]))
-        elif low <= percentile(member.name) < high:
+        elif (low, high) == (0, 100) or low <= percentile(member.name) < high:
             rows.add(number, member, *found)
-            paths.append(member.path)
+            paths.append(where)
     if len(set(paths)) < len(paths):
         twice = next(one for one, count in collections.Counter(paths).items() if count > 1)
         raise UserError(f"{path} has {twice} twice, and which one counts is not certain")
-    for one in paths:
-        for kind, said in beside.of(one).items():
-            rows.said[kind].append(said)
+    for one in beside.alone(paths) if (low, high) == (0, 100) else ():
+        passed.add(f"{path}: {one}", unknown_format(one))
+        rows.lost.add(os.path.dirname(_below(one, folder_name)[1]))
+    for kind, column in rows.said.items():
+        column.extend(beside.of(kind, paths))
     rows.other_keys = beside.other_keys
     return rows
 

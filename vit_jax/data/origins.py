@@ -25,7 +25,7 @@ ORIGINS = {
 }
 _MOST = 200  # characters of a class name
 _SEVERAL = re.compile(r"[\d.+-]+([\s,;]+[\d.+-]+)+")
-_WORDNET = re.compile(r"[nvars]\d{8}")
+_WORDNET = re.compile(r"n\d+")
 
 
 class Wrong(str):
@@ -48,11 +48,12 @@ class Beside:
     def __init__(self, key: str = "label"):
         self._key = key
         self._said: dict[str, dict[str, Said]] = {kind: {} for kind in BESIDE}
-        self._sample: dict[str, dict[str, str]] = {kind: {} for kind in BESIDE}
-        self._taken: dict[str, str] = {}
+        self._samples: dict[str, dict[str, str]] = {kind: {} for kind in BESIDE}
+        self._paths: list[str] = []
         self.other_keys: tuple[str, ...] = ()  # of a .json without a label
 
     def add(self, path: str, read: Callable[[int], bytes]) -> None:
+        self._paths.append(path)
         stem, ending = os.path.splitext(path)
         kind = ending[1:].lower()
         text = read(2**20).decode("utf-8", "replace").lstrip("\ufeff").strip()
@@ -61,23 +62,31 @@ class Beside:
             return
         twice = stem in self._said[kind]
         self._said[kind][stem] = Wrong(f"is there twice: {path}") if twice else said
-        self._sample[kind].setdefault(_sample(path), path)
+        self._samples[kind].setdefault(_sample(path), path)
 
-    def of(self, path: str) -> dict[str, Said]:
-        """What the files beside an image say, by kind; each image is to be asked for once."""
-        stem = os.path.splitext(path)[0]
-        other = self._taken.setdefault(stem, path)
-        found: dict[str, Said] = {}
-        for kind in BESIDE:
-            said = self._said[kind].get(stem)
-            if said is not None and other != path:
-                said = Wrong(f"is also that of {other}")
-            elif said is None and (file := self._sample[kind].get(_sample(path))):
-                said = Wrong(
+    def of(self, kind: str, paths: Sequence[str]) -> list[Said]:
+        """What the files of that kind say of the images at these paths, all that there are."""
+        said, samples = self._said[kind], self._samples[kind]
+        if not said:
+            return [None] * len(paths)
+        found: list[Said] = []
+        taken: dict[str, str] = {}
+        for path in paths:
+            stem = os.path.splitext(path)[0]
+            one, other = said.get(stem), taken.setdefault(stem, path)
+            if one is not None and other != path:
+                one = Wrong(f"is also that of {other}")
+            elif one is None and (file := samples.get(_sample(path))):
+                one = Wrong(
                     f"may be {file}, or not: the names agree up to the first full stop alone"
                 )
-            found[kind] = said
+            found.append(one)
         return found
+
+    def alone(self, paths: Sequence[str]) -> list[str]:
+        """The files that are beside none of the images at these paths."""
+        samples = set(map(_sample, paths)) if self._paths else set()
+        return [path for path in self._paths if _sample(path) not in samples]
 
     def _of_json(self, text: str) -> Said:
         try:
@@ -161,7 +170,7 @@ def choose(
     if any(isinstance(one, tuple) for one in column):
         column = [one if isinstance(one, tuple) else (one,) for one in column]
         distinct = {label for one in column for label in one}
-        if {len(one) for one in column} == {2} and distinct == {"0", "1"}:
+        if set(column) == {("0", "1"), ("1", "0")}:
             raise UserError(
                 f"{where}: the labels are [0, 1] or [1, 0] of every image: are they one-hot? "
                 "Expected the numbers or names of classes"

@@ -193,15 +193,15 @@ def prepare(
 def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[Source, bool]:
     """Opens what is to be prepared; and says whether it can only be read in order."""
     kind, _, argument = src.partition(":")
-    if os.path.isdir(src):
-        here = os.path.isdir(os.path.join(src, split))
+    if os.path.isdir(path := src.removesuffix(",label=folder")):
+        here = os.path.isdir(os.path.join(path, split))
         source = open_source(f"folder:{src}", part or (split if here else WHOLE))
         if not (part or here):
-            logger.info("%s has no folder %r: all of it is taken", src, split)
+            logger.info("%s has no folder %r: all of it is taken", path, split)
         if not (part or here or any(name.count("/") == 1 for name in source.names)):
             raise UserError(
-                f"{src} has no folder {split!r}, and its folders are no classes, which have images "
-                "in them: say which --part of it is meant"
+                f"{path} has no folder {split!r}, and its folders are no classes, which have "
+                "images in them: say which --part of it is meant"
             )
     elif kind in ("tar", "zip") or kind not in SOURCES:
         source = open_tar(src if kind not in SOURCES else argument, part or WHOLE, labels)
