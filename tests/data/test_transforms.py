@@ -475,7 +475,8 @@ def test_a_file_that_is_no_image_is_refused(tmp_path, kind):
         path.write_bytes(path.read_bytes()[:5000])
     elif kind == "a folder":
         path.mkdir()
-    message = "there is no image file" if kind == "missing" else "is no readable image"
+    message = {"missing": "there is no image file", "a folder": "is a folder: name the image"}
+    message = message.get(kind, "is no readable image")
     with pytest.raises(UserError, match=message) as raised:
         Preprocess((8, 8))(path)
     assert str(path) in str(raised.value)
@@ -493,5 +494,5 @@ def test_a_file_that_is_no_image_is_refused(tmp_path, kind):
     ],
 )
 def test_other_inputs_are_refused(image, found):
-    with pytest.raises(UserError, match=f"expected a path, a Pillow image or uint8.*{found}"):
+    with pytest.raises(UserError, match=f"expected a path, an image file's bytes, .*{found}"):
         Preprocess((8, 8))(image)

@@ -235,11 +235,11 @@ def _no_pixels(image: Any) -> UserError:
     """What an object is that is no image, and what to do about it."""
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
     if shape is None or dtype is None:
-        found, hint = f"a {type(image).__name__}", ""
+        found, hint = type(image).__name__, ""
     else:
         found, hint = f"{dtype} {list(shape)}", ""
         if not isinstance(image, np.ndarray):
-            found, hint = f"a {type(image).__name__} of {found}", "; np.asarray makes one"
+            found, hint = f"{type(image).__name__} {found}", "; np.asarray makes one"
         elif dtype.kind == "f":
             hint = (
                 "; of floats from 0 to 1, (255 * image).round().astype('uint8') makes them, of "
