@@ -182,6 +182,17 @@ def test_the_orientation_of_a_jpeg_is_pillow_s(name):
 # -- Formats --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "TIFF"])
+def test_of_several_pictures_the_first_one_is_read(kind):
+    others = [PIL.Image.fromarray(255 - RGB), PIL.Image.fromarray(RGB // 2)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(kind, save_all=True, append_images=others, **options)
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 3
+    for exif in (False, True):
+        np.testing.assert_array_equal(decode(data, exif=exif), RGB)
+
+
 def test_avif_is_read_and_turned():
     y, x, c = np.mgrid[:40, :60, :3]
     smooth = (128 + 90 * np.sin(x / 9 + c) * np.cos(y / 7)).astype(np.uint8)
