@@ -237,6 +237,8 @@ def test_from_a_folder_of_jpegs_to_a_prediction(photos, tmp_path, capsys):
     assert main(["predict", f"--model={tmp_path / 'skip'}", "--topk=1", *files]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["labels"][0][0] for line in lines] == ["grüner Baum", "red fox"]
+    record = json.loads((tmp_path / "skip" / "model" / "model.json").read_text())
+    assert record["preprocess"]["exif"] is True  # what people photograph is turned upright
 
     (photos / "train" / "blue" / "new.jpg").write_bytes((photos / "val/blue/0.jpg").read_bytes())
     err = fails(capsys, "train", *flags[:1], f"--workdir={tmp_path / 'skip'}", *flags[2:], *skip)

@@ -1,10 +1,13 @@
 """`vit_jax.load`: a folder in, a model that is ready out."""
 
+import io
 import json
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
+from jaxtyping import TypeCheckError
 
 import vit_jax
 from vit_jax.errors import UserError
@@ -64,3 +67,56 @@ def test_what_is_wrong_is_said(tiny_run, tmp_path):
     record.write_text(json.dumps({"config": {"widht": 3}}))
     with pytest.raises(UserError, match=r"model\.json is damaged or of another version"):
         vit_jax.load(tmp_path / "run")
+
+
+def test_one_image_is_one_image_and_several_are_several(tiny_run, tmp_path):
+    vit = vit_jax.load(tiny_run[0])
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 7, 3), np.uint8)
+    pictures = [PIL.Image.fromarray(each) for each in pixels]
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    prepared = np.stack([vit.preprocess(each) for each in pixels])
+    logits = np.asarray(vit.model(prepared), np.float64)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    expected = weights / weights.sum(axis=1, keepdims=True)
+
+    def check(answers, expected):
+        assert len(answers) == len(expected)
+        for answer, probabilities in zip(answers, expected, strict=True):
+            order = np.argsort(-probabilities)[: len(answer)]
+            assert [name for name, _ in answer] == [str(i) for i in order]
+            np.testing.assert_allclose([p for _, p in answer], probabilities[order], rtol=1e-5)
+
+    ones = (paths[0], str(paths[0]), paths[0].read_bytes(), bytearray(paths[0].read_bytes()))
+    for one in (*ones, pictures[0], pixels[0]):
+        check(list(vit.predict(one, topk=3)), expected[:1])
+        check([next(vit.predict([one]))], expected[:1])
+    for several in (paths, map(str, paths), pictures, pixels, list(pixels), iter(pixels)):
+        check(list(vit.predict(several, topk=20)), expected)
+    grey = pixels[0, :, :, :1]
+    assert list(vit.predict(grey)) == list(vit.predict(grey[..., 0])) == list(vit.predict([grey]))
+
+
+@pytest.mark.parametrize("topk", [0, -1, 1.0, True, "2", None])
+def test_topk_is_a_number_of_classes(tiny_run, topk):
+    with pytest.raises((UserError, TypeCheckError), match=r"topk"):
+        vit_jax.load(tiny_run[0]).predict([], topk=topk)
+
+
+def test_what_is_no_image_is_not_predicted(tiny_run, tmp_path):
+    vit = vit_jax.load(tiny_run[0])
+    for images, why in {
+        7: r"a Pillow image or uint8 \[h w c\] pixels\) or an iterable of images, found int",
+        None: "found NoneType",
+        io.BytesIO(b"x\ny"): "found BytesIO",
+        str(tmp_path): "is a folder: name the image files in it",
+        "missing.jpg": r"there is no image file 'missing\.jpg'",
+    }.items():
+        with pytest.raises(UserError, match=why):
+            list(vit.predict(images))
+    eight_grey = np.zeros((8, 5, 9), np.uint8)
+    with pytest.raises(UserError, match=r"with 1 or 3 channels, found \[8, 5, 9\]; of several"):
+        list(vit.predict(eight_grey))
+    with pytest.raises(UserError, match=r"found float32 \[8, 8, 1\]"):
+        list(vit.predict(vit.preprocess(eight_grey[0])))

@@ -311,6 +311,32 @@ def test_a_box_of_a_jpeg_is_cut_out_of_the_very_same_pixels(path, jpeg):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["420_q60.jpg", "grey_q95.jpg", "progressive_q60.jpg"])
+def test_a_box_of_a_turned_jpeg_is_cut_out_of_the_very_same_pixels(name, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data, exif = (FILES / "jpeg" / name).read_bytes(), exif.tobytes()
+    data = data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:]
+    whole = decode(data, "fast", exif=True)
+    turns, mirrored = ((0, 0), (0, 1), (2, 0), (2, 1), (3, 1), (3, 0), (1, 1), (1, 0))[
+        orientation - 1
+    ]
+    stored = np.rot90(decode(data, "fast"), turns)
+    np.testing.assert_array_equal(whole, stored[:, ::-1] if mirrored else stored)
+    h, w, _ = whole.shape
+    for top, left, height, width in itertools.product((0, 3), (0, 5), (1, 8, h - 3), (1, w - 5)):
+        asked = []
+
+        def box(*size, asked=asked, numbers=(top, left, height, width)):
+            asked.append(size)
+            return numbers
+
+        found = decode_box(data, box, "fast", exif=True)
+        np.testing.assert_array_equal(found, whole[top : top + height, left : left + width])
+        assert asked == [(h, w)]
+
+
 def test_a_box_of_a_damaged_jpeg_is_refused_where_the_whole_is():
     data = max((path.read_bytes() for path in (FILES / "jpeg").glob("*.jpg")), key=len)
     refused = 0

@@ -475,7 +475,8 @@ def test_a_file_that_is_no_image_is_refused(tmp_path, kind):
         path.write_bytes(path.read_bytes()[:5000])
     elif kind == "a folder":
         path.mkdir()
-    message = "there is no image file" if kind == "missing" else "is no readable image"
+    message = {"missing": "there is no image file", "a folder": "is a folder: name the image"}
+    message = message.get(kind, "is no readable image")
     with pytest.raises(UserError, match=message) as raised:
         Preprocess((8, 8))(path)
     assert str(path) in str(raised.value)
@@ -493,5 +494,29 @@ def test_a_file_that_is_no_image_is_refused(tmp_path, kind):
     ],
 )
 def test_other_inputs_are_refused(image, found):
-    with pytest.raises(UserError, match=f"expected a path, a Pillow image or uint8.*{found}"):
+    with pytest.raises(UserError, match=f"expected a path, an image file's bytes, .*{found}"):
         Preprocess((8, 8))(image)
+
+
+@pytest.mark.parametrize(
+    "shape, channels, hint",
+    [
+        ((3, 20, 30), 3, r"image\.transpose\(1, 2, 0\) puts them last"),
+        ((1, 20, 30), 1, r"image\.transpose\(1, 2, 0\) puts them last"),
+        ((6, 20, 30), 6, r"image\.transpose\(1, 2, 0\) puts them last"),
+        ((20, 30, 4), 3, r"image\[\.\.\., :3\] leaves the last one out, if that is transparency"),
+        ((20, 30, 2), 1, r"image\[\.\.\., :1\] leaves the last one out"),
+        ((20, 30, 6), 3, "of several grey images, take one at a time"),
+    ],
+)
+def test_channels_that_are_none_are_refused(shape, channels, hint):
+    preprocess = Preprocess((8, 8), channels)
+    with pytest.raises(UserError, match=rf"found \[{', '.join(map(str, shape))}\]; .*{hint}"):
+        preprocess(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_a_model_s_own_number_of_channels_is_read(channels):
+    pixels = noise(8, 8, channels)
+    found = Preprocess((8, 8), channels)(pixels)
+    np.testing.assert_allclose(found, pixels / 127.5 - 1, rtol=0, atol=1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vit_jax.errors import UserError
 from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
@@ -279,3 +280,34 @@ def test_where_blocks_are_scanned(scan, backend, depth, wanted, monkeypatch):
     images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
     program = jax.make_jaxpr(lambda params, x: nnx.merge(graphdef, params)(x))(shapes, images)
     assert ("scan" in {equation.primitive.name for equation in program.eqns}) == wanted
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+def test_images_that_are_no_floats_are_refused(dtype):
+    config = ViTConfig(image_size=(8, 12), patch_size=(4, 4))
+    for images in (np.zeros((2, 8, 12, 3), dtype), jnp.zeros((2, 8, 12, 3), dtype)):
+        with pytest.raises(UserError, match=rf"normalised floats .* \.preprocess .*not {dtype}"):
+            layers.check_images(images, config)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_images_of_any_floats_are_taken(dtype):
+    images = jnp.zeros((2, 8, 12, 3), dtype)
+    layers.check_images(images, ViTConfig(image_size=(8, 12), patch_size=(4, 4)))
+
+
+@pytest.mark.parametrize(
+    "shape, hint",
+    [
+        ((2, 3, 8, 12), r"their channels come first, and images\.transpose\(0, 2, 3, 1\) puts"),
+        ((8, 12, 3), r"one image is images\[None\]"),
+        ((2, 12, 8, 3), r"run them through \.preprocess, or load .* another image_size"),
+        ((2, 8, 12, 1), r"run them through \.preprocess, or load .* another in_channels"),
+        ((8, 12), r"run them through \.preprocess"),
+        ((1, 2, 8, 12, 3), r"run them through \.preprocess"),
+    ],
+)
+def test_images_of_another_layout_are_told_what_to_become(shape, hint):
+    config = ViTConfig(image_size=(8, 12), patch_size=(4, 4))
+    with pytest.raises(UserError, match=rf"a model made for \(b, 8, 12, 3\): {hint}"):
+        layers.check_images(np.zeros(shape, np.float32), config)

@@ -116,7 +116,7 @@ def _each(images: Any) -> Iterable[Any]:
     if hasattr(images, "read") or not isinstance(images, Iterable):
         raise UserError(
             f"expected an image (a path, an image file's bytes, a Pillow image or uint8 [h w c] "
-            f"pixels) or an iterable of images, found a {type(images).__name__}"
+            f"pixels) or an iterable of images, found {type(images).__name__}"
         )
     return images
 

@@ -75,6 +75,9 @@ def sniff(start: bytes) -> str | None:
 
 def unread(data: bytes) -> str:
     """What a file is that no reader took, for a sentence that begins with "it is"."""
+    for kind, start, end in segments(data):
+        if kind in (0xC0, 0xC1, 0xC2) and end > start and data[start] != 8:
+            return f"JPEG of {data[start]} bits, which is not read: save it with 8"
     data = data[:512]
     if known := sniff(data):
         hint = "; save it with unsigned pixels of 8 or 16 bits" if known == "TIFF" else ""

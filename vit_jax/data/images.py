@@ -30,6 +30,9 @@ SUFFIXES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _ORIENTATION = 0x0112  # the EXIF tag
+# Tags of a TIFF.
+_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 258, 259, 262
+_PLANAR, _SUB_IFDS, _SAMPLE_FORMAT = 284, 330, 339
 _BROKEN = (
     *(OSError, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, EOFError),
     *(AttributeError, RuntimeError, struct.error, zlib.error),
@@ -235,11 +238,11 @@ def _no_pixels(image: Any) -> UserError:
     """What an object is that is no image, and what to do about it."""
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
     if shape is None or dtype is None:
-        found, hint = f"a {type(image).__name__}", ""
+        found, hint = type(image).__name__, ""
     else:
         found, hint = f"{dtype} {list(shape)}", ""
         if not isinstance(image, np.ndarray):
-            found, hint = f"a {type(image).__name__} of {found}", "; np.asarray makes one"
+            found, hint = f"{type(image).__name__} {found}", "; np.asarray makes one"
         elif dtype.kind == "f":
             hint = (
                 "; of floats from 0 to 1, (255 * image).round().astype('uint8') makes them, of "
@@ -281,11 +284,6 @@ def from_pillow(image: PIL.Image.Image, exif: bool = False) -> Image:
         pixels = np.asarray(plain.convert("L" if grey else "RGB"))
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     return _turned(pixels, _pillow_orientation(image)) if exif else pixels
-
-
-# Tags of a TIFF.
-_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 258, 259, 262
-_PLANAR, _SUB_IFDS, _SAMPLE_FORMAT = 284, 330, 339
 
 
 def _check_depth(image: PIL.Image.Image, tags: Any) -> None:
