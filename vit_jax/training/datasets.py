@@ -13,10 +13,11 @@ from typing import Any
 from etils import epath
 
 from vit_jax.checkpoints.store import write_atomically
-from vit_jax.data import classes, describe
+from vit_jax.data import classes, contents, describe
 from vit_jax.data.pipeline import Split
 from vit_jax.data.sources import Source, located, open_source
 from vit_jax.errors import UserError
+from vit_jax.training import masking
 from vit_jax.training.config import Config
 
 logger = logging.getLogger(__name__)
@@ -135,23 +136,31 @@ class DataSets:
         self.opened[where] = source
         return source
 
-    def check(self, names: Sequence[str], *, allow: bool) -> None:
-        """Says which images several open splits share (see `describe.check_splits`)."""
+    def check(self, names: Sequence[str], config: Config) -> None:
+        """Refuses open splits that are the same images, and says which ones they share.
+
+        See `contents.check_splits`. Of a run that goes on, contents are not compared again.
+        """
+        if self._known:
+            return
+        labelled = config.objective not in masking.OBJECTIVES
         named = {name: self.opened[name] for name in names}
-        most = {"most": 0} if self._known else {}
-        for line in describe.check_splits(named, allow=allow, **most):
+        allow = config.data.same_images
+        for line in contents.check_splits(named, allow=allow, classes=labelled):
             logger.warning("%s", line)
 
-    def check_held_out(self, *, allow: bool) -> None:
+    def check_held_out(self, config: Config) -> None:
         """Refuses to measure by the images that are trained on."""
         held_out = [name for name in ("data.val", "data.test") if name in self.opened]
         for group in [("data.train", name) for name in held_out] or [("data.train",)]:
-            self.check(group, allow=allow)
+            self.check(group, config)
 
     def summary(self) -> list[str]:
         """A line for each of data.train, data.val and data.test."""
         names = (f"data.{name}" for name in _SPLITS)
-        return describe.first_lines({n: self.opened[n] for n in names if n in self.opened})
+        named = {name: self.opened[name] for name in names if name in self.opened}
+        specs = {name: "{source}, {split}".format(**self.lines[name]) for name in named}
+        return describe.first_lines(named, specs)
 
     def write(self, workdir: epath.PathLike) -> None:
         """Writes data.json."""

@@ -110,7 +110,7 @@ class Evaluation:
                     if ours:
                         self._several[split, evaluator.several] = several
                 if len(names) > 1:
-                    data.check(names, allow=config.data.same_images)
+                    data.check(names, config)
         graphdef, _ = structure(record.config)
         layout = make_layout(mesh, record.config.dtype)
         options = dict(objective=config.objective, layout=layout)

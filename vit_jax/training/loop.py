@@ -157,8 +157,7 @@ def _run(
         logger.info("%s", parameter)
     read = train_reader(config, record, source)
     evaluation = hosts.each("evaluation", lambda: Evaluation(config, record, mesh, data))
-    if resume_step is None:
-        hosts.first("same images", lambda: data.check_held_out(allow=config.data.same_images))
+    hosts.first("same images", lambda: data.check_held_out(config))
     for line in data.summary():
         logger.info("%s", line)
 
