@@ -33,7 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import vit_jax
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import Store
-from vit_jax.data.files import parse_split
+from vit_jax.data.forms.files import parse_split
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source

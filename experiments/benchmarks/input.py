@@ -257,7 +257,7 @@ def fractals(spec: str) -> Iterator[Any]:
     """Batches of fractals on this thread; the classes' systems are drawn before the first."""
     import numpy as np
 
-    from vit_jax.data.fractals import system
+    from vit_jax.data.forms.fractals import system
     from vit_jax.data.pipeline import BatchReader
     from vit_jax.data.sources import open_source
     from vit_jax.data.transforms import Preprocess

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vit_jax.data.vtab import TASKS
+from vit_jax.data.forms.vtab import TASKS
 
 
 def train(variant: str, task: str, workdir: Path, overrides: list[str]) -> float:

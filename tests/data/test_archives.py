@@ -20,8 +20,8 @@ import pytest
 import scipy.io
 import simplejpeg
 
-from vit_jax.data.archives import open_tar, tar_splits
-from vit_jax.data.files import OpenFiles, folder_splits
+from vit_jax.data.forms.archives import open_tar, tar_splits
+from vit_jax.data.forms.files import OpenFiles, folder_splits
 from vit_jax.data.images import BadImage
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
@@ -803,7 +803,9 @@ def test_ordinary_files_beside_images_need_no_word(tmp_path, caplog):
 
 def test_files_of_images_are_not_opened_to_be_listed(tmp_path, monkeypatch):
     tree(tmp_path, "cat/1.jpg", "dog/2.PNG")
-    monkeypatch.setattr("vit_jax.data.files.sniff", lambda start: pytest.fail("it was opened"))
+    monkeypatch.setattr(
+        "vit_jax.data.forms.files.sniff", lambda start: pytest.fail("it was opened")
+    )
     assert len(folder(tmp_path)) == 2
 
 

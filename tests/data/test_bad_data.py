@@ -13,7 +13,7 @@ import pytest
 import simplejpeg
 from grain import MapDataset
 
-from vit_jax.data.arrays import ArraySource
+from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.images import BadImage
 from vit_jax.data.pipeline import (
     BatchReader,
@@ -273,7 +273,7 @@ def test_what_was_passed_over_is_listed_by_prepare(tmp_path, caplog, monkeypatch
         assert re.search(rf"2 files passed over: 1 of .*, 1 of .*, listed in {dst}", caplog.text)
     assert f"{tmp_path}/pets has no folder 'train': all of it is taken" in caplog.text
     assert f"{tmp_path}/a.zip: all of it is taken" in caplog.text
-    monkeypatch.setattr("vit_jax.data.files.PassedOver.MOST", 1)
+    monkeypatch.setattr("vit_jax.data.forms.files.PassedOver.MOST", 1)
     prepare(str(tmp_path / "a.zip"), str(tmp_path / "third"))
     lines = (tmp_path / "third/passed_over_train.jsonl").read_text().splitlines()
     assert len(lines) == 2 and json.loads(lines[1]) == {"more": 1}

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from vit_jax.data.arrays import ArraySource
 from vit_jax.data.classes import Relabelled, match, renamed, with_labels
+from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.labels import imagenet_labels, imagenet_synsets
 from vit_jax.errors import UserError
 

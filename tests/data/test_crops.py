@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vit_jax.data.arrays import ArraySource
+from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.images import BadImage, decode, decode_box
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.transforms import InceptionCrop, Preprocess, random_crop, resize

@@ -9,8 +9,8 @@ import textwrap
 
 import pytest
 
-from vit_jax.data import custom
-from vit_jax.data.files import percentile
+from vit_jax.data.forms import custom
+from vit_jax.data.forms.files import percentile
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
 

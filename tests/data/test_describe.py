@@ -12,11 +12,11 @@ import pytest
 
 from vit_jax.__main__ import main
 from vit_jax.data import describe, pictures
-from vit_jax.data.arrays import ArraySource
 from vit_jax.data.contents import image_hash
-from vit_jax.data.files import PassedOver
+from vit_jax.data.forms.arrays import ArraySource
+from vit_jax.data.forms.files import PassedOver
+from vit_jax.data.forms.records import RecordSource
 from vit_jax.data.prepare import prepare
-from vit_jax.data.records import RecordSource
 from vit_jax.data.sources import Relabelled, open_source
 from vit_jax.errors import UserError
 
@@ -383,7 +383,7 @@ def test_the_splits_that_there_are(animals, pets, tmp_path, monkeypatch):
     for path, kind in ((pets, "folder"), (dst, "records"), (tmp_path / "no", "")):
         assert describe.understood(str(path)) == f"{kind}:{path}".removeprefix(":")
     # A source's own module may say it.
-    from vit_jax.data import files
+    from vit_jax.data.forms import files
 
     own = lambda path: ("one", "all")  # noqa: E731
     monkeypatch.setattr(files, "folder_splits", own, raising=False)

@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax.data.fractals import SPLITS, _stream, disturb, histogram, open_fractals, system
+from vit_jax.data.forms.fractals import SPLITS, _stream, disturb, histogram, open_fractals, system
 from vit_jax.errors import UserError
 
 INDICES = (0, 3, 1, 50, 2**32 + 3, 2**62 - 1)
 PICTURES = """
 import hashlib, sys
-from vit_jax.data.fractals import open_fractals
+from vit_jax.data.forms.fractals import open_fractals
 source = open_fractals("classes=7", "train")
 for index in map(int, sys.argv[1:]):
     print(hashlib.sha256(source[index]["image"]).hexdigest())

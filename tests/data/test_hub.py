@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vit_jax.data import hub
+from vit_jax.data.forms import hub
 from vit_jax.data.images import BadImage
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError

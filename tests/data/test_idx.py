@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from vit_jax.data.idx import idx_splits
+from vit_jax.data.forms.idx import idx_splits
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from vit_jax.data.listed import table_splits
+from vit_jax.data.forms.listed import table_splits
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 

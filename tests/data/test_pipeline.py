@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import DIGITS
 
-from vit_jax.data.arrays import ArraySource
 from vit_jax.data.augment import RandAugment, RandomErasing
+from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.pipeline import BatchReader, DataConfig, Split, eval_batches, train_batches
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError
@@ -227,7 +227,7 @@ READING = """
 import multiprocessing, time
 import numpy as np
 from vit_jax.data.pipeline import BatchReader, train_batches
-from vit_jax.data.arrays import ArraySource
+from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.transforms import Preprocess
 
 if __name__ == "__main__":

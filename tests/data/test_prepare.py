@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vit_jax.__main__ import main
-from vit_jax.data.examples import parse_example, write_example
+from vit_jax.data.forms.examples import parse_example, write_example
+from vit_jax.data.forms.records import FEATURES, RecordSource
 from vit_jax.data.prepare import Conversion, prepare
-from vit_jax.data.records import FEATURES, RecordSource
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 

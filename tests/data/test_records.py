@@ -19,8 +19,8 @@ import pytest
 import tensorflow_datasets
 from tensorflow_datasets.proto import tf_example_pb2
 
-from vit_jax.data import examples, records
 from vit_jax.data.classes import Matched, Relabelled, with_labels
+from vit_jax.data.forms import examples, records
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source

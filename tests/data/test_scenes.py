@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax.data.arrays import digits
 from vit_jax.data.classes import Matched, Relabelled, with_labels
-from vit_jax.data.fractals import SPLITS, FractalSource, open_fractals
+from vit_jax.data.forms.arrays import digits
+from vit_jax.data.forms.fractals import SPLITS, FractalSource, open_fractals
+from vit_jax.data.forms.scenes import scenes
 from vit_jax.data.pipeline import BatchReader, Split, eval_batches
-from vit_jax.data.scenes import scenes
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess, resize, resize_mask
 from vit_jax.errors import UserError
@@ -21,7 +21,7 @@ from vit_jax.errors import UserError
 SMALL = ("digits,size=16,examples=20", "fractals,size=24,examples=20,classes=3")
 PICTURES = """
 import hashlib, sys
-from vit_jax.data.scenes import scenes
+from vit_jax.data.forms.scenes import scenes
 for argument in sys.argv[1:]:
     found = scenes(argument, "val")[7]
     print(hashlib.sha256(found["image"].tobytes() + found["label"].tobytes()).hexdigest())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from vit_jax.data.arrays import ArraySource
+from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from vit_jax.data.cells import read_table
-from vit_jax.data.tables import options, read_classes, read_labels, read_pairs, sorted_names
+from vit_jax.data.forms.cells import read_table
+from vit_jax.data.forms.tables import options, read_classes, read_labels, read_pairs, sorted_names
 from vit_jax.errors import UserError
 
 PLAIN = [("i0", "cat"), ("i1", "dog")]

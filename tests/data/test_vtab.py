@@ -14,11 +14,11 @@ import pytest
 import tensorflow_datasets
 from tensorflow_datasets.core import features
 
+from vit_jax.data.forms.vtab import SPLITS, TASKS
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
-from vit_jax.data.vtab import SPLITS, TASKS
 from vit_jax.errors import UserError
 
 ClassLabel, Image, Text = features.ClassLabel, features.Image, features.Text

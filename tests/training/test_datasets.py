@@ -8,7 +8,7 @@ import os
 import pytest
 from conftest import DIGITS, TINY
 
-from vit_jax.data.arrays import digits
+from vit_jax.data.forms.arrays import digits
 from vit_jax.data.images import encode
 from vit_jax.errors import UserError
 from vit_jax.training.config import EvalConfig, load_config, unpack

@@ -13,7 +13,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from vit_jax.data.arrays import ArraySource
+from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError

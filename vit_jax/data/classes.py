@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.forms.tables import read_pairs
 from vit_jax.data.labels import imagenet_labels, imagenet_synsets
 from vit_jax.data.sources import Source
-from vit_jax.data.tables import read_pairs
 from vit_jax.errors import UserError
 
 IN_ORDER = "in_order"

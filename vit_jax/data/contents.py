@@ -11,13 +11,13 @@ import numpy as np
 import tqdm
 from jaxtyping import Int64, UInt64
 
-from vit_jax.data.archives import TarSource
-from vit_jax.data.arrays import ArraySource
-from vit_jax.data.files import FolderSource
-from vit_jax.data.fractals import FractalSource
+from vit_jax.data.forms.archives import TarSource
+from vit_jax.data.forms.arrays import ArraySource
+from vit_jax.data.forms.files import FolderSource
+from vit_jax.data.forms.fractals import FractalSource
+from vit_jax.data.forms.records import RecordSource
+from vit_jax.data.forms.scenes import SceneSource
 from vit_jax.data.images import BadImage
-from vit_jax.data.records import RecordSource
-from vit_jax.data.scenes import SceneSource
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 

@@ -15,7 +15,6 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int64
 
-from vit_jax.data import records, vtab
 from vit_jax.data.classes import How, match
 from vit_jax.data.contents import (
     Hashes,
@@ -30,7 +29,8 @@ from vit_jax.data.contents import (
 )
 from vit_jax.data.contents import check_splits as check_splits
 from vit_jax.data.contents import content as content
-from vit_jax.data.files import WHOLE
+from vit_jax.data.forms import records, vtab
+from vit_jax.data.forms.files import WHOLE
 from vit_jax.data.images import FORMATS, read_image, sniff
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.errors import UserError

@@ -24,15 +24,15 @@ import numpy as np
 import tqdm
 from jaxtyping import UInt64
 
-from vit_jax.data.archives import TarSource, open_tar
 from vit_jax.data.classes import with_labels
 from vit_jax.data.contents import content, image_hash, shared
-from vit_jax.data.examples import write_example
-from vit_jax.data.files import WHOLE, PassedOver, open_file
+from vit_jax.data.forms.archives import TarSource, open_tar
+from vit_jax.data.forms.examples import write_example
+from vit_jax.data.forms.files import WHOLE, PassedOver, open_file
+from vit_jax.data.forms.records import CONTENT, INFO, RecordSource, content_digest, records
+from vit_jax.data.forms.tables import read_classes
 from vit_jax.data.images import BadImage, decode, encode
-from vit_jax.data.records import CONTENT, INFO, RecordSource, content_digest, records
 from vit_jax.data.sources import SOURCES, Source, open_source
-from vit_jax.data.tables import read_classes
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
 

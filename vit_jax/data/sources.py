@@ -4,17 +4,17 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from vit_jax.data.archives import tar
-from vit_jax.data.arrays import arrays, digits
-from vit_jax.data.custom import python
-from vit_jax.data.files import folder
-from vit_jax.data.fractals import open_fractals
-from vit_jax.data.hub import hub
-from vit_jax.data.idx import idx
-from vit_jax.data.listed import table
-from vit_jax.data.records import records, tfds
-from vit_jax.data.scenes import scenes
-from vit_jax.data.vtab import vtab
+from vit_jax.data.forms.archives import tar
+from vit_jax.data.forms.arrays import arrays, digits
+from vit_jax.data.forms.custom import python
+from vit_jax.data.forms.files import folder
+from vit_jax.data.forms.fractals import open_fractals
+from vit_jax.data.forms.hub import hub
+from vit_jax.data.forms.idx import idx
+from vit_jax.data.forms.listed import table
+from vit_jax.data.forms.records import records, tfds
+from vit_jax.data.forms.scenes import scenes
+from vit_jax.data.forms.vtab import vtab
 from vit_jax.errors import UserError, nearest
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.tables import sorted_names
+from vit_jax.data.forms.tables import sorted_names
 from vit_jax.errors import UserError, nearest
 
 
@@ -27,7 +27,7 @@ def python(argument: str, split: str) -> "CustomSource":
         import json
         import pathlib
 
-        from vit_jax.data.files import percentile
+        from vit_jax.data.forms.files import percentile
 
         ROOT = pathlib.Path("~/package").expanduser()
 

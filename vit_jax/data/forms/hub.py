@@ -18,14 +18,14 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.files import (
+from vit_jax.data.forms.files import (
     class_name,
     fingerprint_of,
     parse_split,
     percentile,
 )
+from vit_jax.data.forms.tables import LABEL_COLUMNS, options, sorted_names
 from vit_jax.data.images import BadImage
-from vit_jax.data.tables import LABEL_COLUMNS, options, sorted_names
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.images import SUFFIXES, sniff
-from vit_jax.data.layout import (
+from vit_jax.data.forms.layout import (
     TEXTS,
     check_class_folders,
     label_option,
@@ -29,6 +28,7 @@ from vit_jax.data.layout import (
     split_kind,
     unknown_format,
 )
+from vit_jax.data.images import SUFFIXES, sniff
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.cells import Table, read_table
-from vit_jax.data.files import (
+from vit_jax.data.forms.cells import Table, read_table
+from vit_jax.data.forms.files import (
     WHOLE,
     Packed,
     class_name,
@@ -20,7 +20,7 @@ from vit_jax.data.files import (
     parse_split,
     percentile,
 )
-from vit_jax.data.tables import label_column, options, sorted_names
+from vit_jax.data.forms.tables import label_column, options, sorted_names
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int32, Int64, UInt64
 
-from vit_jax.data.examples import feature_values, parse_example
-from vit_jax.data.files import OpenFiles, parse_split
+from vit_jax.data.forms.examples import feature_values, parse_example
+from vit_jax.data.forms.files import OpenFiles, parse_split
 from vit_jax.data.images import BadImage
 from vit_jax.errors import UserError, nearest
 

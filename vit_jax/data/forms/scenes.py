@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from vit_jax.data.arrays import ArraySource, check_split, digits
-from vit_jax.data.fractals import SPLITS, FractalSource, read_options
+from vit_jax.data.forms.arrays import ArraySource, check_split, digits
+from vit_jax.data.forms.fractals import SPLITS, FractalSource, read_options
 from vit_jax.errors import UserError, nearest
 
 ALGORITHM = 1  # to be raised when any image or mask changes

@@ -15,7 +15,7 @@ from typing import Any
 import scipy.io
 import scipy.io.matlab
 
-from vit_jax.data.cells import (
+from vit_jax.data.forms.cells import (
     NoTable,
     Table,
     is_word,
@@ -23,7 +23,7 @@ from vit_jax.data.cells import (
     read_table,
     read_text,
 )
-from vit_jax.data.files import class_name
+from vit_jax.data.forms.files import class_name
 from vit_jax.data.images import SUFFIXES
 from vit_jax.errors import UserError, nearest
 

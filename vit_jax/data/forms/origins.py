@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from vit_jax.data.layout import split_kind
+from vit_jax.data.forms.layout import split_kind
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)

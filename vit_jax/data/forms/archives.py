@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.files import (
+from vit_jax.data.forms.files import (
     WHOLE,
     OpenFiles,
     Packed,
@@ -28,8 +28,7 @@ from vit_jax.data.files import (
     percentile,
     tell,
 )
-from vit_jax.data.images import SUFFIXES, BadImage, sniff
-from vit_jax.data.layout import (
+from vit_jax.data.forms.layout import (
     TEXTS,
     check_class_folders,
     label_option,
@@ -37,9 +36,10 @@ from vit_jax.data.layout import (
     split_kind,
     unknown_format,
 )
-from vit_jax.data.members import Member, is_zip, members
-from vit_jax.data.origins import BESIDE, ORIGINS, Beside, Said, choose
-from vit_jax.data.tables import read_labels
+from vit_jax.data.forms.members import Member, is_zip, members
+from vit_jax.data.forms.origins import BESIDE, ORIGINS, Beside, Said, choose
+from vit_jax.data.forms.tables import read_labels
+from vit_jax.data.images import SUFFIXES, BadImage, sniff
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import examples, records
+from vit_jax.data.forms import examples, records
 from vit_jax.data.images import BadImage, decode
 from vit_jax.errors import UserError, nearest
 

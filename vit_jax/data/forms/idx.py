@@ -12,8 +12,8 @@ import zlib
 import numpy as np
 from jaxtyping import UInt8
 
-from vit_jax.data.arrays import ArraySource
-from vit_jax.data.files import open_file, parse_split, percentile
+from vit_jax.data.forms.arrays import ArraySource
+from vit_jax.data.forms.files import open_file, parse_split, percentile
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
