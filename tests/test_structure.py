@@ -12,7 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vit_jax"
 BELOW = {
-    "errors": set(),
+    "words": set(),
+    "errors": {"words"},
     "hosts": {"errors"},
     "compiler": set(),
     "models": {"errors", "compiler"},

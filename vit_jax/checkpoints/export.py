@@ -284,7 +284,7 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
     Raises:
       UserError: the format cannot hold the model, or the path is not of its kind.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     if isinstance(vit, Model):
         preprocess = Preprocess(vit.config.image_size, vit.config.in_channels)
         names = tuple(str(i) for i in range(vit.config.num_classes))

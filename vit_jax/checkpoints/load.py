@@ -235,6 +235,7 @@ def open_model(
     Raises:
       UserError: as `load`.
     """
+    path = os.path.expanduser(path)
     local = fetch(path)
     if not epath.Path(local).exists():
         raise UserError(f"there is no {os.fspath(path)!r} to load a model from")

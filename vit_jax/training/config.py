@@ -2,21 +2,19 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
-import operator
+import logging
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags
 from flax.traverse_util import flatten_dict
-from ml_collections import config_flags
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.errors import UserError, nearest
@@ -37,6 +35,8 @@ from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kin
 from vit_jax.training.objectives import OBJECTIVES, Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
+
+logger = logging.getLogger(__name__)
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 # What a run may be resumed with in another form; everything else decides what it computes.
@@ -200,8 +200,19 @@ class Config:
         else:
             steps = round(examples / self.batch_size)
         if steps < 1:
-            raise UserError(f"the run comes to {steps} steps; it must be at least 1")
+            raise UserError(self._too_short(steps, num_examples))
         return steps
+
+    def _too_short(self, steps: int, num_examples: int | None) -> str:
+        """Says why the run comes to no step."""
+        name = next(name for name in DURATIONS if getattr(self, name) is not None)
+        value, batch = getattr(self, name), self.batch_size
+        if name == "total_steps" or value <= 0:
+            return f"{name} is {value}; it must be above 0"
+        told = f"{name}={value:g} in batches of batch_size={batch} comes to {steps} steps"
+        if name == "total_epochs" and batch > num_examples:
+            told = f"batch_size is {batch}, but data.train has {num_examples} examples: {told}"
+        return f"{told}; lower batch_size, or set total_steps"
 
     def model_config(
         self, base: ModelConfig | None, num_classes: int, keep_head: bool = False
@@ -280,34 +291,100 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
       UserError: no such file or key, a value of another type, or a config that is not consistent.
     """
     config = _run_config_file(spec)
-    names = [flag.removeprefix("--config.").partition("=")[0] for flag in overrides]
-    _fill(config, Config, names)
-    known = [name for name, _ in _leaves(config)]
-    for flag, name in zip(overrides, names, strict=True):
-        section = flag.endswith("=None") and any(each.startswith(f"{name}.") for each in known)
-        if name not in known and not section:
-            raise UserError(f"unknown config key in {flag}; {nearest(name, known)}")
-    with config.ignore_type():
-        for flag, name in zip(overrides, names, strict=True):
-            if flag.endswith("=None"):
-                *parents, last = name.split(".")
-                functools.reduce(operator.getitem, parents, config)[last] = None
-    flag_values = flags.FlagValues()
-    argv = ["vit_jax", *(flag for flag in overrides if not flag.endswith("=None"))]
-    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
-    try:
-        flag_values(argv)
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(f"a --config flag could not be read: {error}") from None
-    config = flag_values["config"].value
-    if any(name in DURATIONS for name in names):
-        for name in set(DURATIONS) - set(names):
+    given = _given(overrides)
+    keys = dict(_keys(Config, config))
+    for name, text in given.items():
+        section = text == "None" and any(key.startswith(f"{name}.") for key in keys)
+        if name not in keys and not section:
+            # --workdir, too, is looked for among the keys.
+            near = nearest(name, [*keys, "--workdir"])
+            raise UserError(f"unknown config key in --config.{name}={text}; {near}")
+        *parents, last = name.split(".")
+        inside = config
+        for parent in parents:
+            if inside.get(parent) is None:
+                inside[parent] = {}
+            inside = inside[parent]
+            if not isinstance(inside, dict):
+                raise UserError(f"config {parent} is {inside!r}; expected a section with keys")
+        inside[last] = None if text == "None" else read_value(name, text, keys[name])
+    if any(name in DURATIONS for name in given):
+        for name in set(DURATIONS) - set(given):
             config[name] = None
     return unpack(Config, config)
 
 
-def _run_config_file(spec: str) -> ml_collections.ConfigDict:
-    path, _, argument = spec.partition(":")
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    """The flags' values by their keys, as texts; of a key that is given again, the last."""
+    found: dict[str, str] = {}
+    for flag in overrides:
+        name, _, text = flag.removeprefix("--config.").partition("=")
+        if found.get(name, text) != text:
+            logger.info("--config.%s=%s counts, not the %s before it", name, text, found[name])
+        found[name] = text
+    for name, text in found.items():
+        for other in found:
+            if text == "None" and other.startswith(f"{name}."):
+                raise UserError(
+                    f"--config.{name}=None and --config.{other}={found[other]} exclude each other"
+                )
+    return found
+
+
+_EXPECTED = {int: "a whole number", float: "a number", bool: "True or False"}
+_TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def read_value(name: str, text: str, kind: Any) -> Any:
+    """Reads what a flag says as the type `kind`; a tuple is "(0.3, 0.6)", "0.3,0.6" or "64x96".
+
+    Raises:
+      UserError: it is of another type.
+    """
+    kind = _not_none(kind)
+    kind = typing.get_origin(kind) or kind
+    if kind is tuple:
+        return _items(text)
+    if kind not in _EXPECTED:
+        return text
+    try:
+        if kind is bool:
+            return _TRUTH[text.strip().lower()]
+        number = float(text)  # "1e6" is a whole number, too
+        return number if kind is float else int(text) if _is_digits(text) else _whole(number)
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f"{name} is {text!r}; expected {_EXPECTED[kind]}") from None
+
+
+def _is_digits(text: str) -> bool:
+    return text.strip().lstrip("+-").isdecimal()
+
+
+def _whole(number: float) -> int:
+    if number != int(number) or abs(number) > 2**53:
+        raise ValueError
+    return int(number)
+
+
+def _items(text: str) -> tuple[int | float | str, ...]:
+    text = text.strip()
+    if text[:1] + text[-1:] in ("()", "[]"):
+        text = text[1:-1]
+    if re.fullmatch(r"\d+(x\d+)+", text):
+        text = text.replace("x", ",")
+    return tuple(_item(each.strip()) for each in text.split(",") if each.strip())
+
+
+def _item(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def _run_config_file(spec: str) -> dict[str, Any]:
+    path, _, argument = os.path.expanduser(spec).partition(":")
     if not os.path.isfile(path) or not path.endswith(".py"):
         raise UserError(f"there is no config file {path!r} (--config={spec}); expected FILE.py")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
@@ -321,7 +398,7 @@ def _run_config_file(spec: str) -> ml_collections.ConfigDict:
             raise UserError(f"{spec}: {error}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{path} is no config file: get_config returns no ConfigDict")
-    return ml_collections.ConfigDict(config.to_dict(), type_safe=True)
+    return config.to_dict()
 
 
 @contextlib.contextmanager
@@ -338,43 +415,32 @@ def _importable(folder: str) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def _fill(config: ml_collections.ConfigDict, kind: Any, wanted: Sequence[str]) -> None:
-    """Adds what the file leaves out, as defaults and placeholders, so that flags can set it."""
+def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that a config may have, the evaluators' that `values` names among them: its type.
+
+    Only `values` of another form than a config's, which `unpack` refuses, have fewer.
+    """
+    values = values if isinstance(values, dict) else {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        inner = _not_none(hints[field.name])
-        here = [name.partition(".")[2] for name in wanted if name.split(".")[0] == field.name]
-        if field.name == "model":
-            if config.get("model") is None:
-                config.model = ml_collections.ConfigDict()
-            section = config.model
-            for name, value_type in MODEL_KEYS.items():
-                if section.get(name) is None:
-                    section[name] = ml_collections.config_dict.placeholder(value_type)
+        inner, name = _not_none(hints[field.name]), f"{prefix}{field.name}"
+        here = values.get(field.name)
+        if name == "model":
+            yield from ((f"model.{key}", value_type) for key, value_type in MODEL_KEYS.items())
         elif inner == dict[str, Evaluator]:
-            if config.get(field.name) is None:
-                config[field.name] = ml_collections.ConfigDict()
-            for name, section in config[field.name].items():
-                inside = [n.partition(".")[2] for n in here if n.split(".")[0] == name]
-                _fill(section, evaluator_kind(name, section.get("type")), inside)
+            for key, section in here.items() if isinstance(here, dict) else ():
+                if isinstance(section, dict):
+                    evaluator = evaluator_kind(key, section.get("type"))
+                    yield from _keys(evaluator, section, f"{name}.{key}.")
         elif dataclasses.is_dataclass(inner):
-            if config.get(field.name) is None and (inner is hints[field.name] or any(here)):
-                config[field.name] = ml_collections.ConfigDict()
-            if config.get(field.name) is not None:
-                _fill(config[field.name], inner, here)
-        elif config.get(field.name) is None:
-            value_type = typing.get_origin(inner) or inner
-            config[field.name] = ml_collections.config_dict.placeholder(value_type)
-            if field.default not in (None, dataclasses.MISSING):
-                config[field.name] = field.default
-
-
-def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from _keys(inner, here, f"{name}.")
         else:
-            yield prefix + name, value
+            yield name, inner
+
+
+def keys() -> list[str]:
+    """The names of all keys of a config, but those of evaluators: "optim.lr"."""
+    return [name for name, _ in _keys(Config, {})]
 
 
 def unpack(kind: Any, value: Any, path: str = "") -> Any:
@@ -398,7 +464,7 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         for key in value:
             if key not in fields:
                 full = f"{path}.{key}".lstrip(".")
-                raise UserError(f"unknown config key {full}; {nearest(key, fields)}")
+                raise UserError(f"unknown config key {full}; {_nearest_key(full, value, fields)}")
         inner = {k: unpack(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
         for name, field in fields.items():
             default = (field.default, field.default_factory)
@@ -434,6 +500,17 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
     return value
 
 
+def _nearest_key(name: str, values: dict[str, Any], fields: Iterable[str]) -> str:
+    """What `name` in the section of `values` may have meant: a section only if it is one."""
+    section, _, last = name.rpartition(".")
+    here = [f"{section}.{field}".lstrip(".") for field in fields]
+    known = [*keys(), *here]
+    if isinstance(values[last], dict):
+        above = {key.rpartition(".")[0] for key in known} - {""}
+        known = [key for key in here if key in above] or here
+    return nearest(name, known)
+
+
 def to_json(config: Config) -> str:
     """The whole config, defaults included, as `from_json` reads it."""
     return json.dumps(dataclasses.asdict(config), indent=1)
@@ -458,6 +535,11 @@ def differences(old: Config, new: Config) -> list[str]:
     """What keeps `new` from resuming a run of `old`: "optim.lr: 0.001 -> 0.01"."""
     old_flat, new_flat = flat(old), flat(new)
     names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
+    for name in ("model.image_size", "model.patch_size"):  # one number means square
+        for values in (old_flat, new_flat):
+            sides = values.get(name)
+            sides = [sides] if isinstance(sides, int) else sides
+            values[name] = sides * 2 if sides and len(sides) == 1 else sides
     return [
         f"{name}: {old_flat.get(name)!r} -> {new_flat.get(name)!r}"
         for name in names

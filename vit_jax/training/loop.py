@@ -64,7 +64,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     """
     if "://" in os.fspath(workdir):
         raise UserError(f"{workdir}: a run folder must be on a local or mounted disk so far")
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(os.path.expanduser(workdir))
     with contextlib.ExitStack() as stack:
         store = Store(workdir, keep=config.checkpoint.keep, together=True)
         stack.enter_context(hosts.advising(functools.partial(_advice, store)))
