@@ -16,7 +16,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import vit_jax
 from vit_jax import hosts
@@ -70,17 +69,14 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluates a run, or any model on the splits of a config."""
     join(args, preemptible=False)
     from vit_jax.training.config import load_config
-    from vit_jax.training.evaluate import evaluate_run, read_config
+    from vit_jax.training.evaluate import evaluate_own, evaluate_run
 
-    if args.workdir:
-        if args.config or args.model or overrides:
-            raise UserError("give --workdir alone, or --model and --config")
-        config, model = read_config(args.workdir), args.workdir
-    elif args.model and args.config:
-        config, model = load_config(args.config, overrides), args.model
+    if args.workdir and not args.config and not args.model:
+        results = evaluate_own(args.workdir, overrides)
+    elif args.model and args.config and not args.workdir:
+        results = evaluate_run(args.model, load_config(args.config, overrides))
     else:
         raise UserError("give --workdir=RUN, or --model=PATH and --config=FILE")
-    results = evaluate_run(model, config)
     if hosts.is_lead():
         print(json.dumps(results))
 
@@ -166,64 +162,15 @@ def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def data(args: argparse.Namespace, overrides: list[str]) -> None:
     """Says what a source is understood to be: splits, classes, sizes, duplicates, what is amiss."""
-    from vit_jax.data import describe
+    from vit_jax.analysis.data import data
+    from vit_jax.training.config import load_config
 
     if (args.spec is None) == (args.config is None) or (overrides and not args.config):
         raise UserError("give a SPEC such as folder:/data/pets, or --config=FILE.py")
-    config, specs = None, {}
-    if args.config:
-        from vit_jax.training.config import load_config
-
-        config = load_config(args.config, overrides)
-        every = {name: getattr(config.data, name) for name in ("train", "val", "test")}
-        known = [name for name, split in every.items() if split]
-        if args.split and args.split not in known:
-            raise UserError(f"the config has no data.{args.split}; {nearest(args.split, known)}")
-        chosen = [args.split] if args.split else known
-        splits = {f"data.{name}": every[name] for name in chosen}
-        opened = describe.open_all({k: (split.source, split.split) for k, split in splits.items()})
-        specs = {k: f"{split.source}, {split.split}" for k, split in splits.items()}
-        print(f"config {args.config}")
-    else:
-        spec = describe.understood(args.spec)
-        opened = describe.open_splits(spec, args.split)
-        print(f"{describe.heading(spec)}\nsplits: {', '.join(opened)}")
-    model = None
-    if args.model:
-        from vit_jax.checkpoints.load import open_model
-
-        model = open_model(args.model).record
-    for line in describe.report(opened, specs, model and model.labels):
+    config = load_config(args.config, overrides) if args.config else None
+    options = dict(split=args.split, model=args.model, folder=args.pictures)
+    for line in data(args.spec, config, **options):
         print(line, flush=True)
-    sources = {name: each for name, each in opened.items() if not isinstance(each, UserError)}
-    if args.pictures:
-        from vit_jax.data import pictures
-
-        for name, source in sources.items():
-            read, how = _reader(name, source, config, model)
-            print(*pictures.draw(args.pictures, name, source, read, how), sep="\n", flush=True)
-    if len(sources) < len(opened):
-        bad = [f"{name}: {each}" for name, each in opened.items() if name not in sources]
-        raise UserError("; ".join(bad))
-
-
-def _reader(name: str, source: Any, config: Any, model: Any) -> tuple[Any, str]:
-    """What reads batches of a split: as the config says, else as a model, else as is usual."""
-    from vit_jax.data import pictures
-    from vit_jax.data.pipeline import BatchReader, Split
-
-    if config is None and model is None:
-        return pictures.default_reader(source)
-    if config is None:
-        return BatchReader.of(source, Split("", ""), model.preprocess), "as it is evaluated"
-    from vit_jax.checkpoints.load import open_model
-    from vit_jax.training.program import new_record
-
-    if model is None:
-        base = None if config.init_from is None else open_model(config.init_from).record
-        model, _ = new_record(config, source.label_names, source.fingerprint, base)
-    split = getattr(config.data, name.removeprefix("data."))
-    return BatchReader.of(source, split, model.preprocess, seed=config.seed), f"by {name}"
 
 
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -13,7 +13,7 @@ from vit_jax.data.images import encode
 from vit_jax.errors import UserError
 from vit_jax.training.config import EvalConfig, load_config, unpack
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.evaluate import evaluate_run, read_config
+from vit_jax.training.evaluate import evaluate_own, evaluate_run
 from vit_jax.training.evaluators import Probe
 from vit_jax.training.loop import train
 
@@ -87,25 +87,27 @@ def test_a_run_finds_its_data_from_anywhere(tmp_path, monkeypatch, caplog):
     config = config_of(*sources, "--config.data.test=None", "--config.total_steps=2")
     first = train(config, tmp_path / "run")
 
-    def again(config):
-        opened = DataSets.of_run(tmp_path / "run")
-        return evaluate_run(tmp_path / "run", config, opened)["val/accuracy"]
+    def again(*flags):
+        return evaluate_own(tmp_path / "run", flags)["val/accuracy"]
 
     monkeypatch.chdir(away)
     assert train(config, tmp_path / "run") == first
-    assert again(read_config(tmp_path / "run")) == first["val/accuracy"]
+    assert again() == first["val/accuracy"]
 
     # The same data at another place, by its name: the run goes on, and remembers it.
     (home / "pictures").rename(away / "moved")
     with pytest.raises(UserError, match=rf"data\.train: folder:{home}/pictures"):
         train(config, tmp_path / "run")
+    assert again("--config.data.val.source=folder:moved") == first["val/accuracy"]
+    with pytest.raises(UserError, match=r"optim\.lr.*: name --model and --config"):
+        again("--config.optim.lr=1")
     moved = config_of(
         *(flag.replace("pictures", "moved") for flag in sources),
         *("--config.data.test=None", "--config.total_steps=2"),
     )
     assert train(moved, tmp_path / "run") == first
     monkeypatch.chdir(tmp_path)
-    assert again(read_config(tmp_path / "run")) == first["val/accuracy"]
+    assert again() == first["val/accuracy"]
 
     # Other data is no other place of the same.
     val = away / "moved" / "val" / "3"
@@ -113,7 +115,7 @@ def test_a_run_finds_its_data_from_anywhere(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(away)
     with pytest.raises(UserError, match=r"data\.val: folder:.*moved is not the data of this run"):
         train(moved, tmp_path / "run")
-    assert again(read_config(tmp_path / "run")) != first["val/accuracy"]
+    assert again() != first["val/accuracy"]
     assert "moved changed since the run began" in caplog.text
 
 

@@ -290,7 +290,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
       UserError: no such file or key, a value of another type, or a config that is not consistent.
     """
-    config = _run_config_file(spec)
+    return overridden(_run_config_file(spec), overrides)
+
+
+def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of nested dicts that flags are applied to, which are as for `load_config`."""
     given = _given(overrides)
     keys = dict(_keys(Config, config))
     for name, text in given.items():

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training import masking, multilabel
-from vit_jax.training.config import Config, from_json
-from vit_jax.training.datasets import DataSets
+from vit_jax.training.config import Config, differences, from_json, overridden
+from vit_jax.training.datasets import DataSets, elsewhere
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
 from vit_jax.training.probes import Features
@@ -356,6 +356,26 @@ def read_config(workdir: epath.PathLike) -> Config:
         return from_json(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from None
+
+
+def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict[str, int | float]:
+    """Evaluates a run folder as its own config says, on its data, wherever that is by now.
+
+    Args:
+      overrides: flags for what a run may be resumed with in another form, and for other places of
+        the same data, `--config.data.val.source=...`.
+
+    Raises:
+      UserError: as `evaluate_run`, and flags that would be another run's.
+    """
+    own = read_config(workdir)
+    config, moved = elsewhere(own, overridden(dataclasses.asdict(own), overrides))
+    if changed := differences(own, config):
+        raise UserError(
+            f"{workdir} is evaluated as its config says ({'; '.join(changed)}): name --model and "
+            "--config for another"
+        )
+    return evaluate_run(workdir, config, DataSets.of_run(workdir, moved))
 
 
 def evaluate_run(

@@ -1,0 +1,91 @@
+"""What data is understood to be, before a model is trained on it: the command `data`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.record import ModelRecord
+from vit_jax.data import describe, pictures
+from vit_jax.data.pipeline import BatchReader, Split
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError, nearest
+from vit_jax.training.config import Config
+from vit_jax.training.program import new_record
+
+
+def data(
+    spec: str | None,
+    config: Config | None,
+    *,
+    split: str | None = None,
+    model: str | None = None,
+    folder: str | None = None,
+) -> Iterator[str]:
+    """Yields the lines of a report on a source, or on the splits of a config.
+
+    Args:
+      spec: such as "folder:/data/pets", or a path; None with a config.
+      split: one of them alone, by its name in the source, or in the config ("val").
+      model: what `load` takes, whose classes those of the splits are to be.
+      folder: where contact sheets are to be drawn, if at all.
+
+    Raises:
+      UserError: a split that cannot be opened, after what there is to say of the others; or a
+        class that is none of the model's.
+    """
+    specs, splits = {}, {}
+    if config is None:
+        spec = describe.understood(spec)
+        opened = describe.open_splits(spec, split)
+        yield describe.heading(spec)
+        yield f"splits: {', '.join(opened)}"
+    else:
+        every = {name: getattr(config.data, name) for name in ("train", "val", "test")}
+        known = [name for name, each in every.items() if each]
+        if split and split not in known:
+            raise UserError(f"the config has no data.{split}; {nearest(split, known)}")
+        splits = {f"data.{name}": every[name] for name in ([split] if split else known)}
+        specs = {name: f"{each.source}, {each.split}" for name, each in splits.items()}
+        opened = describe.open_all({k: (each.source, each.split) for k, each in splits.items()})
+    record = None if model is None else open_model(model).record
+    yield from describe.report(opened, specs)
+    sources = {name: each for name, each in opened.items() if not isinstance(each, UserError)}
+    if record is None and config is not None and "data.train" in sources:
+        record = _record(config, sources["data.train"])
+    if record is not None and record.labels:
+        yield ""
+        yield "classes in the model"
+        for name, source in sources.items():
+            how = splits[name].classes if name in splits else None
+            yield name
+            yield from describe.mapping_lines(source, record.labels, how)
+    for name, source in sources.items() if folder else ():
+        read, how = _reader(name, source, splits.get(name), record, config)
+        yield from pictures.draw(folder, name, source, read, how)
+    bad = [f"{name}: {each}" for name, each in opened.items() if name not in sources]
+    if bad:
+        raise UserError("; ".join(bad))
+
+
+def _record(config: Config, train: Source) -> ModelRecord:
+    """The model that a config would train."""
+    base = None if config.init_from is None else open_model(config.init_from).record
+    multi_label = getattr(train, "multi_label", False)
+    return new_record(config, train.label_names, train.fingerprint, base, multi_label=multi_label)[
+        0
+    ]
+
+
+def _reader(
+    name: str,
+    source: Source,
+    split: Split | None,
+    record: ModelRecord | None,
+    config: Config | None,
+) -> tuple[Any, str]:
+    """What reads batches of a split: as the config says, else as a model, else as is usual."""
+    if record is None:
+        return pictures.default_reader(source)
+    if split is None or config is None:
+        return BatchReader.of(source, Split("", ""), record.preprocess), "as it is evaluated"
+    return BatchReader.of(source, split, record.preprocess, seed=config.seed), f"by {name}"
