@@ -8,10 +8,12 @@ processes, all end with the same one.
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 import warnings
@@ -35,7 +37,12 @@ def number(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
-path = os.path.expanduser  # which a shell does not do for --workdir=~/x
+def path(text: str) -> str:
+    """The type of a flag that is a path; a shell does not expand the ~ of --workdir=~/x."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.path.expanduser(text)
+
 
 SLURM = {
     "partition": (str, "NAME", "where to run"),
@@ -475,9 +482,8 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
     except BaseException as error:
         told = sentence(error, has_config)
-        if isinstance(error, (BrokenPipeError, OSError)) and _is_stuck():
-            code = 141 if isinstance(error, BrokenPipeError) else 2
-            message = "" if code == 141 else f"error: what was printed was lost: {error}"
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            code = 141  # as a shell tells of SIGPIPE
         elif told is not None:
             code, message = 2, f"error: {told}"
         elif isinstance(error, SystemExit):
@@ -494,14 +500,18 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _is_stuck() -> bool:
-    """Whether stdout takes no more, as a reader went away; nothing is written there from now on."""
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more; then nothing is written there from now on."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        file = sys.stdout.fileno()
+    except (AttributeError, io.UnsupportedOperation):  # there is none, or it is no file
+        return False
+    poll = select.poll()
+    poll.register(file, select.POLLOUT)
+    left = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file)
+    return left
 
 
 def set_up_screen() -> None:

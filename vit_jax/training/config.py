@@ -24,6 +24,7 @@ from vit_jax.models.config import (
     ModelConfig,
     ViTConfig,
     check_fields,
+    pair,
     variant,
     variant_fields,
     variant_kind,
@@ -39,6 +40,7 @@ from vit_jax.training.sharding import MeshConfig
 logger = logging.getLogger(__name__)
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
+SIDES = ("model.image_size", "model.patch_size")  # (h, w), or one number, which means square
 # What a run may be resumed with in another form; everything else decides what it computes.
 RESUMABLE = (
     "mesh",
@@ -312,6 +314,8 @@ def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
             if not isinstance(inside, dict):
                 raise UserError(f"config {parent} is {inside!r}; expected a section with keys")
         inside[last] = None if text == "None" else read_value(name, text, keys[name])
+        if name in SIDES and text != "None":
+            pair(inside[last], last)
     if any(name in DURATIONS for name in given):
         for name in set(DURATIONS) - set(given):
             config[name] = None
@@ -539,7 +543,7 @@ def differences(old: Config, new: Config) -> list[str]:
     """What keeps `new` from resuming a run of `old`: "optim.lr: 0.001 -> 0.01"."""
     old_flat, new_flat = flat(old), flat(new)
     names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
-    for name in ("model.image_size", "model.patch_size"):  # one number means square
+    for name in SIDES:
         for values in (old_flat, new_flat):
             sides = values.get(name)
             sides = [sides] if isinstance(sides, int) else sides

@@ -1,0 +1,449 @@
+"""What a mistake at the command line is answered with: our word for theirs, and one sentence."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import DIGITS, ROOT
+
+import vit_jax
+from vit_jax import words
+from vit_jax.__main__ import as_json, main, make_parser
+from vit_jax.checkpoints.export import FORMATS
+from vit_jax.checkpoints.load import open_model
+from vit_jax.data.sources import SOURCES
+from vit_jax.data.transforms import _CV2, _PILLOW
+from vit_jax.errors import UserError, nearest, sentence
+from vit_jax.launch.launchers import LAUNCHERS
+from vit_jax.models.config import CHOICES
+from vit_jax.models.posembed import RESIZE_METHODS
+from vit_jax.training import optim
+from vit_jax.training.config import Config, differences, keys, load_config, unpack
+from vit_jax.training.objectives import OBJECTIVES
+
+
+def fails(capsys, *argv):
+    """Runs a command that is a user's mistake; returns its one line."""
+    assert main([str(arg) for arg in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A file of weights of a model of one block."""
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    vit_jax.save(vit_jax.create("mu/4", image_size=8, num_classes=2), path)
+    return path
+
+
+# Names. ------------------------------------------------------------------------------------------
+
+MEANT = {
+    "optim.learning_rate": "optim.lr",
+    "lr": "optim.lr",
+    "LR": "optim.lr",
+    "optim.learning_rat": "optim.lr",
+    "optimizer.lr": "optim.lr",
+    "optim_lr": "optim.lr",
+    "bs": "batch_size",
+    "batchsize": "batch_size",
+    "batch-size": "batch_size",
+    "epochs": "total_epochs",
+    "max_steps": "total_steps",
+    "img_size": "model.image_size",
+    "model.resolution": "model.image_size",
+    "model.heads": "model.num_heads",
+    "arch": "model.variant",
+    "num_classes": "model.num_classes",
+    "drop_path": "model.drop_path",
+    "wd": "optim.weight_decay",
+    "warmup_epochs": "optim.warmup",
+    "max_grad_norm": "optim.grad_clip",
+    "grad_accum": "optim.accumulate",
+    "ema_decay": "optim.ema",
+    "optimizer": "optim.name",
+    "pretrained": "init_from",
+    "resume": "init_from --workdir",
+    "dataset": "data.train.source data.val.source",
+    "data.val.path": "data.val.source",
+    "data.trian.source": "data.train.source",
+    "num_workers": "data.workers",
+    "bf16": "precision",
+    "gpus": "mesh.data",
+    "label_smoothing": "augment.label_smoothing",
+    "smoothing": "augment.label_smoothing",
+    "cutmix": "augment.cutmix",
+    "save_every": "checkpoint.every",
+    "print_freq": "log.every",
+    "eval_interval": "eval.every",
+    "every": "checkpoint.every eval.every log.every",
+    "output_dir": "--workdir",
+    "workdir": "--workdir",
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_a_key_is_known_by_the_names_that_others_give_it(name):
+    with pytest.raises(UserError, match=f"unknown config key in --config.{name}=1; did") as error:
+        load_config(DIGITS, [f"--config.{name}=1"])
+    wanted = " or ".join(map(repr, MEANT[name].split())).replace(" or ", ", ", name == "every")
+    assert str(error.value).endswith(f"did you mean {wanted}?")
+
+
+def test_what_is_like_no_key_is_answered_with_those_of_its_section():
+    with pytest.raises(UserError, match=r"known: mesh.data, mesh.determ\w+, mesh.fsdp, mesh.ten"):
+        load_config(DIGITS, ["--config.mesh.qqq=1"])
+    with pytest.raises(UserError, match=r"known: augment.\*, batch_size, .*, total_steps$"):
+        load_config(DIGITS, ["--config.qqq=1"])
+
+
+def test_a_config_files_own_words():
+    section = {"source": "digits", "split": "train"}
+    for values, message in (
+        (
+            {"batch_size": 8, "optim": {"learning_rate": 1.0}},
+            r"key optim.learning_rate; .*'optim.lr'",
+        ),
+        ({"batch_size": 8, "lr": 1.0}, "did you mean 'optim.lr'"),
+        ({"batch_size": 8, "optimizer": {"lr": 1.0}}, r"did you mean 'optim'\?"),
+        ({"batch_size": 8, "data": {"train": section, "workerz": 1}}, "'data.workers'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            unpack(Config, values)
+
+
+def test_values_are_known_by_other_names_too():
+    for value, known, wanted in (
+        ("adamW", optim.NAMES, "adamw"),
+        ("AdamW", optim.NAMES, "adamw"),
+        ("bf16", CHOICES["dtype"], "bfloat16"),
+        ("fp32", CHOICES["dtype"], "float32"),
+        ("float16", CHOICES["dtype"], "bfloat16"),
+        ("bce", OBJECTIVES, "sigmoid"),
+        ("cross_entropy", OBJECTIVES, "softmax"),
+        ("step", optim.SCHEDULES, "staircase"),
+        ("bicubic", (*_CV2, *_PILLOW), "bicubic_antialias"),
+        ("cls", CHOICES["pool"], "token"),
+        ("imagefolder", SOURCES, "folder"),
+        ("huggingface", FORMATS, "hf"),
+        ("digit", SOURCES, "digits"),
+    ):
+        assert nearest(value, known) == f"did you mean {wanted!r}?"
+    assert nearest("", ("a", "b")) == nearest("zz", ("b", "a")) == "known: a, b"
+
+
+def test_every_word_leads_to_something_that_exists():
+    parser = make_parser()
+    (commands,) = (a.choices for a in parser._actions if a.choices)
+    flags = {flag for each in commands.values() for flag in each._option_string_actions}
+    values = {*optim.NAMES, *optim.SCHEDULES, *OBJECTIVES, *FORMATS, *SOURCES, *LAUNCHERS}
+    values |= {*RESIZE_METHODS, *_CV2, *_PILLOW, "train", "val", "validation"}
+    for choices in CHOICES.values():
+        values |= {*choices}
+    for table, known in (
+        (words.KEYS, set(keys())),
+        (words.FLAGS, flags),
+        (words.COMMANDS, set(commands)),
+        (words.VALUES, values),
+    ):
+        assert set(table) <= known, set(table) - known
+
+
+def test_flags_and_commands_are_suggested_of_those_that_exist(capsys, model, tmp_path):
+    train = ["train", f"--config={DIGITS}", f"--workdir={tmp_path}"]
+    for argv, message in (
+        ([*train, "--lr=1"], "unknown argument '--lr=1'; did you mean '--config.optim.lr'?"),
+        ([*train, "--batch-size", "3"], "did you mean '--config.batch_size'?"),
+        (["train", f"--config={DIGITS}", "--work=x"], "'--work=x'; did you mean '--workdir'?"),
+        (["train", f"--config={DIGITS}", "--out=x"], "did you mean '--workdir'?"),
+        ([*train, "--config.optim.lr", "3"], "no value: write --config.optim.lr=VALUE"),
+        ([*train, "extra"], "unknown argument 'extra'"),
+        (["predict", f"--model={model}", "--top_k=3", "a.png"], "did you mean '--topk'?"),
+        (["predict", "--checkpoint=x", "a.png"], "did you mean '--model'?"),
+        (["prepare", "a", "b", "--qqq"], "known: --classes, --examples, --exif, --help"),
+        (["inspect", model, "--set", "heads=12"], "did you mean 'num_heads'?"),
+        (["inspect", model, "--set", "layers=12"], "did you mean 'depth'?"),
+        (["inspect", model, "--set", "gelu=erf", "--set", "gelu=tanh"], "which of them"),
+        (["trian"], "there is no command 'trian'; did you mean 'train'?"),
+        (["eval"], "did you mean 'evaluate'?"),
+        (["finetune"], "did you mean 'train'?"),
+        (["predict"], "the following arguments are required: --model, IMAGE; see `python -m"),
+    ):
+        assert message in fails(capsys, *argv), argv
+
+
+def test_help_and_version(capsys):
+    for argv, code, text in (
+        ([], 2, "usage: python -m vit_jax"),
+        (["help"], 0, "usage: python -m vit_jax"),
+        (["help", "predict"], 0, "--topk"),
+        (["--version"], 0, f"vit_jax {vit_jax.__version__}"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        told = capsys.readouterr()
+        assert stopped.value.code == code and text in (told.err if code else told.out)
+        assert not (told.out if code else told.err)
+
+
+# Values. -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["64,96", "(64, 96)", "[64,96]", "64x96"])
+@pytest.mark.parametrize("written", ["64", "(64, 64)", "[64, 64]", "None"])
+def test_sides_are_read_whatever_the_file_has(tmp_path, written, text):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        f"    model = dict(variant='mu/16', image_size={written}, patch_size={written})\n"
+        "    return ConfigDict(dict(batch_size=8, model=model))\n"
+    )
+    flags = [f"--config.model.{name}_size={text}" for name in ("image", "patch")]
+    model = load_config(str(file), flags).model_config(None, 2)
+    assert model.image_size == model.patch_size == (64, 96)
+    model = load_config(str(file), [f"{flag.partition('=')[0]}=32" for flag in flags])
+    assert model.model_config(None, 2).image_size == (32, 32)
+
+
+def test_one_side_and_two_equal_ones_are_no_difference():
+    flags = [f"--config.model.image_size={text}" for text in ("8", "8,8", "8x16")]
+    one, same, other = (load_config(DIGITS, [flag]) for flag in flags)
+    assert differences(one, same) == []
+    assert differences(one, other) == ["model.image_size: [8, 8] -> [8, 16]"]
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("total_examples", "1e6", 1_000_000),
+        ("batch_size", "0128", 128),
+        ("seed", "18446744073709551615", 2**64 - 1),
+        ("optim.lr", "1", 1.0),
+        ("data.train.flip", "true", True),
+        ("data.train.flip", "0", False),
+        ("data.train.affine.scale", "1,2", (1.0, 2.0)),
+        ("init_from", "a=b", "a=b"),
+        ("optim.grad_clip", "None", None),
+        ("data.val", "None", None),
+    ],
+)
+def test_values_are_read_by_the_type_of_their_key(key, text, value):
+    found = load_config(DIGITS, [f"--config.{key}={text}"])
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_key_that_is_given_again(caplog):
+    caplog.set_level("INFO", "vit_jax")
+    drops = [f"--config.optim.drops={text}" for text in ("(0.3,0.6)", "(0.8,)")]
+    config = load_config(DIGITS, ["--config.optim.schedule=staircase", *drops])
+    assert config.optim.drops == (0.8,)
+    assert caplog.messages == ["--config.optim.drops=(0.8,) counts, not the (0.3,0.6) before it"]
+    caplog.clear()
+    assert load_config(DIGITS, ["--config.seed=3", "--config.seed=3"]).seed == 3
+    assert make_parser().parse_args(["report", "--out=a", "--out=b", "d"]).out == "b"
+    assert caplog.messages == ["--out=b counts, not the a before it"]
+    flags = ["--config.optim.lr=1", "--config.optim=None"]
+    for order in (flags, flags[::-1]):
+        with pytest.raises(UserError, match=r"optim=None and --config.optim.lr=1 exclude"):
+            load_config(DIGITS, order)
+
+
+def test_a_run_of_no_steps_says_why():
+    for flags, message in (
+        (
+            ["batch_size=100000", "total_epochs=1"],
+            "batch_size is 100000, but data.train has 237 ex",
+        ),
+        (["batch_size=64", "total_examples=8"], "total_examples=8 in batches of batch_size=64"),
+        (["total_epochs=-1"], "total_epochs is -1.0; it must be above 0"),
+        (["total_steps=0"], "total_steps is 0; it must be above 0"),
+    ):
+        config = load_config(DIGITS, [f"--config.{flag}" for flag in flags])
+        with pytest.raises(UserError, match=message):
+            config.steps(237)
+
+
+# One wrong value for each flag of each command; MODEL stands for a file of weights.
+_FLAGS = {
+    "train --config=DIGITS --workdir=TMP/r": [
+        *("--config=nowhere.py", "--config=", "--processes=0", "--processes=x", "--process-id=-1"),
+        *("--join-timeout=0", "--coordinator=nowhere", "--config.seed=1.5", "--config.seed="),
+        *("--config.=1", "--config.optim=3", "--config.optim.drops=a", "--config.data.train=3"),
+        *("--config.model.image_size=0", "--config.model.image_size=8y8", "--config.optim.lr="),
+        *("--config.model.image_size=1,2,3", "--config.model.patch_size=2.5", "--config.log=1"),
+        *("--config.data.train.flip=maybe", "--config.total_steps=1e400", "--config.optim.ema=nan"),
+        *("--config.eval.evaluators.x.type=knn", "--config.precision=fp8", "--workdir="),
+    ],
+    "evaluate --model=MODEL --config=DIGITS": ["--model=/nowhere", "--workdir=x", "--processes=0"],
+    "predict --model=MODEL a.png": ["--topk=0", "--topk=-1", "--topk=5.5", "--topk=", "--model="],
+    "convert MODEL TMP/x --format=timm": ["--format=x", "--format=", "--set=a", "--set", "--set="],
+    "inspect MODEL": [
+        *("--set=num_heads=1.5", "--set=num_heads=0", "--set=depth=x", "--set=image_size=1,2,3"),
+        *("--set=gelu=x", "--set=scan=7", "--set=drop_path=x", "--pictures", "--pictures=MODEL"),
+        *("--set=patch_size=0", "--set=width=x", "--set=image_size=a"),
+    ],
+    "prepare TMP TMP/x": [
+        *("--short-side=0", "--short-side=x", "--quality=0", "--quality=500", "--examples=-5"),
+        *("--examples=0", "--shard-examples=0", "--threads=0", "--split=a/b", "--labels=/nowhere"),
+        *("--classes=/nowhere", "--exif=3", "--part=x", "--examples=99999999999x"),
+    ],
+    "preflight --config=DIGITS": ["--topology=x", "--topology=h100:x", "--config=x.py:y"],
+    "sweep TMP/none.py --workdir=TMP/s": [
+        *("--jobs=0", "--jobs=x", "--nodes=0", "--tasks-per-node=0", "--cpus-per-task=-1"),
+        *("--launcher=k8s", "--time=x", "--gpus-per-node=x", "--workdir="),
+    ],
+    "report TMP": ["--out=x.txt", "--out="],
+}
+
+
+@pytest.mark.parametrize(
+    "line, flag", [(line, flag) for line, flags in _FLAGS.items() for flag in flags]
+)
+def test_a_wrong_value_is_one_sentence(line, flag, capsys, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where what should not be written would be
+    for name, value in {"MODEL": model, "TMP": tmp_path, "DIGITS": DIGITS}.items():
+        line, flag = line.replace(name, str(value)), flag.replace(name, str(value))
+    err = fails(capsys, *line.split(), flag)
+    assert len(err) < 700 and "<class" not in err and "literal" not in err, err
+    assert not list(tmp_path.iterdir()) or list(tmp_path.iterdir()) == [tmp_path / "r"]
+
+
+# The machine. ------------------------------------------------------------------------------------
+
+BACKEND = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
+ERRORS = {
+    "device memory": (
+        jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBuffer"
+        ),
+        r"^out of memory \(RES.* 4770354232 bytes\.\): lower batch_size .*optim.accumulate.*fsdp",
+    ),
+    "host memory": (MemoryError(), r"^out of memory \(MemoryError\): lower batch_size"),
+    "fork": (OSError(errno.ENOMEM, "Cannot allocate memory"), "^out of memory"),
+    "no TPU": (
+        RuntimeError(
+            "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so: libtpu.so: "
+            f"cannot open shared object file: No such file or directory {BACKEND}"
+        ),
+        r"^JAX_PLATFORMS=here, but JAX can use no such device here \(INTERNAL: [^()]*directory\):",
+    ),
+    "unknown": (
+        RuntimeError(
+            "Unable to initialize backend 'foo': Backend 'foo' is not in the list of known "
+            f"backends: ['cpu', 'tpu']. {BACKEND}"
+        ),
+        "^JAX_PLATFORMS=here, .*known backends",
+    ),
+    "TPU in use": (
+        RuntimeError(
+            "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process "
+            f"with pid 2718466. Not attempting to load libtpu.so in this process. {BACKEND}"
+        ),
+        "^the TPU is in use by process 2718466: wait",
+    ),
+    "driver": (
+        jax.errors.JaxRuntimeError(
+            "FAILED_PRECONDITION: DNN library initialization failed. Look at the errors above"
+        ),
+        "^the GPU's driver or libraries do not fit this JAX",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_the_machine_lacks_is_one_sentence(name, capsys, monkeypatch):
+    error, message = ERRORS[name]
+    monkeypatch.setenv("JAX_PLATFORMS", "here")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("vit_jax.analysis.preflight.preflight", fail)
+    err = fails(capsys, "preflight", f"--config={DIGITS}")
+    assert pytest.RaisesExc(ValueError, match=message).matches(
+        ValueError(err.removeprefix("error: "))
+    ), err
+
+
+def test_real_allocations_fail_as_out_of_memory():
+    for allocate in (lambda: jax.numpy.zeros(2**58, "int8"), lambda: np.zeros(2**58, "int8")):
+        with pytest.raises((RuntimeError, MemoryError)) as error:
+            allocate()
+        assert sentence(error.value, False).startswith("out of memory (")
+    assert sentence(RuntimeError("Invalid argument"), True) is None
+    assert sentence(AssertionError(), True) is None
+
+
+def test_a_platform_that_is_not_here_is_named(monkeypatch):
+    """With JAX_PLATFORMS=cuda and no GPU, JAX asserts without a word."""
+
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert sentence(AssertionError(), True).startswith(
+        "JAX_PLATFORMS=cuda, but JAX can use no such device here: unset it"
+    )
+
+
+# The shell. --------------------------------------------------------------------------------------
+
+
+def test_names_that_are_no_text_and_readers_that_go_away(model, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9 \xc3\xbc.png"
+    PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", name)
+    shell = '$0 -m vit_jax predict --model="$1" --topk=1 "$2"; '
+    shell += '$0 -m vit_jax inspect "$1" | true; echo "${PIPESTATUS[0]}"'
+    ran = subprocess.run(
+        ["bash", "-c", shell, sys.executable, str(model), name],
+        capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert ran.stderr == b""
+    line, status = ran.stdout.decode().splitlines()
+    assert os.fsencode(json.loads(line)["file"]) == name
+    assert status == "141"
+
+
+@pytest.mark.parametrize("encoding, line", [("utf-8", '"ü"'), ("ascii", r'"\u00fc"')])
+def test_json_is_written_as_stdout_can_take_it(encoding, line, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert as_json("ü") == line
+    assert as_json("\udce9") == r'"\udce9"'
+
+
+def test_home_is_where_a_tilde_leads(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.py").write_text((ROOT / "configs" / "digits.py").read_text())
+    assert load_config("~/c.py").batch_size == 64
+    vit_jax.save(vit_jax.load(model), "~/m.safetensors")
+    assert open_model("~/m.safetensors").record.config.num_classes == 2
+    assert main(["convert", "~/m.safetensors", "~/timm", "--format=timm"]) == 0
+    capsys.readouterr()
+    assert "no readable image" in fails(capsys, "predict", "--model=~/m.safetensors", "~/c.py")
+    assert {each.name for each in tmp_path.iterdir()} == {"c.py", "m.safetensors", "timm"}
+    parser = make_parser()
+    for line in (
+        "train --config=c --workdir=~/x",
+        "evaluate --model=~/x",
+        "inspect ~/x --pictures=~/x",
+        "prepare ~/x ~/x --labels=~/x --classes=~/x",
+        "sweep ~/x --workdir=~/x",
+        "report ~/x --out=~/x",
+    ):
+        assert "~" not in str(vars(parser.parse_args(line.split()))), line
