@@ -12,12 +12,13 @@ import pytest
 
 from vit_jax.__main__ import main
 from vit_jax.data import describe, pictures
+from vit_jax.data.classes import with_labels
 from vit_jax.data.contents import image_hash
 from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.forms.files import PassedOver
 from vit_jax.data.forms.records import RecordSource
 from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import Relabelled, open_source
+from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 
 DIGITS = "configs/digits.py"
@@ -59,7 +60,7 @@ def test_the_content_of_files_is_of_their_bytes_in_order(pets):
     for threads in (1, 3):
         found = describe.content(source, threads=threads)
         assert found.dtype == np.uint64 and found.tolist() == expected
-    relabelled = Relabelled(source, (1, 0), ("dog", "cat"))
+    relabelled = with_labels(source, ("dog", "cat"))
     assert describe.content(relabelled).tolist() == expected
 
 
@@ -210,7 +211,7 @@ def arrays(labels, names=("a", "b", "c")):
     [
         (arrays([0, 0], ("images",)), r"data.train has one class alone, 'images': nothing to"),
         (arrays([1, 1]), r"data.train is of one of 3 classes alone, 'b': nothing to tell apart"),
-        (Relabelled(arrays([1, 1]), (2, 1, 0), ("c", "b", "a")), "classes alone, 'b'"),
+        (with_labels(arrays([1, 1]), ("c", "b", "a")), "classes alone, 'b'"),
         (arrays([0, 1]), None),
     ],
 )
@@ -393,18 +394,16 @@ def test_the_splits_that_there_are(animals, pets, tmp_path, monkeypatch):
 def test_classes_of_a_model_are_said(pets, capsys, monkeypatch):
     source = open_source(f"folder:{pets}", "all")
     assert describe.mapping_lines(source, ("dog", "wolf", "cat")) == [
-        "  2 of 2 classes have the same name in the model, which has 3",
-        "  cat -> cat (class 2)",
-        "  dog -> dog (class 0)",
+        "  2 of the model's 3, by name",
     ]
-    assert describe.mapping_lines(source, ("katze", "hund")) == [
-        "  0 of 2 classes have the same name in the model, which has 2",
-        "  cat -> katze (class 0)",
-        "  dog -> hund (class 1)",
+    assert describe.mapping_lines(source, ("Dog", "cat, tabby")) == [
+        "  2 of the model's 2, by the first of several names",
+        "  cat -> cat, tabby",
+        "  dog -> Dog",
     ]
     record = types.SimpleNamespace(labels=("cat", "wolf", "fox"))
     fake = types.SimpleNamespace(record=record)
-    monkeypatch.setattr("vit_jax.checkpoints.load.open_model", lambda path: fake)
+    monkeypatch.setattr("vit_jax.analysis.data.open_model", lambda path: fake)
     assert main(["data", f"folder:{pets}", "--model=somewhere"]) == 2
     assert "the model knows no 'dog'" in capsys.readouterr().err
 
