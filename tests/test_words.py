@@ -170,7 +170,7 @@ def test_flags_and_commands_are_suggested_of_those_that_exist(capsys, model, tmp
         ([*train, "extra"], "unknown argument 'extra'"),
         (["predict", f"--model={model}", "--top_k=3", "a.png"], "did you mean '--topk'?"),
         (["predict", "--checkpoint=x", "a.png"], "did you mean '--model'?"),
-        (["prepare", "a", "b", "--qqq"], "known: --classes, --examples, --exif, --help"),
+        (["prepare", "a", "b", "--qqq"], "known: --classes, --examples, --help"),
         (["inspect", model, "--set", "heads=12"], "did you mean 'num_heads'?"),
         (["inspect", model, "--set", "layers=12"], "did you mean 'depth'?"),
         (["inspect", model, "--set", "gelu=erf", "--set", "gelu=tanh"], "which of them"),
@@ -298,7 +298,7 @@ _FLAGS = {
     "prepare TMP TMP/x": [
         *("--short-side=0", "--short-side=x", "--quality=0", "--quality=500", "--examples=-5"),
         *("--examples=0", "--shard-examples=0", "--threads=0", "--split=a/b", "--labels=/nowhere"),
-        *("--classes=/nowhere", "--exif=3", "--part=x", "--examples=99999999999x"),
+        *("--classes=/nowhere", "--part=x", "--examples=99999999999x"),
     ],
     "preflight --config=DIGITS": ["--topology=x", "--topology=h100:x", "--config=x.py:y"],
     "sweep TMP/none.py --workdir=TMP/s": [

@@ -175,6 +175,8 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
     if (args.spec is None) == (args.config is None) or (overrides and not args.config):
         raise UserError("give a SPEC such as folder:/data/pets, or --config=FILE.py")
     config = load_config(args.config, overrides) if args.config else None
+    if config:
+        print(f"config {args.config}")
     options = dict(split=args.split, model=args.model, folder=args.pictures)
     for line in data(args.spec, config, **options):
         print(line, flush=True)

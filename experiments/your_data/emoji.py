@@ -1,7 +1,7 @@
 """The source python:experiments/your_data/emoji.py:emoji: npm's emoji-datasource-google.
 
 Unpacked (`npm pack emoji-datasource-google@16.0.0`), it is emoji.json, a list of objects, and PNG
-files of 64 x 64 pixels in img/google/64. EMOJI says where; a tenth is held out, by the files' names.
+files of 64 x 64 pixels in img/google/64. EMOJI says where; by the files' names a tenth is held out.
 """
 
 import json

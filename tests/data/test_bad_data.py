@@ -242,7 +242,7 @@ def test_other_labels_are_another_data_set(tmp_path):
     with pytest.raises(UserError, match="source_fingerprint differ"):
         prepare(str(tmp_path / "a.tar"), str(tmp_path / "out"), labels=str(tmp_path / "other"))
     (tmp_path / "third").write_text("0.jpg,cat\n1.jpg,cat\n2.jpg,dog\n3.jpg,\n")
-    with pytest.raises(UserError, match=r"'3\.jpg,' names no image and class"):
+    with pytest.raises(UserError, match=r"line 4: '3\.jpg' has no label"):
         prepare(str(tmp_path / "a.tar"), str(tmp_path / "x"), labels=str(tmp_path / "third"))
 
 

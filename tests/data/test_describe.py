@@ -12,7 +12,7 @@ import pytest
 
 from vit_jax.__main__ import main
 from vit_jax.data import describe, pictures
-from vit_jax.data.classes import with_labels
+from vit_jax.data.classes import match, with_labels
 from vit_jax.data.contents import image_hash
 from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.forms.files import PassedOver
@@ -294,7 +294,7 @@ def test_the_report_of_a_folder(animals, tmp_path, capsys, monkeypatch):
     assert found["train"].pop("time to read")[0].endswith("(measured here, 8 images)")
     unreadable = found["train"].pop("unreadable")
     assert unreadable[0] == "2 found; 8 were decoded"
-    assert unreadable[1] == "dog/bad.png: it is of no known format, or empty"
+    assert unreadable[1] == "dog/bad.png: it is of no known format"
     assert unreadable[2].startswith("dog/cut.png: OSError")
     assert found["train"] == {
         "examples": ["8"],
@@ -393,13 +393,15 @@ def test_the_splits_that_there_are(animals, pets, tmp_path, monkeypatch):
 
 def test_classes_of_a_model_are_said(pets, capsys, monkeypatch):
     source = open_source(f"folder:{pets}", "all")
-    assert describe.mapping_lines(source, ("dog", "wolf", "cat")) == [
-        "  2 of the model's 3, by name",
+    same = match(source.label_names, ("dog", "wolf", "cat"))
+    assert list(describe.mapping_lines("all", same)) == [
+        "  all           2 of the model's 3, by name"
     ]
-    assert describe.mapping_lines(source, ("Dog", "cat, tabby")) == [
-        "  2 of the model's 2, by the first of several names",
-        "  cat -> cat, tabby",
-        "  dog -> Dog",
+    other = match(source.label_names, ("Dog", "cat, tabby"))
+    assert [line.split(None, 1)[-1] for line in describe.mapping_lines("all", other)] == [
+        "2 of the model's 2, by the first of several names",
+        "is cat, tabby",
+        "is Dog",
     ]
     record = types.SimpleNamespace(labels=("cat", "wolf", "fox"))
     fake = types.SimpleNamespace(record=record)

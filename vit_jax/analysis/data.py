@@ -6,6 +6,7 @@ from typing import Any
 from vit_jax.checkpoints.load import open_model
 from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data import describe, pictures
+from vit_jax.data.classes import match
 from vit_jax.data.pipeline import BatchReader, Split
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, nearest
@@ -53,12 +54,13 @@ def data(
     if record is None and config is not None and "data.train" in sources:
         record = _record(config, sources["data.train"])
     if record is not None and record.labels:
-        yield ""
-        yield "classes in the model"
-        for name, source in sources.items():
-            how = splits[name].classes if name in splits else None
-            yield name
-            yield from describe.mapping_lines(source, record.labels, how)
+        hows = {name: splits[name].classes if name in splits else None for name in sources}
+        matches = {n: match(s.label_names, record.labels, hows[n]) for n, s in sources.items()}
+        if model or not all(matched.is_identity for matched in matches.values()):
+            yield ""
+            yield "classes in the model"
+            for name, matched in matches.items():
+                yield from describe.mapping_lines(name, matched)
     for name, source in sources.items() if folder else ():
         read, how = _reader(name, source, splits.get(name), record, config)
         yield from pictures.draw(folder, name, source, read, how)

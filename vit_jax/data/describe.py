@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int64
 
-from vit_jax.data.classes import How, match
+from vit_jax.data.classes import Matched
 from vit_jax.data.contents import (
     Hashes,
     duplicates,
@@ -309,16 +309,11 @@ def _header(data: bytes) -> tuple[int, int, str, int]:
 def report(
     named: Mapping[str, Source | UserError],
     specs: Mapping[str, str] | None = None,
-    labels: tuple[str, ...] | None = None,
 ) -> Iterator[str]:
     """Yields the lines that say what each split is, and what they share; reads all images.
 
     Args:
       specs: by the same names, what is to be said behind the name of a split.
-      labels: the classes of a model, which those of the splits are to be.
-
-    Raises:
-      UserError: the classes are none of the model.
     """
     looks: dict[str, Look] = {}
     for name, source in named.items():
@@ -333,11 +328,6 @@ def report(
         yield ""
         yield "between splits"
         yield from _rows(_between(looks))
-    if labels is not None:
-        for source in {seen.source.label_names: seen.source for seen in looks.values()}.values():
-            yield ""
-            yield "classes in the model"
-            yield from mapping_lines(source, labels)
 
 
 def _rows(facts: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -478,14 +468,8 @@ def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
     return facts
 
 
-def mapping_lines(source: Source, labels: tuple[str, ...], how: How = None) -> list[str]:
-    """Which class of a model each class of a source is.
-
-    Raises:
-      UserError: they do not fit.
-    """
-    matched = match(source.label_names, labels, how)
-    facts = [f"{len(matched.names):,} of the model's {len(labels):,}, {matched.rule}"]
-    other = [pair for pair in matched.pairs.items() if pair[0] != pair[1]]
-    facts += [f"{name} -> {label}" for name, label in other]
-    return [f"  {fact}" for fact in facts]
+def mapping_lines(name: str, matched: Matched) -> Iterator[str]:
+    """Which class of a model each class of a split is: those that are called otherwise."""
+    told = f"{len(matched.names):,} of the model's {len(matched.labels):,}, {matched.rule}"
+    other = [("", f"{ours} is {label}") for ours, label in matched.pairs.items() if ours != label]
+    yield from _rows([(name, told), *other])

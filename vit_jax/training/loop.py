@@ -224,7 +224,9 @@ def _run(
     store.wait()
     if (n := int(corrupt)) and hosts.is_lead():
         told = "an image" if n == 1 else f"{n} images"
-        logger.warning("%s of %s could not be read: the next took its place", told, train.source)
+        logger.warning(
+            "%s of %s could not be read: the next took its place", told, config.data.train.source
+        )
     return hosts.first("results", lambda: last_values(workdir))
 
 
