@@ -527,6 +527,7 @@ def set_up_screen() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    warnings.filterwarnings("ignore", message="Palette images with Transparency")  # it is dropped
 
 
 if __name__ == "__main__":
