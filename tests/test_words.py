@@ -12,12 +12,14 @@ import numpy as np
 import PIL.Image
 import pytest
 from conftest import DIGITS, ROOT
+from etils import epath
 
 import vit_jax
 from vit_jax import words
 from vit_jax.__main__ import as_json, main, make_parser
 from vit_jax.checkpoints.export import FORMATS
 from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data.sources import SOURCES
 from vit_jax.data.transforms import _CV2, _PILLOW
 from vit_jax.errors import UserError, nearest, sentence
@@ -424,6 +426,11 @@ def test_json_is_written_as_stdout_can_take_it(encoding, line, monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert as_json("ü") == line
     assert as_json("\udce9") == r'"\udce9"'
+
+
+def test_a_report_names_folders_that_are_no_text(tmp_path):
+    write_atomically(epath.Path(tmp_path / "report.md"), "| r\udce9 ü |")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == r"| r\udce9 ü |"
 
 
 def test_home_is_where_a_tilde_leads(capsys, model, tmp_path, monkeypatch):

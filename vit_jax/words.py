@@ -181,7 +181,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     Names may be those of flags ("--topk"), or keys of a config ("optim.lr").
     """
     known = sorted({str(k) for k in known})
-    found = [repr(k) for k in meant(str(name), known)]
+    found = [] if name in ("", "None") else [repr(k) for k in meant(str(name), known)]
     if found:
         *others, last = found
         return f"did you mean {', '.join(others)}{' or ' if others else ''}{last}?"

@@ -148,11 +148,11 @@ MISTAKES = {
     "no type": ("near=dict(test=1)", "near.type is None; known: classification, fewshot"),
     "no test": (
         "near=dict(type='knn', train=dict(source='digits', split='val'))",
-        r"eval\.evaluators\.near\.test\.source is not set",
+        r"eval\.evaluators\.near\.test is not set",
     ),
     "key": (
         f"near={SECTION.format(', neighbors=(3,)')}",
-        "near.neighbors; did you mean 'neighbours'",
+        "near.neighbors; did you mean 'eval.evaluators.near.neighbours'",
     ),
     "name": (f"val={SECTION.format('')}", r"eval\.evaluators\.val: expected a name"),
     "every": (f"near={SECTION.format(', every=-1')}", "every is -1"),

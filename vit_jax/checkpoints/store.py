@@ -267,7 +267,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
 def write_atomically(path: epath.Path, text: str) -> None:
     """Writes a file so that a kill leaves either the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may be no text
     temporary.replace(path)
 
 
