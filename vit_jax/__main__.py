@@ -165,6 +165,7 @@ def _fields(pairs: list[str]) -> dict[str, object]:
     from vit_jax.models.config import FAMILIES
 
     kinds = {f.name: f.type for kind in FAMILIES.values() for f in dataclasses.fields(kind)}
+    kinds["architecture"] = str
     found = {}
     for pair in pairs:
         name, _, value = pair.partition("=")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoints import architectures
 from vit_jax.checkpoints.record import numbers
 from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
@@ -40,15 +41,20 @@ _TIMM_GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 _RESAMPLE = {2: "bilinear_antialias", 3: "bicubic_antialias"}  # PIL.Image.Resampling
 
 
-def hints(dialect: Dialect, config: Mapping[str, Any]) -> dict[str, Any]:
+def hints(dialect: Dialect, config: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:
     """What a config.json says of a ViTConfig or ResNetConfig; {} where there is none.
 
+    Args:
+      architecture: what `architectures.named` returns.
+
     Raises:
-      UserError: it names a model that is no plain ViT, or a value of another type.
+      UserError: it says something that no plain ViT has, or a value of another type.
     """
-    if not config:
+    if not config and architecture is None:
         return {}
     try:
+        if dialect.name == "timm":
+            config = {**config, "architecture": architecture or ""}
         if dialect.family == "resnet":
             return _timm_size(config) if dialect.name == "timm" else {}
         return {"timm": _timm_hints, "hf": _hf_hints}.get(dialect.name, lambda config: {})(config)
@@ -61,6 +67,10 @@ def hints(dialect: Dialect, config: Mapping[str, Any]) -> dict[str, Any]:
 def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     config = config.get("vision_config") or config
     found: dict[str, Any] = {}
+    if config.get("model_type") == "vit_msn":
+        found["layernorm_eps"] = 1e-6  # where the others have 1e-12
+    if config.get("pooler_act", "tanh") != "tanh":
+        raise UserError(f"config.json: pooler_act {config['pooler_act']!r}; expected 'tanh'")
     if "hidden_act" in config and not config.get("use_swiglu_ffn"):
         act = config["hidden_act"]
         if act not in _HF_GELU:
@@ -80,13 +90,13 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
     told = {**config, **(config.get("model_args") or {})}
-    if "_rpn_" in name or told.get("block_fn"):
-        raise UserError(
-            f"{name or 'config.json'} has blocks that are normalised after the residual branches: "
-            "not a plain ViT, although its keys look the same"
-        )
-    if told.get("pool_include_prefix") or name == "test_vit3":
-        raise UserError(f"{name or 'config.json'} pools the tokens before the patches too")
+    for arg, value in (config.get("model_args") or {}).items():
+        # None, False and "" are what timm has where nothing is said.
+        if arg not in architectures.TIMM_ARGS and value not in (None, False, ""):
+            raise UserError(
+                f"config.json: model_args {arg}={value!r} may change what is computed, and no key "
+                "shows it"
+            )
     found: dict[str, Any] = {}
     if "act_layer" in told:
         act = told["act_layer"]
