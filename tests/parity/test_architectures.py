@@ -196,5 +196,5 @@ def test_a_bare_file_says_what_no_key_shows(tmp_path):
     model = timm.create_model("vit_pe_core_small_patch16_384", depth=1, img_size=32)
     vit = load(save(randomise(model), tmp_path / "weights.safetensors"))
     assert vit.report.assumed["architecture"].startswith("is not named")
-    with pytest.raises(AssertionError, match="e-0[1-4]"):
+    with pytest.raises(AssertionError, match=r"e-0[1-4]"):
         agree(vit, theirs(vit.config, model.blocks, model))

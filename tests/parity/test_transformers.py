@@ -249,7 +249,7 @@ def test_written_for_transformers(name, folders, record, tmp_path):
     case, model = CASES[name], model_of(name)
     vit = load(folders(name))
     if not case.written:
-        with pytest.raises(UserError, match="hf has no models with model.pool='gap'"):
+        with pytest.raises(UserError, match=r"hf has no models with model\.pool='gap'"):
             vit_jax.save(vit, tmp_path, format="hf")
         return
     vit_jax.save(vit, tmp_path, format="hf")

@@ -1,8 +1,8 @@
 """Architectures that are known to compute what we do, by the names that config files give them.
 
 Keys show what has weights. Rotary positions, the scale of attention, activations, where a norm
-stands or what is pooled may have none, so that a name decides: these are compared with the code that
-they are of (tests/parity), and any other is refused.
+stands or what is pooled may have none, so that a name decides: these are compared with the code
+that they are of (tests/parity), and any other is refused.
 """
 
 import re
