@@ -154,17 +154,19 @@ def _of_hugging_face(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _unknown(name: str, dialect: str, known: Iterable[str], told: bool) -> str:
-    whose, usual = {
-        "timm": ("timm", "vit_base_patch16_224"),
-        "hf": ("transformers", "ViTModel"),
-    }[dialect]
     near = nearest(name, known)
-    near = near.split("'")[1] if near.endswith("?") else usual
+    near = f"the nearest known name is {near.split(chr(39))[1]!r}" if near.endswith("?") else ""
     if told:
-        return f"architecture {name!r} is none of {whose} that is known; the nearest is {near!r}"
+        whose, usual = {
+            "timm": ("timm", "vit_base_patch16_224"),
+            "hf": ("transformers", "ViTModel"),
+        }[dialect]
+        near = near or f"such as {usual!r}"
+        return f"architecture {name!r} is none of {whose} that is known; {near}"
     return (
         f"config.json names the architecture {name!r}, which is not known to compute what its keys "
-        "look like: rotary positions, activations and more have no keys. The nearest that is known "
-        f"is {near!r}; where it computes as that or another known one does, say so by "
-        f"architecture={near!r}"
+        "look like (rotary positions, activations and more have no keys)"
+        + (f"; {near}" if near else "")
+        + ". If its code computes what that of a known one does, say which: "
+        'architecture="NAME", or --set architecture=NAME'
     )
