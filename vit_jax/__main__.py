@@ -221,6 +221,7 @@ def _fields(pairs: list[str]) -> dict[str, object]:
         for family in FAMILIES.values()
         for field in dataclasses.fields(family)
     }
+    kinds["architecture"] = str
     found, texts = {}, {}
     for pair in pairs:
         name, _, text = pair.partition("=")

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
@@ -19,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import vit_jax
 from vit_jax.__main__ import main
-from vit_jax.checkpoints.load import Loaded, Report, inspect, read_model
+from vit_jax.checkpoints.load import Loaded, Report, inspect, open_model, read_model
+from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
@@ -446,7 +448,7 @@ def test_a_table_that_could_be_two_grids(tmp_path):
     vit = vit_jax.load(path, num_heads=2)
     assert (vit.config.grid, vit.config.num_position_prefix) == ((2, 2), 5)
     assert "9 rows could also have 0" in vit.report.assumed["position_prefix"]
-    config = dialects.timm_config("vit_test")
+    config = dialects.timm_config("test_vit")
     config["config.json"]["model_args"]["img_size"] = 12
     path = changed(TIMM, arrays, files=config).write(tmp_path / "folder")
     vit = vit_jax.load(path)
@@ -533,7 +535,7 @@ CONTRADICTIONS = {
     "nested": ("hf clip", {"vision_config": {"num_attention_heads": 3}}, "into 3 heads"),
     "timm's pooling": ("timm folder", {"model_args": {"global_pool": "max"}}, "global_pool 'max'"),
     "timm's activation": ("timm folder", {"model_args": {"act_layer": "rel"}}, "act_layer 'rel'"),
-    "other blocks": ("timm folder", {"architecture": "vit_relpos_base_rpn_224"}, "no.*plain ViT"),
+    "other blocks": ("timm folder", {"architecture": "vit_relpos_base_rpn_224"}, "is not known"),
     "map without its head": (
         "timm folder",
         {"model_args": {"global_pool": "map", "num_heads": 2}},
@@ -871,10 +873,40 @@ def test_preprocessing_of_timm(loaded, tmp_path):
         assert vit_jax.load(path).preprocess == Preprocess(
             (8, 8), **{**usual, "std": (0.5,) * 3, **expected}
         )
-    config["pretrained_cfg"]["crop_mode"] = "border"
-    path = changed(folder, files={"config.json": config}).write(tmp_path)
-    with pytest.raises(UserError, match="crop_mode 'border'"):
-        vit_jax.load(path)
+
+
+NEAREST = [
+    ("timm folder", {"crop_mode": "border"}, "crop_mode", dict(aspect="squash")),
+    ("timm folder", {"interpolation": "random"}, "interpolation", dict(resize="bicubic_antialias")),
+    ("timm folder", {"interpolation": "box"}, "interpolation", dict(resize="bilinear_antialias")),
+    ("hf vit", {"resample": 1}, "resample", dict(resize="bicubic_antialias")),
+    *(
+        ("hf vit", {"resample": number}, "resample", dict(resize="bilinear_antialias"))
+        for number in (0, 4, 5)
+    ),
+]
+
+
+@pytest.mark.parametrize("name, change, said, expected", NEAREST, ids=str)
+def test_the_nearest_preprocessing_is_taken_and_said(name, change, said, expected, tmp_path):
+    example = EXAMPLES[name]
+    files = json.loads(json.dumps(example.files))
+    if name == "hf vit":
+        files["preprocessor_config.json"] = {**dialects.PREPROCESSOR, **change}
+    else:
+        files["config.json"]["pretrained_cfg"] |= change
+    opened = open_model(changed(example, files=files).write(tmp_path))
+    assert set(opened.assumed) - {"num_heads", "labels"} == {said}
+    told = opened.record.preprocess
+    assert {field: getattr(told, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize("change", [{"crop_mode": "centre"}, {"interpolation": "cubic"}])
+def test_damaged_preprocessing_is_refused(change, tmp_path):
+    files = json.loads(json.dumps(EXAMPLES["timm folder"].files))
+    files["config.json"]["pretrained_cfg"] |= change
+    with pytest.raises(UserError, match=next(iter(change.values()))):
+        open_model(changed(EXAMPLES["timm folder"], files=files).write(tmp_path))
 
 
 def test_label_names(loaded, tmp_path):
@@ -882,17 +914,23 @@ def test_label_names(loaded, tmp_path):
     numbers = tuple("01234")
     assert loaded("hf vit").labels == names
     placeholders = {str(i): f"LABEL_{i}" for i in range(5)}
-    for id2label, expected in [
-        (dict(reversed(dialects.NAMES.items())), names),
-        (placeholders, numbers),
-        ({"0": "ant"}, numbers),
-        (None, numbers),
-        (["ant"], numbers),
+    twice = ("ant", "bee", "ant", "dog", "eel")
+    for id2label, expected, said in [
+        (dict(reversed(dialects.NAMES.items())), names, None),
+        (placeholders, numbers, "numbers: nothing says what they are"),
+        (None, numbers, "numbers: nothing says what they are"),
+        ({"0": "ant"}, numbers, "numbers: id2label has 1 other than 0 to 4"),
+        ({**dialects.NAMES, "5": "fly"}, numbers, "numbers: id2label has 6 other than 0 to 4"),
+        ({**dialects.NAMES, "3": "LABEL_3"}, numbers, "numbers: id2label has no name for class 3"),
+        ({**dialects.NAMES, "3": None}, numbers, "numbers: id2label is no list of texts"),
+        (["ant"], numbers, "numbers: id2label has 1, the head 5"),
+        (dict(zip("01234", twice, strict=True)), twice, "classes [0, 2] are all called 'ant'"),
     ]:
         files = {"config.json": {**VIT.files["config.json"], "id2label": id2label}}
         vit = vit_jax.load(changed(VIT, files=files).write(tmp_path))
         assert vit.labels == expected
-        assert ("labels" in vit.report.assumed) == (expected == numbers)
+        assert (said is None) == ("labels" not in vit.report.assumed)
+        assert said is None or said in vit.report.assumed["labels"]
     folder = EXAMPLES["timm folder"]
     files = {"config.json": {**folder.files["config.json"], "label_names": list(names)}}
     assert vit_jax.load(changed(folder, files=files).write(tmp_path / "timm")).labels == names
@@ -1015,6 +1053,8 @@ def test_a_run_says_itself_what_it_is(tiny_run):
 def test_where_a_model_may_be_written(loaded, tmp_path):
     vit = loaded("google paper")
     for name, format, message in [
+        ("x.pt", "timm", r"a timm file is named \.\.\.\.safetensors, and a folder is not"),
+        ("x.onnx", "vit_jax", r"a vit_jax file is named \.\.\.\.safetensors, and a folder is"),
         ("x.pt", "google", r"a google file is named \.\.\.\.npz"),
         ("x.safetensors", "google", r"a google file is named \.\.\.\.npz"),
         ("x", "big_vision", r"a big_vision file is named \.\.\.\.npz"),
@@ -1035,6 +1075,33 @@ def test_where_a_model_may_be_written(loaded, tmp_path):
         (tmp_path / name).mkdir()
         with pytest.raises(UserError, match="folder"):
             vit_jax.save(vit, tmp_path / name, format=format)
+
+
+def test_a_folder_of_other_things_stays_as_it_is(loaded, tmp_path):
+    vit = loaded("hf vit")
+    (tmp_path / "1.jpg").write_text("mine")
+    for format in ("timm", "hf", "vit_jax"):
+        with pytest.raises(
+            UserError, match=r"holds other things \(1\.jpg\): name a new or an empty"
+        ):
+            vit_jax.save(vit, tmp_path, format=format)
+    assert [file.name for file in tmp_path.iterdir()] == ["1.jpg"]
+    vit_jax.save(vit, tmp_path / "new.tag_in21k", format="hf")
+    (tmp_path / "new.tag_in21k" / "README.md").write_text("mine")
+    vit_jax.save(vit, tmp_path / "new.tag_in21k", format="hf")
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_of_the_umask(mask, mode, loaded, tmp_path):
+    before = os.umask(mask)
+    try:
+        vit_jax.save(loaded("hf vit"), tmp_path / "hf", format="hf")
+        vit_jax.save(loaded("hf vit"), tmp_path / "x.npz", format="google")
+        write_atomically(epath.Path(tmp_path) / "x.txt", "?")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*.*")}
+    assert len(modes) == 6 and set(modes.values()) == {mode}
 
 
 CALLS = {

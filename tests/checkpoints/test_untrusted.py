@@ -351,17 +351,69 @@ def test_files_that_are_no_weights(tmp_path):
     for raw, message in {
         b"": "is empty",
         pointer: r"Git LFS pointer, not the file itself: run `git lfs pull`",
-        b"\x89HDF\r\n\x1a\n" + b"\0" * 100: r"is HDF5; expected an \.npz or \.safetensors file",
-        b"\x93NUMPY\x01\x00v\x00{": "neither an .npz nor a .safetensors file",
-        b"<!DOCTYPE html><html>": "neither an .npz nor a .safetensors file",
-        b'{"error": "not found"}': "neither an .npz nor a .safetensors file",
+        b"\x89HDF\r\n\x1a\n" + b"\0" * 100: r"is HDF5, .*; expected an \.npz or \.safetensors file",
+        b"\x93NUMPY\x01\x00v\x00{": r"a single array of NumPy \(.npy\)",
+        b"<!DOCTYPE html><html>": "is a web page, which came in place of the file",
+        b'{"error": "not found"}': "is a text of JSON",
+        b"GGUF\x03\0\0\0" + b"\0" * 100: "is GGUF",
+        b"\x1f\x8b\x08\0" + b"\0" * 100: r"is compressed \(gzip\): unpack it first",
+        b"\x28\xb5\x2f\xfd" + b"\0" * 100: r"is compressed \(zstandard\): unpack it first",
+        b"\x1c\0\0\0TFL3" + b"\0" * 100: "is a TensorFlow Lite program",
         b"\0" * 4096: "neither an .npz nor a .safetensors file",
-        b"\x08\x03\x12\x07pytorch": "neither an .npz nor a .safetensors file",
+        b"\x08\x03\x12\x07pytorch": "is an ONNX program",
     }.items():
         for name in ("model.safetensors", "x.npz"):
             path = tmp_path / name
             path.write_bytes(raw)
             assert str(path) in refused(path, message)
+    for name, message in {
+        "flax_model.msgpack": "is Flax's msgpack, .*: take the model.safetensors of the same model",
+        "saved_model.pb": "is a program of TensorFlow",
+        "model.onnx": "is an ONNX program",
+    }.items():
+        (tmp_path / name).write_bytes(b"\x08\x07:\xa4 and more")
+        refused(tmp_path / name, message)
+
+
+@pytest.mark.parametrize(
+    "member, message",
+    [
+        ("model.weights.h5", "is a Keras archive of HDF5"),
+        ("model/archive_format", r"is a program exported by PyTorch \(.pt2\)"),
+        ("serialized_exported_program.json", r"is a program exported by PyTorch \(.pt2\)"),
+        ("folder/model.safetensors", "is a zip archive: unpack it first"),
+    ],
+)
+def test_zips_that_are_no_weights(member, message, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        archive.writestr(member, "?")
+        archive.writestr("config.json", "{}")
+    refused(tmp_path / "x", message)
+
+
+@pytest.mark.parametrize(
+    "member, message",
+    [
+        ("saved_model.pb", "is a TensorFlow SavedModel, which is not read here"),
+        ("_CHECKPOINT_METADATA", "is an Orbax checkpoint, without the run folder"),
+        ("checksums.json", "is one checkpoint of a run folder: name the run folder"),
+        ("flax_model.msgpack", "holds flax_model.msgpack, Flax's msgpack"),
+        ("tf_model.h5", "holds tf_model.h5, HDF5"),
+        ("model.onnx", "holds model.onnx, an ONNX program"),
+        ("x.gguf", "holds x.gguf, GGUF"),
+        ("x.npz.zst", r"holds x.npz.zst, compressed \(zstandard\)"),
+    ],
+)
+def test_folders_of_others(member, message, tmp_path):
+    (tmp_path / member).write_bytes(b"?")
+    said = refused(tmp_path, message)
+    assert "Expected a run folder (model/model.json), model.safetensors, or an" in said
+
+
+def test_an_index_stands_for_its_shards(tmp_path):
+    path = EXAMPLES["hf sharded"].write(tmp_path)
+    index = path / "model.safetensors.index.json"
+    assert open_model(index).shapes == open_model(path).shapes
 
 
 def test_folders_without_weights(tmp_path):

@@ -1,14 +1,18 @@
 """Models of other libraries with random weights, and how far ours is from what they compute."""
 
 import functools
+import json
 
 import jax
 import numpy as np
 import safetensors.torch
 import torch
 from flax import nnx
+from timm.models._hub import save_config_for_hf
 
 import vit_jax
+from vit_jax.checkpoints.convert import interpret
+from vit_jax.checkpoints.files import Weights
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
 
@@ -123,6 +127,17 @@ def truth_of_timm(model):
     if model.pos_embed is not None:
         found["num_position_prefix"] = 0 if model.no_embed_class else model.num_prefix_tokens
     return {name: value for name, value in found.items() if value is not None}
+
+
+def interpreted(model, folder=None, **known):
+    """Our config of it, from names, shapes and the config.json that timm writes."""
+    weights = Weights(type(model).__name__)
+    for name, parameter in model.state_dict().items():
+        weights.add(name, parameter.shape, "float32")
+    if folder is not None:
+        save_config_for_hf(model, folder / "config.json")
+        weights.config = json.loads((folder / "config.json").read_text())
+    return interpret(weights, **known).config
 
 
 def save(model, path):

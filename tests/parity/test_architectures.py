@@ -1,95 +1,200 @@
-"""Every Vision Transformer of timm, by its names and shapes: read as what it is, or refused."""
+"""Every architecture of timm by its name: computed as timm computes it, or refused.
 
-import json
+Names whose models have the same modules, flags and names of weights are a group; one of each is
+compared in numbers, at small sizes. The sizes of all are compared as numbers of the config.
+"""
+
+import collections
+import re
 
 import pytest
 import timm
-import torch
-from timm.models import vision_transformer
 from timm.models._hub import save_config_for_hf
+from timm.models._registry import _deprecated_models, _model_to_module
 
-from parity.references import truth_of_timm
-from vit_jax.checkpoints.convert import interpret
-from vit_jax.checkpoints.files import Weights
+from parity import test_resnet, test_transformers, timm_cases
+from parity.references import agree, interpreted, load, randomise, save, theirs, truth_of_timm
+from vit_jax.checkpoints import architectures
 from vit_jax.errors import UserError
 
-NAMES = [
-    name
-    for name in timm.list_models()
-    if name.startswith(("vit_", "deit", "flexivit", "test_vit", "eva_large"))
-]
-# Plain blocks, but stems of convolutions or norms that we do not have: refused too.
-OTHERWISE = ("_mci_", "_r26_", "_r50_", "_resnet", "_r_s16_", "_radio_", "_intern300m_", "_vit4")
+# What computes the same either way.
+NEUTRAL = {"training", "fused_attn", "weight_init_mode", "fix_init", "strict_img_size", "flatten"}
+NEUTRAL |= {"inplace", "grad_checkpointing", "dynamic_img_pad", "_is_full_backward_hook"}
+
+# Modules of Vision Transformers, plain or not.
+ALIKE = {"vision_transformer", "deit", "vision_transformer_hybrid", "resnetv2", "eva", "beit"}
+ALIKE |= {"vision_transformer_relpos", "vision_transformer_sam", "naflexvit", "hiera", "cait"}
+ALIKE |= {"xcit", "volo", "deepseek_vit", "qwen3_vit", "gemma4_vit", "convit", "pit"}
 
 
-def created(name):
+def created(name, **changes):
     """A model without numbers; two blocks tell as much as all."""
-    return timm.create_model(name, device="meta", depth=2)
+    changes = changes if name.startswith("resnet") else {"depth": 2, **changes}
+    return timm.create_model(name, device="meta", **changes)
 
 
-def interpreted(model, folder):
-    """Our config of it, from names, shapes and the config.json that timm writes."""
-    weights = Weights(type(model).__name__)
-    for name, parameter in model.state_dict().items():
-        weights.add(name, parameter.shape, "float32")
-    save_config_for_hf(model, folder / "config.json")
-    weights.config = json.loads((folder / "config.json").read_text())
-    return interpret(weights).config
+def signature(model):
+    """All of a model but its sizes: modules, their flags, the scale of attention, what is named."""
+    found = {(re.sub(r"\d+", "#", key), value.ndim) for key, value in model.named_parameters()}
+    for path, module in model.named_modules():
+        kept = {k: v for k, v in vars(module).items() if type(v) in (bool, str) or k == "eps"}
+        flags = tuple(sorted((k, v) for k, v in kept.items() if k not in NEUTRAL))
+        found.add((re.sub(r"\d+", "#", path), type(module).__qualname__, flags))
+        if hasattr(module, "head_dim"):
+            found.add(("scale", round(module.scale * module.head_dim**0.5, 6)))
+    return frozenset(found)
 
 
-def is_plain(model):
-    block = model.blocks[0]
-    return (
-        type(block) is vision_transformer.Block
-        and type(block.attn) is vision_transformer.Attention
-        and isinstance(block.attn.q_norm, torch.nn.Identity)
-        and isinstance(block.attn.norm, torch.nn.Identity)
-        and model.global_pool in ("token", "avg", "map")
-        and not (model.pool_include_prefix and model.num_prefix_tokens)
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """The known names by their `signature`; read right by config.json, and by the name alone."""
+    folder, found, wrong = (
+        tmp_path_factory.mktemp("architectures"),
+        collections.defaultdict(list),
+        {},
     )
-
-
-def test_every_architecture(tmp_path):
-    read, refused, wrong = [], [], {}
-    for name in NAMES:
-        if "_sapiens2" in name:  # with RoPE; its depth is fixed
-            continue
+    for name in sorted(architectures.TIMM):
         model = created(name)
-        if type(model).__module__ not in ("timm.models.vision_transformer", "timm.models.deit"):
-            continue
-        try:
-            config = interpreted(model, tmp_path)
-        except UserError as error:
-            refused.append(name)
-            if is_plain(model) and not any(part in name for part in OTHERWISE):
-                wrong[name] = str(error)
-            continue
-        read.append(name)
-        if not is_plain(model):
-            wrong[name] = "read, but not plain"
-        else:
-            found = {key: getattr(config, key) for key in truth_of_timm(model)}
-            if found != truth_of_timm(model):
-                wrong[name] = [found, truth_of_timm(model)]
+        found[signature(model)].append(name)
+        for config in (interpreted(model, folder), interpreted(model, architecture=name)):
+            if name.startswith("resnet"):
+                continue
+            expected = truth_of_timm(model)
+            told = {key: getattr(config, key) for key in expected}
+            if told != expected:
+                wrong[name] = [told, expected]
     assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
-    assert len(read) > 120 and len(refused) > 20
+    return sorted(found.values())
+
+
+def test_every_name_is_known_or_refused():
+    refused = set(timm.list_models()) - architectures.TIMM
+    for name in refused:
+        assert architectures.current(name) not in architectures.TIMM
+        if _model_to_module[name] not in ALIKE:
+            continue
+        with pytest.raises(UserError, match=f"architecture {name!r}, which is not known"):
+            architectures.named("timm", {"architecture": name})
+    for name in architectures.TIMM:
+        assert architectures.named("timm", {"architecture": f"{name}.some_tag"}) == name
+    known = collections.Counter(_model_to_module[name] for name in architectures.TIMM)
+    assert known == {
+        "vision_transformer": 128,
+        "deit": 16,
+        "vision_transformer_hybrid": 9,
+        "resnetv2": 6,
+    }
+    beside = collections.Counter(_model_to_module[name] for name in refused)
+    assert {name: beside[name] for name in known} == {
+        "vision_transformer": 35,
+        "deit": 0,
+        "vision_transformer_hybrid": 5,
+        "resnetv2": 14,
+    }
+
+
+def test_names_of_before():
+    for old, new in _deprecated_models.items():
+        expected = (new or "").split(".")[0]
+        assert (architectures.current(old) in architectures.TIMM) == (
+            expected in architectures.TIMM
+        ), old
+        if expected in architectures.TIMM:
+            assert architectures.current(old) == expected
+
+
+def test_one_of_each_group_computes_the_same(groups, tmp_path, record):
+    """Those that no case of the other files is of: what a case changes there are sizes alone."""
+    sizes = {"depth", "img_size", "embed_dim", "num_heads", "num_classes", "patch_size", "in_chans"}
+    cases = (*timm_cases.CASES.values(), *test_resnet.CASES.values())
+    compared = {case.name for case in cases if set(case.changes) <= sizes}
+    for names in groups:
+        if compared & set(names):
+            continue
+        name = names[0]
+        patch = created(name).patch_embed.patch_size[0]
+        sizes = dict(depth=2, embed_dim=128, num_heads=2, img_size=2 * patch)
+        model = randomise(timm.create_model(name, **sizes))
+        save_config_for_hf(model, tmp_path / "config.json")
+        vit = load(save(model, tmp_path / "model.safetensors"))
+        assert "architecture" not in vit.report.assumed
+        worst = agree(vit, theirs(vit.config, model.blocks, model))
+        record(f"{name} and {len(names) - 1} alike", f"timm {timm.__version__}", "folder", worst)
 
 
 @pytest.mark.parametrize(
     "name, changes, reason",
     [
-        ("vit_base_patch16_rpn_224", {}, "normalised after the residual branches"),
-        ("vit_small_patch16_18x2_224", {}, "mlp.fc1.weight is missing"),  # parallel branches
-        ("vit_pwee_patch16_reg1_gap_256", {}, "missing"),  # attention beside the MLP
+        ("vit_base_patch16_rpn_224", {}, "'vit_base_patch16_rpn_224', which is not known"),
+        ("vit_pe_core_tiny_patch16_384", {}, "'vit_pe_core_tiny_patch16_384', which is not known"),
         ("vit_base_patch16_224", dict(qk_norm=True), "q_norm.* belongs to no part"),
         ("vit_base_patch16_224", dict(global_pool="avgmax"), "global_pool 'avgmax'"),
         ("vit_base_patch16_224", dict(final_norm=False), "norm.* is missing"),
-        ("vit_base_patch16_rope_224", {}, "no known code base|belongs to no part|missing"),
-        ("swin_tiny_patch4_window7_224", {"depth": None}, "layers.0|missing|no known"),
+        ("vit_base_patch16_224", dict(norm_layer="rmsnorm"), "norm_layer='rmsnorm' may change"),
+        (
+            "vit_base_patch16_224",
+            dict(global_pool="avg", pool_include_prefix=True),
+            "pool_include_prefix=True may change",
+        ),
     ],
 )
 def test_what_is_no_plain_vit_is_refused(name, changes, reason, tmp_path):
-    changes = {key: value for key, value in ({"depth": 2} | changes).items() if value is not None}
-    model = timm.create_model(name, device="meta", **changes)
     with pytest.raises(UserError, match=reason):
-        interpreted(model, tmp_path)
+        interpreted(created(name, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("vit_small_patch16_18x2_224", "mlp.fc1.weight is missing"),  # parallel branches
+        ("vit_pwee_patch16_reg1_gap_256", "missing"),  # attention beside the MLP
+        ("vit_base_patch16_rope_224", "missing|belongs to no part"),
+        ("beit_base_patch16_224", "missing|belongs to no part"),
+        ("vit_relpos_base_patch16_224", "missing|belongs to no part"),
+    ],
+)
+def test_keys_are_accounted_for_whatever_the_user_says(name, reason):
+    with pytest.raises(UserError, match=reason):
+        interpreted(created(name), architecture="vit_base_patch16_224")
+
+
+def test_arguments_that_weights_show_are_arguments_of_timms():
+    import inspect
+
+    from timm.models.vision_transformer import VisionTransformer
+
+    theirs = set(inspect.signature(VisionTransformer).parameters)
+    assert theirs > architectures.TIMM_ARGS
+    assert theirs - architectures.TIMM_ARGS == {
+        *("pool_include_prefix", "dynamic_img_pad", "embed_layer", "embed_norm_layer"),
+        *("norm_layer", "block_fn", "mlp_layer", "attn_layer", "device", "dtype"),
+    }
+
+
+def test_every_class_of_transformers_is_known_or_refused():
+    """Known are the classes that are compared, no more and no less."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    compared = {case.kind.__name__ for case in test_transformers.CASES.values()}
+    assert compared == {name for names in architectures.HF.values() for name in names}
+    for kind, names in architectures.HF.items():
+        for name in names:
+            assert architectures.named("hf", {"architectures": [name], "model_type": kind}) == name
+    refused = set(CONFIG_MAPPING_NAMES) - set(architectures.HF)
+    for kind in refused:
+        with pytest.raises(UserError, match=f"architecture {kind!r}, which is not known"):
+            architectures.named("hf", {"model_type": kind})
+    assert {"beit", "data2vec-vision", "dinov3_vit", "siglip2", "yolos", "dpt"} <= refused
+    assert {"vit_hybrid", "vitpose_backbone", "pe_audio"} & set(CONFIG_MAPPING_NAMES) <= refused
+    for name in ("Dinov2Backbone", "SiglipForImageClassification", "ViTMSNForImageClassification"):
+        with pytest.raises(UserError, match=f"architecture {name!r}, which is not known"):
+            architectures.named("hf", {"architectures": [name], "model_type": "vit"})
+
+
+def test_a_bare_file_says_what_no_key_shows(tmp_path):
+    """Rotary positions have no weights: what is assumed is said, and the numbers are others."""
+    model = timm.create_model("vit_pe_core_small_patch16_384", depth=1, img_size=32)
+    vit = load(save(randomise(model), tmp_path / "weights.safetensors"))
+    assert vit.report.assumed["architecture"].startswith("is not named")
+    with pytest.raises(AssertionError, match=r"e-0[1-4]"):
+        agree(vit, theirs(vit.config, model.blocks, model))

@@ -24,8 +24,16 @@ from timm.models.vision_transformer_hybrid import checkpoint_filter_fn
 
 import vit_jax
 from parity.linen_resnet import Classifier, compute, draw
-from parity.references import agree, assert_same_models, load, pixels, same_tensors, save, theirs
-from parity.test_architectures import interpreted
+from parity.references import (
+    agree,
+    assert_same_models,
+    interpreted,
+    load,
+    pixels,
+    same_tensors,
+    save,
+    theirs,
+)
 from parity.timm_cases import Case
 from vit_jax.checkpoints.convert import shapes_of
 from vit_jax.checkpoints.load import open_model

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float32
 
-from vit_jax.checkpoints import families
+from vit_jax.checkpoints import architectures, families
 from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
 from vit_jax.checkpoints.record import family_of, typed_config
@@ -105,21 +105,33 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {k: v.shape for k, v in flatten_dict(structure(config)[1], sep="/").items()}
 
 
-def read_foreign(path: str, file_size: tuple[int, int] | None = None, **known: Any) -> Foreign:
+def read_foreign(
+    path: str,
+    file_size: tuple[int, int] | None = None,
+    architecture: str | None = None,
+    **known: Any,
+) -> Foreign:
     """Opens a file of weights and accounts for each of its keys; reads no array yet.
 
     Args:
       file_size: the (h, w) in pixels of a file that does not say it and whose grid is no square.
+      architecture: the model that it is of, by timm's or transformers' name, in place of what the
+        config.json beside it says.
       known: fields of the config that the caller knows better than the file.
 
     Raises:
       UserError: the file is damaged, of no dialect that is known, or of no such model: a key is
         missing, has another shape, or is one too many.
     """
-    return interpret(open_weights(path), file_size, **known)
+    return interpret(open_weights(path), file_size, architecture, **known)
 
 
-def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **known: Any) -> Foreign:
+def interpret(
+    weights: Weights,
+    file_size: tuple[int, int] | None = None,
+    architecture: str | None = None,
+    **known: Any,
+) -> Foreign:
     """`read_foreign`, of a file that is open."""
     if not weights.shapes:
         raise UserError(f"{weights.path} holds no arrays")
@@ -135,6 +147,20 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
     if dialect.name == "vit_jax" and not record:
         raise UserError(f"{weights.path} has our names, but no record of its model with them")
     assumed: dict[str, str] = {}
+    name = None
+    if dialect.name in ("timm", "hf") and not record:
+        try:
+            name = architectures.named(dialect.name, weights.config, architecture)
+        except UserError as error:
+            raise UserError(f"{weights.path}: {error}") from None
+        if name is None and dialect.family == "vit":
+            assumed["architecture"] = architectures.UNNAMED
+    elif architecture is not None:
+        raise UserError(
+            f"{weights.path} has no use for architecture={architecture!r}: "
+            + ("its own record says" if record else f"{dialect.name}'s code alone decides")
+            + " what it computes"
+        )
     if weights.stale:
         assumed["record"] = "nothing: the .json beside the file is of other weights"
     if record:
@@ -143,7 +169,7 @@ def interpret(weights: Weights, file_size: tuple[int, int] | None = None, **know
         dialect = native(shapes_of(config))
     found = _find(weights, dialect, prefix)
     if not record:
-        told = {**families.hints(dialect, weights.config), **known}
+        told = {**families.hints(dialect, weights.config, name), **known}
         fields = infer(weights, dialect, found, told, file_size, assumed)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)

@@ -38,6 +38,11 @@ from vit_jax.models.resnet import STYLES
 from vit_jax.models.vit import Model
 
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
+# Names that a user gives to a file.
+_NO_FOLDERS = {
+    *(".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".keras", ".onnx"),
+    *(".msgpack", ".gguf", ".tflite", ".pb", ".pt2", ".npy", ".tar", ".zip", ".gz", ".json"),
+}
 # What no format says of the weights themselves: only a config beside them does.
 _SAID_ELSEWHERE = (
     *("gelu", "layernorm_eps", "layer_scale", "dropout", "drop_path", "head_bias", "dtype"),
@@ -267,6 +272,17 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     return found
 
 
+def _check_folder(path: str) -> None:
+    """Raises where a folder holds something else than a model to be replaced."""
+    there = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    there = [name for name in there if not name.startswith(".")]
+    if there and not {"model.safetensors", "model.safetensors.index.json"} & set(there):
+        raise UserError(
+            f"{path} holds other things ({', '.join(there[:3])}{', ...' if there[3:] else ''}): "
+            "name a new or an empty folder, or one whose model.safetensors is to be replaced"
+        )
+
+
 def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") -> Report:
     """Writes a model under the names of a code base, and what it means beside it.
 
@@ -282,7 +298,8 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
       What each parameter became, and under `assumed` what another reader has to know.
 
     Raises:
-      UserError: the format cannot hold the model, or the path is not of its kind.
+      UserError: the format cannot hold the model, the path is not of its kind, or a folder that
+        holds other things than weights.
     """
     path = os.path.expanduser(path)
     if isinstance(vit, Model):
@@ -297,7 +314,13 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
         write_weights(path, arrays, record)
     elif os.path.splitext(path)[1] in (".npz", ".safetensors") or ending == ".npz":
         raise UserError(f"{path}: a {format} file is named ...{ending}")
+    elif os.path.splitext(path)[1] in _NO_FOLDERS and not os.path.isdir(path):
+        raise UserError(
+            f"{path}: a {format} file is named ...{ending}, and a folder is not named "
+            f"...{os.path.splitext(path)[1]}"
+        )
     else:
+        _check_folder(path)
         described = {"hf": sidecars.hf_files, "timm": sidecars.timm_files}.get(format)
         files = described(config, vit.preprocess, vit.labels) if described else {}
         try:

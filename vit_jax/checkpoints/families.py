@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoints import architectures
 from vit_jax.checkpoints.record import numbers
 from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
@@ -37,18 +38,35 @@ _HF_GELU = {
 # The sizes that only SigLIP 2 has; the others are named alike and compute erf.
 _TIMM_TANH = re.compile(r"giantopt|(base_patch32|so400m_patch16)_siglip|large\w*_siglip\w*_512")
 _TIMM_GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
-_RESAMPLE = {2: "bilinear_antialias", 3: "bicubic_antialias"}  # PIL.Image.Resampling
+# PIL.Image.Resampling, and what comes nearest to those that we do not have.
+_RESAMPLE = {2: "bilinear_antialias", 3: "bicubic_antialias"}
+_NEAREST_RESAMPLE = {
+    0: ("nearest", "bilinear_antialias"),
+    1: ("lanczos", "bicubic_antialias"),
+    4: ("box", "bilinear_antialias"),
+    5: ("hamming", "bilinear_antialias"),
+}
+_TIMM_RESIZE = {"bicubic": "bicubic_antialias", "bilinear": "bilinear_antialias"}
+# Heads of models that were pre-trained on more than ImageNet-1k.
+_MANY = {21841: "ImageNet-21k", 21843: "ImageNet-21k", 11821: "ImageNet-12k"}
+_MANY |= {11221: "ImageNet-21k-P", 10450: "ImageNet-21k-P"}
+_TIMM_NEAREST = {name: method for name, method in _NEAREST_RESAMPLE.values()}
 
 
-def hints(dialect: Dialect, config: Mapping[str, Any]) -> dict[str, Any]:
+def hints(dialect: Dialect, config: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:
     """What a config.json says of a ViTConfig or ResNetConfig; {} where there is none.
 
+    Args:
+      architecture: what `architectures.named` returns.
+
     Raises:
-      UserError: it names a model that is no plain ViT, or a value of another type.
+      UserError: it says something that no plain ViT has, or a value of another type.
     """
-    if not config:
+    if not config and architecture is None:
         return {}
     try:
+        if dialect.name == "timm":
+            config = {**config, "architecture": architecture or ""}
         if dialect.family == "resnet":
             return _timm_size(config) if dialect.name == "timm" else {}
         return {"timm": _timm_hints, "hf": _hf_hints}.get(dialect.name, lambda config: {})(config)
@@ -61,6 +79,10 @@ def hints(dialect: Dialect, config: Mapping[str, Any]) -> dict[str, Any]:
 def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     config = config.get("vision_config") or config
     found: dict[str, Any] = {}
+    if config.get("model_type") == "vit_msn":
+        found["layernorm_eps"] = 1e-6  # where the others have 1e-12
+    if config.get("pooler_act", "tanh") != "tanh":
+        raise UserError(f"config.json: pooler_act {config['pooler_act']!r}; expected 'tanh'")
     if "hidden_act" in config and not config.get("use_swiglu_ffn"):
         act = config["hidden_act"]
         if act not in _HF_GELU:
@@ -80,13 +102,13 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
     told = {**config, **(config.get("model_args") or {})}
-    if "_rpn_" in name or told.get("block_fn"):
-        raise UserError(
-            f"{name or 'config.json'} has blocks that are normalised after the residual branches: "
-            "not a plain ViT, although its keys look the same"
-        )
-    if told.get("pool_include_prefix") or name == "test_vit3":
-        raise UserError(f"{name or 'config.json'} pools the tokens before the patches too")
+    for arg, value in (config.get("model_args") or {}).items():
+        # None, False and "" are what timm has where nothing is said.
+        if arg not in architectures.TIMM_ARGS and value not in (None, False, ""):
+            raise UserError(
+                f"config.json: model_args {arg}={value!r} may change what is computed, and no key "
+                "shows it"
+            )
     found: dict[str, Any] = {}
     if "act_layer" in told:
         act = told["act_layer"]
@@ -174,9 +196,9 @@ def read_preprocess(
     base = {"image_size": vit.image_size, "in_channels": vit.in_channels}
     try:
         if dialect == "timm" and isinstance(config.get("pretrained_cfg"), Mapping):
-            found = _timm_preprocess(config["pretrained_cfg"])
+            found = _timm_preprocess(config["pretrained_cfg"], assumed)
         elif dialect == "hf" and preprocessor:
-            found = _hf_preprocess(preprocessor)
+            found = _hf_preprocess(preprocessor, assumed)
         else:
             found = _usual(dialect, vit)
             assumed["preprocess"] = "as usual for such models of this code base"
@@ -209,12 +231,24 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
     return {"resize": "bilinear_antialias", **HALF}
 
 
-def _timm_preprocess(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    mode = cfg.get("crop_mode", "center")
-    methods = {"bicubic": "bicubic_antialias", "bilinear": "bilinear_antialias"}
-    interpolation = cfg.get("interpolation", "bicubic")
-    if mode not in ("center", "squash") or interpolation not in methods:
-        raise UserError(f"pretrained_cfg: crop_mode {mode!r}, interpolation {interpolation!r}")
+def _timm_preprocess(cfg: Mapping[str, Any], assumed: dict[str, str]) -> dict[str, Any]:
+    mode = cfg.get("crop_mode") or "center"
+    interpolation = cfg.get("interpolation") or "bicubic"
+    if mode == "border":
+        assumed["crop_mode"] = "squashed, where timm adds borders"
+        mode = "squash"
+    if interpolation == "random":  # which is how it was trained
+        assumed["interpolation"] = "bicubic, timm's usual one: the config says 'random'"
+        interpolation = "bicubic"
+    elif interpolation in _TIMM_NEAREST:
+        assumed["interpolation"] = _instead(interpolation, _TIMM_NEAREST[interpolation])
+    methods = {**_TIMM_RESIZE, **_TIMM_NEAREST}
+    for name, value, known in (
+        ("crop_mode", mode, ("center", "squash", "border")),
+        ("interpolation", interpolation, (*methods, "random")),
+    ):
+        if value not in known:
+            raise UserError(f"pretrained_cfg: {name} {value!r}; {nearest(value, known)}")
     return {
         "resize": methods[interpolation],
         "aspect": "keep" if mode == "center" else "squash",
@@ -224,12 +258,20 @@ def _timm_preprocess(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _hf_preprocess(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def _instead(name: str, method: str) -> str:
+    return f"{method}, the nearest to {name!r}, which there is not"
+
+
+def _hf_preprocess(cfg: Mapping[str, Any], assumed: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"mean": 0.0, "std": 1.0}
     resample = cfg.get("resample", 2)
-    if resample not in _RESAMPLE:
-        raise UserError(f"preprocessor_config.json: resample {resample!r}; expected 2 or 3")
-    found["resize"] = _RESAMPLE[resample]
+    if type(resample) is not int or not 0 <= resample <= 5:
+        raise UserError(f"preprocessor_config.json: resample {resample!r}; expected 0 to 5")
+    if resample in _NEAREST_RESAMPLE:
+        name, found["resize"] = _NEAREST_RESAMPLE[resample]
+        assumed["resample"] = _instead(name, found["resize"])
+    else:
+        found["resize"] = _RESAMPLE[resample]
     if cfg.get("do_normalize", True):
         found["mean"] = numbers(cfg.get("image_mean", 0.5))
         found["std"] = numbers(cfg.get("image_std", 0.5))
@@ -250,22 +292,48 @@ def _hf_preprocess(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def read_labels(
     vit: ModelConfig, config: Mapping[str, Any], assumed: dict[str, str]
 ) -> tuple[str, ...]:
-    """The names of the classes: of the config.json, ImageNet's for 1,000, numbers for others."""
+    """The names of the classes: all that config.json has, or none of them.
+
+    Where it says nothing of them they are ImageNet's for 1,000, and numbers for others; where it
+    does not fit the head, numbers. `assumed` says so.
+    """
     count = vit.num_classes
-    names = config.get("id2label") or {}
-    if isinstance(names, Mapping) and sorted(names) == sorted(str(i) for i in range(count)):
-        found = tuple(str(names[str(i)]) for i in range(count))
-        if found != tuple(f"LABEL_{i}" for i in range(count)):
-            return found
-    names = config.get("label_names")
-    if isinstance(names, list) and len(names) == count and count:
-        return tuple(str(name) for name in names)
+    if not count:
+        return ()
+    numbered = tuple(str(i) for i in range(count))
+    for key in ("id2label", "label_names"):
+        names = config.get(key)
+        if isinstance(names, Mapping):
+            if set(names) != set(numbered):
+                assumed["labels"] = f"numbers: {key} has {len(names)} other than 0 to {count - 1}"
+                return numbered
+            names = [names[i] for i in numbered]
+        elif names is None or names == []:
+            continue
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            assumed["labels"] = f"numbers: {key} is no list of texts"
+            return numbered
+        if len(names) != count:
+            assumed["labels"] = f"numbers: {key} has {len(names)}, the head {count}"
+            return numbered
+        blank = [i for i, name in enumerate(names) if name in (f"LABEL_{i}", "")]
+        if len(blank) == count:
+            continue  # what transformers writes where nobody said anything
+        if blank:
+            assumed["labels"] = f"numbers: {key} has no name for class {blank[0]}"
+            return numbered
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            places = [i for i, name in enumerate(names) if name == twice]
+            assumed["labels"] = f"as {key} has them: classes {places} are all called {twice!r}"
+        return tuple(names)
     if count == 1000:
         assumed["labels"] = "ImageNet-1k's, as there are 1,000 classes"
         return imagenet_labels()
-    if count:
-        assumed["labels"] = "numbers"
-    return tuple(str(i) for i in range(count))
+    assumed["labels"] = "numbers: nothing says what they are"
+    if count in _MANY:
+        assumed["labels"] += f" (as many as in {_MANY[count]}, whose names are not here)"
+    return numbered
 
 
 def variant_name(config: ModelConfig) -> str:

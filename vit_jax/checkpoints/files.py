@@ -38,6 +38,48 @@ _BROKEN = (
 )
 
 
+_PACKED = "compressed ({}): unpack it first"
+_MARKS = {
+    b"\x89HDF": "HDF5, as Keras (.h5) has it",
+    b"GGUF": "GGUF, quantised for llama.cpp",
+    b"\x1f\x8b": _PACKED.format("gzip"),
+    b"\x28\xb5\x2f\xfd": _PACKED.format("zstandard"),
+    b"\xfd7zXZ": _PACKED.format("xz"),
+    b"BZh": _PACKED.format("bzip2"),
+    b"7z\xbc\xaf": _PACKED.format("7-Zip"),
+    b"\x93NUMPY": "a single array of NumPy (.npy)",
+}
+_ENDINGS = {
+    ".msgpack": "Flax's msgpack, which no table of names is for: take the model.safetensors of the "
+    "same model",
+    ".onnx": "an ONNX program, not weights by their names",
+    ".tflite": "a TensorFlow Lite program",
+    ".pb": "a program of TensorFlow",
+    ".h5": _MARKS[b"\x89HDF"],
+    ".keras": "a Keras archive of HDF5",
+    ".gguf": _MARKS[b"GGUF"],
+    ".gz": _PACKED.format("gzip"),
+    ".zst": _PACKED.format("zstandard"),
+    ".zip": "a zip archive: unpack it first",
+    ".pt2": "a program exported by PyTorch (.pt2)",
+}
+_FOLDERS = {
+    "saved_model.pb": "a TensorFlow SavedModel",
+    "_CHECKPOINT_METADATA": "an Orbax checkpoint, without the run folder that says what it is of",
+    "_METADATA": "an Orbax checkpoint, without the run folder that says what it is of",
+    "manifest.ocdbt": "an Orbax checkpoint, without the run folder that says what it is of",
+    "checksums.json": "one checkpoint of a run folder: name the run folder, two above it",
+}
+# By what a zip holds, where it is no .npz.
+_ZIPS = {
+    "model.weights.h5": _ENDINGS[".keras"],
+    "archive_format": _ENDINGS[".pt2"],
+    "serialized_exported_program.json": _ENDINGS[".pt2"],
+    ".npz": _ENDINGS[".zip"],
+    ".safetensors": _ENDINGS[".zip"],
+}
+
+
 class Weights:
     """Named arrays in one or several files.
 
@@ -171,6 +213,8 @@ def open_weights(path: str) -> Weights:
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path):
         files = _files_of_folder(path)
+    elif path.endswith(".safetensors.index.json") and os.path.exists(path):
+        files = _files_of_index(path)
     else:
         files = [path]
     for file in files:
@@ -189,25 +233,39 @@ def open_weights(path: str) -> Weights:
 def _files_of_folder(path: str) -> list[str]:
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index) and not os.path.exists(os.path.join(path, "model.safetensors")):
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, Mapping) or not names:
-            raise UserError(f"{index} has no weight_map")
-        files = sorted({str(name) for name in names.values()})
-        if any(os.path.basename(file) != file for file in files):
-            raise UserError(f"{index} names files outside of its folder")
-        return [os.path.join(path, file) for file in files]
-    found = sorted(name for name in os.listdir(path) if name.endswith(WEIGHTS))
+        return _files_of_index(index)
+    names = sorted(os.listdir(path))
+    found = [name for name in names if name.endswith(WEIGHTS)]
     for name in ("model.safetensors", *(found if len(found) == 1 else ())):
         if name in found:
             return [os.path.join(path, name)]
-    torch = [n for n in sorted(os.listdir(path)) if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    torch = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if not found and torch:
         raise UserError(_pickled(os.path.join(path, torch[0])))
     what = f"several weight files ({', '.join(found)}): name one" if found else "no weights"
-    raise UserError(
-        f"{path} holds {what}. Expected a run folder (model/model.json), model.safetensors, or an "
-        ".npz or .safetensors file"
+    expected = (
+        "Expected a run folder (model/model.json), model.safetensors, or an .npz or .safetensors "
+        "file"
     )
+    if not found:
+        kind = next((kind for name, kind in _FOLDERS.items() if name in names), None)
+        kind = kind or ("a TensorFlow checkpoint" if "checkpoint" in names else None)
+        if kind:
+            raise UserError(f"{path} is {kind}, which is not read here. {expected}")
+        others = [(n, _ENDINGS[end]) for n in names if (end := os.path.splitext(n)[1]) in _ENDINGS]
+        if others:
+            what = f"{others[0][0]}, {others[0][1]}, and nothing that is read here"
+    raise UserError(f"{path} holds {what}. {expected}")
+
+
+def _files_of_index(index: str) -> list[str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, Mapping) or not names:
+        raise UserError(f"{index} has no weight_map")
+    files = sorted({str(name) for name in names.values()})
+    if any(os.path.basename(file) != file for file in files):
+        raise UserError(f"{index} names files outside of its folder")
+    return [os.path.join(os.path.dirname(index), file) for file in files]
 
 
 def _open(weights: Weights, path: str) -> None:
@@ -219,22 +277,40 @@ def _open(weights: Weights, path: str) -> None:
             _open_safetensors(weights, path)
         elif start.startswith(b"PK"):
             _open_npz(weights, path)
-        elif start.startswith(b"\x80") or _torch_tar(start):
+        elif start.startswith(b"\x80") or b"ustar" in start:
             raise UserError(_pickled(path))
         elif start.startswith(b"version https://git-lfs"):
             raise UserError(
                 f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it "
                 "was cloned"
             )
-        elif start.startswith(b"\x89HDF"):
-            raise UserError(f"{path} is HDF5; expected an .npz or .safetensors file")
+        elif not start:
+            raise UserError(f"{path} is empty")
         else:
-            what = "empty" if not start else "cut off, or neither an .npz nor a .safetensors file"
-            raise UserError(f"{path} is {what}")
+            kind = _kind(start, os.path.splitext(path)[1])
+            if kind is None:
+                raise UserError(f"{path} is cut off, or neither an .npz nor a .safetensors file")
+            raise UserError(f"{path} is {kind}; expected an .npz or .safetensors file")
 
 
-def _torch_tar(start: bytes) -> bool:
-    return b"ustar" in start or start.startswith(b"\x1f\x8b")
+def _kind(start: bytes, ending: str) -> str | None:
+    """What a file is that is not read here, by its first bytes, or, where those are open, its name.
+
+    A name says it only of what has no mark of its own.
+    """
+    for mark, kind in _MARKS.items():
+        if start.startswith(mark):
+            return kind
+    if start[4:8] == b"TFL3":
+        return _ENDINGS[".tflite"]
+    if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>", b"<html lan"):
+        return "a web page, which came in place of the file"
+    if start.lstrip()[:1] in (b"{", b"["):
+        return "a text of JSON (a model is named by the folder of its config.json)"
+    named = _ENDINGS.get(ending) if ending in (".msgpack", ".onnx", ".pb") else None
+    if named is None and start[0] == 8 and start[2:3] == b"\x12" and b"pytorch" in start[:32]:
+        named = _ENDINGS[".onnx"]
+    return named
 
 
 def _pickled(path: str) -> str:
@@ -249,7 +325,12 @@ def _open_npz(weights: Weights, path: str) -> None:
     file = open(path, "rb")
     archive = zipfile.ZipFile(file)
     infos = archive.infolist()
-    if any(info.filename.endswith("data.pkl") for info in infos):
+    names = [info.filename for info in infos]
+    if not any(name.endswith(".npy") for name in names):
+        for part, kind in _ZIPS.items():
+            if any(name.endswith(part) for name in names):
+                raise UserError(f"{path} is {kind}; expected an .npz or .safetensors file")
+    if any(name.endswith("data.pkl") for name in names):
         raise UserError(_pickled(path))
     packed, unpacked = (sum(getattr(i, n) for i in infos) for n in ("compress_size", "file_size"))
     size = os.path.getsize(path)
@@ -358,6 +439,8 @@ def write_weights(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[s
         raise UserError(f"{path} is a folder; expected the name of a file")
     temporary = os.path.join(folder, f".{name}.tmp")
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777  # as the user's umask has it
         if name.endswith(".npz"):
             with open(temporary, "wb") as file:
                 np.savez(file, **arrays)
@@ -366,6 +449,7 @@ def write_weights(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[s
         else:
             metadata = {"format": "pt", "vit_jax": json.dumps(record)}
             safetensors.numpy.save_file(dict(arrays), temporary, metadata=metadata)
+            os.chmod(temporary, mode)  # safetensors writes for the owner alone
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -131,6 +131,7 @@ def load(
     dtype: str | None = None,
     position_resize: str | None = None,
     shardings: Callable[[Any], Any] | None = None,
+    architecture: str | None = None,
     **known: Any,
 ) -> Loaded:
     """Loads a model: weights of any code base, or a run folder of ours.
@@ -149,13 +150,16 @@ def load(
       shardings: nested dict of shapes -> the same of shardings, such as
         `functools.partial(training.sharding.placement, mesh=mesh)`: every parameter goes to its
         devices as it is read, so that the host never holds all of them.
+      architecture: a model of timm or transformers that computes as this one does, by name:
+        "vit_base_patch16_224", "Dinov2Model". It counts more than what config.json names, which
+        is refused unless it is known (see `architectures`).
       **known: fields of the config that a file does not say, such as gelu="tanh" or num_heads=8.
 
     Raises:
       UserError: no such file, a damaged one, or one of another model; sizes that do not fit.
     """
     size = None if image_size is None else pair(image_size, "image_size")
-    opened = open_model(path, file_size=size, **known)
+    opened = open_model(path, file_size=size, architecture=architecture, **known)
     record = opened.record
     changes: dict[str, Any] = {"image_size": size, "in_channels": in_channels, "dtype": dtype}
     if patch_size is not None:
@@ -224,12 +228,17 @@ class Opened:
 
 
 def open_model(
-    path: epath.PathLike, *, file_size: tuple[int, int] | None = None, **known: Any
+    path: epath.PathLike,
+    *,
+    file_size: tuple[int, int] | None = None,
+    architecture: str | None = None,
+    **known: Any,
 ) -> Opened:
     """Finds out what is at `path` and accounts for every key of it; reads no weights yet.
 
     Args:
       file_size: the (h, w) in pixels of a file that does not say it and whose grid is no square.
+      architecture: as `load` has it.
       known: fields of the config that the caller knows better than the file.
 
     Raises:
@@ -240,8 +249,9 @@ def open_model(
     if not epath.Path(local).exists():
         raise UserError(f"there is no {os.fspath(path)!r} to load a model from")
     if (epath.Path(local) / "model" / "model.json").exists():
-        return _open_run(epath.Path(local), **known)
-    foreign = read_foreign(local, file_size=file_size, **known)
+        told = known if architecture is None else {**known, "architecture": architecture}
+        return _open_run(epath.Path(local), **told)
+    foreign = read_foreign(local, file_size=file_size, architecture=architecture, **known)
     weights, config, assumed = foreign.weights, foreign.config, dict(foreign.assumed)
     if weights.record:
         try:

@@ -314,7 +314,7 @@ HF_VIT = Dialect(
         *_linear("head_dist", "/distillation_classifier"),
     ),
     leftover=(r"decoder\.", r"(\w+\.)?embeddings\.mask_token$"),
-    prefixes=("", "vit.", "deit."),
+    prefixes=("", "vit.", "deit.", "ijepa."),
 )
 
 # huggingface/transformers: models/dinov2, dinov2_with_registers

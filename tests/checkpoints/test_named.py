@@ -1,0 +1,111 @@
+"""Architectures that config files name: known, refused, or said by the user."""
+
+import json
+
+import dialects
+import pytest
+
+import vit_jax
+from vit_jax.__main__ import main
+from vit_jax.checkpoints.load import open_model
+from vit_jax.errors import UserError
+
+EXAMPLES = dialects.examples()
+TIMM, VIT = EXAMPLES["timm folder"], EXAMPLES["hf vit"]
+
+
+def named(example, path, **changes):
+    """The folder of an example whose config.json is changed; None takes a field out."""
+    path = example.write(path)
+    config = {**example.files["config.json"], **changes}
+    config = {key: value for key, value in config.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "example, changes, said",
+    [
+        (
+            TIMM,
+            {"architecture": "vit_pe_core_tiny_patch16_384"},
+            "known name is 'vit_tiny_patch16_384'. If its",
+        ),
+        (TIMM, {"architecture": "vit_base_patch16_rpn_224"}, "known name is 'vit_base_patch16_"),
+        (TIMM, {"architecture": "my_net"}, "no keys). If its code computes"),
+        (TIMM, {"architecture": None, "model_type": "evil"}, "names the architecture 'evil'"),
+        (VIT, {"architectures": ["ViTModell"]}, "known name is 'ViTModel'"),
+        (VIT, {"architectures": None, "model_type": "beit"}, "names the architecture 'beit'"),
+        (VIT, {"model_type": "dinov3_vit"}, "names the architecture 'dinov3_vit'"),
+        (VIT, {"architectures": None, "model_type": None, "architecture": "x"}, "'x'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_name_that_is_not_known_is_refused(example, changes, said, tmp_path):
+    path = named(example, tmp_path, **changes)
+    with pytest.raises(UserError, match="which is not known to compute") as error:
+        open_model(path)
+    assert said in str(error.value) and str(path) in str(error.value)
+    # Said by the user, it is read as that one.
+    known = "vit_base_patch16_224" if example is TIMM else "ViTModel"
+    opened = open_model(path, architecture=known)
+    assert opened.record.config == open_model(example.write(tmp_path)).record.config
+    assert "architecture" not in opened.assumed
+
+
+def test_the_user_must_name_one_that_is_known(tmp_path):
+    path = TIMM.write(tmp_path / "timm")
+    for name in ("ViTModel", "vit_base_patch16_rpn_224"):
+        with pytest.raises(UserError, match=f"architecture {name!r} is none of timm that is known"):
+            vit_jax.load(path, architecture=name)
+    with pytest.raises(UserError, match=r"none of transformers that is known; such as 'ViTModel'"):
+        vit_jax.load(VIT.write(tmp_path / "hf"), architecture="vit_base_patch16_224")
+    paper = EXAMPLES["google paper"].write(tmp_path / "google")
+    with pytest.raises(UserError, match=r"no use for architecture=.*google's code alone decides"):
+        vit_jax.load(paper, architecture="vit_base_patch16_224")
+    vit_jax.save(vit_jax.load(path), tmp_path / "ours.safetensors", format="timm")
+    with pytest.raises(UserError, match=r"no use for architecture=.*its own record says"):
+        vit_jax.load(tmp_path / "ours.safetensors", architecture="vit_base_patch16_224")
+
+
+def test_a_run_folder_says_itself_what_it_is(tiny_run):
+    with pytest.raises(UserError, match="says itself what architecture is"):
+        vit_jax.load(tiny_run[0], architecture="ViTModel")
+
+
+def test_what_no_key_shows_is_said_of_a_bare_file(tmp_path):
+    for name, bare in {"timm plain": True, "timm folder": False, "hf vit": False}.items():
+        example = EXAMPLES[name]
+        opened = open_model(example.write(tmp_path / name), **example.known)
+        assert ("architecture" in opened.assumed) == bare
+    example = EXAMPLES["google paper"]
+    assert "architecture" not in open_model(example.write(tmp_path / "google")).assumed
+    example = EXAMPLES["timm plain"]
+    path = example.write(tmp_path / "named")
+    opened = open_model(path, **example.known, architecture="vit_base_patch16_clip_quickgelu_224")
+    config = opened.record.config
+    assert (config.gelu, config.layernorm_eps) == ("quick", 1e-5)
+    assert not {"architecture", "gelu", "layernorm_eps"} & set(opened.assumed)
+
+
+def test_names_with_the_tag_of_weights_and_of_before(tmp_path):
+    for name in ("vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_base_patch16_224_in21k"):
+        assert open_model(named(TIMM, tmp_path, architecture=name)).record.config
+
+
+def test_arguments_that_no_key_shows(tmp_path):
+    args = TIMM.files["config.json"].get("model_args", {})
+    for name in ("norm_layer", "block_fn", "attn_layer", "rope_type"):
+        path = named(TIMM, tmp_path, model_args={**args, name: "other"})
+        with pytest.raises(UserError, match=f"model_args {name}='other' may change"):
+            open_model(path)
+    open_model(named(TIMM, tmp_path, model_args={**args, "norm_layer": None}))
+    with pytest.raises(UserError, match="pooler_act 'gelu'; expected 'tanh'"):
+        open_model(named(VIT, tmp_path / "hf", pooler_act="gelu"))
+
+
+def test_the_command_line_says_it_too(tmp_path, capsys):
+    path = named(VIT, tmp_path, model_type="my_vit")
+    assert main(["inspect", str(path)]) == 2
+    assert "names the architecture 'my_vit'" in capsys.readouterr().err
+    assert main(["inspect", str(path), "--set", "architecture=ViTModel"]) == 0

@@ -1,0 +1,172 @@
+"""Architectures that are known to compute what we do, by the names that config files give them.
+
+Keys show what has weights. Rotary positions, the scale of attention, activations, where a norm
+stands or what is pooled may have none, so that a name decides: these are compared with the code
+that they are of (tests/parity), and any other is refused.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vit_jax.errors import UserError, nearest
+
+# Of timm 1.0.31, without the tag of the pretrained weights.
+TIMM = frozenset(
+    """
+    deit3_base_patch16_224 deit3_base_patch16_384 deit3_huge_patch14_224 deit3_large_patch16_224
+    deit3_large_patch16_384 deit3_medium_patch16_224 deit3_small_patch16_224
+    deit3_small_patch16_384 deit_base_distilled_patch16_224 deit_base_distilled_patch16_384
+    deit_base_patch16_224 deit_base_patch16_384 deit_small_distilled_patch16_224
+    deit_small_patch16_224 deit_tiny_distilled_patch16_224 deit_tiny_patch16_224
+    eva_large_patch14_196 eva_large_patch14_336 flexivit_base flexivit_large flexivit_small
+    resnetv2_101x1_bit resnetv2_101x3_bit resnetv2_152x2_bit resnetv2_152x4_bit
+    resnetv2_50x1_bit resnetv2_50x3_bit test_vit test_vit2 vit_base_patch14_dinov2
+    vit_base_patch14_reg1_tipsv2 vit_base_patch14_reg4_dinov2 vit_base_patch16_224
+    vit_base_patch16_224_miil vit_base_patch16_384 vit_base_patch16_clip_224
+    vit_base_patch16_clip_384 vit_base_patch16_clip_quickgelu_224 vit_base_patch16_gap_224
+    vit_base_patch16_plus_240 vit_base_patch16_plus_clip_240 vit_base_patch16_reg4_gap_256
+    vit_base_patch16_siglip_224 vit_base_patch16_siglip_256 vit_base_patch16_siglip_384
+    vit_base_patch16_siglip_512 vit_base_patch16_siglip_gap_224 vit_base_patch16_siglip_gap_256
+    vit_base_patch16_siglip_gap_384 vit_base_patch16_siglip_gap_512 vit_base_patch32_224
+    vit_base_patch32_384 vit_base_patch32_clip_224 vit_base_patch32_clip_256
+    vit_base_patch32_clip_384 vit_base_patch32_clip_448 vit_base_patch32_clip_quickgelu_224
+    vit_base_patch32_plus_256 vit_base_patch32_siglip_256 vit_base_patch32_siglip_gap_256
+    vit_base_patch8_224 vit_base_r26_s32_224 vit_base_r50_s16_224 vit_base_r50_s16_384
+    vit_betwixt_patch16_gap_256 vit_betwixt_patch16_reg1_gap_256
+    vit_betwixt_patch16_reg4_gap_256 vit_betwixt_patch16_reg4_gap_384
+    vit_betwixt_patch32_clip_224 vit_giant_patch14_224 vit_giant_patch14_clip_224
+    vit_giant_patch14_dinov2 vit_giant_patch14_reg1_tipsv2 vit_giant_patch14_reg4_dinov2
+    vit_giant_patch16_gap_224 vit_giantopt_patch16_siglip_256 vit_giantopt_patch16_siglip_384
+    vit_giantopt_patch16_siglip_gap_256 vit_giantopt_patch16_siglip_gap_384
+    vit_gigantic_patch14_224 vit_gigantic_patch14_clip_224 vit_gigantic_patch14_clip_378
+    vit_gigantic_patch14_clip_quickgelu_224 vit_huge_patch14_224 vit_huge_patch14_clip_224
+    vit_huge_patch14_clip_336 vit_huge_patch14_clip_378 vit_huge_patch14_clip_quickgelu_224
+    vit_huge_patch14_clip_quickgelu_378 vit_huge_patch14_gap_224 vit_huge_patch16_gap_448
+    vit_large_patch14_224 vit_large_patch14_clip_224 vit_large_patch14_clip_336
+    vit_large_patch14_clip_quickgelu_224 vit_large_patch14_clip_quickgelu_336
+    vit_large_patch14_dinov2 vit_large_patch14_reg1_tipsv2 vit_large_patch14_reg4_dinov2
+    vit_large_patch16_224 vit_large_patch16_384 vit_large_patch16_siglip_256
+    vit_large_patch16_siglip_384 vit_large_patch16_siglip_512 vit_large_patch16_siglip_gap_256
+    vit_large_patch16_siglip_gap_384 vit_large_patch16_siglip_gap_512 vit_large_patch32_224
+    vit_large_patch32_384 vit_large_r50_s32_224 vit_large_r50_s32_384
+    vit_little_patch16_reg1_gap_256 vit_little_patch16_reg4_gap_256 vit_medium_patch16_clip_224
+    vit_medium_patch16_gap_240 vit_medium_patch16_gap_256 vit_medium_patch16_gap_384
+    vit_medium_patch16_reg1_gap_256 vit_medium_patch16_reg4_gap_256 vit_medium_patch32_clip_224
+    vit_mediumd_patch16_reg4_gap_256 vit_mediumd_patch16_reg4_gap_384 vit_small_patch14_dinov2
+    vit_small_patch14_reg4_dinov2 vit_small_patch16_224 vit_small_patch16_36x1_224
+    vit_small_patch16_384 vit_small_patch32_224 vit_small_patch32_384 vit_small_patch8_224
+    vit_small_r26_s32_224 vit_small_r26_s32_384 vit_so150m2_patch16_reg1_gap_256
+    vit_so150m2_patch16_reg1_gap_384 vit_so150m2_patch16_reg1_gap_448
+    vit_so150m_patch16_reg4_gap_256 vit_so150m_patch16_reg4_gap_384
+    vit_so150m_patch16_reg4_map_256 vit_so400m_patch14_reg1_tipsv2 vit_so400m_patch14_siglip_224
+    vit_so400m_patch14_siglip_378 vit_so400m_patch14_siglip_384
+    vit_so400m_patch14_siglip_gap_224 vit_so400m_patch14_siglip_gap_378
+    vit_so400m_patch14_siglip_gap_384 vit_so400m_patch14_siglip_gap_448
+    vit_so400m_patch14_siglip_gap_896 vit_so400m_patch16_siglip_256
+    vit_so400m_patch16_siglip_384 vit_so400m_patch16_siglip_512
+    vit_so400m_patch16_siglip_gap_256 vit_so400m_patch16_siglip_gap_384
+    vit_so400m_patch16_siglip_gap_512 vit_tiny_patch16_224 vit_tiny_patch16_384
+    vit_tiny_r_s16_p8_224 vit_tiny_r_s16_p8_384 vit_wee_patch16_reg1_gap_256
+    vit_xsmall_patch16_clip_224
+    """.split()
+)
+# Of transformers 5.23: model_type -> classes.
+HF = {
+    "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
+    "deit": (
+        *("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+        "DeiTForMaskedImageModeling",
+    ),
+    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification"),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersForImageClassification",
+    ),
+    "vit_mae": ("ViTMAEModel", "ViTMAEForPreTraining"),
+    "vit_msn": ("ViTMSNModel",),
+    "ijepa": ("IJepaModel", "IJepaForImageClassification"),
+    "siglip": ("SiglipModel", "SiglipVisionModel"),
+    "siglip_vision_model": ("SiglipVisionModel",),
+    "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+}
+# Arguments of timm's models that weights show, or that change nothing of what is computed.
+TIMM_ARGS = frozenset(
+    """
+    img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias qk_norm
+    scale_attn_norm scale_mlp_norm proj_bias init_values class_token pos_embed no_embed_class
+    reg_tokens pre_norm final_norm fc_norm global_pool act_layer dynamic_img_size drop_rate
+    pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init
+    """.split()
+)
+UNNAMED = (
+    "is not named, and no key shows it: no rotary positions, softmax attention scaled by "
+    "head_dim^-0.5, each norm before its branch, and only the patches averaged where any are"
+)
+
+
+def current(name: str) -> str:
+    """A name of timm's without the tag of its weights, and as it is spelt since timm 0.9."""
+    name = name.split(".")[0]
+    name = re.sub(r"_(224|384)_clip_laion2b$", r"_clip_\1", name)
+    name = re.sub(r"_(in21k|in21ft1k|dino|sam)$", "", name)
+    name = re.sub(r"_bitm$", "_bit", name)
+    name = re.sub(r"_bit_(distilled|teacher|teacher_384)$", "_bit", name)
+    return re.sub(r"_resnet50_(224|384)$", r"_r50_s16_\1", name)
+
+
+def named(dialect: str, config: Mapping[str, Any], told: str | None = None) -> str | None:
+    """The architecture of weights under timm's or Hugging Face's names, None where none is named.
+
+    Args:
+      dialect: "timm" or "hf".
+      config: what config.json says.
+      told: what the user says, which counts more.
+
+    Raises:
+      UserError: it is none that is known.
+    """
+    timm, hf = config.get("architecture"), _of_hugging_face(config)
+    if told is not None:
+        names = [told]
+    elif dialect == "timm":
+        names = hf[:1] if timm is None else [timm]
+    else:
+        names = hf or ([] if timm is None else [timm])
+    known = TIMM if dialect == "timm" else {*HF, *(name for each in HF.values() for name in each)}
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"config.json is damaged: {name!r} is no name of an architecture")
+        if (current(name) if dialect == "timm" else name) not in known:
+            raise UserError(_unknown(name, dialect, known, told is not None))
+    return next((current(name) if dialect == "timm" else name for name in names), None)
+
+
+def _of_hugging_face(config: Mapping[str, Any]) -> list[Any]:
+    """What a config.json of transformers says that its model is, the class first."""
+    found = config.get("architectures") or []
+    if not isinstance(found, (list, tuple)):
+        return [found]
+    inner = config.get("vision_config")
+    kinds = [part.get("model_type") for part in (config, inner) if isinstance(part, Mapping)]
+    return [*found[:1], *(kind for kind in kinds if kind is not None)]
+
+
+def _unknown(name: str, dialect: str, known: Iterable[str], told: bool) -> str:
+    near = nearest(name, known)
+    near = f"the nearest known name is {near.split(chr(39))[1]!r}" if near.endswith("?") else ""
+    if told:
+        whose, usual = {
+            "timm": ("timm", "vit_base_patch16_224"),
+            "hf": ("transformers", "ViTModel"),
+        }[dialect]
+        near = near or f"such as {usual!r}"
+        return f"architecture {name!r} is none of {whose} that is known; {near}"
+    return (
+        f"config.json names the architecture {name!r}, which is not known to compute what its keys "
+        "look like (rotary positions, activations and more have no keys)"
+        + (f"; {near}" if near else "")
+        + ". If its code computes what that of a known one does, say which: "
+        'architecture="NAME", or --set architecture=NAME'
+    )
