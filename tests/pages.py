@@ -6,7 +6,8 @@ import shlex
 
 from conftest import ROOT
 
-from vit_jax.__main__ import make_parser
+from vit_jax.__main__ import COMMANDS
+from vit_jax.flags import make_parser
 from vit_jax.training.config import load_config
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -52,7 +53,7 @@ def commands(text):
 
 def check_command(argv):
     """Parses a command, and loads its config with its overrides."""
-    args, rest = make_parser().parse_known_args(argv)
+    args, rest = make_parser(COMMANDS).parse_known_args(argv)
     assert all(flag.startswith("--config.") for flag in rest), argv
     if getattr(args, "config", None):
         # What a shell would fill in is not known here.

@@ -16,13 +16,14 @@ from etils import epath
 
 import vit_jax
 from vit_jax import words
-from vit_jax.__main__ import as_json, main, make_parser
+from vit_jax.__main__ import COMMANDS, as_json, main
 from vit_jax.checkpoints.export import FORMATS
 from vit_jax.checkpoints.load import open_model
 from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data.sources import SOURCES
 from vit_jax.data.transforms import _CV2, _PILLOW
 from vit_jax.errors import UserError, nearest, sentence
+from vit_jax.flags import make_parser
 from vit_jax.launch.launchers import LAUNCHERS
 from vit_jax.models.config import CHOICES
 from vit_jax.models.posembed import RESIZE_METHODS
@@ -145,7 +146,7 @@ def test_values_are_known_by_other_names_too():
 
 
 def test_every_word_leads_to_something_that_exists():
-    parser = make_parser()
+    parser = make_parser(COMMANDS)
     (commands,) = (a.choices for a in parser._actions if a.choices)
     flags = {flag for each in commands.values() for flag in each._option_string_actions}
     values = {*optim.NAMES, *optim.SCHEDULES, *OBJECTIVES, *FORMATS, *SOURCES, *LAUNCHERS}
@@ -255,7 +256,7 @@ def test_a_key_that_is_given_again(caplog):
     assert caplog.messages == ["--config.optim.drops=(0.8,) counts, not the (0.3,0.6) before it"]
     caplog.clear()
     assert load_config(DIGITS, ["--config.seed=3", "--config.seed=3"]).seed == 3
-    assert make_parser().parse_args(["report", "--out=a", "--out=b", "d"]).out == "b"
+    assert make_parser(COMMANDS).parse_args(["report", "--out=a", "--out=b", "d"]).out == "b"
     assert caplog.messages == ["--out=b counts, not the a before it"]
     flags = ["--config.optim.lr=1", "--config.optim=None"]
     for order in (flags, flags[::-1]):
@@ -444,7 +445,7 @@ def test_home_is_where_a_tilde_leads(capsys, model, tmp_path, monkeypatch):
     capsys.readouterr()
     assert "no readable image" in fails(capsys, "predict", "--model=~/m.safetensors", "~/c.py")
     assert {each.name for each in tmp_path.iterdir()} == {"c.py", "m.safetensors", "timm"}
-    parser = make_parser()
+    parser = make_parser(COMMANDS)
     for line in (
         "train --config=c --workdir=~/x",
         "evaluate --model=~/x",

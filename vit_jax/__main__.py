@@ -7,56 +7,18 @@ processes, all end with the same one.
 """
 
 import argparse
-import dataclasses
 import io
 import json
 import logging
 import os
-import re
 import select
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 
-import vit_jax
 from vit_jax import hosts
-from vit_jax.errors import Stopped, UserError, nearest, sentence
-
-
-def number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of a flag that is a whole number from `least` to `most`."""
-
-    def read(text: str) -> int:
-        value = int(text) if re.fullmatch(r"[+-]?\d+", text.strip()) else None
-        if value is None or value < least or (most is not None and value > most):
-            bound = f"of {least} or more" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number {bound}")
-        return value
-
-    return read
-
-
-def path(text: str) -> str:
-    """The type of a flag that is a path; a shell does not expand the ~ of --workdir=~/x."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return os.path.expanduser(text)
-
-
-SLURM = {
-    "partition": (str, "NAME", "where to run"),
-    "nodes": (number(1), "N", "several are one run (default 1)"),
-    "tasks_per_node": (
-        number(1),
-        "N",
-        "processes (default: a GPU each on several nodes, otherwise 1)",
-    ),
-    "gpus_per_node": (str, "[KIND:]N", "such as 8 or a100:4"),
-    "cpus_per_task": (number(1), "N", "cores of a process"),
-    "time": (str, "LIMIT", "such as 8:00:00; a run that is longer is queued again"),
-    "sbatch": (str, "OPTIONS", 'more of sbatch, in quotes: --sbatch="--account=x --mem=8G"'),
-}
+from vit_jax.errors import Stopped, UserError, sentence
+from vit_jax.flags import SLURM, fields, parse
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -125,7 +87,7 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.checkpoints.export import save
     from vit_jax.checkpoints.load import load
 
-    report = save(load(args.src, **_fields(args.known)), args.dst, format=args.format)
+    report = save(load(args.src, **fields(args.known)), args.dst, format=args.format)
     print(f"{args.dst}: {len(report.lines)} arrays in {args.format}'s names")
     for name, what in report.assumed.items():
         print(f"note: {name}: {what}")
@@ -139,7 +101,7 @@ def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.checkpoints.load import inspect as inspect_file
     from vit_jax.checkpoints.load import load
 
-    known = _fields(args.known)
+    known = fields(args.known)
     if args.pictures is None:
         if args.images:
             raise UserError(f"{args.images[0]} is drawn with --pictures=DIR only: where to?")
@@ -211,270 +173,28 @@ def report(args: argparse.Namespace, overrides: list[str]) -> None:
     print(write_report(args.folders, args.out), end="")
 
 
-def _fields(pairs: list[str]) -> dict[str, object]:
-    """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of the config."""
-    from vit_jax.models.config import FAMILIES
-    from vit_jax.training.config import MODEL_KEYS, read_value
-
-    kinds = {
-        field.name: MODEL_KEYS.get(field.name, str)
-        for family in FAMILIES.values()
-        for field in dataclasses.fields(family)
-    }
-    kinds["architecture"] = str
-    found, texts = {}, {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        if name not in kinds:
-            raise UserError(f"unknown model field in {pair!r}; {nearest(name, kinds)}")
-        value = None if text == "None" else read_value(f"{pair!r}: {name}", text, kinds[name])
-        if texts.setdefault(name, text) != text:
-            raise UserError(f"--set {name}={texts[name]} and --set {pair}: which of them?")
-        found[name] = value
-    return found
-
-
-class Command(argparse.ArgumentParser):
-    """The flags of a command, which may stand anywhere among its images; mistakes are UserErrors.
-
-    A flag is written out: one that begins another's name is not taken for it.
-    """
-
-    def __init__(self, **options):
-        super().__init__(**options, allow_abbrev=False)
-        self.register("action", None, Last)
-
-    def error(self, message):
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-    def parse_known_args(self, args=None, namespace=None):
-        self._check(args)
-        namespace, rest = super().parse_known_args(args, namespace)
-        if hasattr(namespace, "images"):  # argparse takes those before the first flag alone
-            late = [value for value in rest if not value.startswith("-")]
-            namespace.images = [*namespace.images, *map(path, late)]
-            rest = [value for value in rest if value.startswith("-")]
-        return namespace, rest
-
-    def _check(self, args):
-        """Raises for the first flag that is unknown, before argparse misses a required one."""
-        overrides = self.get_default("takes_overrides")
-        for flag in args:
-            name = flag.partition("=")[0]
-            known = [known for known in self._option_string_actions if known.startswith("--")]
-            if flag == "--":
-                break
-            if not re.match(r"--?[^\W\d]", flag) or name in self._option_string_actions:
-                continue
-            if overrides and name.startswith("--config."):
-                if name == flag:
-                    raise UserError(f"{flag} has no value: write {flag}=VALUE")
-                continue
-            if overrides:
-                from vit_jax.training.config import keys
-
-                known += [f"--config.{key}" for key in keys()]
-            raise UserError(f"unknown argument {flag!r}; {nearest(name, known)}")
-
-
-class Last(argparse.Action):
-    """Keeps a flag's value; where it is given again, the last counts, and that is said."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = vars(self).setdefault("given", values)
-        if before != values:
-            logging.getLogger("vit_jax").info(
-                "%s=%s counts, not the %s before it", option_string, values, before
-            )
-        self.given = values
-        setattr(namespace, self.dest, values)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The commands and their flags; `--config.KEY=VALUE` is left to the config."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax", description=__doc__.split("\n")[0])
-    parser.add_argument("--version", action="version", version=f"vit_jax {vit_jax.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
-
-    command = commands.add_parser(
-        "train", help=train.__doc__, epilog="--config.KEY=VALUE changes any key of the config."
+COMMANDS = {
+    function.__name__: function
+    for function in (
+        train,
+        evaluate,
+        predict,
+        convert,
+        inspect,
+        data,
+        preflight,
+        sweep,
+        report,
+        prepare,
     )
-    command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
-    command.add_argument(
-        "--workdir", type=path, required=True, help="the run folder; resumed if it exists"
-    )
-    add_hosts(command)
-    command.set_defaults(function=train, takes_overrides=True)
-
-    command = commands.add_parser("evaluate", help=evaluate.__doc__)
-    command.add_argument(
-        "--workdir", type=path, help="a run folder, evaluated as its own config says"
-    )
-    command.add_argument(
-        "--model", type=path, help="whatever vit_jax.load reads, evaluated as --config says"
-    )
-    command.add_argument("--config", metavar="FILE.py[:ARGUMENT]")
-    add_hosts(command)
-    command.set_defaults(function=evaluate, takes_overrides=True)
-
-    command = commands.add_parser("predict", help=predict.__doc__)
-    command.add_argument("--model", type=path, required=True, help="whatever vit_jax.load reads")
-    command.add_argument("--topk", type=number(1), default=5, help="classes to name (default 5)")
-    command.add_argument("images", type=path, nargs="+", metavar="IMAGE")
-    command.set_defaults(function=predict, takes_overrides=False)
-
-    fields = dict(
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        dest="known",
-        help="a field of the config that the file does not say, such as gelu=tanh or num_heads=8",
-    )
-    command = commands.add_parser("convert", help=convert.__doc__)
-    command.add_argument("src", type=path, help="whatever vit_jax.load reads")
-    command.add_argument(
-        "dst", type=path, help="FILE.npz, FILE.safetensors, or a folder for timm and hf"
-    )
-    command.add_argument("--format", required=True, help="google, big_vision, timm, hf or vit_jax")
-    command.add_argument("--set", **fields)
-    command.set_defaults(function=convert, takes_overrides=False)
-
-    command = commands.add_parser("inspect", help=inspect.__doc__)
-    command.add_argument("src", type=path, help="whatever vit_jax.load reads")
-    command.add_argument(
-        "images", type=path, nargs="*", metavar="IMAGE", help="what to see attention on"
-    )
-    command.add_argument(
-        "--pictures",
-        type=path,
-        metavar="DIR",
-        help="draw filters and positions there, and attention",
-    )
-    command.add_argument("--set", **fields)
-    command.set_defaults(function=inspect, takes_overrides=False)
-
-    command = commands.add_parser(
-        "data", help=data.__doc__, epilog="--config.KEY=VALUE changes any key of the config."
-    )
-    command.add_argument("spec", nargs="?", metavar="SPEC", help="such as folder:/data/pets")
-    command.add_argument("--split", help="one of them alone (default: all that there are)")
-    command.add_argument("--config", metavar="FILE.py[:ARGUMENT]", help="its data in SPEC's place")
-    command.add_argument("--model", help="whatever vit_jax.load reads: what its classes are in it")
-    command.add_argument("--pictures", metavar="DIR", help="draw examples, stored and as read")
-    command.set_defaults(function=data, takes_overrides=True)
-
-    command = commands.add_parser(
-        "preflight",
-        help=preflight.__doc__,
-        epilog="--config.KEY=VALUE changes any key of the config.",
-    )
-    command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
-    command.add_argument(
-        "--topology",
-        help="what to compile for, where there is none: v5e:4x4, h100:8, h200:2x8, ...",
-    )
-    command.set_defaults(function=preflight, takes_overrides=True)
-
-    command = commands.add_parser("sweep", help=sweep.__doc__)
-    command.add_argument(
-        "file", type=path, metavar="FILE[:SCALE]", help="a Python file that yields points"
-    )
-    command.add_argument(
-        "--workdir", type=path, required=True, help="where run folders go, one a point"
-    )
-    command.add_argument(
-        "--launcher", default="local", help="local (default), slurm, or print commands"
-    )
-    command.add_argument(
-        "--jobs",
-        type=number(1),
-        metavar="N",
-        help="how many at a time (default: local 1, slurm all)",
-    )
-    group = command.add_argument_group("slurm", "what one point gets; jobs outlive this command")
-    for name, (kind, metavar, what) in SLURM.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=what)
-    command.set_defaults(function=sweep, takes_overrides=False)
-
-    command = commands.add_parser("report", help=report.__doc__)
-    command.add_argument(
-        "folders", type=path, nargs="+", metavar="DIR", help="run folders, or sweeps'"
-    )
-    command.add_argument(
-        "--out", type=path, metavar="FILE.html", help="default: report.html in the first DIR"
-    )
-    command.set_defaults(function=report, takes_overrides=False)
-
-    command = commands.add_parser("prepare", help=prepare.__doc__)
-    command.add_argument(
-        "src", type=path, help="a folder, a tar, tars such as 'a-*.tar', or a source"
-    )
-    command.add_argument("dst", type=path, help="a folder, read by the source records:DST")
-    for name, kind, default, what in (
-        ("split", str, "train", "what to call the split (default train)"),
-        ("part", str, None, "which part of SRC it is, such as train or all[:90%%]"),
-        ("labels", path, None, "file that says each image's class: a text, ImageNet's devkit"),
-        ("classes", path, None, "text file with a class name a line, in order (default: sorted)"),
-        ("short-side", number(1), None, "shrink images whose shorter side is longer, to JPEG"),
-        ("quality", number(1, 100), 95, "of those JPEGs (default 95)"),
-        ("examples", number(1), None, "how many to take, of an endless source"),
-        ("shard-examples", number(1), 4096, "how many a shard has (default 4096)"),
-        ("threads", number(1), None, "default: one a core"),
-    ):
-        command.add_argument(f"--{name}", type=kind, default=default, help=what)
-    command.set_defaults(function=prepare, takes_overrides=False)
-    return parser
-
-
-def add_hosts(command: argparse.ArgumentParser) -> None:
-    """The flags of a program of several processes."""
-    group = command.add_argument_group(
-        "several processes", "needed only where JAX does not find them itself"
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to listen")
-    group.add_argument("--processes", type=number(1), metavar="N", help="how many there are")
-    group.add_argument(
-        "--process-id", type=number(0), metavar="I", help="which one this is, from 0"
-    )
-    group.add_argument(
-        "--join-timeout",
-        type=number(1),
-        default=hosts.JOIN_TIMEOUT,
-        metavar="SECONDS",
-        help=f"how long to wait for all to start (default {hosts.JOIN_TIMEOUT})",
-    )
-
-
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags of a command, with `function`, and those of its config.
-
-    Raises:
-      UserError: no such command, flag or value.
-      SystemExit: --help or --version was asked for, or nothing at all.
-    """
-    parser = make_parser()
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    known = dict(commands.choices)
-    if not argv:
-        parser.print_help(sys.stderr)
-        raise SystemExit(2)
-    if argv[0] == "help":
-        argv = [*argv[1:2], "--help"]
-    command = argv[0]
-    if command not in known and command not in ("-h", "--help", "--version"):
-        raise UserError(f"there is no command {command!r}; {nearest(command, known)}")
-    args, rest = parser.parse_known_args(argv)
-    stray = [each for each in rest if not each.startswith("--config.")]
-    if stray:
-        raise UserError(f"unknown argument {stray[0]!r}; see `{known[command].prog} --help`")
-    return args, rest
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     code, message, has_config = 0, "", False
     try:
-        args, rest = parse(sys.argv[1:] if argv is None else argv)
+        args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
         has_config = hasattr(args, "config")
         args.function(args, rest)
         if sys.stdout is not None:

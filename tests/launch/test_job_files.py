@@ -9,7 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from vit_jax.__main__ import make_parser
+from vit_jax.__main__ import COMMANDS
+from vit_jax.flags import make_parser
 from vit_jax.training.config import load_config
 
 FOLDER = ROOT / "experiments" / "launch"
@@ -141,7 +142,7 @@ def commands(text):
 
 def check(words):
     """Parses a command, reads its config and returns both."""
-    args, rest = make_parser().parse_known_args(words)
+    args, rest = make_parser(COMMANDS).parse_known_args(words)
     assert all(flag.startswith("--config.") for flag in rest), rest
     config = load_config(str(ROOT / args.config), rest)
     config.check_trains()
@@ -221,4 +222,4 @@ def test_the_readme_names_every_file():
     for path in FOLDER.iterdir():
         assert path.name == "README.md" or f"| `{path.name}` |" in text, path
     for words in re.findall(r"`python -m vit_jax (.+?)`", text):
-        make_parser().parse_known_args(shlex.split(words))
+        make_parser(COMMANDS).parse_known_args(shlex.split(words))
