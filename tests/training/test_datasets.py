@@ -46,7 +46,7 @@ def test_a_model_is_measured_by_classes_under_whatever_names(tiny_run, tmp_path,
     assert evaluated(workdir, tmp_path / "same") == expected
     write_digits(tmp_path / "padded", [f"{i:03d}" for i in range(10)], ["val"])
     assert evaluated(workdir, tmp_path / "padded") == expected
-    assert "data.val: 10 of the model's 10 classes, by number: 000 is 0" in caplog.text
+    assert "data.val: 10 classes of 10, by number: 000 is 0" in caplog.text
     # In an order that is not the model's: "a digit 9" sorts first.
     words = ["nine", "eight", "one", "zero", "two", "three", "four", "five", "six", "seven"]
     write_digits(tmp_path / "words", words, ["val"])

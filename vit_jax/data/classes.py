@@ -18,6 +18,10 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 IN_ORDER = "in_order"
+_ADVICE = (
+    "Say which is which: classes=FILE, a table of the data's and the model's names, or "
+    "classes=in_order where both are in the same order (--config.data.val.classes=FILE)"
+)
 # What a split's `classes` may say: IN_ORDER, a file, or what a run has kept of one.
 How = str | Mapping[str, str] | None
 
@@ -50,7 +54,7 @@ class Matched:
     def __str__(self) -> str:
         shown = [f"{name} is {label}" for name, label in list(self.pairs.items())[:5]]
         more = ", ..." if len(self.names) > len(shown) else ""
-        text = f"{len(self.names)} of the model's {len(self.labels)} classes, {self.rule}: "
+        text = f"{len(self.names)} classes of {len(self.labels)}, {self.rule}: "
         return text + "; ".join(shown) + more
 
 
@@ -95,9 +99,8 @@ def match(names: Sequence[str], labels: Sequence[str], how: How = None) -> Match
             f"has {len(names)} classes, the model {len(labels)}, and the model knows no "
             + ", ".join(repr(name) for name in unknown[:3])
             + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            + f", but {', '.join(map(repr, labels[:3]))}{', ...' if len(labels) > 3 else ''}. Say "
-            "which is which: classes=FILE, a table of the data's and the model's names, or "
-            "classes=in_order where both are in the same order (--config.data.val.classes=FILE)"
+            + f", but {', '.join(map(repr, labels[:3]))}{', ...' if len(labels) > 3 else ''}. "
+            + _ADVICE
         )
     seen: dict[int, str] = {}
     for name, label in zip(names, found, strict=True):

@@ -138,7 +138,7 @@ def prepare(
         raise UserError(f"{dst} is a file; expected a folder") from None
     names = _class_names(dst, classes, source.label_names)
     passed = getattr(source, "passed_over", PassedOver())
-    source = with_labels(source, names)
+    source = _with_labels(src, dst, source, names)
     plan = {
         "source": src,
         "source_fingerprint": source.fingerprint,
@@ -227,6 +227,21 @@ def _class_names(dst: str, classes: str | None, found: Sequence[str]) -> tuple[s
     if others and given != names:
         raise UserError(f"{classes} names other classes than the splits that {dst} holds")
     return given
+
+
+def _with_labels(src: str, dst: str, source: Source, names: tuple[str, ...]) -> Source:
+    """The source with the classes of the data set; says by what, where it is not the names."""
+    unknown = set(source.label_names) - set(names)
+    try:
+        source = with_labels(source, names)
+    except UserError:
+        raise UserError(
+            f"{src} has {len(source.label_names)} classes, of which {dst} or --classes, with "
+            f"{len(names)}, knows no {sorted(unknown)[0]!r}"
+        ) from None
+    if unknown:
+        logger.info("%s: %s", src, source.matched)
+    return source
 
 
 def _infos(dst: str) -> list[str]:
