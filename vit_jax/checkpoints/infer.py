@@ -214,18 +214,21 @@ def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) 
         + fields.get("registers", 0)
     )
     usual = {"big_vision": 0, "hf": prefix - fields.get("registers", 0)}.get(dialect.name, prefix)
+    possible = range(prefix + 1)
     if told.get("position_prefix") is not None:
         usual = told["position_prefix"]
+        possible = (usual,)
     # A size that is told counts if it fits the rows; a config.json may be of another size.
     usable = None
-    for size in (wanted, file_size if not _squares(rows, prefix) else None):
-        if size is not None and 0 <= rows - (size[0] // ph) * (size[1] // pw) <= prefix:
+    for size in (wanted, None if any(_side(rows - k) for k in possible) else file_size):
+        if size is not None and rows - (size[0] // ph) * (size[1] // pw) in possible:
             usable = usable or size
     if usable is not None:
         grid = (usable[0] // ph, usable[1] // pw)
         count, size = rows - grid[0] * grid[1], (grid[0] * ph, grid[1] * pw)
     else:
-        fits = [k for k in dict.fromkeys((usual, prefix, 1, 0)) if k <= prefix and _side(rows - k)]
+        fits = [k for k in dict.fromkeys((usual, prefix, 1, 0)) if k in possible]
+        fits = [k for k in fits if _side(rows - k)]
         if not fits:
             raise UserError(
                 f"{weights.path}: a position embedding of {rows} rows, up to {prefix} of them for "
@@ -239,10 +242,6 @@ def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) 
             assumed["position_prefix"] = f"only so do {rows} rows make a square of patches"
     found = {"image_size": size}
     return found if count == prefix else {**found, "position_prefix": count}
-
-
-def _squares(rows: int, prefix: int) -> bool:
-    return any(_side(rows - k) for k in range(prefix + 1))
 
 
 def _side(count: int) -> int:
