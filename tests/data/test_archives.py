@@ -198,7 +198,11 @@ def test_the_fingerprint_changes_with_the_files_and_only_with_them(tmp_path):
             "train",
             r"'dog' \(1 of no known format \(.txt\)\), 'pig' \(1 hidden\)$",
         ),
-        (["train/dog/x.txt"], "train", r"train has 1 class folder\(s\) without any image \(.jpg"),
+        (
+            ["train/dog/x.txt"],
+            "train",
+            r"1 class folder\(s\) without any image: 'dog' \(1 of no known format \(.txt",
+        ),
         (["train/1.jpg"], "train", "train has no sub-folders, one for each class"),
         (["cat/1.jpg"], "all[:1%]", r"has no image in split 'all\[:1%\]'"),
         *(
@@ -809,6 +813,44 @@ def test_files_of_images_are_not_opened_to_be_listed(tmp_path, monkeypatch):
     assert len(folder(tmp_path)) == 2
 
 
+def test_folders_that_are_called_nearly_like_splits_are_classes(tmp_path):
+    names = [
+        "train/1.jpg",
+        "train/ice/2.jpg",
+        "cross-train/3.jpg",
+        "test_tube/4.jpg",
+        "imager/5.jpg",
+    ]
+    tree(tmp_path, *names)
+    assert folder(tmp_path).label_names == ("cross-train", "imager", "test_tube", "train")
+
+
+@pytest.mark.parametrize(
+    "names, split, message",
+    [
+        (
+            ["cat.0.jpg", "dog.0.jpg"],
+            "all",
+            "its 2 images, such as 'cat.0.jpg', .*table:FILE,root=",
+        ),
+        (
+            ["train/images/1.jpg", "train/labels/1.txt"],
+            "train",
+            "'images' is called like one of all images.*table:FILE",
+        ),
+        (
+            ["a/train/cat/1.jpg", "a/val/cat/1.jpg"],
+            "all",
+            "in the splits train, val: say split=a/tra",
+        ),
+    ],
+)
+def test_how_to_say_it_is_said_of_folders_without_classes(tmp_path, names, split, message):
+    tree(tmp_path, *names)
+    with pytest.raises(UserError, match=message):
+        folder(tmp_path, split)
+
+
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 @pytest.mark.parametrize(
     "names, split, message, sure",
@@ -816,7 +858,7 @@ def test_files_of_images_are_not_opened_to_be_listed(tmp_path, monkeypatch):
         (
             ["train/images/cat/1.jpg", "train/images/dog/2.jpg"],
             "train",
-            "all images are in the folder 'images', .* split=train/images; if not, .*,label=folder",
+            r"all images are in the folder 'images', .* split=train/images \(.*; if not, .*,label=f",
             "images images",
         ),
         (
@@ -836,6 +878,26 @@ def test_files_of_images_are_not_opened_to_be_listed(tmp_path, monkeypatch):
             "all",
             "test, train are",
             "test train x",
+        ),
+        (
+            ["seg_train/seg_train/sea/1.jpg", "seg_test/seg_test/sea/2.jpg", "seg_pred/3.jpg"],
+            "all",
+            "seg_test, seg_train are called like splits",
+            "seg_train seg_test seg_pred",
+        ),
+        (
+            ["train/cat/1.jpg", "train/dog/2.jpg", "unlabeled/3.jpg"],
+            "all",
+            "the folders train are called like splits",
+            "train train unlabeled",
+        ),
+        (["fold_0/a/1.jpg", "fold_1/a/2.jpg"], "all", "fold_0, fold_1 are", "fold_0 fold_1"),
+        (["images/1.jpg", "masks/2.png"], "all", "'images' is called.*table:", "images masks"),
+        (
+            ["Images/cat/1.jpg", "Images/dog/2.jpg", "docs/3.jpg"],
+            "all",
+            "'Images' is called like one of all images.* split=Images if",
+            "Images Images docs",
         ),
     ],
 )

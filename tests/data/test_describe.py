@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 
 from vit_jax.__main__ import main
@@ -383,6 +384,16 @@ def test_the_splits_that_there_are(animals, pets, tmp_path, monkeypatch):
     assert sorted(describe.splits_of(f"tfds:{dst}")) == ["held", "train"]
     for path, kind in ((pets, "folder"), (dst, "records"), (tmp_path / "no", "")):
         assert describe.understood(str(path)) == f"{kind}:{path}".removeprefix(":")
+    zipped = shutil.make_archive(str(tmp_path / "z"), "zip", animals)
+    assert describe.splits_of(describe.understood(zipped)) == ["train", "val"]
+    options = f"{zipped},label=folder"
+    assert describe.understood(options) == f"zip:{options}"
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), hub / "test.parquet")
+    assert describe.splits_of(f"hf-data:{hub}") == ["test"]
+    (tmp_path / "no.npz").write_bytes(b"PK\x03\x04")
+    assert describe.splits_of(f"arrays:{tmp_path}/no.npz") == []
     # A source's own module may say it.
     from vit_jax.data.forms import files
 

@@ -82,6 +82,13 @@ CASES = {
         ",labels=cat+dog",
         SOME,
     ),
+    "an object of JSON": ('{"a.jpg": "cat", "x/d.JPEG": "dog"}', "", ONE),
+    "measures said": (
+        "image,score\na.jpg,0.5\nb.jpg,-1\n",
+        ",label=score",
+        [("a.jpg", "0.5"), ("b.jpg", "-1")],
+    ),
+    "bars in a name, said": ("image,label\na.jpg,x|y\n", ",label=label", [("a.jpg", "x|y")]),
     "twice": ("a.jpg,cat\nx/d.JPEG,dog\na.jpg,cat\n", "", ONE),
 }
 
@@ -158,6 +165,22 @@ def test_fingerprints_are_of_the_contents_alone(here, tmp_path_factory):
             ",labels=*/all",
             "line 2: column 'b' has '-1'; expected 0 or 1",
         ),
+        ("image,target\na.jpg,0.25\nb.jpg,1\n", "/all", "'target' has numbers such as '0.25': if"),
+        ("image;score\na.jpg;0,25\nb.jpg;1,5\n", "/all", "has numbers such as '0,25'"),
+        ("image,label\na.jpg,-1\nb.jpg,1\n", "/all", "has numbers such as '-1'"),
+        ("image,label\na.jpg,cat|dog\nb.jpg,cat\n", "/all", "'cat|dog' .*,labels=label reads them"),
+        (
+            "image,tags\na.jpg,haze primary\nb.jpg,haze\n",
+            "/all",
+            "several labels, such as 'haze pr",
+        ),
+        (
+            "1 a.jpg\n2 b.jpg\n3 c.png\n4 x/a.jpg\n5 x/e.jpg\n",
+            "/all",
+            "'1' has another text for each image, such as '1'.* as in .*list,label=1",
+        ),
+        ("image,label\na.jpg,01\nb.jpg,1\n", "/all", "'01' and '1' one class, or two"),
+        ("image,label\nx/a.jpg,0\nx//a.jpg,1\n", "/all", "'x/a.jpg' is '1', but '0' in line 2"),
         (pa.table({"image": [b"x"], "label": [1]}), "/all", "use hf-data:"),
         (pa.table({"path": ["a.jpg"], "tags": [["x"]]}), "/all", "say labels=tags"),
         (pa.table({"path": ["a.jpg"], "tags": [["x"]]}), ",label=tags/all", "say labels=tags"),

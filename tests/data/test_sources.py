@@ -134,9 +134,16 @@ def test_labels_may_be_of_any_integer_type(tmp_path, dtype):
     assert source.labels.tolist() == [2, 0, 1, 1, 0, 2]
 
 
-def test_arrays_may_name_their_classes(tmp_path):
+def test_labels_may_be_a_column(tmp_path):
+    labels = np.array([[2], [0], [1], [1], [0], [2]])
+    source = open_source(saved(tmp_path, train_labels=labels), "train")
+    assert source.labels.tolist() == [2, 0, 1, 1, 0, 2]
+
+
+@pytest.mark.parametrize("kind", ["U", "S"])
+def test_arrays_may_name_their_classes(tmp_path, kind):
     names = ["lymphocyte", "monocyte", "neutrophil", "none"]
-    source = open_source(saved(tmp_path, label_names=np.array(names)), "train")
+    source = open_source(saved(tmp_path, label_names=np.array(names, kind)), "train")
     assert source.label_names == tuple(names)
 
 
@@ -149,7 +156,14 @@ def test_arrays_may_name_their_classes(tmp_path):
         ({"train_images": np.zeros((6, 4, 5))}, "train", r"float64 \[6, 4, 5\]; expected uint8"),
         ({"train_images": np.zeros((6, 20), np.uint8)}, "train", r"uint8 \[6, 20\]; expected"),
         ({"train_labels": np.zeros(6)}, "train", r"float64 \[6\]; expected integers"),
-        ({"train_labels": np.zeros((6, 1), int)}, "train", r"int64 \[6, 1\]; expected integers"),
+        ({"train_labels": np.zeros((6, 2), int)}, "train", r"int64 \[6, 2\]; expected integers"),
+        ({"train_images": np.zeros((6, 3, 5, 8), np.uint8)}, "train", r"looks like \[n c h w\]"),
+        ({"label_names": np.array(["a", "b", "a", "c"])}, "train", "has a class twice"),
+        (
+            {"train_images": None, "val_images": None},
+            "train",
+            "holds .*train_labels.*; expected SPL",
+        ),
         ({"train_labels": np.array([0, 1, 2, -1, 0, 0])}, "train", "labels from -1 to 2"),
         ({"label_names": np.array(["a", "b"])}, "train", "labels from 0 to 2 do not fit 2 class"),
         (

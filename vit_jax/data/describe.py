@@ -5,9 +5,11 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -75,20 +77,12 @@ def _range(counts: Any) -> str:
 # -------------------------------------------------------------------------------- splits of a spec
 
 
-def _folder_splits(path: str) -> list[str]:
-    usual = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
-    folders = [e for e in os.scandir(path) if e.is_dir()] if os.path.isdir(path) else []
-    found = {
-        each.name
-        for each in folders
-        if each.name.lower() in usual and any(inner.is_dir() for inner in os.scandir(each.path))
-    }
-    return sorted(found, key=lambda name: usual.index(name.lower()))
-
-
 def _array_splits(path: str) -> list[str]:
-    with np.load(path, allow_pickle=False) as file:
-        return [name.removesuffix("_images") for name in file.files if name.endswith("_images")]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [name.removesuffix("_images") for name in file.files if name.endswith("_images")]
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        return []  # opening it says in a sentence what is wrong
 
 
 def _record_splits(path: str) -> list[str]:
@@ -109,7 +103,7 @@ def _three(argument: str) -> list[str]:
 
 
 # What splits a source has, by its argument; none is the whole of it. Where the module of a source
-# NAME has a function `NAME_splits`, that is asked instead.
+# has a function called as the one that opens it with `_splits` behind, that is asked instead.
 SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "digits": _three,
     "fractals": _three,
@@ -118,16 +112,25 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "arrays": _array_splits,
     "records": _record_splits,
     "tfds": _tfds_splits,
-    "folder": _folder_splits,
+}
+
+
+# The endings of files that are given by their paths alone.
+_ENDINGS = {
+    "tar": (".tar", ".tgz", *(f".tar.{each}" for each in ("gz", "bz2", "xz", "zst"))),
+    "zip": (".zip",),
+    "arrays": (".npz",),
+    "table": (".csv", ".tsv", ".jsonl"),
 }
 
 
 def splits_of(spec: str) -> list[str]:
     """The names of a source's splits, as far as they can be known; [] where it has none."""
     kind, _, argument = spec.partition(":")
-    module = sys.modules.get(getattr(SOURCES.get(kind), "__module__", ""))
-    ask = getattr(module, f"{kind}_splits", SPLITS.get(kind))
-    found = list(ask(argument)) if ask else []
+    opener = SOURCES.get(kind)
+    module = sys.modules.get(getattr(opener, "__module__", ""))
+    ask = getattr(module, f"{getattr(opener, '__name__', kind)}_splits", SPLITS.get(kind))
+    found = list(ask(os.path.expanduser(argument))) if ask else []
     return [name for name in found if name != WHOLE]
 
 
@@ -135,8 +138,9 @@ def understood(spec: str) -> str:
     """The spec of a source where a path alone is given: by its ending, or what lies there."""
     if spec.partition(":")[0] in SOURCES:
         return spec
-    for kind, endings in {"tar": (".tar", ".tar.gz", ".tgz"), "arrays": (".npz",)}.items():
-        if spec.endswith(endings):
+    path = re.sub(r"(,\w+=[^,]*)+$", "", spec)
+    for kind, endings in _ENDINGS.items():
+        if path.lower().endswith(endings):
             return f"{kind}:{spec}"
     if not os.path.isdir(spec):
         return spec

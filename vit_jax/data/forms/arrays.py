@@ -85,8 +85,8 @@ def digits(argument: str, split: str) -> ArraySource:
 
 
 def arrays(path: str, split: str) -> ArraySource:
-    """A `.npz` file with `SPLIT_images` (uint8 [n h w c] or [n h w]), `SPLIT_labels` (int [n]) and,
-    for names other than "0", "1", ..., `label_names` (strings [k])."""
+    """A `.npz` file with `SPLIT_images` (uint8 [n h w c] or [n h w]), `SPLIT_labels` (int [n] or
+    [n 1], as in MedMNIST) and, for names other than "0", "1", ..., `label_names` (strings [k])."""
     try:
         with zipfile.ZipFile(path):  # which np.load takes for granted
             pass
@@ -100,6 +100,11 @@ def arrays(path: str, split: str) -> ArraySource:
     ) as error:
         raise UserError(f"the source arrays:{path} is no readable .npz: {error}") from None
     splits = [name.removesuffix("_images") for name in contents if name.endswith("_images")]
+    if not splits:
+        raise UserError(
+            f"arrays:{path} holds {', '.join(contents) or 'nothing'}; expected SPLIT_images and "
+            "SPLIT_labels, such as train_images and train_labels"
+        )
     check_split(f"arrays:{path}", split, splits)
     images, labels = contents[f"{split}_images"], contents.get(f"{split}_labels")
     if labels is None:
@@ -109,23 +114,39 @@ def arrays(path: str, split: str) -> ArraySource:
             f"arrays:{path}: {split}_images is {images.dtype} {list(images.shape)}; expected uint8 "
             "[n h w c] or [n h w]"
         )
+    labels = _column(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(
             f"arrays:{path}: {split}_labels is {labels.dtype} {list(labels.shape)}; expected "
             "integers [n]"
         )
+    if images.ndim == 4 and images.shape[1] in (1, 3) and min(images.shape[2:]) > 4:
+        raise UserError(
+            f"arrays:{path}: {split}_images is {list(images.shape)}, which looks like [n c h w]; "
+            "expected [n h w c]: images.transpose(0, 2, 3, 1) makes it"
+        )
     names = contents.get("label_names")
-    if names is not None and names.ndim != 1:
-        raise UserError(f"arrays:{path}: label_names is {list(names.shape)}; expected strings [k]")
+    if names is not None:
+        if names.ndim != 1:
+            raise UserError(
+                f"arrays:{path}: label_names is {list(names.shape)}; expected strings [k]"
+            )
+        names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
+        if len(np.unique(names)) < len(names):
+            raise UserError(f"arrays:{path}: label_names has a class twice")
     if names is None:
         # Over all splits, so that each of them counts the same classes.
-        every = [contents[f"{s}_labels"] for s in splits if f"{s}_labels" in contents]
+        every = [_column(contents[f"{s}_labels"]) for s in splits if f"{s}_labels" in contents]
         every = [part for part in every if part.size and part.dtype.kind in "iu"]
         names = range(1 + max((int(part.max()) for part in every), default=0))
     # Before the cast, in which 2**32 would become class 0.
     check_labels(labels, min(len(names), 2**31))
     images = images if images.ndim == 4 else images[..., None]
     return ArraySource(images, labels.astype(np.int32), tuple(str(name) for name in names))
+
+
+def _column(labels: np.ndarray) -> np.ndarray:
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def check_split(source: str, split: str, known: Collection[str]) -> None:

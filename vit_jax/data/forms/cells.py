@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vit_jax.data.forms.files import open_file
+from vit_jax.data.images import SUFFIXES
 from vit_jax.errors import UserError, nearest
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -86,14 +87,16 @@ class Table:
     def summary(self) -> str:
         """The columns with their first cells, for messages."""
         shown = [f"{name!r} ({cells[0]!r}, ...)" for name, cells in self.columns.items() if cells]
-        return ", ".join([*shown, *(f"{name!r} (lists)" for name in self.lists)])
+        shown += [f"{name!r} (lists)" for name in self.lists]
+        return ", ".join(shown[:9]) + (f" and {len(shown) - 9} more" if len(shown) > 9 else "")
 
 
 def read_table(path: str, what: str = "table", spaces: bool = False) -> Table:
     """Reads a table of any form that is told by the file itself, never by its ending.
 
-    Parquet; JSON, a list of objects or an object a line; text that commas, tabs, semicolons or
-    bars divide into equally many cells a line, quotes respected; else one column, a cell a line.
+    Parquet; JSON, a list of objects, an object a line, or one of image files and labels; text that
+    commas, tabs, semicolons or bars divide into equally many cells a line, quotes respected; else
+    one column, a cell a line.
     It may be compressed, and in UTF-8, or with a byte order mark in UTF-16 or 32. Columns without
     name and cells, and the row numbers that pandas writes, are left out. Numbers of a column that
     are all whole lose the ".0" that pandas writes.
@@ -179,7 +182,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _objects(path: str, value: Any, what: str) -> Table:
-    """The table of a list of JSON objects."""
+    """The table of a list of JSON objects, or of one object whose keys are image files."""
+    if isinstance(value, dict) and all(name.lower().endswith(SUFFIXES) for name in value):
+        value = [{"image": name, "label": label} for name, label in value.items()]
     rows = value if isinstance(value, list) else [value]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is no {what}: expected a JSON object for each row")

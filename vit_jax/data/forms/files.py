@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<low>\d+%)?:(?P<high>\d+%)?\])?")
 WHOLE = "all"
+_LOOSE = "in no class folder"
 # What needs no word: it was never meant to be an image.
 _QUIET = ("of no known format", "of a folder", "hidden", "empty")
 
@@ -154,7 +155,7 @@ def folder(path: str, split: str) -> FolderSource:
         )
     classes = _classes(root)
     if not classes:
-        raise UserError(f"folder:{path}: {root} has no sub-folders, one for each class")
+        raise _no_folders(path, root)
     passed = _beside_classes(root)
     names, sizes, labels, every, empty = [], [], [], [], {}
     for label_number, one in enumerate(classes):
@@ -168,16 +169,16 @@ def folder(path: str, split: str) -> FolderSource:
                 names.append(file)
                 sizes.append(size)
                 labels.append(label_number)
+    inside = [*every, *(f"{one}/." for one in empty)]
+    check_class_folders(f"folder:{path}", split, inside, label is not None)
     if empty:
         told = [
             repr(one) + (f" ({', '.join(f'{n} {why}' for why, n in why.items())})" if why else "")
             for one, why in empty.items()
         ]
         raise UserError(
-            f"{root} has {len(empty)} class folder(s) without any image ({', '.join(SUFFIXES)}): "
-            + ", ".join(told[:5])
+            f"{root} has {len(empty)} class folder(s) without any image: {', '.join(told[:5])}"
         )
-    check_class_folders(f"folder:{path}", split, every, label is not None)
     if not names:
         raise UserError(f"folder:{path} has no image in split {split!r}")
     tell(f"folder:{path}", passed)
@@ -186,6 +187,19 @@ def folder(path: str, split: str) -> FolderSource:
     return FolderSource(
         root, Packed.of(names), np.array(labels, np.int32), told, fingerprint, passed
     )
+
+
+def _no_folders(path: str, root: str) -> UserError:
+    passed = _beside_classes(root)
+    loose = [name for name, why in passed.files if why == _LOOSE]
+    how = ""
+    if loose:
+        how = (
+            f"; its {passed.counts[_LOOSE]} images, such as {loose[0]!r}, are in none: move them "
+            "into a folder for each class, or list them with their classes in a table "
+            f"(table:FILE,root={root})"
+        )
+    return UserError(f"folder:{path}: {root} has no sub-folders, one for each class{how}")
 
 
 def folder_splits(path: str) -> tuple[str, ...]:
@@ -250,7 +264,7 @@ def _beside_classes(root: str) -> PassedOver:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if not _is_dir(entry):
                 _, why = _judged(entry)
-                passed.add(entry.name, why or "in no class folder")
+                passed.add(entry.name, why or _LOOSE)
             elif why := _no_folder(entry.name):
                 passed.add(f"{entry.name}/", why)
     return passed

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from vit_jax.errors import UserError, nearest
 
@@ -27,6 +27,15 @@ _SPLIT_NAME = re.compile(
     r"[_ -]?(?:set|data|images?|imgs?|split)?[_ -]?\d*",
     re.IGNORECASE,
 )
+# A split's word in a longer name, as in seg_train and seg_test.
+_SPLIT_WORD = re.compile(
+    r"(?<![^\W_])(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id|idation)?)|(?P<test>test(?:ing)?))"
+    r"(?![^\W_])",
+    re.IGNORECASE,
+)
+_FOLD = re.compile(r"(?:fold|split)[_ -]?\d+", re.IGNORECASE)
+# What folders of all images are called, beside such as masks and labels.
+_CONTAINER = re.compile(r"(?:jpeg|png)?(?:images?|imgs?)", re.IGNORECASE)
 
 
 def split_kind(folder: str) -> str | None:
@@ -77,7 +86,7 @@ def unknown_format(name: str) -> str:
 def check_class_folders(
     where: str, split: str, files: Collection[str], sure: bool, option: str = "folder"
 ) -> None:
-    """Refuses class folders that are in truth splits, or that have the classes in them.
+    """Refuses class folders that are in truth splits or "images", or have the classes in them.
 
     Args:
       files: CLASS/.../NAME of all images.
@@ -85,8 +94,8 @@ def check_class_folders(
       option: how the user can say so: with `label=`.
 
     Raises:
-      UserError: classes called like splits; or one class alone, whose images are all in two or
-        more folders below it.
+      UserError: classes called like splits, or one of them with folders of images; one called
+        "images"; or one class alone, whose images are all in two or more folders below it.
     """
     direct, below = set(), {}
     for file in files:
@@ -95,9 +104,7 @@ def check_class_folders(
         inside = below.setdefault(one, set())
         inside.add(inner) if deeper else direct.add(one)
     told = f"or, if they are classes, write ,label={option} behind the path"
-    kinds = [split_kind(one) for one in below]
-    if not sure and (None not in kinds or len({*kinds} - {None}) > 1):
-        splits = sorted(one for one, kind in zip(below, kinds, strict=True) if kind)
+    if not sure and (splits := _splits_among(below, direct)):
         raise UserError(
             f"{where}: the folders {_few(splits)} are called like splits, not classes: say "
             f"split={_joined(split, splits[0])} (prepare: --part={_joined(split, splits[0])}), "
@@ -108,11 +115,28 @@ def check_class_folders(
         shared = os.path.commonpath(folders)
         if shared not in folders:
             inside = {folder[len(shared) + 1 :].partition("/")[0] for folder in folders}
+            part = _joined(split, shared)
+            if all(map(split_kind, inside)):
+                raise UserError(
+                    f"{where}: all images are in {shared!r}, in the splits {_few(inside)}: say "
+                    f"split={(deeper := _joined(part, min(inside)))} (prepare: --part={deeper}), "
+                    f"{told}"
+                )
             raise UserError(
                 f"{where}: all images are in the folder {shared!r}, which would be the one class, "
                 f"in folders of its own ({_few(inside)}): if those are the classes, say "
-                f"split={_joined(split, shared)}; if not, write ,label={option} behind the path"
+                f"split={part} (prepare: --part={part}); if not, write ,label={option} behind "
+                "the path"
             )
+    if not sure and (called := sorted(filter(_CONTAINER.fullmatch, below))):
+        how = "list its images and their classes in a table (table:FILE; prepare: --labels=FILE)"
+        if called[0] not in direct:
+            inside = _joined(split, called[0])
+            how = f"say split={inside} if its folders are the classes (prepare: --part={inside})"
+        raise UserError(
+            f"{where}: the folder {called[0]!r} is called like one of all images, not a class: "
+            f"{how}, {told}"
+        )
     first, *others = below.values()
     if others and not direct and len(first) > 1 and all(first == other for other in others):
         one = min(below)
@@ -126,6 +150,27 @@ def check_class_folders(
         other = alike.setdefault(unicodedata.normalize("NFKC", one).casefold().strip(), one)
         if other != one:
             logger.warning("%s: %r and %r are two classes", where, other, one)
+
+
+def _splits_among(below: Mapping[str, Collection[str]], direct: Collection[str]) -> list[str]:
+    """The folders that are splits: all are called so, or two kinds are, or one has the classes.
+
+    Args:
+      below: folder -> the folders in it; `direct`: the folders with images directly in them.
+    """
+    kinds = {one: split_kind(one) for one in below}
+    called = sorted(one for one, kind in kinds.items() if kind)
+    with_classes = any(one not in direct and len(below[one]) > 1 for one in called)
+    if below and all(map(_FOLD.fullmatch, below)):
+        return sorted(below)
+    if None not in kinds.values() or len({*kinds.values()} - {None}) > 1 or with_classes:
+        return called
+    alike: dict[str, dict[str | None, str]] = {}  # but for a split's word in their names
+    for one in below:
+        if match := _SPLIT_WORD.search(one):
+            rest = f"{one[: match.start()]}/{one[match.end() :]}".casefold()
+            alike.setdefault(rest, {})[match.lastgroup] = one
+    return next((sorted(each.values()) for each in alike.values() if len(each) > 1), [])
 
 
 def _joined(split: str, folder: str) -> str:

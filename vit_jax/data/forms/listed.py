@@ -125,6 +125,7 @@ def table(argument: str, split: str) -> TableSource:
     if shared := sum(file in elsewhere for file in chosen):
         logger.warning("%s has %d images of split %r in others, too", where, shared, split)
     names = sorted_names(each for cell in labels for each in cell if each)
+    _check_numbers(where, names)
     numbers = {each: number for number, each in enumerate(names)}
     found = [sorted(numbers[each] for each in set(labels[row])) for row in chosen.values()]
     flat = [number for each in found for number in each]
@@ -138,6 +139,18 @@ def table(argument: str, split: str) -> TableSource:
         fingerprint_of(names, keys, [files[row][1] for row in chosen.values()]),
         many,
     )
+
+
+def _check_numbers(where: str, names: Sequence[str]) -> None:
+    """Refuses one number written in two ways."""
+    values: dict[int, str] = {}
+    for name in names:
+        if (
+            name.isascii()
+            and name.isdigit()
+            and (other := values.setdefault(int(name), name)) != name
+        ):
+            raise UserError(f"{where}: are the labels {other!r} and {name!r} one class, or two?")
 
 
 def table_splits(argument: str) -> tuple[str, ...]:
@@ -244,7 +257,7 @@ class _Folders:
           UserError: several images have the name that was given without its ending.
         """
         for path in dict.fromkeys((cell, cell.replace("\\", "/"))):
-            path = path.removeprefix("./")
+            path = path if ".." in path else os.path.normpath(path)
             folder, name = os.path.split(path)
             files, stems = self._list(folder)
             if name in files:

@@ -34,6 +34,8 @@ _LABELLED = re.compile(
     rf"(?P<name>.+?({'|'.join(map(re.escape, SUFFIXES))}))[,\t ]\s*(?P<label>.+)", re.IGNORECASE
 )
 _BOXES = re.compile(r"(n\d{8}( -?\d+){4}\s*)+")
+_MEASURE = re.compile(r"[-+]?\d*[.,]\d+(e[-+]?\d+)?|-\d+", re.IGNORECASE)
+_PLURALS = ("labels", "tags", "classes", "categories")
 _NUMBER = re.compile(r"0|[1-9]\d{0,7}", re.ASCII)
 
 
@@ -257,7 +259,8 @@ def label_column(table: Table, said: str | None, others: Collection[str], how: s
     """The column of labels: the one said, the only one not in `others`, or of LABEL_COLUMNS.
 
     Raises:
-      UserError: none, or several.
+      UserError: none, or several; or one that was not said, whose cells are rather measures,
+        captions, or several labels each.
     """
     if said is not None:
         return table.known(said)
@@ -265,6 +268,7 @@ def label_column(table: Table, said: str | None, others: Collection[str], how: s
     named = [name for name in rest if name.lower() in LABEL_COLUMNS]
     for one in (rest, named):
         if len(one) == 1:
+            _check_labels(table, one[0], how)
             return one[0]
     if not rest:
         raise UserError(f"{table.path} has no column of labels: found {table.summary()}")
@@ -272,6 +276,29 @@ def label_column(table: Table, said: str | None, others: Collection[str], how: s
         f"{table.path} has {len(rest)} columns that may be labels ({', '.join(map(repr, rest))}): "
         f"say which, as in {how},label={(named or rest)[0]}"
     )
+
+
+def _check_labels(table: Table, column: str, how: str) -> None:
+    """Refuses a column whose cells are no classes in all likelihood."""
+    cells = [cell for cell in table.columns[column] if cell]
+    why = None
+    if odd := next(filter(_MEASURE.fullmatch, cells), None):
+        why = f"numbers such as {odd!r}"
+    elif odd := next((cell for cell in cells if _has_several(column, cell)), None):
+        several = "" if how.startswith("--") else f" ({how},labels={column} reads them)"
+        why = f"what may be several labels, such as {odd!r}{several}"
+    elif len(set(cells)) == len(cells) > 4 and column.lower() not in LABEL_COLUMNS:
+        why = f"another text for each image, such as {cells[0]!r}"
+    if why:
+        raise UserError(
+            f"{table.path}: column {column!r} has {why}: if these are class names indeed, say so, "
+            f"as in {how},label={column}"
+        )
+
+
+def _has_several(column: str, cell: str) -> bool:
+    between = r"[|;,\s]" if column.lower().endswith(_PLURALS) else r"[|;]|,(?! )"
+    return bool(re.search(between, cell))
 
 
 def _labels_of(table: Table, labels: Sequence[str], match: Match, image: str) -> list[str]:
