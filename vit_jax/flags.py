@@ -199,11 +199,17 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help=functions["data"].__doc__,
         epilog="--config.KEY=VALUE changes any key of the config.",
     )
-    command.add_argument("spec", nargs="?", metavar="SPEC", help="such as folder:/data/pets")
+    command.add_argument(
+        "spec", type=path, nargs="?", metavar="SPEC", help="such as folder:/data/pets"
+    )
     command.add_argument("--split", help="one of them alone (default: all that there are)")
     command.add_argument("--config", metavar="FILE.py[:ARGUMENT]", help="its data in SPEC's place")
-    command.add_argument("--model", help="whatever vit_jax.load reads: what its classes are in it")
-    command.add_argument("--pictures", metavar="DIR", help="draw examples, stored and as read")
+    command.add_argument(
+        "--model", type=path, help="whatever vit_jax.load reads: what its classes are in it"
+    )
+    command.add_argument(
+        "--pictures", type=path, metavar="DIR", help="draw examples, stored and as read"
+    )
     command.set_defaults(function=functions["data"], takes_overrides=True)
 
     command = commands.add_parser(

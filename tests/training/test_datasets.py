@@ -5,17 +5,22 @@ import json
 import logging
 import os
 
+import jax
+import numpy as np
 import pytest
 from conftest import DIGITS, TINY
 
+from vit_jax.checkpoints.load import open_model
 from vit_jax.data.forms.arrays import digits
 from vit_jax.data.images import encode
+from vit_jax.data.pipeline import Split
 from vit_jax.errors import UserError
 from vit_jax.training.config import EvalConfig, load_config, unpack
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.evaluate import evaluate_own, evaluate_run
-from vit_jax.training.evaluators import Probe
+from vit_jax.training.evaluate import Evaluation, evaluate_own, evaluate_run
+from vit_jax.training.evaluators import Knn, Probe
 from vit_jax.training.loop import train
+from vit_jax.training.sharding import MeshConfig, make_mesh
 
 
 def write_digits(root, names="0123456789", splits=("train", "val")):
@@ -139,3 +144,81 @@ def test_what_is_measured_is_not_what_is_trained_on(tiny_run, tmp_path):
     config = dataclasses.replace(config_of(), eval=evaluators)
     with pytest.raises(UserError, match=r"linear\.val and eval\.evaluators\.linear\.test"):
         evaluate_run(tiny_run[0], config)
+
+
+def folders(root, classes):
+    """Noise of one image a class, in folders of these names, as a split."""
+    for i, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        pixels = np.random.default_rng([i, *root.name.encode()]).integers(0, 256, (8, 8, 1))
+        (root / name / "1.png").write_bytes(encode(pixels.astype(np.uint8)))
+    return Split(f"folder:{root}", "all")
+
+
+@pytest.mark.parametrize("objective", ["softmax", "masked_colour"])
+def test_an_evaluator_has_the_classes_of_its_own_train_split(
+    tiny_run, tmp_path, monkeypatch, objective
+):
+    """One test split, of which classes are missing, under two training splits."""
+    test = folders(tmp_path / "test", "bd")
+    own = {
+        "some": Knn(train=folders(tmp_path / "some", "abcd"), test=test),
+        "more": Knn(train=folders(tmp_path / "more", "0abcd"), test=test),
+    }
+    record = dataclasses.replace(open_model(tiny_run[0]).record, objective=objective)
+    data = dataclasses.replace(config_of().data, val=None, test=None)
+    changes = dict(objective=objective, data=data, eval=EvalConfig(evaluators=own))
+    config = dataclasses.replace(config_of("--config.augment=None"), **changes)
+    evaluation = Evaluation(config, record, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+    def run(params, name, split, *, dense):
+        source = evaluation._reads[name, split].source
+        labels = np.array([source[i]["label"] for i in range(len(source))], np.int32)
+        return np.eye(5, dtype=np.float32)[labels], labels
+
+    monkeypatch.setattr(evaluation, "_run", run)
+    labels = {n: evaluation.features(None, n, test).y.tolist() for n in own}
+    assert labels == {"some": [1, 3], "more": [2, 4]}
+    for found in evaluation.measure(list(own), None):
+        assert set(found.values()) == {1.0}, found
+
+
+def test_a_run_keeps_what_an_evaluators_classes_are_called(tmp_path):
+    """In their order too, and those without an image; of another source it kept nothing."""
+    split = folders(tmp_path / "pictures", "ab")
+    (file := tmp_path / "classes.csv").write_text("b,bird\nz,zebra\na,ant\n")
+    split = dataclasses.replace(split, classes=str(file))
+    other = dataclasses.replace(folders(tmp_path / "others", "ez"), classes=str(file))
+
+    def of(data, split):
+        source = data.open("eval.evaluators.e.train", split)
+        labels = data.labels("eval.evaluators.e.train", split)
+        source = data.with_labels("eval.evaluators.e.train", split, labels)
+        return labels, [source[i]["label"] for i in range(len(source))]
+
+    began = DataSets()
+    assert of(began, split) == (("bird", "zebra", "ant"), [2, 0])
+    began.write(tmp_path)
+    file.write_text("e,emu\nz,zebra\n")
+    again = DataSets.of_run(tmp_path)
+    assert of(again, split) == (("bird", "zebra", "ant"), [2, 0])
+    again.write(tmp_path)
+    assert of(DataSets.of_run(tmp_path), split) == (("bird", "zebra", "ant"), [2, 0])
+    assert of(again, other) == (("emu", "zebra"), [0, 1])
+
+
+def test_evaluators_that_a_run_did_not_have_are_looked_at(tmp_path):
+    split = folders(tmp_path / "pictures", "ab")
+    names, began = ("eval.evaluators.e.train", "eval.evaluators.e.test"), DataSets()
+    began.open("data.val", split)
+    began.write(tmp_path)
+    again = DataSets.of_run(tmp_path)
+    for name in names:
+        again.open(name, split)
+    with pytest.raises(UserError, match="are the same 2 images"):
+        again.check(names, config_of())
+    again.write(tmp_path)
+    again = DataSets.of_run(tmp_path)
+    for name in names:
+        again.open(name, split)
+    again.check(names, config_of())

@@ -90,10 +90,10 @@ def test_features_of_every_example_in_order(run, features, devices, batch_size):
     opened, mesh = open_model(workdir), make_mesh(MeshConfig(), jax.devices()[:devices])
     params, _ = place(opened, opened.record.config, shardings=lambda x: placement(x, mesh))
     evaluation = evaluate.Evaluation(config, opened.record, mesh)
-    found = evaluation.features(params, split)
+    found = evaluation.features(params, "p", split)
     np.testing.assert_array_equal(found.y, features["test"].y)
     np.testing.assert_allclose(found.x, features["test"].x, atol=2e-6)
-    assert evaluation.num_classes(split) == 10
+    assert len(evaluation.label_names("p", split)) == 10
 
 
 def test_the_same_in_training_in_evaluate_and_written_out(run, features, capsys):
@@ -259,7 +259,7 @@ def test_vtab_gives_tasks_groups_and_means(monkeypatch):
     asked = []
 
     class Model:
-        def classify(self, split, several=None):
+        def classify(self, split):
             raise AssertionError("a probe reads features")
 
         def features(self, split):

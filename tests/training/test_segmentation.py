@@ -160,7 +160,7 @@ def test_evaluate_segments(tiny_run, capsys):
     printed = json.loads(capsys.readouterr().out)
 
     run, params, splits = evaluation(tiny_run[0], 1, 10)  # the last batch is padded
-    sets = {name: run.dense(params, split) for name, split in splits.items()}
+    sets = {name: run.dense(params, "s", split) for name, split in splits.items()}
     vit, source = vit_jax.load(tiny_run[0]), open_source(SMALL, "test")
     images = np.stack([vit.preprocess(example["image"]) for example in source])
     # Two programs, which round otherwise.
@@ -168,7 +168,7 @@ def test_evaluate_segments(tiny_run, capsys):
     assert sets["test"].x.shape == (24, 4, 4, 16)
     halved = [example["label"][1::2, 1::2] for example in source]
     np.testing.assert_array_equal(sets["test"].y, halved)
-    assert run.num_classes(splits["test"]) == 11
+    assert len(run.label_names("s", splits["test"])) == 11
 
     expected = segmentation(**sets, num_classes=11, l2=(0.1,), steps=5)
     for name, value in expected.items():
@@ -178,9 +178,9 @@ def test_evaluate_segments(tiny_run, capsys):
 
 def test_dense_features_on_devices_that_do_not_divide_the_examples(tiny_run):
     one, params, splits = evaluation(tiny_run[0], 1, 10)
-    expected = one.dense(params, splits["val"])
+    expected = one.dense(params, "s", splits["val"])
     eight, params, _ = evaluation(tiny_run[0], 8, 7)
-    found = eight.dense(params, splits["val"])
+    found = eight.dense(params, "s", splits["val"])
     np.testing.assert_allclose(found.x, expected.x, atol=2e-6)
     np.testing.assert_array_equal(found.y, expected.y)
 
@@ -190,11 +190,11 @@ DIGIT = "dict(source='digits', split='train')"
 MISTAKES = {
     "labels": (
         f"type='segmentation', train={DIGIT}, test={DIGIT}",
-        "eval.evaluators.s: digits has no masks, which type segmentation reads: name a source",
+        "eval.evaluators.s.train: digits has no masks, which type segmentation reads: name a source",
     ),
     "masks": (
         f"type='knn', train={SCENES.format('train', '')}, test={SCENES.format('test', '')}",
-        "s: scenes:digits,examples=4 has masks for labels, which only an evaluator of type seg",
+        "s.train: scenes:digits,examples=4 has masks for labels, which only an evaluator of type ",
     ),
     "l2": (
         f"type='segmentation', train={SCENES.format('train', '')}, l2=(0.1, 1.0), "

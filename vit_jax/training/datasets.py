@@ -35,7 +35,7 @@ class DataSets:
 
     def __init__(self, kept: Mapping[str, Mapping[str, Any]] = {}, moved: Mapping[str, str] = {}):
         self._kept, self._moved = kept, moved
-        self._known = bool(kept)  # all was looked at when the run began
+        self._looked_at: set[str] = set()  # when the run began, and the same since
         self.opened: dict[str, Source] = {}
         self.lines: dict[str, dict[str, Any]] = {}
 
@@ -59,9 +59,7 @@ class DataSets:
         Raises:
           UserError: it cannot be opened, or a place that is named anew holds other data.
         """
-        kept = self._kept.get(where, {})
-        if (kept.get("source"), kept.get("split")) != (split.source, split.split):
-            kept = {}
+        kept = self._kept_of(where, split)
         spec = self._moved.get(where)
         places = [located(spec or split.source)]
         if kept.get("place") and not spec:
@@ -86,6 +84,8 @@ class DataSets:
                 "%s: %s changed since the run began (fingerprint %s -> %s)",
                 *(where, place, before, source.fingerprint),
             )
+        if before == source.fingerprint:
+            self._looked_at.add(where)
         self.opened[where] = source
         self.lines[where] = {
             "source": split.source,
@@ -96,19 +96,32 @@ class DataSets:
         }
         return source
 
+    def _kept_of(self, where: str, split: Split) -> Mapping[str, Any]:
+        """What the run has kept of this very split."""
+        kept = self._kept.get(where, {})
+        same = (kept.get("source"), kept.get("split")) == (split.source, split.split)
+        return kept if same else {}
+
     def how(self, where: str, split: Split) -> classes.How:
         """What the split says of its classes: as the run has kept it, where that is a file."""
-        kept = self._kept.get(where, {})
+        kept = self._kept_of(where, split)
         if split.classes not in (None, classes.IN_ORDER) and kept.get("classes") == split.classes:
-            return kept["named"]
+            return kept.get("named", split.classes)
         return split.classes
 
     def labels(self, where: str, split: Split) -> tuple[str, ...]:
         """What the classes of an open split are called, for a model that has none of its own."""
-        try:
-            return classes.renamed(self.opened[where].label_names, self.how(where, split))[1]
-        except UserError as error:
-            raise UserError(f"{where} ({split.source}): {error}") from None
+        how, kept = self.how(where, split), self._kept_of(where, split).get("labels")
+        if isinstance(how, Mapping) and kept is not None:
+            found = tuple(kept)
+        else:
+            try:
+                found = classes.renamed(self.opened[where].label_names, how)[1]
+            except UserError as error:
+                raise UserError(f"{where} ({split.source}): {error}") from None
+        if how is not None:  # what was kept of the file has not its order
+            self.lines[where]["labels"] = found
+        return found
 
     def match(self, where: str, split: Split, labels: tuple[str, ...]) -> classes.Matched:
         """Which of `labels` the classes of an open split are; printed where it is not plain.
@@ -139,9 +152,9 @@ class DataSets:
     def check(self, names: Sequence[str], config: Config) -> None:
         """Refuses open splits that are the same images, and says which ones they share.
 
-        See `contents.check_splits`. Of a run that goes on, contents are not compared again.
+        See `contents.check_splits`. What a run has looked at and is the same since, is not again.
         """
-        if self._known:
+        if self._looked_at.issuperset(names):
             return
         labelled = config.objective not in masking.OBJECTIVES
         named = {name: self.opened[name] for name in names}

@@ -80,35 +80,34 @@ class Evaluation:
                 f"not predict: its objective is {record.objective}. Name a run of the former, or "
                 f"set objective to {record.objective}"
             )
-        # By split, and whether its classes are the model's.
-        self._reads: dict[tuple[Split, bool], BatchReader] = {}
-        # By split and the evaluator's own `several`.
-        self._several: dict[tuple[Split, str | None], str | None] = {}
+        # By evaluator and split: under another evaluator a split may have other classes.
+        self._reads: dict[tuple[str, Split], BatchReader] = {}
+        self._several: dict[str, str | None] = {}
+        known: dict[tuple[Split, tuple[str, ...]], BatchReader] = {}
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
+            matched = not (ours and masked)  # labels that nothing reads need not be the model's
             where = f"data.{name}" if name in ("val", "test") else f"eval.evaluators.{name}"
-            if ours and not masked and not record.labels:
+            if ours and matched and not record.labels:
                 raise UserError(
                     f"{where}: the model has no classes to tell images by: fine-tune it, or "
                     "measure its features by eval.evaluators of type fewshot, knn or probe"
                 )
             for splits in evaluator.data_sets():
-                labels = record.labels if ours and not masked else None
+                labels = record.labels if ours else None
                 names = _names(where, evaluator, splits)
                 for named, split in zip(names, splits, strict=True):
                     source = _open(data, named, split, evaluator.reads_masks)
                     if labels is None:
                         labels = data.labels(named, split)
-                    if not masked:
+                    if matched:
                         source = data.with_labels(named, split, labels)
-                    self._reads[split, ours] = BatchReader.of(
+                        several = _several(named, source, split, evaluator, config, record)
+                        self._several[name] = several
+                    read = BatchReader.of(
                         source, split, record.preprocess, on_corrupt=config.data.on_corrupt
                     )
-                    several = None
-                    if not masked or not ours:
-                        several = _several(named, source, split, evaluator, config, record)
-                    if ours:
-                        self._several[split, evaluator.several] = several
+                    self._reads[name, split] = known.setdefault((split, source.label_names), read)
                 if len(names) > 1:
                     data.check(names, config)
         graphdef, _ = structure(record.config)
@@ -154,16 +153,16 @@ class Evaluation:
 
     def measure(self, names: list[str], params: Any) -> Iterator[dict[str, float]]:
         """Yields for each name {"NAME/METRIC": value}, of the model with these parameters."""
-        model = _Weighted(self, params)
+        known: dict[tuple[Split, tuple[str, ...]], Features] = {}
         for name in names:
-            values = self._evaluators[name].measure(model)
+            values = self._evaluators[name].measure(_Weighted(self, params, name, known))
             yield {f"{name}/{key}": value for key, value in values.items()}
 
-    def classify(self, params: Any, split: Split, several: str | None = None) -> dict[str, float]:
+    def classify(self, params: Any, name: str, split: Split) -> dict[str, float]:
         """Returns the means over all examples: accuracy (top-1), top5 and loss.
 
-        Where images have several labels, these and what is beside them are as `several` says (see
-        `evaluators.Classification`).
+        Where images have several labels, these and what is beside them are as the evaluator `name`
+        says (see `evaluators.Classification`).
 
         Of a model that predicts masked patches, loss and accuracy of that, each example corrupted
         as ever.
@@ -171,8 +170,8 @@ class Evaluation:
         Padding is masked; the sums of all batches are added on the host, and divided last. Where
         images that cannot be read are skipped, they are masked too, and `corrupt` is their number.
         """
-        read, corrupt = self._reads[split, True], 0
-        each = self._several[split, several] == "each"
+        read, corrupt = self._reads[name, split], 0
+        each = self._several.get(name) == "each"
 
         def results(batches):
             nonlocal corrupt
@@ -213,19 +212,24 @@ class Evaluation:
             means |= multilabel.scores(np.concatenate(logits), np.concatenate(labels))
         return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
 
-    def features(self, params: Any, split: Split) -> Features:
-        """Returns what the head reads of every example, in order, on the host of every process."""
-        return Features(*self._run(params, split, dense=False))
+    def features(self, params: Any, name: str, split: Split) -> Features:
+        """Returns what the head reads of every example, in order, on the host of every process.
 
-    def dense(self, params: Any, split: Split) -> Dense:
+        Labels are of the classes that the split has for the evaluator `name`.
+        """
+        return Features(*self._run(params, name, split, dense=False))
+
+    def dense(self, params: Any, name: str, split: Split) -> Dense:
         """Returns what each patch of every example is for the model, and the masks, likewise.
 
         An example takes 4 bytes for each number: at 224 pixels, ViT-B/16's are 0.6 MB.
         """
-        return Dense(*self._run(params, split, dense=True))
+        return Dense(*self._run(params, name, split, dense=True))
 
-    def _run(self, params: Any, split: Split, *, dense: bool) -> tuple[np.ndarray, np.ndarray]:
-        read, step = self._reads[split, False], self._feature_steps[dense]
+    def _run(
+        self, params: Any, name: str, split: Split, *, dense: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        read, step = self._reads[name, split], self._feature_steps[dense]
         with self._batches(read) as batches:
             results = (step(params, self._to_devices(batch)) for batch in batches)
             kept = [
@@ -235,9 +239,9 @@ class Evaluation:
         x, y = (np.concatenate(column) for column in zip(*kept, strict=True))
         return x, y
 
-    def num_classes(self, split: Split) -> int:
-        """How many classes the data set of a split has, for what reads features."""
-        return len(self._reads[split, False].source.label_names)
+    def label_names(self, name: str, split: Split) -> tuple[str, ...]:
+        """The classes of the data set of a split, as the evaluator `name` has them."""
+        return self._reads[name, split].source.label_names
 
     @property
     def _batch_size(self) -> int:
@@ -256,26 +260,31 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class _Weighted:
-    """A model with its weights. The features of a split are computed once for all evaluators."""
+    """A model with its weights, as one evaluator sees it.
+
+    The features of a split are computed once for all evaluators for which it has the same classes.
+    """
 
     evaluation: Evaluation
     params: Any
-    known: dict[Split, Features] = dataclasses.field(default_factory=dict)
+    name: str
+    known: dict[tuple[Split, tuple[str, ...]], Features]
 
-    def classify(self, split: Split, several: str | None = None) -> dict[str, float]:
-        return self.evaluation.classify(self.params, split, several)
+    def classify(self, split: Split) -> dict[str, float]:
+        return self.evaluation.classify(self.params, self.name, split)
 
     def features(self, split: Split) -> Features:
-        if split not in self.known:
-            self.known[split] = self.evaluation.features(self.params, split)
-        return self.known[split]
+        key = split, self.evaluation.label_names(self.name, split)
+        if key not in self.known:
+            self.known[key] = self.evaluation.features(self.params, self.name, split)
+        return self.known[key]
 
     def dense(self, split: Split) -> Dense:
         # Not kept: these are large, and hardly another evaluator reads the same split.
-        return self.evaluation.dense(self.params, split)
+        return self.evaluation.dense(self.params, self.name, split)
 
     def num_classes(self, split: Split) -> int:
-        return self.evaluation.num_classes(split)
+        return len(self.evaluation.label_names(self.name, split))
 
 
 def fetched(

@@ -24,7 +24,7 @@ SEVERAL = ("any", "each")
 class Model(Protocol):
     """A model with its weights, as evaluators see it."""
 
-    def classify(self, split: Split, several: str | None = None) -> dict[str, float]:
+    def classify(self, split: Split) -> dict[str, float]:
         """Accuracy, top5 and loss over the split, whose classes are the model's, and with several
         labels an image what `Classification` says."""
         ...
@@ -92,7 +92,7 @@ class Classification(Evaluator):
             raise UserError(f"eval: several is {self.several!r}; {nearest(self.several, SEVERAL)}")
 
     def measure(self, model: Model) -> dict[str, float]:
-        return model.classify(self.test, self.several)
+        return model.classify(self.test)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
