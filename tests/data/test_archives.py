@@ -437,6 +437,7 @@ TWICE = "a.jpg; a.txt=cat; b.jpg; b.txt=dog; c.jpg; c.txt=cat; d.jpg; d.txt=dog"
         ("x/a.jpg; x/a.cls=0; y/b.jpg; y/b.cls=1", ",label=cls", "0 1"),
         ("x/a.jpg; x/a.cls=x; y/b.jpg; y/b.cls=y", "", "x y"),
         ("v1.0/a.jpg; v1.0/a.cls=0; v1.0/a.json={}; v1.0/b.jpg; v1.0/b.cls=2", "", "0 2"),
+        ("a.jpg; a.cls=A; b.jpg; b.cls=7", ",label=cls", "A 7"),
     ],
 )
 def test_one_thing_says_the_classes_of_all(tmp_path, text, option, expected):
@@ -460,6 +461,8 @@ def test_one_thing_says_the_classes_of_all(tmp_path, text, option, expected):
         ("a.jpg; a.cls=1; b.jpg; b.cls=01", "are the labels '01' and '1' one class, or two"),
         ("a.jpg; a.cls=-1", "a.jpg: its .cls says -1.0; expected a name or a whole number"),
         ("a.jpg; a.cls=2.5", "a.jpg: its .cls says 2.5"),
+        ("a.jpg; a.cls=cat\ndog", "its .cls says .*: several lines"),
+        ("a.jpg; a.cls=\0\1", "its .cls is no text in UTF-8"),
         ("a.jpg; a.cls=0 5 7", "its .cls says '0 5 7': several numbers"),
         ("cat/a.jpg; cat/a.cls=0; dog/b.jpg", r"dog/b.jpg has no .cls .*label=cls\|folder behind"),
         (
@@ -813,6 +816,18 @@ def test_files_of_images_are_not_opened_to_be_listed(tmp_path, monkeypatch):
     assert len(folder(tmp_path)) == 2
 
 
+def test_masks_among_images_are_said(tmp_path, caplog):
+    tree(
+        tmp_path,
+        "benign/b (1).png",
+        "benign/b (1)_mask.png",
+        "benign/b (1)_mask_1.png",
+        "x/no_mask_1.png",
+    )
+    assert len(folder(tmp_path)) == 4
+    assert "2 files are called like masks of others, such as benign/b (1)_mask.png" in caplog.text
+
+
 def test_folders_that_are_called_nearly_like_splits_are_classes(tmp_path):
     names = [
         "train/1.jpg",
@@ -858,7 +873,7 @@ def test_how_to_say_it_is_said_of_folders_without_classes(tmp_path, names, split
         (
             ["train/images/cat/1.jpg", "train/images/dog/2.jpg"],
             "train",
-            r"all images are in the folder 'images', .* split=train/images \(.*; if not, .*,label=f",
+            r"all images are in the folder 'images', .* split=train/images \(.*; if not, .*,label=",
             "images images",
         ),
         (

@@ -177,6 +177,7 @@ def test_what_is_not_sure_is_refused(tmp_path):
         (dict(labels=pa.array([None], pa.int64())), "row 0 has no label in column 'label'"),
         (dict(labels=[-1]), "a label is -1"),
         (dict(labels=[-1], features={"label": CLASSES}), "no labels in split 'train': all are -1"),
+        (dict(labels=[3], features={"label": CLASSES}), "a label is 3, but 'label' has 3 classes"),
         (dict(features={"label": {**CLASSES, "names": ["a", "a"]}}), "two classes one name"),
         (dict(features={"label": CLASSES}, card=CARD), "give column 'label' different class names"),
     ]

@@ -73,6 +73,9 @@ def test_the_splits_of_digits_never_change(split, labels, fingerprint):
     "spec, split, message",
     [
         ("digit", "train", r"no source 'digit'; did you mean 'digits'\?"),
+        ("/x/y.jpg", "train", "a path alone names no source .it is not there."),
+        ("tests", "train", "a path alone names no source .*folder:PATH"),
+        ("floder:/x", "train", "no source 'floder'; did you mean 'folder'"),
         ("folder:/x", "train", "there is no such folder"),
         ("digits", "tset", r"source digits has no split 'tset'; did you mean 'test'\?"),
         ("digits", "", "no split ''; known: test, train, val"),

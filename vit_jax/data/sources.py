@@ -69,6 +69,13 @@ def open_source(spec: str, split: str) -> Source:
       UserError: no such source, split or file, or a file of another form.
     """
     name, _, argument = spec.partition(":")
+    if (
+        name not in SOURCES
+        and ":" not in spec.partition(os.sep)[0]
+        and (os.sep in spec or os.path.exists(spec))
+    ):
+        there = "give its kind, as in folder:PATH" if os.path.exists(spec) else "it is not there"
+        raise UserError(f"data source {spec!r}: a path alone names no source ({there})")
     if name not in SOURCES:
         raise UserError(f"data source {spec!r}: no source {name!r}; {nearest(name, SOURCES)}")
     return SOURCES[name](os.path.expanduser(argument), split)

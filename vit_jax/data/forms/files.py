@@ -276,21 +276,25 @@ def _image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[st
     waiting, seen = [start], {_inode(root), _inode(os.path.join(root, start))}
     while waiting:
         here = waiting.pop()
-        with os.scandir(os.path.join(root, here)) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                path = f"{here}/{entry.name}"
-                if _is_dir(entry):
-                    if why := _no_folder(entry.name):
-                        passed.add(f"{path}/", why)
-                    elif (inode := _inode(entry.path)) not in seen:
-                        seen.add(inode)
-                        waiting.append(path)
-                    continue
-                size, why = _judged(entry)
-                if why is None:
-                    yield path, size
-                else:
-                    passed.add(path, why)
+        try:
+            with os.scandir(os.path.join(root, here)) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from None
+        for entry in entries:
+            path = f"{here}/{entry.name}"
+            if _is_dir(entry):
+                if why := _no_folder(entry.name):
+                    passed.add(f"{path}/", why)
+                elif (inode := _inode(entry.path)) not in seen:
+                    seen.add(inode)
+                    waiting.append(path)
+                continue
+            size, why = _judged(entry)
+            if why is None:
+                yield path, size
+            else:
+                passed.add(path, why)
 
 
 def _judged(entry: os.DirEntry) -> tuple[int, str | None]:

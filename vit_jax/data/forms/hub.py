@@ -183,6 +183,8 @@ def hub(argument: str, split: str) -> ParquetSource:
         found = [[numbers[_text(each)] for each in (c if many else [c])] for c in cells]
     else:
         found = [list(cell) if many else [cell] for cell in cells]
+        if (most := max((n for each in found for n in each), default=0)) >= len(names):
+            raise UserError(f"{where}: a label is {most}, but {label!r} has {len(names)} classes")
         if not many and all(each[0] < 0 for each in found):
             raise UserError(f"{where} has no labels in split {name!r}: all are {found[0][0]}")
     rows = [r for r in range(len(images)) if low <= percentile(f"{name}/{r}") < high]

@@ -33,6 +33,7 @@ _SPLIT_WORD = re.compile(
     r"(?![^\W_])",
     re.IGNORECASE,
 )
+_MASK = re.compile(r"_masks?(_?\d+)?\.\w+$")
 _FOLD = re.compile(r"(?:fold|split)[_ -]?\d+", re.IGNORECASE)
 # What folders of all images are called, beside such as masks and labels.
 _CONTAINER = re.compile(r"(?:jpeg|png)?(?:images?|imgs?)", re.IGNORECASE)
@@ -145,6 +146,12 @@ def check_class_folders(
             "split=%s would take those of %s as classes",
             *(where, _few(below), _few(first), _joined(split, one), one),
         )
+    if masks := _masks(files):
+        logger.warning(
+            "%s: %d files are called like masks of others, such as %s, and taken as images of "
+            "their classes: move them away if they are masks",
+            *(where, len(masks), masks[0]),
+        )
     alike: dict[str, str] = {}
     for one in sorted(below):
         other = alike.setdefault(unicodedata.normalize("NFKC", one).casefold().strip(), one)
@@ -171,6 +178,13 @@ def _splits_among(below: Mapping[str, Collection[str]], direct: Collection[str])
             rest = f"{one[: match.start()]}/{one[match.end() :]}".casefold()
             alike.setdefault(rest, {})[match.lastgroup] = one
     return next((sorted(each.values()) for each in alike.values() if len(each) > 1), [])
+
+
+def _masks(files: Collection[str]) -> list[str]:
+    """The files NAME_mask.png and the like, where NAME.png or the like is there as well."""
+    called = {f: m for f in files if "_mask" in f and (m := _MASK.search(f))}
+    stems = {os.path.splitext(file)[0] for file in files} if called else set()
+    return [file for file, match in called.items() if file[: match.start()] in stems]
 
 
 def _joined(split: str, folder: str) -> str:

@@ -118,6 +118,10 @@ def _of_text(text: str) -> str:
         return Wrong("is empty")
     if len(text) > _MOST:
         return Wrong(f"says {_short(text)}: a class name has at most {_MOST} characters")
+    if "\0" in text or "\ufffd" in text:
+        return Wrong("is no text in UTF-8")
+    if len(text.splitlines()) > 1:
+        return Wrong(f"says {_short(text)}: several lines, where one class was expected")
     if _SEVERAL.fullmatch(text):
         return Wrong(f"says {text!r}: several numbers, where one class was expected")
     try:
@@ -178,7 +182,7 @@ def choose(
     else:
         distinct = set(column)
     if origin in BESIDE:
-        _check_numbers(where, names, column, distinct)
+        _check_numbers(where, names, column, distinct, wanted is not None)
     if not distinct:
         raise UserError(f"{where}: no image has a label")
     if origin in ("shard", "tar") and wanted is None:
@@ -265,15 +269,16 @@ def _check_numbered(where: str, names: Sequence[str], stems: Sequence[str], opti
 
 
 def _check_numbers(
-    where: str, names: Sequence[str], column: Sequence[Said], distinct: set[str]
+    where: str, names: Sequence[str], column: Sequence[Said], distinct: set[str], sure: bool
 ) -> None:
-    """Refuses numbers among names, and numbers written in two ways."""
+    """Refuses numbers among names, unless `sure`, and numbers written in two ways."""
     numbers = {one for one in distinct if re.fullmatch(r"\d+", one, re.ASCII)}
-    if numbers and numbers != distinct:
+    if numbers and numbers != distinct and not sure:
         pair = min(numbers), min(distinct - numbers)
         raise UserError(
             f"{where}: some labels are numbers, others names: {_first(names, column, pair[0])} has "
-            f"{pair[0]!r}, {_first(names, column, pair[1])} {pair[1]!r}"
+            f"{pair[0]!r}, {_first(names, column, pair[1])} {pair[1]!r}; write ,label=cls (or what "
+            "else says it) behind the path if all of them are names"
         )
     values: dict[int, str] = {}
     for one in sorted(numbers):
