@@ -451,6 +451,7 @@ def test_home_is_where_a_tilde_leads(capsys, model, tmp_path, monkeypatch):
         "evaluate --model=~/x",
         "inspect ~/x --pictures=~/x",
         "prepare ~/x ~/x --labels=~/x --classes=~/x",
+        "data ~/x --model=~/x --pictures=~/x",
         "sweep ~/x --workdir=~/x",
         "report ~/x --out=~/x",
     ):

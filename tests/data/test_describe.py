@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from vit_jax.__main__ import main
-from vit_jax.data import describe, pictures
+from vit_jax.data import contents, describe, pictures
 from vit_jax.data.classes import match, with_labels
 from vit_jax.data.contents import image_hash
 from vit_jax.data.forms.arrays import ArraySource
@@ -59,10 +59,10 @@ def test_the_content_of_files_is_of_their_bytes_in_order(pets):
     source = open_source(f"folder:{pets}", "all")
     expected = [blake(path.read_bytes()) for path in sorted(pets.glob("*/*"))]
     for threads in (1, 3):
-        found = describe.content(source, threads=threads)
+        found = contents.content(source, threads=threads)
         assert found.dtype == np.uint64 and found.tolist() == expected
     relabelled = with_labels(source, ("dog", "cat"))
-    assert describe.content(relabelled).tolist() == expected
+    assert contents.content(relabelled).tolist() == expected
 
 
 def test_the_content_of_pixels_is_of_shape_and_type_too():
@@ -77,14 +77,14 @@ def test_the_content_of_pixels_is_of_shape_and_type_too():
 def test_duplicates_and_shared_against_loops(seed):
     random = np.random.default_rng(seed)
     a, b = (random.integers(0, 12, n).astype(np.uint64) for n in (20, random.integers(0, 15)))
-    found = [group.tolist() for group in describe.duplicates(a)]
+    found = [group.tolist() for group in contents.duplicates(a)]
     groups = {value: np.flatnonzero(a == value).tolist() for value in a.tolist() if value}
     assert found == sorted(group for group in groups.values() if len(group) > 1)
-    first, there = describe.shared(a, b)
+    first, there = contents.shared(a, b)
     pairs = [(a.tolist().index(v), j) for j, v in enumerate(b.tolist()) if v and v in a]
     assert list(zip(first.tolist(), there.tolist(), strict=True)) == pairs
     none = np.zeros(0, np.uint64)
-    assert [len(each) for each in (*describe.shared(none, b), *describe.shared(a, none))] == [0] * 4
+    assert [len(each) for each in (*contents.shared(none, b), *contents.shared(a, none))] == [0] * 4
 
 
 @pytest.mark.parametrize("part", ["train", "train[:30%]", "train[30%:]"])
@@ -96,13 +96,13 @@ def test_shards_keep_the_content_of_each_image_in_order(pets, tmp_path, monkeypa
     expected = [blake(source[i]["image"]) for i in range(len(source))]
     with monkeypatch.context() as patch:
         patch.setattr(RecordSource, "__getitem__", lambda *_: pytest.fail("was read"))
-        assert describe.content(source).tolist() == expected
+        assert contents.content(source).tolist() == expected
     # Where there are none, or those of other shards, the images are read.
     kept = dst / "content_train.npy"
     np.save(kept, np.load(kept)[::-1].copy())
-    assert source.kept_content() is None and describe.content(source).tolist() == expected
+    assert source.kept_content() is None and contents.content(source).tolist() == expected
     kept.unlink()
-    assert source.kept_content() is None and describe.content(source).tolist() == expected
+    assert source.kept_content() is None and contents.content(source).tolist() == expected
 
 
 # ----------------------------------------------------------------------------------------- checks
@@ -120,12 +120,12 @@ def test_the_same_images_are_refused_unless_meant(pets):
         match=r"^data.train and data.val are the same 60 images: hold images out, such as split "
         r"all\[:90%\] for one and all\[90%:\] .*data.same_images=True if it is meant$",
     ):
-        describe.check_splits(same)
-    assert describe.check_splits(same, allow=True) == [
+        contents.check_splits(same)
+    assert contents.check_splits(same, allow=True) == [
         "data.train and data.val are the same 60 images"
     ]
     held_out = opened(train=(spec, "all[:80%]"), val=(spec, "all[80%:]"))
-    assert describe.check_splits(held_out) == []
+    assert contents.check_splits(held_out) == []
 
 
 @pytest.mark.parametrize("most", [20_000, 10])
@@ -139,9 +139,9 @@ def test_a_part_of_the_whole_is_refused_however_many_there_are(pets, tmp_path, m
     n = len(named["data.val"])
     message = rf"{n} of the {n} images of data.val are in data.train too, such as .*png and .*png:"
     with pytest.raises(UserError, match=message):
-        describe.check_splits(named, most=most)
+        contents.check_splits(named, most=most)
     held_out = opened(train=(spec, "all[:80%]"), val=(spec, "all[80%:]"))
-    lines = describe.check_splits(held_out, most=most)
+    lines = contents.check_splits(held_out, most=most)
     assert len(lines) == (most == 10)
     assert all("data.train and data.val share images was not looked at" in line for line in lines)
 
@@ -154,9 +154,9 @@ def test_a_few_shared_images_are_said(pets, tmp_path):
     save(tmp_path / "more/dog/bad.png", b"")  # an empty file is no image of both
     save(pets / "dog/empty.png", b"")
     named = opened(train=(f"folder:{pets}", "all"), val=(f"folder:{tmp_path / 'more'}", "all"))
-    hashes = [describe.content(each) for each in named.values()]
-    count = len(describe.shared(*hashes)[1])
-    (line,) = describe.check_splits(named)
+    hashes = [contents.content(each) for each in named.values()]
+    count = len(contents.shared(*hashes)[1])
+    (line,) = contents.check_splits(named)
     assert line == (
         f"{count} of the 7 images of data.val are in data.train too, such as "
         f"{pets}/cat/05.png and {tmp_path}/more/cat/copy 5.png"
@@ -167,7 +167,7 @@ def test_a_few_shared_images_are_said(pets, tmp_path):
     save(tmp_path / "small/cat/x.png", encoded(200))
     named = opened(train=(f"folder:{tmp_path}/small", "all"), val=(f"folder:{pets}", "all"))
     with pytest.raises(UserError, match=r"^21 of the 22 images of data.train are in data.val too"):
-        describe.check_splits(named)
+        contents.check_splits(named)
 
 
 def test_other_images_of_the_same_names_and_sizes_are_no_copies(tmp_path):
@@ -177,7 +177,7 @@ def test_other_images_of_the_same_names_and_sizes_are_no_copies(tmp_path):
             save(tmp_path / f"{split}/{'ab'[i % 2]}/{i}.bmp", data)
     named = opened(train=(f"folder:{tmp_path}", "train"), val=(f"folder:{tmp_path}", "val"))
     assert len({source.fingerprint for source in named.values()}) == 1
-    assert describe.check_splits(named) == []
+    assert contents.check_splits(named) == []
 
 
 def test_shards_are_compared_however_many_there_are(pets, tmp_path):
@@ -185,21 +185,21 @@ def test_shards_are_compared_however_many_there_are(pets, tmp_path):
         prepare(str(pets), str(tmp_path / "dst"), split=split, part=part)
     spec = f"records:{tmp_path / 'dst'}"
     with pytest.raises(UserError, match=r"(\d+) of the \1 images of data.val are in data.train"):
-        describe.check_splits(opened(train=(spec, "train"), val=(spec, "val")), most=0)
+        contents.check_splits(opened(train=(spec, "train"), val=(spec, "val")), most=0)
     parts = opened(train=(spec, "train[:90%]"), val=(spec, "train[90%:]"))
-    assert describe.check_splits(parts, most=0) == []
+    assert contents.check_splits(parts, most=0) == []
 
 
 def test_what_is_made_by_a_formula_is_compared_by_name():
     spec = "fractals:classes=30"
     endless = opened(train=(spec, "train"), val=(spec, "val"), test=(spec, "test"))
-    assert describe.check_splits(endless) == []
+    assert contents.check_splits(endless) == []
     with pytest.raises(UserError, match=r"data.val and data.test are the same 300 images"):
-        describe.check_splits(opened(val=(spec, "val"), test=(spec, "val")))
+        contents.check_splits(opened(val=(spec, "val"), test=(spec, "val")))
     scenes = opened(val=("scenes:digits", "val"), test=("scenes:digits", "test"))
-    assert describe.check_splits(scenes) == []
+    assert contents.check_splits(scenes) == []
     digits = opened(train=("digits", "train"), val=("digits", "val"), test=("digits", "test"))
-    assert describe.check_splits(digits, most=0) == []
+    assert contents.check_splits(digits, most=0) == []
 
 
 def arrays(labels, names=("a", "b", "c")):
@@ -219,16 +219,16 @@ def arrays(labels, names=("a", "b", "c")):
 def test_one_class_alone_is_refused(source, message):
     if message:
         with pytest.raises(UserError, match=message):
-            describe.check_splits({"data.train": source})
+            contents.check_splits({"data.train": source})
     else:
-        assert describe.check_splits({"data.train": source}) == []
-    assert describe.check_splits({"data.train": source}, classes=False) == []
-    assert describe.check_splits({"data.val": source}) == []
+        assert contents.check_splits({"data.train": source}) == []
+    assert contents.check_splits({"data.train": source}, classes=False) == []
+    assert contents.check_splits({"data.val": source}) == []
 
 
 def test_several_labels_or_none_may_be_of_one_class():
     source = RecordSource([b""], ("image", "label", None), "here", ("a",), "", multi_label=True)
-    assert describe.check_splits({"data.train": source}) == []
+    assert contents.check_splits({"data.train": source}) == []
 
 
 def test_a_line_a_split_before_training(pets):
@@ -418,7 +418,8 @@ def test_classes_of_a_model_are_said(pets, capsys, monkeypatch):
     fake = types.SimpleNamespace(record=record)
     monkeypatch.setattr("vit_jax.analysis.data.open_model", lambda path: fake)
     assert main(["data", f"folder:{pets}", "--model=somewhere"]) == 2
-    assert "the model knows no 'dog'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"all (folder:{pets}): has 2 classes" in error and "knows no 'dog'" in error
 
 
 @pytest.mark.parametrize(

@@ -222,3 +222,10 @@ def test_evaluators_that_a_run_did_not_have_are_looked_at(tmp_path):
     for name in names:
         again.open(name, split)
     again.check(names, config_of())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"data.val": 3}', '{"v": {"place": 7}}'])
+def test_a_damaged_file_is_said(tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(UserError, match=r"data\.json is damaged \(.*\): remove it, and"):
+        DataSets.of_run(tmp_path)

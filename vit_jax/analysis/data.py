@@ -54,8 +54,13 @@ def data(
     if record is None and config is not None and "data.train" in sources:
         record = _record(config, sources["data.train"])
     if record is not None and record.labels:
-        hows = {name: splits[name].classes if name in splits else None for name in sources}
-        matches = {n: match(s.label_names, record.labels, hows[n]) for n, s in sources.items()}
+        matches = {}
+        for name, source in sources.items():
+            how = splits[name].classes if name in splits else None
+            try:
+                matches[name] = match(source.label_names, record.labels, how)
+            except UserError as error:
+                raise UserError(f"{name} ({specs.get(name, spec)}): {error}") from None
         if model or not all(matched.is_identity for matched in matches.values()):
             yield ""
             yield "classes in the model"

@@ -5,6 +5,7 @@ Unless the user says that both are in the same order, or gives a table of which 
 
 import dataclasses
 import functools
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -210,7 +211,7 @@ def renamed(names: Sequence[str], how: How) -> tuple[tuple[str, ...], tuple[str,
             "has classes=in_order, which says that its classes are a model's in their order: there "
             "is no such model (init_from with model.head=keep)"
         )
-    rows = read_pairs(how) if isinstance(how, str) else list(how.items())
+    rows = read_pairs(os.path.expanduser(how)) if isinstance(how, str) else list(how.items())
     told = f"classes={how}" if isinstance(how, str) else "what the run kept of classes"
     if all(len(row) == 1 for row in rows):
         given = [row[0] for row in rows]

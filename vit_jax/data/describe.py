@@ -29,8 +29,6 @@ from vit_jax.data.contents import (
     read_each,
     shared,
 )
-from vit_jax.data.contents import check_splits as check_splits
-from vit_jax.data.contents import content as content
 from vit_jax.data.forms import records, vtab
 from vit_jax.data.forms.files import WHOLE
 from vit_jax.data.images import FORMATS, read_image, sniff

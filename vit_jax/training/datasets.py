@@ -45,12 +45,15 @@ class DataSets:
         path = epath.Path(workdir) / FILE
         try:
             kept = json.loads(path.read_text())
-            if not all(isinstance(each, dict) for each in kept.values()):
-                raise ValueError("expected sections")
+            if not isinstance(kept, dict) or not all(map(_is_section, kept.values())):
+                raise ValueError("expected sections of texts")
         except FileNotFoundError:
             kept = {}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged ({error}): remove it, and the data is looked for where "
+                "config.json says"
+            ) from None
         return cls(kept, moved)
 
     def open(self, where: str, split: Split) -> Source:
@@ -178,6 +181,17 @@ class DataSets:
     def write(self, workdir: epath.PathLike) -> None:
         """Writes data.json."""
         write_atomically(epath.Path(workdir) / FILE, json.dumps(self.lines, indent=1))
+
+
+def _is_section(kept: Any) -> bool:
+    """Whether what is read of a section of data.json has its types."""
+    texts = ("source", "split", "place", "fingerprint", "classes")
+    return (
+        isinstance(kept, dict)
+        and all(isinstance(kept.get(name), str | None) for name in texts)
+        and isinstance(kept.get("named", {}), dict)
+        and isinstance(kept.get("labels", []), list)
+    )
 
 
 def elsewhere(old: Config, new: Config) -> tuple[Config, dict[str, str]]:

@@ -59,7 +59,7 @@ class RecordSource:
         return len(self.records)
 
     def kept_content(self) -> UInt64[np.ndarray, " n"] | None:
-        """A hash of each example's image file, as `describe.content` has it; None if none is kept.
+        """A hash of each example's image file, as `contents.content` has it; None if none is kept.
 
         Those of another state of the shards count as none.
         """
