@@ -344,6 +344,7 @@ def test_a_flat_tar_takes_its_classes_from_a_file(validation, name):
     "name, data, message",
     [
         ("ILSVRC2012_validation_ground_truth.txt", b"3\n1\n4\n4\n2\n", "give ILSVRC2012_devkit"),
+        ("head.txt", b"label\na\nb\na\nb\n", "first line, 'label', a header.*has 4 labels of 5 im"),
         ("few.txt", b"a\nb\n", "few.txt has 2 labels, but there are 5 images"),
         ("few.csv", b"ILSVRC2012_val_00000001.JPEG,a\n", "says nothing of 4 images, such as"),
         ("no.txt", None, "there is no file of labels '.*no.txt'"),

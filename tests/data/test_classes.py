@@ -26,6 +26,7 @@ def source_of(names):
         # The words, in whatever order the folders sort.
         (("goldfish", "great_white_shark", "tench"), SHARKS, (1, 2, 0), "first of several"),
         (("Great-White_shark",), SHARKS, (2,), "but for case"),
+        (("puma, Cougar",), ("lion", "puma, catamount, cougar"), (1,), "first of several"),
         (("TENCH, tinca tinca",), SHARKS, (0,), "but for case"),
         # Folders sort as text: 0, 1, 10, 11, 2, ...
         (tuple(sorted(map(str, range(12)))), LETTERS, None, "by number"),
@@ -60,6 +61,7 @@ def test_all_of_imagenets_ids_are_all_of_its_words():
     "names, labels, message",
     [
         (("x", "y"), ("ant", "bee"), "the model knows no 'x', 'y', but 'ant', 'bee'.*in_order"),
+        (("fish, gold",), ("fish, silver", "x"), "knows no 'fish, gold'"),
         (("ant", "dog"), ("ant", "bee"), "the model knows no 'dog'"),
         (("x", "y", "z", "w"), ("ant", "bee"), "4 classes, the model 2.* and 1 more"),
         (("1", "2", "3"), ("a", "b", "c"), "knows no '1'"),  # from 1, or all but 0?

@@ -63,9 +63,10 @@ def match(names: Sequence[str], labels: Sequence[str], how: How = None) -> Match
     """Finds the model's class for each of a data set's, which may have fewer of them.
 
     A class is that of the same name; else the one whose name is the same but for case and for `_`
-    and `-` in place of spaces; else the same first of the names that commas separate; else the same
-    of ImageNet's, whose WordNet ids (n01440764, n01440764-tench) and names are known. Where classes
-    are called 0 to N-1 and the model has N, each is the one of that number.
+    and `-` in place of spaces; else the same first of the names that commas separate, where one of
+    the two has no other or they share another; else the same of ImageNet's, whose WordNet ids
+    (n01440764, n01440764-tench) and names are known. Where classes are called 0 to N-1 and the
+    model has N, each is the one of that number.
 
     Args:
       names, labels: of the data's and of the model's classes.
@@ -129,7 +130,7 @@ def _by_name(names: Sequence[str], labels: Sequence[str]) -> tuple[list[int | No
             where.setdefault(key, []).append(number)
         for i in waiting:
             there = where.get(ours[i], []) if ours[i] else []
-            if len(there) == 1:
+            if len(there) == 1 and not _differ(names[i], labels[there[0]]):
                 found[i], by = there[0], rule
     return found, by
 
@@ -138,6 +139,12 @@ def plain(name: str) -> str:
     """A class's name without what is spelt now so, now otherwise: case, `_`, `-`, spaces."""
     name = unicodedata.normalize("NFKC", name).casefold()
     return " ".join(re.split(r"[\s_\-]+", name)).strip()
+
+
+def _differ(name: str, label: str) -> bool:
+    """Whether both have several names, of which only the first may be the same."""
+    rests = [{plain(each) for each in text.split(",")[1:]} for text in (name, label)]
+    return all(rests) and not rests[0] & rests[1]
 
 
 def _first(name: str) -> str:

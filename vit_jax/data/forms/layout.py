@@ -107,7 +107,7 @@ def check_class_folders(
     told = f"or, if they are classes, write ,label={option} behind the path"
     if not sure and (splits := _splits_among(below, direct)):
         raise UserError(
-            f"{where}: the folders {_few(splits)} are called like splits, not classes: say "
+            f"{where}: the folders {few(splits)} are called like splits, not classes: say "
             f"split={_joined(split, splits[0])} (prepare: --part={_joined(split, splits[0])}), "
             f"{told}"
         )
@@ -119,13 +119,13 @@ def check_class_folders(
             part = _joined(split, shared)
             if all(map(split_kind, inside)):
                 raise UserError(
-                    f"{where}: all images are in {shared!r}, in the splits {_few(inside)}: say "
+                    f"{where}: all images are in {shared!r}, in the splits {few(inside)}: say "
                     f"split={(deeper := _joined(part, min(inside)))} (prepare: --part={deeper}), "
                     f"{told}"
                 )
             raise UserError(
                 f"{where}: all images are in the folder {shared!r}, which would be the one class, "
-                f"in folders of its own ({_few(inside)}): if those are the classes, say "
+                f"in folders of its own ({few(inside)}): if those are the classes, say "
                 f"split={part} (prepare: --part={part}); if not, write ,label={option} behind "
                 "the path"
             )
@@ -144,7 +144,7 @@ def check_class_folders(
         logger.warning(
             "%s: the classes are %s; each has the same folders (%s), which are taken as one: "
             "split=%s would take those of %s as classes",
-            *(where, _few(below), _few(first), _joined(split, one), one),
+            *(where, few(below), few(first), _joined(split, one), one),
         )
     if masks := _masks(files):
         logger.warning(
@@ -193,6 +193,7 @@ def _joined(split: str, folder: str) -> str:
     return (folder if name == "all" else f"{name}/{folder}") + bracket + part
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
+    """The first of names in their order, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

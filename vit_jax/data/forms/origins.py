@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from vit_jax.data.forms.layout import split_kind
+from vit_jax.data.forms.layout import few, split_kind
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -169,8 +169,7 @@ def choose(
         raise UserError(f"{where}: {names[column.index(None)]} has no {ORIGINS[origin]}")
     for name, one in zip(names, column, strict=True):
         if isinstance(one, Wrong):
-            kind = f".{origin}" if origin in BESIDE else origin
-            raise UserError(f"{where}: {name}: its {kind} {one}")
+            raise UserError(f"{where}: {name}: its {_kind(origin)} {one}")
     if any(isinstance(one, tuple) for one in column):
         column = [one if isinstance(one, tuple) else (one,) for one in column]
         distinct = {label for one in column for label in one}
@@ -188,9 +187,9 @@ def choose(
     if origin in ("shard", "tar") and wanted is None:
         _check_numbered(where, names, column, origin)
     if origin == "shard" and wanted is None:
-        logger.info("%s: each archive is a class: %s", where, _few(distinct))
+        logger.info("%s: each archive is a class: %s", where, few(distinct))
     if origin == "txt" and wanted is None:
-        logger.info("%s: the .txt beside the images are their classes: %s", where, _few(distinct))
+        logger.info("%s: the .txt beside the images are their classes: %s", where, few(distinct))
     return origin, column
 
 
@@ -306,7 +305,3 @@ def _kind(origin: str) -> str:
 
 def _show(said: Said) -> str:
     return repr(list(said)) if isinstance(said, tuple) else repr(str(said))
-
-
-def _few(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

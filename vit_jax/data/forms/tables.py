@@ -334,6 +334,11 @@ def _in_order(path: str, labels: list[str], names: Sequence[str]) -> list[str]:
     """Labels that are in the order of the sorted names, a line each."""
     if len(labels) != len(names):
         raise UserError(f"{path} has {len(labels)} labels, but there are {len(names)} images")
+    if len(labels) > 2 and is_word(labels[0]) and labels[0] not in labels[1:]:
+        raise UserError(
+            f"{path}: is its first line, {labels[0]!r}, a header? Then it has {len(labels) - 1} "
+            f"labels of {len(names)} images; expected one in each line, and no header"
+        )
     firsts = [label.split(None, 1)[0] for label in labels]
     if len(labels) > 1 and len(set(firsts)) == len(firsts) and all(" " in each for each in labels):
         raise UserError(
