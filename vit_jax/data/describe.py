@@ -5,7 +5,6 @@ import dataclasses
 import io
 import itertools
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -27,7 +26,7 @@ from vit_jax.data.contents import (
     read_each,
     shared,
 )
-from vit_jax.data.forms import records, vtab
+from vit_jax.data.forms import archives, custom, files, hub, idx, listed, records, vtab
 from vit_jax.data.forms.files import WHOLE
 from vit_jax.data.images import FORMATS, read_image, sniff
 from vit_jax.data.sources import SOURCES, Source, open_source
@@ -73,17 +72,6 @@ def _range(counts: Any) -> str:
 # -------------------------------------------------------------------------------- splits of a spec
 
 
-def _folder_splits(path: str) -> list[str]:
-    usual = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
-    folders = [e for e in os.scandir(path) if e.is_dir()] if os.path.isdir(path) else []
-    found = {
-        each.name
-        for each in folders
-        if each.name.lower() in usual and any(inner.is_dir() for inner in os.scandir(each.path))
-    }
-    return sorted(found, key=lambda name: usual.index(name.lower()))
-
-
 def _array_splits(path: str) -> list[str]:
     with np.load(path, allow_pickle=False) as file:
         return [name.removesuffix("_images") for name in file.files if name.endswith("_images")]
@@ -97,7 +85,7 @@ def _record_splits(path: str) -> list[str]:
 
 def _tfds_splits(argument: str) -> list[str]:
     name = argument.partition(",label=")[0]
-    path = os.path.expanduser(name.rstrip("/"))
+    path = name.rstrip("/")
     found = records.prepared(f"tfds:{argument}", name, path if os.path.isdir(path) else None)
     return list(found.info.splits)
 
@@ -106,8 +94,7 @@ def _three(argument: str) -> list[str]:
     return ["train", "val", "test"]
 
 
-# What splits a source has, by its argument; none is the whole of it. Where the module of a source
-# NAME has a function `NAME_splits`, that is asked instead.
+# What splits a source has, by its argument; none is the whole of it.
 SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "digits": _three,
     "fractals": _three,
@@ -116,16 +103,20 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "arrays": _array_splits,
     "records": _record_splits,
     "tfds": _tfds_splits,
-    "folder": _folder_splits,
+    "folder": files.folder_splits,
+    "tar": archives.tar_splits,
+    "zip": archives.tar_splits,
+    "table": listed.table_splits,
+    "idx": idx.idx_splits,
+    "hf-data": hub.hub_splits,
+    "python": custom.python_splits,
 }
 
 
 def splits_of(spec: str) -> list[str]:
     """The names of a source's splits, as far as they can be known; [] where it has none."""
     kind, _, argument = spec.partition(":")
-    module = sys.modules.get(getattr(SOURCES.get(kind), "__module__", ""))
-    ask = getattr(module, f"{kind}_splits", SPLITS.get(kind))
-    found = list(ask(argument)) if ask else []
+    found = SPLITS[kind](os.path.expanduser(argument)) if kind in SPLITS else ()
     return [name for name in found if name != WHOLE]
 
 
