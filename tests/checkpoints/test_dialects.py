@@ -1054,6 +1054,8 @@ def test_where_a_model_may_be_written(loaded, tmp_path):
     vit = loaded("google paper")
     for name, format, message in [
         ("x.pt", "timm", r"a timm file is named \.\.\.\.safetensors, and a folder is not"),
+        ("x.PT", "timm", r"a timm file is named \.\.\.\.safetensors, and a folder is not"),
+        ("x.SAFETENSORS", "timm", r"a timm file is named \.\.\.\.safetensors"),
         ("x.onnx", "vit_jax", r"a vit_jax file is named \.\.\.\.safetensors, and a folder is"),
         ("x.pt", "google", r"a google file is named \.\.\.\.npz"),
         ("x.safetensors", "google", r"a google file is named \.\.\.\.npz"),

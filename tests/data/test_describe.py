@@ -19,7 +19,7 @@ from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.forms.files import PassedOver
 from vit_jax.data.forms.records import RecordSource
 from vit_jax.data.prepare import prepare
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import SOURCES, open_source
 from vit_jax.errors import UserError
 
 DIGITS = "configs/digits.py"
@@ -373,7 +373,7 @@ def test_the_report_of_a_config(capsys):
     )
 
 
-def test_the_splits_that_there_are(animals, pets, tmp_path, monkeypatch):
+def test_the_splits_that_there_are(animals, pets, tmp_path):
     assert describe.splits_of(f"folder:{animals}") == ["train", "val"]
     assert describe.splits_of(f"folder:{pets}") == []
     assert list(describe.open_splits(f"folder:{pets}")) == ["all"]
@@ -394,12 +394,10 @@ def test_the_splits_that_there_are(animals, pets, tmp_path, monkeypatch):
     assert describe.splits_of(f"hf-data:{hub}") == ["test"]
     (tmp_path / "no.npz").write_bytes(b"PK\x03\x04")
     assert describe.splits_of(f"arrays:{tmp_path}/no.npz") == []
-    # A source's own module may say it.
-    from vit_jax.data.forms import files
-
-    own = lambda path: ("one", "all")  # noqa: E731
-    monkeypatch.setattr(files, "folder_splits", own, raising=False)
-    assert describe.splits_of(f"folder:{pets}") == ["one"]
+    shutil.make_archive(str(tmp_path / "animals"), "zip", animals)
+    for kind in ("tar", "zip"):
+        assert describe.splits_of(f"{kind}:{tmp_path}/animals.zip") == ["train", "val"]
+    assert set(SOURCES) - set(describe.SPLITS) == set()
 
 
 def test_classes_of_a_model_are_said(pets, capsys, monkeypatch):

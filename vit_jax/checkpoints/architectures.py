@@ -137,6 +137,8 @@ def named(dialect: str, config: Mapping[str, Any], told: str | None = None) -> s
     known = TIMM if dialect == "timm" else {*HF, *(name for each in HF.values() for name in each)}
     for name in names:
         if not isinstance(name, str):
+            if told is not None:
+                raise UserError(f"architecture is {name!r}; expected a name")
             raise UserError(f"config.json is damaged: {name!r} is no name of an architecture")
         if (current(name) if dialect == "timm" else name) not in known:
             raise UserError(_unknown(name, dialect, known, told is not None))

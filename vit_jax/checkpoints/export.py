@@ -307,17 +307,17 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
         names = tuple(str(i) for i in range(vit.config.num_classes))
         vit = Loaded(vit, vit.config, preprocess, names, Report(()), None)
     params = flatten_dict(nnx.to_pure_dict(nnx.state(vit.model)), sep="/")
+    suffix = os.path.splitext(path)[1].lower()
     arrays, config, notes = to_names(params, vit.config, format)
     ending = ".npz" if format in ("google", "big_vision") else ".safetensors"
     record = dataclasses.replace(vit.record, config=config).to_json()
     if path.endswith(ending):
         write_weights(path, arrays, record)
-    elif os.path.splitext(path)[1] in (".npz", ".safetensors") or ending == ".npz":
+    elif suffix in (".npz", ".safetensors") or ending == ".npz":
         raise UserError(f"{path}: a {format} file is named ...{ending}")
-    elif os.path.splitext(path)[1] in _NO_FOLDERS and not os.path.isdir(path):
+    elif suffix in _NO_FOLDERS and not os.path.isdir(path):
         raise UserError(
-            f"{path}: a {format} file is named ...{ending}, and a folder is not named "
-            f"...{os.path.splitext(path)[1]}"
+            f"{path}: a {format} file is named ...{ending}, and a folder is not named ...{suffix}"
         )
     else:
         _check_folder(path)

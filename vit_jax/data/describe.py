@@ -6,7 +6,6 @@ import io
 import itertools
 import os
 import re
-import sys
 import time
 import warnings
 import zipfile
@@ -29,7 +28,7 @@ from vit_jax.data.contents import (
     read_each,
     shared,
 )
-from vit_jax.data.forms import records, vtab
+from vit_jax.data.forms import archives, custom, files, hub, idx, listed, records, vtab
 from vit_jax.data.forms.files import WHOLE
 from vit_jax.data.images import FORMATS, read_image, sniff
 from vit_jax.data.sources import SOURCES, Source, open_source
@@ -91,7 +90,7 @@ def _record_splits(path: str) -> list[str]:
 
 def _tfds_splits(argument: str) -> list[str]:
     name = argument.partition(",label=")[0]
-    path = os.path.expanduser(name.rstrip("/"))
+    path = name.rstrip("/")
     found = records.prepared(f"tfds:{argument}", name, path if os.path.isdir(path) else None)
     return list(found.info.splits)
 
@@ -100,8 +99,7 @@ def _three(argument: str) -> list[str]:
     return ["train", "val", "test"]
 
 
-# What splits a source has, by its argument; none is the whole of it. Where the module of a source
-# has a function called as the one that opens it with `_splits` behind, that is asked instead.
+# What splits a source has, by its argument; none is the whole of it.
 SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "digits": _three,
     "fractals": _three,
@@ -110,6 +108,13 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "arrays": _array_splits,
     "records": _record_splits,
     "tfds": _tfds_splits,
+    "folder": files.folder_splits,
+    "tar": archives.tar_splits,
+    "zip": archives.tar_splits,
+    "table": listed.table_splits,
+    "idx": idx.idx_splits,
+    "hf-data": hub.hub_splits,
+    "python": custom.python_splits,
 }
 
 
@@ -125,10 +130,7 @@ _ENDINGS = {
 def splits_of(spec: str) -> list[str]:
     """The names of a source's splits, as far as they can be known; [] where it has none."""
     kind, _, argument = spec.partition(":")
-    opener = SOURCES.get(kind)
-    module = sys.modules.get(getattr(opener, "__module__", ""))
-    ask = getattr(module, f"{getattr(opener, '__name__', kind)}_splits", SPLITS.get(kind))
-    found = list(ask(os.path.expanduser(argument))) if ask else []
+    found = SPLITS[kind](os.path.expanduser(argument)) if kind in SPLITS else ()
     return [name for name in found if name != WHOLE]
 
 
