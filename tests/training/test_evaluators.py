@@ -44,6 +44,7 @@ def get_config():
         near=dict(type="knn", train=val, test=test, neighbours=(1, 20), every=0),
         probe=dict(type="probe", train=val, val=val, test=test, l2=(1e-2, 1.0), every=16),
     ))
+    config.data.same_images = True
     return config
 """
 NAMES = ("again", "shots", "near", "probe")
@@ -81,7 +82,9 @@ def features(run):
 @pytest.mark.parametrize("devices, batch_size", [(1, 50), (8, 40), (8, 7)])
 def test_features_of_every_example_in_order(run, features, devices, batch_size):
     workdir, _ = run
-    config = load_config(DIGITS, [f"--config.eval.batch_size={batch_size}"])
+    config = load_config(
+        DIGITS, [f"--config.eval.batch_size={batch_size}", "--config.data.same_images=True"]
+    )
     split = Split("digits", "test")
     probe = evaluators.Knn(train=split, test=split)
     config = dataclasses.replace(
