@@ -212,7 +212,8 @@ def test_a_model_without_a_head_has_features(run, tmp_path):
     vit = vit_jax.load(run[0], num_classes=0)
     vit_jax.save(vit, tmp_path / "headless.safetensors", format="vit_jax")
     split = Split("digits", "test")
-    config = load_config(DIGITS, ["--config.data.val=None", "--config.data.test=None"])
+    flags = [f"--config.data.{key}" for key in ("val=None", "test=None", "same_images=True")]
+    config = load_config(DIGITS, flags)
     fields = {"near": evaluators.Knn(train=split, test=split, neighbours=(1,))}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
     assert evaluate.evaluate_run(tmp_path / "headless.safetensors", config) == {"near/knn1": 1.0}
