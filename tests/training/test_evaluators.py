@@ -44,6 +44,7 @@ def get_config():
         near=dict(type="knn", train=val, test=test, neighbours=(1, 20), every=0),
         probe=dict(type="probe", train=val, val=val, test=test, l2=(1e-2, 1.0), every=16),
     ))
+    config.data.same_images = True
     return config
 """
 NAMES = ("again", "shots", "near", "probe")
@@ -81,7 +82,9 @@ def features(run):
 @pytest.mark.parametrize("devices, batch_size", [(1, 50), (8, 40), (8, 7)])
 def test_features_of_every_example_in_order(run, features, devices, batch_size):
     workdir, _ = run
-    config = load_config(DIGITS, [f"--config.eval.batch_size={batch_size}"])
+    config = load_config(
+        DIGITS, [f"--config.eval.batch_size={batch_size}", "--config.data.same_images=True"]
+    )
     split = Split("digits", "test")
     probe = evaluators.Knn(train=split, test=split)
     config = dataclasses.replace(
@@ -209,7 +212,8 @@ def test_a_model_without_a_head_has_features(run, tmp_path):
     vit = vit_jax.load(run[0], num_classes=0)
     vit_jax.save(vit, tmp_path / "headless.safetensors", format="vit_jax")
     split = Split("digits", "test")
-    config = load_config(DIGITS, ["--config.data.val=None", "--config.data.test=None"])
+    flags = [f"--config.data.{key}" for key in ("val=None", "test=None", "same_images=True")]
+    config = load_config(DIGITS, flags)
     fields = {"near": evaluators.Knn(train=split, test=split, neighbours=(1,))}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
     assert evaluate.evaluate_run(tmp_path / "headless.safetensors", config) == {"near/knn1": 1.0}
