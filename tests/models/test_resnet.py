@@ -263,7 +263,7 @@ def test_images_of_another_shape_raise_naming_both(case, shape):
     graphdef, params = structure(CASES[case])
     with pytest.raises(UserError) as error:
         nnx.merge(graphdef, params)(np.zeros((1, *shape)))
-    assert str(shape) in str(error.value) and "(32, 64, 3)" in str(error.value)
+    assert str((1, *shape)) in str(error.value) and "(b, 32, 64, 3)" in str(error.value)
 
 
 def test_parameters_of_a_stage_are_the_first_unit_and_the_others_stacked():

@@ -305,7 +305,7 @@ def test_images_of_another_shape_raise_naming_both(shape):
             state,
             jax.ShapeDtypeStruct((2, *shape), jnp.float32),
         )
-    assert str(shape) in str(error.value) and "(12, 20, 3)" in str(error.value)
+    assert str((2, *shape)) in str(error.value) and "(b, 12, 20, 3)" in str(error.value)
 
 
 # Dropout. All kernels are zero or the identity, so each dense layer puts out a constant of its

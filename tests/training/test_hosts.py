@@ -235,7 +235,7 @@ def test_who_waits_in_vain_says_so_and_ends(tmp_path, i, sentence):
         (["--processes=2"], "belong together: give all three"),
         (["--coordinator=a:1", "--process-id=0"], "belong together"),
         (["--coordinator=a:1", "--processes=2", "--process-id=2"], "expected 0 to 1"),
-        (["--coordinator=a:1", "--processes=0", "--process-id=0"], "--processes 0"),
+        (["--coordinator=a:1", "--processes=0", "--process-id=0"], "--processes: '0' is no"),
         (["--coordinator=a", "--processes=2", "--process-id=0"], "expected HOST:PORT"),
         (["--coordinator=a:99999", "--processes=2", "--process-id=0"], "expected HOST:PORT"),
     ],
