@@ -185,7 +185,8 @@ def test_options_reach_training_and_evaluation(objective, deterministic, asked):
     assert asked == [wanted]
     asked.clear()
     Evaluation(config, record, mesh)
-    assert asked == [wanted] * 3  # what measures the model, and what reads two kinds of features
+    # What measures the model, by one label an image or several, and what reads features of two kinds.
+    assert asked == [wanted] * (3 if objective == "masked_colour" else 4)
 
 
 def test_options_reach_predict(asked, tmp_path):
