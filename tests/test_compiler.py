@@ -185,7 +185,7 @@ def test_options_reach_training_and_evaluation(objective, deterministic, asked):
     assert asked == [wanted]
     asked.clear()
     Evaluation(config, record, mesh)
-    # What measures the model, by one label an image or several, and what reads features of two kinds.
+    # What measures the model, by one label an image or several, and reads two kinds of features.
     assert asked == [wanted] * (3 if objective == "masked_colour" else 4)
 
 
