@@ -50,8 +50,8 @@ SLURM = {
 
 def fields(pairs: list[str]) -> dict[str, object]:
     """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of the config."""
-    from vit_jax.models.config import FAMILIES
-    from vit_jax.training.config import MODEL_KEYS, read_value
+    from vit_jax.models.config import FAMILIES, pair
+    from vit_jax.training.config import MODEL_KEYS, SIDES, read_value
 
     kinds = {
         field.name: MODEL_KEYS.get(field.name, str)
@@ -60,14 +60,14 @@ def fields(pairs: list[str]) -> dict[str, object]:
     }
     kinds["architecture"] = str
     found, texts = {}, {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
+    for given in pairs:
+        name, _, text = given.partition("=")
         if name not in kinds:
-            raise UserError(f"unknown model field in {pair!r}; {nearest(name, kinds)}")
-        value = None if text == "None" else read_value(f"{pair!r}: {name}", text, kinds[name])
+            raise UserError(f"unknown model field in {given!r}; {nearest(name, kinds)}")
+        value = None if text == "None" else read_value(f"{given!r}: {name}", text, kinds[name])
         if texts.setdefault(name, text) != text:
-            raise UserError(f"--set {name}={texts[name]} and --set {pair}: which of them?")
-        found[name] = value
+            raise UserError(f"--set {name}={texts[name]} and --set {given}: which of them?")
+        found[name] = pair(value, name) if value and f"model.{name}" in SIDES else value
     return found
 
 
