@@ -750,6 +750,7 @@ STEPS = [
     "--config.optim.warmup=1",
     "--config.log.every=1",
     "--config.log.tensorboard=False",
+    "--config.data.same_images=True",  # as few as a test writes
 ]
 
 
@@ -831,6 +832,7 @@ def test_images_arrive_at_the_recipes_size(spec, here):
 )
 def test_what_a_file_of_weights_is_worth(argument, measured, flags, here, capsys):
     spec = f"--config={CONFIGS / 'evaluate.py'}:{argument}"
+    flags = [*flags, "--config.data.same_images=True"]
     assert main(["evaluate", "--model=B_16.npz", spec, *flags]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {name.split("/")[0] for name in printed} == {*measured.split()}

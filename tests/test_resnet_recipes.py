@@ -324,6 +324,7 @@ def test_what_is_decayed_of_a_resnet():
 TINY = [
     *STEPS,
     "--config.eval.batch_size=8",
+    "--config.data.same_images=True",
     "--config.model.resnet=(1,1)",
     "--config.model.resnet_width=32",
     "--config.model.image_size=32",
