@@ -99,6 +99,14 @@ def tell(where: str, passed_over: PassedOver) -> None:
         logger.info("%s: %s%s", where, passed_over, such)
 
 
+def labels_at(
+    labels: Int32[np.ndarray, " m"], ends: Int64[np.ndarray, " n"], index: int, several: bool
+) -> int | tuple[int, ...]:
+    """The labels from `ends[index - 1]` to `ends[index]`: a tuple if `several`, else the one."""
+    found = tuple(labels[ends[index - 1] if index else 0 : ends[index]].tolist())
+    return found if several else found[0]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
     """Images in the folders of their classes; `source[i]["image"]` is a file's bytes."""

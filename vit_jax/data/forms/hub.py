@@ -21,6 +21,7 @@ from jaxtyping import Int32, Int64
 from vit_jax.data.forms.files import (
     class_name,
     fingerprint_of,
+    labels_at,
     parse_split,
     percentile,
 )
@@ -134,9 +135,7 @@ class ParquetSource:
         name = f"{path}, row {row} of the split" + (f" ({file})" if file else "")
         if not isinstance(data, bytes):
             raise BadImage(f"{name} has no bytes of an image in it")
-        start = self.ends[index - 1] if index else 0
-        labels = tuple(self.labels[start : self.ends[index]].tolist())
-        label = labels if self.multi_label else labels[0]
+        label = labels_at(self.labels, self.ends, index, self.multi_label)
         return {"image": data, "label": label, "name": name, "file": file or str(row)}
 
 

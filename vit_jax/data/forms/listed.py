@@ -17,6 +17,7 @@ from vit_jax.data.forms.files import (
     class_name,
     fingerprint_of,
     is_image,
+    labels_at,
     parse_split,
     percentile,
 )
@@ -58,9 +59,7 @@ class TableSource:
             raise UserError(
                 f"{path} was there but cannot be read ({error.strerror}): did the folder change?"
             ) from None
-        start = self.ends[index - 1] if index else 0
-        labels = tuple(self.labels[start : self.ends[index]].tolist())
-        label = labels if self.multi_label else labels[0]
+        label = labels_at(self.labels, self.ends, index, self.multi_label)
         return {"image": data, "label": label, "name": path, "file": file}
 
 

@@ -68,6 +68,7 @@ class Member(NamedTuple):
 
 
 def is_zip(path: str) -> bool:
+    """Whether a file begins as a zip does."""
     with open(path, "rb") as file:
         return file.read(4) in _ZIP
 
