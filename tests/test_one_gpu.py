@@ -60,7 +60,8 @@ if __name__ == "__main__":
     sys.path[:0] = [FOLDER, HERE]
     import budget, fakes, one_gpu
 
-    one_gpu.environment, one_gpu.LEAST = fakes.environment, 1
+    one_gpu.environment = fakes.environment
+    budget.LEAST = 4  # what hangs is killed soon, so that no machine is too slow for the rest
     one_gpu.jobs_of = lambda day, kinds: [JOBS]
     one_gpu.main(sys.argv[1:])
 """
@@ -123,16 +124,16 @@ def test_jobs_run_in_order_and_an_error_is_a_row(fakes, tmp_path, capsys):
 @pytest.mark.parametrize("hopeless", [True, False])
 def test_what_hangs_is_killed_with_its_children(hopeless, fakes, tmp_path, monkeypatch):
     # By the end of the time, or, if that is far away, when the job takes far longer than it should.
-    monkeypatch.setattr(budget, "LEAST", 60 if hopeless else 2)
+    monkeypatch.setattr(budget, "LEAST", 60 if hopeless else 4)
     rows, pids = tmp_path / "rows.jsonl", tmp_path / "pids"
     jobs = [
         budget.Job("hang", 0.1, fakes.hang, (pids,)),
-        budget.Job("after", 0.1, fakes.count, ([4],)),
+        budget.Job("after", 10, fakes.count, ([4],)),
     ]
     began = time.monotonic()
-    failed = budget.run(jobs, rows, began + (2 if hopeless else 50))
-    assert time.monotonic() - began < (4 if hopeless else 10)
-    assert failed["hang"] == "stopped after 2 s" and ("after" in failed) == hopeless
+    failed = budget.run(jobs, rows, began + (4 if hopeless else 60))
+    assert time.monotonic() - began < 30
+    assert failed["hang"] == "stopped after 4 s" and ("after" in failed) == hopeless
     assert [row.get("number") for row in budget.read(rows)] == [3, None, None if hopeless else 4]
     assert all_gone(pids.read_text().split())
 
@@ -156,7 +157,7 @@ def start(tmp_path, jobs, *argv):
 @pytest.mark.parametrize("count", [1, 17, 42])
 def test_a_kill_at_any_moment_leaves_whole_rows_and_no_process(count, tmp_path):
     rows, pids = tmp_path / "rows.jsonl", tmp_path / "pids"
-    jobs = "budget.Job('count', 0, fakes.count, (range(40), 0.01)), "
+    jobs = "budget.Job('count', 20, fakes.count, (range(40), 0.01)), "
     jobs += f"budget.Job('hang', 0, fakes.hang, ({str(pids)!r},))"
     process = start(tmp_path, jobs, "--seconds=60")
     end = time.monotonic() + 60
@@ -173,17 +174,16 @@ def test_a_kill_at_any_moment_leaves_whole_rows_and_no_process(count, tmp_path):
     assert text == rows.read_text()
 
 
-def test_the_day_ends_in_time_whatever_hangs(tmp_path):
+def test_the_day_goes_on_whatever_hangs(tmp_path):
     pids = tmp_path / "pids"
-    jobs = "budget.Job('count', 0, fakes.count, (range(2),)), "
+    jobs = "budget.Job('count', 20, fakes.count, (range(2),)), "
     jobs += f"budget.Job('hang', 0, fakes.hang, ({str(pids)!r},)), "
-    jobs += "budget.Job('later', 1, fakes.count, (range(2),))"
-    began = time.monotonic()
-    process = start(tmp_path, jobs, "--seconds=10")
-    told, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 12 and process.returncode == 0, told
-    assert "a GPU, today" in told and "- hang: stopped after" in told
-    assert "- later: it needs about 1 s, and 0 s are left" in told
+    jobs += "budget.Job('later', 1000, fakes.count, (range(2),))"
+    process = start(tmp_path, jobs, "--seconds=100")
+    told, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, told
+    assert "a GPU, today" in told and "- hang: stopped after 4 s" in told
+    assert "- later: it needs about 1000 s, and " in told
     assert all_gone(pids.read_text().split())
 
 
