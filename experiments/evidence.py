@@ -121,13 +121,13 @@ def of_run(workdir: Path) -> dict[str, float]:
     import jax
 
     from vit_jax.analysis.cost import step_flops
-    from vit_jax.checkpoints.record import ModelRecord
+    from vit_jax.checkpoints.card import ModelCard
     from vit_jax.models.vit import structure
     from vit_jax.training.evaluate import read_config
     from vit_jax.training.metrics import last_values
 
     last: dict[str, float] = dict(last_values(workdir))
-    model = ModelRecord.read(workdir).config
+    model = ModelCard.read(workdir).config
     sizes = [np.prod(leaf.shape) for leaf in jax.tree.leaves(structure(model)[1])]
     last["parameters"] = float(sum(sizes)) / 1e6
     last["gflops"] = last["step"] * step_flops(read_config(workdir), model) / 1e9
@@ -152,7 +152,7 @@ def machine() -> dict[str, str]:
 def report(name: str) -> Any:
     """An experiment's report.py, as a module."""
     if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))  # for telling.py
+        sys.path.insert(0, str(HERE))  # for reporting.py
     path = HERE / name / "report.py"
     spec = importlib.util.spec_from_file_location(f"report_of_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -162,7 +162,7 @@ def report(name: str) -> Any:
 
 def tell(name: str, folder: Path | None = None) -> Any:
     """Writes an experiment's README.md and picture from its results.json; returns what it told."""
-    from telling import Point
+    from reporting import Point
 
     folder, module = folder or HERE / name, report(name)
     found = json.loads((folder / "results.json").read_text())

@@ -60,7 +60,7 @@ def tiny_run(tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     """The longest go first, so that no worker is left alone with them at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_resume.py", "test_hosts.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_resume.py", "test_distributed.py"))
 
 
 def fake_mesh(platform):

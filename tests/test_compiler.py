@@ -17,7 +17,7 @@ from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
 from vit_jax.training.config import load_config
 from vit_jax.training.evaluate import Evaluation
-from vit_jax.training.program import make_program, new_record
+from vit_jax.training.program import make_program, new_card
 from vit_jax.training.sharding import MeshConfig, make_mesh
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
@@ -170,7 +170,7 @@ def program_of(*flags):
         model = dict(config.model, representation_size=None)
         config = dataclasses.replace(config, model=model)
     source = open_source("digits", "train")
-    record, _ = new_record(config, source.label_names, source.fingerprint, None)
+    record, _ = new_card(config, source.label_names, source.fingerprint, None)
     mesh = make_mesh(config.mesh)
     return config, record, mesh, make_program(config, record.config, record.preprocess, 24, mesh)
 

@@ -12,7 +12,7 @@ from vit_jax.training.loop import train
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import evidence
-from telling import Mean, Point, means, table
+from reporting import Mean, Point, means, table
 
 
 @pytest.fixture(scope="module")

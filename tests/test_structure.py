@@ -14,14 +14,14 @@ PACKAGE = ROOT / "vit_jax"
 BELOW = {
     "words": set(),
     "errors": {"words"},
-    "hosts": {"errors"},
+    "distributed": {"errors"},
     "compiler": set(),
     "models": {"errors", "compiler"},
     "data": {"errors"},
-    "checkpoints": {"errors", "hosts", "compiler", "models", "data"},
-    "training": {"errors", "hosts", "compiler", "models", "data", "checkpoints"},
-    "analysis": {"errors", "hosts", "compiler", "models", "data", "checkpoints", "training"},
-    "launch": {"errors", "hosts", "models", "data", "checkpoints", "training"},
+    "checkpoints": {"errors", "distributed", "compiler", "models", "data"},
+    "training": {"errors", "distributed", "compiler", "models", "data", "checkpoints"},
+    "analysis": {"errors", "distributed", "compiler", "models", "data", "checkpoints", "training"},
+    "launch": {"errors", "distributed", "models", "data", "checkpoints", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -440,7 +440,7 @@ def test_home_is_where_a_tilde_leads(capsys, model, tmp_path, monkeypatch):
     (tmp_path / "c.py").write_text((ROOT / "configs" / "digits.py").read_text())
     assert load_config("~/c.py").batch_size == 64
     vit_jax.save(vit_jax.load(model), "~/m.safetensors")
-    assert open_model("~/m.safetensors").record.config.num_classes == 2
+    assert open_model("~/m.safetensors").card.config.num_classes == 2
     assert main(["convert", "~/m.safetensors", "~/timm", "--format=timm"]) == 0
     capsys.readouterr()
     assert "no readable image" in fails(capsys, "predict", "--model=~/m.safetensors", "~/c.py")

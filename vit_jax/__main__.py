@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.errors import Stopped, UserError, sentence
 from vit_jax.flags import SLURM, fields, parse
 
@@ -29,7 +29,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.training.config import load_config
 
     results = loop.train(load_config(args.config, overrides), args.workdir)
-    if hosts.is_lead():
+    if distributed.is_lead():
         curves(args.workdir)
         print(json.dumps(results))
 
@@ -46,20 +46,20 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         results = evaluate_run(args.model, load_config(args.config, overrides))
     else:
         raise UserError("give --workdir=RUN, or --model=PATH and --config=FILE")
-    if hosts.is_lead():
+    if distributed.is_lead():
         print(json.dumps(results))
 
 
 def join(args: argparse.Namespace, *, preemptible: bool) -> None:
     """Joins the other processes, of which only the first shows its messages."""
-    hosts.connect(
+    distributed.connect(
         args.coordinator,
         args.processes,
         args.process_id,
         join_timeout=args.join_timeout,
         preemptible=preemptible,
     )
-    if not hosts.is_lead():
+    if not distributed.is_lead():
         logging.getLogger("vit_jax").setLevel(logging.WARNING)
 
 
@@ -214,12 +214,12 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(error, Stopped):
             code, message = 143, str(error)
         else:
-            hosts.explain(error)
-            if hosts.alone():
+            distributed.explain(error)
+            if distributed.alone():
                 raise
             traceback.print_exc()
-            code, message = 1, f"error: process {hosts.index()} failed: {error!r}"
-    hosts.leave(code, message)
+            code, message = 1, f"error: process {distributed.index()} failed: {error!r}"
+    distributed.leave(code, message)
     return code
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 import vit_jax
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.errors import UserError, nearest
 
 
@@ -288,9 +288,9 @@ def add_hosts(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--join-timeout",
         type=number(1),
-        default=hosts.JOIN_TIMEOUT,
+        default=distributed.JOIN_TIMEOUT,
         metavar="SECONDS",
-        help=f"how long to wait for all to start (default {hosts.JOIN_TIMEOUT})",
+        help=f"how long to wait for all to start (default {distributed.JOIN_TIMEOUT})",
     )
 
 

@@ -39,7 +39,7 @@ from vit_jax.models.config import CHOICES, variant
 from vit_jax.training.config import Config, load_config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
-from vit_jax.training.program import make_program, new_record, train_reader
+from vit_jax.training.program import make_program, new_card, train_reader
 from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
 from vit_jax.training.state import make_state
 
@@ -71,7 +71,7 @@ class Step:
 
     def __init__(self, config: Config):
         source = open_source(config.data.train.source, config.data.train.split)
-        record, _ = new_record(config, source.label_names, source.fingerprint, None)
+        record, _ = new_card(config, source.label_names, source.fingerprint, None)
         self.config, self.vit = config, record.config
         self.mesh = make_mesh(MeshConfig())
         self.program = make_program(

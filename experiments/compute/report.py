@@ -12,7 +12,7 @@ that is better on held-out images of its own classes.
 import math
 
 import numpy as np
-from telling import Mean, Told, curves, means, table
+from reporting import Mean, Told, curves, means, table
 
 TITLE = "Accuracy for compute"
 CLAIM = (

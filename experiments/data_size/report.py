@@ -9,7 +9,7 @@ linear accuracy on 100 other classes of fractals, and test accuracy on digits af
 fine-tuning. As in the paper's Figure 4 regularisation is the same for all sizes.
 """
 
-from telling import Told, curves, figure, means, table
+from reporting import Told, curves, figure, means, table
 
 TITLE = "How much data"
 CLAIM = "Figures 3, 4: ResNets are better with little pre-training data, ViTs with much"

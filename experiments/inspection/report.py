@@ -11,7 +11,7 @@ any model: `python -m vit_jax inspect MODEL --pictures=DIR IMAGE...`.
 
 from pathlib import Path
 
-from telling import Told, table
+from reporting import Told, table
 
 TITLE = "A look inside"
 CLAIM = (

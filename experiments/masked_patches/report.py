@@ -8,7 +8,7 @@ the three targets (`configs/evidence.py` with `objective=masked_colour`, `masked
 `masked_pixels`), with their labels, or not at all, and fine-tuned on digits for ten epochs.
 """
 
-from telling import FEW, Told, dots, means, table
+from reporting import FEW, Told, dots, means, table
 
 TITLE = "Masked patch prediction"
 CLAIM = "Section 4.6: masked patches are better than nothing, and worse than labels"

@@ -6,7 +6,7 @@ Here a ViT of 4 layers (16 patches, width 64) is pre-trained on 40,000 images of
 fractals (`configs/evidence.py`), and measured by five-shot linear accuracy on 100 other classes.
 """
 
-from telling import Told, dots, means, table
+from reporting import Told, dots, means, table
 
 TITLE = "Position embeddings"
 CLAIM = "Table 8: any position embedding is better than none; which one hardly matters"

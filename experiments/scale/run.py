@@ -63,7 +63,7 @@ def rehearse(name: str) -> dict:
     flags = [f"--config.{each}" for each in (*COMMON, *overrides.split())]
     config = load_config(f"{CONFIG}:{argument}", flags)
     devices = chips.topology_devices(topology)
-    record, _, _ = preflight.open_record(config)
+    record, _, _ = preflight.open_card(config)
     began = time.perf_counter()
     found = preflight.rehearse(config, record, make_mesh(config.mesh, devices))
     return {
@@ -102,7 +102,7 @@ def compile_times() -> dict:
     times: dict[str, float] = {}
     flags = [f"--config.{each}" for each in (*COMMON, "batch_size=8", "precision=float32")]
     config = load_config(f"{CONFIG}:S/16,jft", flags)
-    record, _, _ = preflight.open_record(config)
+    record, _, _ = preflight.open_card(config)
     mesh = make_mesh(config.mesh, jax.devices("cpu")[:1])
     scanned, looped = (("scan", 12), ("scan", 48)), (("loop", 12), ("loop", 48))
     for cases in (scanned, scanned, scanned, looped):

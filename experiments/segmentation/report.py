@@ -14,7 +14,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from telling import Mean, Told, table
+from reporting import Mean, Told, table
 
 TITLE = "Beyond classification: segmentation"
 CLAIM = "Conclusion: ViTs should serve for dense tasks too (the paper shows none)"

@@ -8,7 +8,7 @@ Here the base is 4 layers, width 64, MLP 128 and patches of 6 (`configs/evidence
 against the compute of training.
 """
 
-from telling import Told, curves, means, table
+from reporting import Told, curves, means, table
 
 TITLE = "Depth, width, MLP, patches"
 CLAIM = "Figure 8: depth helps most and width least; smaller patches help without more parameters"

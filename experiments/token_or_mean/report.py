@@ -6,7 +6,7 @@ Here both read a ViT of 4 layers, pre-trained on 24,000 images of fractals (`con
 with learning rates from 5e-4 to 8e-3; five-shot linear accuracy on 100 other classes.
 """
 
-from telling import Told, curves, means, table
+from reporting import Told, curves, means, table
 
 TITLE = "Class token or global average pooling"
 CLAIM = "Figure 9: both are as good, each with its own learning rate"

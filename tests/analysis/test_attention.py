@@ -23,8 +23,8 @@ from vit_jax.analysis.attention import (
     position_similarity,
     rollout,
 )
+from vit_jax.checkpoints.card import Report
 from vit_jax.checkpoints.load import Loaded
-from vit_jax.checkpoints.record import Report
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig

@@ -47,7 +47,7 @@ def test_the_report_says_what_the_run_will_be(report):
 
 def test_state_is_a_share_and_the_least_traffic_is_counted():
     config = load_config(DIGITS, [*TINY, "--config.mesh.fsdp=8", "--config.mesh.data=1"])
-    record, _, _ = preflight.open_record(config)
+    record, _, _ = preflight.open_card(config)
     found = preflight.rehearse(config, record, make_mesh(config.mesh))
     leaves = jax.tree.leaves(found.program.state)
     # AdamW: two moments; and the average: four times the parameters and some counters.
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     flags = ["--config.batch_size=256", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
     flags += ["--config.optim.accumulate=1", "--config.data.train.affine=None"]
     config = load_config(DIGITS, [*TINY, *flags])
-    record, _, _ = preflight.open_record(config)
+    record, _, _ = preflight.open_card(config)
     needs = preflight.rehearse(config, record, make_mesh(config.mesh)).peak_bytes
     monkeypatch.setattr(preflight, "memory_limit", lambda device: int(0.7 * needs))
     monkeypatch.setattr(preflight, "_SECONDS_OF_DATA", 0.1)
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
 
 def test_small_changes_come_first():
     config = load_config(DIGITS, [*TINY, "--config.optim.accumulate=1"])
-    record, _, _ = preflight.open_record(config)
+    record, _, _ = preflight.open_card(config)
     found = preflight.rehearse(config, record, make_mesh(config.mesh))
     flags = [flags for flags, *_ in preflight.smaller(config, record.config, found)]
     assert flags[:3] == [

@@ -51,7 +51,7 @@ class Example:
       files: JSON files beside the weights, in whose folder they are model.safetensors.
       leftover: names that are no part of a ViT.
       canonical: the arrays as they are written back, where that is not as they came.
-      record: what our own `save` puts into the file with the arrays.
+      card: what our own `save` puts into the file with the arrays.
       shards: how many files the arrays are spread over.
     """
 
@@ -63,7 +63,7 @@ class Example:
     files: dict[str, dict] = dataclasses.field(default_factory=dict)
     leftover: tuple[str, ...] = ()
     canonical: Arrays | None = None
-    record: dict[str, Any] | None = None
+    card: dict[str, Any] | None = None
     shards: int = 1
 
     @property
@@ -95,8 +95,8 @@ class Example:
         else:
             path = folder / f"weights{self.ending}"
         path.write_bytes(self.to_bytes())
-        if self.record and self.ending == ".npz":
-            sidecar = {"vit_jax": self.record, "weights": fingerprint(path.read_bytes())}
+        if self.card and self.ending == ".npz":
+            sidecar = {"vit_jax": self.card, "weights": fingerprint(path.read_bytes())}
             path.with_suffix(".json").write_text(json.dumps(sidecar))
         return folder if self.files else path
 
@@ -113,8 +113,8 @@ class Example:
         if self.ending == ".npz":
             return to_npz(self.arrays)
         metadata = {"format": "pt"}
-        if self.record:
-            metadata["vit_jax"] = json.dumps(self.record)
+        if self.card:
+            metadata["vit_jax"] = json.dumps(self.card)
         return to_safetensors(self.arrays, metadata)
 
 
@@ -1203,7 +1203,7 @@ def _hf_examples() -> list[Example]:
     ]
 
 
-def record(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+def card(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """What `vit_jax.save` writes beside the weights of a model."""
     classes = config.get("num_classes", 1000)
     return {
@@ -1256,9 +1256,9 @@ def _ours() -> list[Example]:
     arrays = _random(shapes, 61)
     paper = dict(old=True, position=GOOGLE_POSITION, rows=1 + PATCHES, cls=True, seed=63)
     return [
-        Example("ours", "vit_jax", arrays, fields, record=record(fields)),
-        Example("ours as timm", "timm", _timm(seed=62), timm, record=record(timm)),
-        Example("ours as google", "google", _flax("", **paper), google, record=record(google)),
+        Example("ours", "vit_jax", arrays, fields, card=card(fields)),
+        Example("ours as timm", "timm", _timm(seed=62), timm, card=card(timm)),
+        Example("ours as google", "google", _flax("", **paper), google, card=card(google)),
     ]
 
 

@@ -138,7 +138,7 @@ def test_round_trip(name, loaded, tmp_path):
     assert {line.name: line.shape for line in report.lines} == {
         key: value.shape for key, value in written.items()
     }
-    again = vit_jax.load(path)  # its record says what had to be told before
+    again = vit_jax.load(path)  # its card says what had to be told before
     assert_same(parameters(again.model), example.params())
     assert amounts_to(again.config) == amounts_to(vit.config)
     assert (again.preprocess, again.labels) == (vit.preprocess, vit.labels)
@@ -481,7 +481,7 @@ def test_what_the_caller_knows_counts(tmp_path):
     assert_same(parameters(vit.model), dialects.ours(TIMM.arrays, 4)[0])
     assert not {"num_heads", "gelu", "layernorm_eps"} & set(vit.report.assumed)
 
-    # Also beside a config.json, and beside a record of ours.
+    # Also beside a config.json, and beside a card of ours.
     vit = vit_jax.load(VIT.write(tmp_path / "hf"), num_heads=4, gelu="quick")
     assert (vit.config.num_heads, vit.config.gelu) == (4, "quick")
     vit = vit_jax.load(EXAMPLES["ours as timm"].write(tmp_path / "ours"), num_heads=4, gelu="erf")
@@ -897,7 +897,7 @@ def test_the_nearest_preprocessing_is_taken_and_said(name, change, said, expecte
         files["config.json"]["pretrained_cfg"] |= change
     opened = open_model(changed(example, files=files).write(tmp_path))
     assert set(opened.assumed) - {"num_heads", "labels"} == {said}
-    told = opened.record.preprocess
+    told = opened.card.preprocess
     assert {field: getattr(told, field) for field in expected} == expected
 
 
@@ -982,14 +982,14 @@ def test_what_a_model_means_travels_with_it(format, loaded, tmp_path):
     assert (again.config.gelu, again.config.layernorm_eps) == ("erf", 1e-12)
     if "folder" in format:
         assert_same(parameters(again.model), VIT.params())
-    record = dialects.read_record(path)
-    assert record["labels"] == list(vit.labels) and record["objective"] == "sigmoid"
-    assert record["grid"] == [2, 2] and record["num_prefix_tokens"] == 1
+    card = dialects.read_record(path)
+    assert card["labels"] == list(vit.labels) and card["objective"] == "sigmoid"
+    assert card["grid"] == [2, 2] and card["num_prefix_tokens"] == 1
 
 
 @pytest.mark.parametrize("format", ["timm", "hf"])
 def test_what_a_model_means_is_in_the_files_of_others_too(format, loaded, tmp_path):
-    """A folder without our record in it: as their own libraries would write it."""
+    """A folder without our card in it: as their own libraries would write it."""
     vit = loaded("hf vit")
     if format == "timm":  # whose LayerNorm's epsilon is nowhere
         config = dataclasses.replace(vit.config, layernorm_eps=1e-6)
@@ -1021,9 +1021,9 @@ def test_what_a_model_means_is_in_the_files_of_others_too(format, loaded, tmp_pa
 def test_a_trained_run_in_other_formats(format, tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run[0], run)
-    record = json.loads((run / "model" / "model.json").read_text())
-    record["objective"] = "sigmoid"
-    (run / "model" / "model.json").write_text(json.dumps(record))
+    card = json.loads((run / "model" / "model.json").read_text())
+    card["objective"] = "sigmoid"
+    (run / "model" / "model.json").write_text(json.dumps(card))
     path = tmp_path / FORMATS[format]
     dialect = format.split()[0]
     vit = vit_jax.load(run)
@@ -1121,7 +1121,7 @@ CALLS = {
 def test_what_is_interrupted_is_the_old_model_or_the_new(
     call, format, loaded, tmp_path, monkeypatch
 ):
-    """Whichever call does not come back: no half a file, no weights under another's record."""
+    """Whichever call does not come back: no half a file, no weights under another's card."""
     path = tmp_path / FORMATS[format]
     old, new = loaded("google paper"), loaded("hf vit")
     vit_jax.save(old, path, format="google" if format == "google" else "vit_jax")
@@ -1251,8 +1251,8 @@ def test_what_is_no_model_at_all(tmp_path):
     path = dataclasses.replace(TIMM, arrays={}).write(tmp_path)
     with pytest.raises(UserError, match="holds no arrays"):
         vit_jax.load(path)
-    path = dataclasses.replace(EXAMPLES["ours"], record=None).write(tmp_path)
-    with pytest.raises(UserError, match="our names, but no record"):
+    path = dataclasses.replace(EXAMPLES["ours"], card=None).write(tmp_path)
+    with pytest.raises(UserError, match="our names, but no card"):
         vit_jax.load(path)
 
 

@@ -46,7 +46,7 @@ def test_the_average_is_what_is_loaded(tiny_run):
 
     opened = open_model(tiny_run[0])
     average, step = opened.read("pos_embed"), opened.step
-    shapes = structure(opened.record.config)[1]
+    shapes = structure(opened.card.config)[1]
     saved = Store(tiny_run[0]).restore(step, {"params": shapes, "ema": shapes})
     np.testing.assert_array_equal(average, saved["ema"]["pos_embed"])
     assert np.abs(average - saved["params"]["pos_embed"]).max() > 1e-5
@@ -63,8 +63,8 @@ def test_what_is_wrong_is_said(tiny_run, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         vit_jax.load(tmp_path / "run")
-    record = tmp_path / "run" / "model" / "model.json"
-    record.write_text(json.dumps({"config": {"widht": 3}}))
+    card = tmp_path / "run" / "model" / "model.json"
+    card.write_text(json.dumps({"config": {"widht": 3}}))
     with pytest.raises(UserError, match=r"model\.json is damaged or of another version"):
         vit_jax.load(tmp_path / "run")
 

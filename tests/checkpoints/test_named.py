@@ -49,7 +49,7 @@ def test_a_name_that_is_not_known_is_refused(example, changes, said, tmp_path):
     # Said by the user, it is read as that one.
     known = "vit_base_patch16_224" if example is TIMM else "ViTModel"
     opened = open_model(path, architecture=known)
-    assert opened.record.config == open_model(example.write(tmp_path)).record.config
+    assert opened.card.config == open_model(example.write(tmp_path)).card.config
     assert "architecture" not in opened.assumed
 
 
@@ -64,7 +64,7 @@ def test_the_user_must_name_one_that_is_known(tmp_path):
     with pytest.raises(UserError, match=r"no use for architecture=.*google's code alone decides"):
         vit_jax.load(paper, architecture="vit_base_patch16_224")
     vit_jax.save(vit_jax.load(path), tmp_path / "ours.safetensors", format="timm")
-    with pytest.raises(UserError, match=r"no use for architecture=.*its own record says"):
+    with pytest.raises(UserError, match=r"no use for architecture=.*its own card says"):
         vit_jax.load(tmp_path / "ours.safetensors", architecture="vit_base_patch16_224")
 
 
@@ -83,14 +83,14 @@ def test_what_no_key_shows_is_said_of_a_bare_file(tmp_path):
     example = EXAMPLES["timm plain"]
     path = example.write(tmp_path / "named")
     opened = open_model(path, **example.known, architecture="vit_base_patch16_clip_quickgelu_224")
-    config = opened.record.config
+    config = opened.card.config
     assert (config.gelu, config.layernorm_eps) == ("quick", 1e-5)
     assert not {"architecture", "gelu", "layernorm_eps"} & set(opened.assumed)
 
 
 def test_names_with_the_tag_of_weights_and_of_before(tmp_path):
     for name in ("vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_base_patch16_224_in21k"):
-        assert open_model(named(TIMM, tmp_path, architecture=name)).record.config
+        assert open_model(named(TIMM, tmp_path, architecture=name)).card.config
 
 
 def test_arguments_that_no_key_shows(tmp_path):

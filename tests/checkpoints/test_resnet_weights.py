@@ -76,8 +76,8 @@ def test_norms_of_every_rank(kind, rank, tmp_path):
 def test_in_our_own_names(name, to, loaded, tmp_path):
     vit = loaded(name)
     vit_jax.save(vit, tmp_path / to)
-    record = dialects.read_record(tmp_path / to)
-    assert record["family"] == {ResNetConfig: "resnet", ViTConfig: "vit"}[EXAMPLES[name].kind]
+    card = dialects.read_record(tmp_path / to)
+    assert card["family"] == {ResNetConfig: "resnet", ViTConfig: "vit"}[EXAMPLES[name].kind]
     assert_same(dialects.read(tmp_path / to), EXAMPLES[name].params())
     again = vit_jax.load(tmp_path / to)
     assert (again.config, again.labels) == (vit.config, vit.labels)

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vit_jax
-from vit_jax.checkpoints.load import ModelRecord, open_model
+from vit_jax.checkpoints.load import ModelCard, open_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
@@ -525,7 +525,7 @@ def test_headers_of_other_forms(tmp_path):
 
 
 def ours_with(text):
-    """A file of ours with any text for its record."""
+    """A file of ours with any text for its card."""
     return dialects.to_safetensors(OURS.arrays, {"format": "pt", "vit_jax": text})
 
 
@@ -577,12 +577,12 @@ ODD = {
 
 def check_types(found):
     """Whatever a file says: what comes out of it is of the types that everything else expects."""
-    for record, kinds in (
+    for card, kinds in (
         (found.config, typing.get_type_hints(ViTConfig)),
         (found.preprocess, typing.get_type_hints(Preprocess)),
     ):
-        for field in dataclasses.fields(record):
-            value, kind = getattr(record, field.name), kinds[field.name]
+        for field in dataclasses.fields(card):
+            value, kind = getattr(card, field.name), kinds[field.name]
             options = typing.get_args(kind) or (kind,)
             if value is None:
                 assert type(None) in options, field.name
@@ -597,7 +597,7 @@ def check_types(found):
     assert found.objective in ("softmax", "sigmoid"), found.objective
 
 
-def with_odd_values(content, write, only=None, read=lambda path: open_model(path).record):
+def with_odd_values(content, write, only=None, read=lambda path: open_model(path).card):
     """Reads a file once for each field of `content` and each odd value in its place."""
     outcomes, wrong = collections.Counter(), []
     for field in content if only is None else only:
@@ -622,10 +622,10 @@ def with_odd_values(content, write, only=None, read=lambda path: open_model(path
 def test_odd_values_in_the_record_of_a_model(tmp_path):
     path = tmp_path / "x.safetensors"
     full = {field.name: field.default for field in dataclasses.fields(ViTConfig)}
-    fields = {**full, **OURS.record["config"]}
+    fields = {**full, **OURS.card["config"]}
 
     def write(config):
-        path.write_bytes(ours_with(json.dumps({**OURS.record, "config": config})))
+        path.write_bytes(ours_with(json.dumps({**OURS.card, "config": config})))
         return path
 
     with_odd_values(fields, write)
@@ -634,7 +634,7 @@ def test_odd_values_in_the_record_of_a_model(tmp_path):
 @pytest.mark.parametrize("family", [[], {"a": 1}, 3, None, "cnn", "resnet"])
 def test_a_record_of_an_odd_family(family, tmp_path):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(ours_with(json.dumps({**OURS.record, "family": family})))
+    path.write_bytes(ours_with(json.dumps({**OURS.card, "family": family})))
     with pytest.raises(UserError):
         open_model(path)
 
@@ -642,29 +642,29 @@ def test_a_record_of_an_odd_family(family, tmp_path):
 def test_odd_values_in_the_rest_of_a_record(tmp_path):
     path = tmp_path / "x.safetensors"
 
-    def write(record):
-        path.write_bytes(ours_with(json.dumps(record)))
+    def write(card):
+        path.write_bytes(ours_with(json.dumps(card)))
         return path
 
-    with_odd_values(OURS.record, write)
-    pre = OURS.record["preprocess"]
-    with_odd_values(pre, lambda preprocess: write({**OURS.record, "preprocess": preprocess}))
+    with_odd_values(OURS.card, write)
+    pre = OURS.card["preprocess"]
+    with_odd_values(pre, lambda preprocess: write({**OURS.card, "preprocess": preprocess}))
 
 
 def test_odd_values_in_the_record_of_a_run(tmp_path):
     (tmp_path / "model").mkdir()
-    record = OURS.record
+    card = OURS.card
 
     def write(content):
         (tmp_path / "model" / "model.json").write_text(json.dumps(content))
         return tmp_path
 
-    with_odd_values(record, write, read=ModelRecord.read)
+    with_odd_values(card, write, read=ModelCard.read)
     for name in ("config", "preprocess"):
         with_odd_values(
-            record[name],
-            lambda inner, name=name: write({**record, name: inner}),
-            read=ModelRecord.read,
+            card[name],
+            lambda inner, name=name: write({**card, name: inner}),
+            read=ModelCard.read,
         )
 
 
@@ -800,7 +800,7 @@ class Files:
     example: dialects.Example
     members: list[tuple[str, np.ndarray]]
     texts: dict[str, bytes]
-    record: bytes | None
+    card: bytes | None
     header: typing.Callable = staticmethod(lambda header: header)
     raw: typing.Callable = staticmethod(lambda raw: raw)
 
@@ -819,18 +819,18 @@ class Files:
         elif npz:
             members = [(f"{name}.npy", self.header(npy(array))) for name, array in self.members]
             path.write_bytes(self.raw(zip_of(members)))
-            if self.record is not None:
+            if self.card is not None:
                 try:
                     weights = dialects.fingerprint(path.read_bytes()).encode()
                 except Exception:  # noqa: BLE001  of what is no zip any more, by whatever change
                     weights = b""
-                text = b'{"vit_jax": ' + self.record + b', "weights": "' + weights + b'"}'
+                text = b'{"vit_jax": ' + self.card + b', "weights": "' + weights + b'"}'
                 path.with_suffix(".json").write_bytes(text)
         else:
             arrays = dict(self.members)
             metadata = {"format": "pt"}
-            if self.record is not None:
-                metadata["vit_jax"] = self.record.decode("utf-8", "replace")
+            if self.card is not None:
+                metadata["vit_jax"] = self.card.decode("utf-8", "replace")
             header, data = dialects.split_safetensors(dialects.to_safetensors(arrays, metadata))
             path.write_bytes(self.raw(dialects.safetensors_of(self.header(header), data)))
         return folder if beside else path
@@ -844,7 +844,7 @@ def files_of(example):
         example,
         list(example.arrays.items()),
         texts,
-        json.dumps(example.record).encode() if example.record else None,
+        json.dumps(example.card).encode() if example.card else None,
     )
 
 
@@ -862,7 +862,7 @@ def mutate(files, rng):
     kinds += [mutate_header]
     if files.texts:
         kinds += [mutate_texts] * 3
-    if files.record is not None:
+    if files.card is not None:
         kinds += [mutate_record] * 3
     if files.example.shards > 1:
         kinds = [mutate_bytes, mutate_texts]
@@ -1005,7 +1005,7 @@ def mutate_texts(files, rng):
 
 
 def mutate_record(files, rng):
-    files.record = mutated_json(files.record, rng)
+    files.card = mutated_json(files.card, rng)
 
 
 def mutated_json(text, rng):
@@ -1073,7 +1073,7 @@ def judge(path, known):
     if outcome == "refused":
         return outcome
 
-    record, config = opened.record, opened.record.config
+    card, config = opened.card, opened.card.config
     arrays = dialects.read(path)
     expected, leftover = dialects.ours(arrays, config.num_heads)
     assert sorted(found) == sorted(expected)
@@ -1083,8 +1083,8 @@ def judge(path, known):
     assert dialects.count(config) == sum(value.size for value in expected.values())
     assert set(opened.leftover) == leftover
     assert all(LEFT.match(name) for name in leftover), leftover
-    check_types(record)
-    assert record.preprocess.in_channels == config.in_channels
+    check_types(card)
+    assert card.preprocess.in_channels == config.in_channels
     said = dialects.read_record(path)
     if said and said.get("config"):
         for field, value in {**said["config"], **known}.items():
@@ -1093,13 +1093,13 @@ def judge(path, known):
                 value = tuple(value) if isinstance(value, list) else (value,)
                 value = (value[0], value[-1])
             assert kept == value and type(kept) is type(value), field
-        assert record.labels == tuple(str(label) for label in said["labels"])
-        assert record.objective == said["objective"]
+        assert card.labels == tuple(str(label) for label in said["labels"])
+        assert card.objective == said["objective"]
         for field in ("resize", "aspect", "crop", "resize_dtype", "mean", "std"):
             if field in said["preprocess"]:
                 value = said["preprocess"][field]
                 value = tuple(value) if isinstance(value, list) else value
-                assert getattr(record.preprocess, field) == value, field
+                assert getattr(card.preprocess, field) == value, field
     elif path.is_dir():
         check_config(json.loads((path / "config.json").read_bytes()), opened.facts["file"], config)
     return outcome

@@ -142,12 +142,12 @@ def test_captured_weights_are_those_that_a_fused_call_uses(position, wanted, mon
     if position == "relative":
         random = np.random.default_rng(1).normal(size=(7, 2, 8))
         module.rel_embed[...] = jnp.asarray(random, jnp.float32)
-    taps = layers.Taps("attention")
+    captures = layers.Captures("attention")
     x = np.random.default_rng(0).normal(size=(3, 5, 16))
-    module(jnp.asarray(x, jnp.bfloat16), taps)
+    module(jnp.asarray(x, jnp.bfloat16), captures)
     assert seen["implementation"] == wanted
-    assert taps.values["attention"].dtype == jnp.float32
-    np.testing.assert_allclose(taps.values["attention"], seen["weights"], atol=1e-5)
+    assert captures.values["attention"].dtype == jnp.float32
+    np.testing.assert_allclose(captures.values["attention"], seen["weights"], atol=1e-5)
     assert np.ptp(seen["weights"]) > 0.1
 
 
@@ -247,7 +247,7 @@ def test_product_is_every_token_times_the_kernel(inputs, outputs, equation):
     random = np.random.default_rng(4)
     x, kernel = random.normal(size=(2, 5, *inputs)), random.normal(size=(*inputs, *outputs))
     above = random.normal(size=(2, 5, *outputs))
-    found, back = jax.vjp(layers.product, jnp.float32(x), jnp.float32(kernel))
+    found, back = jax.vjp(layers.linear, jnp.float32(x), jnp.float32(kernel))
     np.testing.assert_allclose(found, np.einsum(equation, x, kernel), rtol=1e-5, atol=1e-5)
     left, right, out = equation.replace("->", ",").split(",")
     to_x, to_kernel = back(jnp.float32(above))

@@ -159,7 +159,7 @@ def test_a_folder_of_timm(case, folders, record):
         picture = np.random.default_rng(0).integers(0, 256, (91, 120, 3), np.uint8)
         picture = PIL.Image.fromarray(picture)
         expected = timm.data.create_transform(**config)(picture).permute(1, 2, 0)
-        preprocess = open_model(folder).record.preprocess
+        preprocess = open_model(folder).card.preprocess
         np.testing.assert_allclose(preprocess(picture), expected, atol=1e-5)
 
 

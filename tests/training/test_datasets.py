@@ -165,11 +165,11 @@ def test_an_evaluator_has_the_classes_of_its_own_train_split(
         "some": Knn(train=folders(tmp_path / "some", "abcd"), test=test),
         "more": Knn(train=folders(tmp_path / "more", "0abcd"), test=test),
     }
-    record = dataclasses.replace(open_model(tiny_run[0]).record, objective=objective)
+    card = dataclasses.replace(open_model(tiny_run[0]).card, objective=objective)
     data = dataclasses.replace(config_of().data, val=None, test=None)
     changes = dict(objective=objective, data=data, eval=EvalConfig(evaluators=own))
     config = dataclasses.replace(config_of("--config.augment=None"), **changes)
-    evaluation = Evaluation(config, record, make_mesh(MeshConfig(), jax.devices()[:1]))
+    evaluation = Evaluation(config, card, make_mesh(MeshConfig(), jax.devices()[:1]))
 
     def run(params, name, split, *, dense):
         source = evaluation._reads[name, split].source

@@ -13,13 +13,13 @@ from flax import nnx
 
 import vit_jax
 from vit_jax.analysis.cost import flops_per_image
-from vit_jax.analysis.preflight import open_record
-from vit_jax.checkpoints import record as records
+from vit_jax.analysis.preflight import open_card
+from vit_jax.checkpoints import card as records
 from vit_jax.checkpoints.load import open_model, place, read_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.layers import Corruption, Taps
+from vit_jax.models.layers import Captures, Corruption
 from vit_jax.models.vit import init_params, structure
 from vit_jax.training import masking, objectives
 from vit_jax.training.config import load_config
@@ -29,7 +29,7 @@ from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig, make_optimizer
-from vit_jax.training.program import new_record
+from vit_jax.training.program import new_card
 from vit_jax.training.sharding import MeshConfig, make_layout, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, make_state
 from vit_jax.training.steps import make_masked_eval_step, make_train_step
@@ -228,7 +228,7 @@ def test_predictions_against_a_sequence_written_out():
     )
     class_token = np.broadcast_to(params["cls_token"], (2, 1, 16))
     x = np.concatenate([class_token, rows], axis=1) + params["pos_embed"]
-    x = jit(lambda x: model.norm(model.encode(x, None, Taps())))(x)
+    x = jit(lambda x: model.norm(model.encode(x, None, Captures())))(x)
     kernel, bias = params["patch_head"]["kernel"], params["patch_head"]["bias"]
     for i, chosen in enumerate(([4, 0, 1], [2, 3, 5])):
         expected = np.asarray(x)[i][[1 + j for j in chosen]] @ kernel + bias
@@ -469,7 +469,7 @@ def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(run, tmp_p
     train(load_config(f"{DIGITS}:finetune", flags), tmp_path / "tuned")
     tuned = vit_jax.load(tmp_path / "tuned")
     assert (tuned.config.num_classes, tuned.config.patch_outputs) == (10, 0)
-    text = " ".join(" ".join(record.getMessage().split()) for record in caplog.records)
+    text = " ".join(" ".join(card.getMessage().split()) for card in caplog.records)
     for sentence in ("mask_token dropped", "patch_head/kernel dropped", "head/kernel fresh"):
         assert sentence in text
     assert len(next(tuned.predict([np.zeros((8, 8), "uint8")], topk=20))) == 10
@@ -488,18 +488,18 @@ def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(run, tmp_p
 def test_pre_training_goes_on_with_another_target(run, flags, fate):
     """The patch head of one target is of no use for another; the [mask] is."""
     opened, config = open_model(run[0]), config_of(*flags)
-    record, keeps = new_record(config, tuple("0123456789"), "", opened.record)
-    assert (record.labels, record.objective) == ((), config.objective)
-    _, lines = place(opened, record.config, head="keep" if keeps else "fresh")
+    card, keeps = new_card(config, tuple("0123456789"), "", opened.card)
+    assert (card.labels, card.objective) == ((), config.objective)
+    _, lines = place(opened, card.config, head="keep" if keeps else "fresh")
     fates = {line.name: line.fate for line in lines}
     assert (fates["patch_head/kernel"], fates["mask_token"]) == (fate, "kept")
 
 
 def test_a_preflight_needs_neither_data_nor_classes():
     spec = f"{ROOT}/configs/masked.py:B/16,imagenet,small"
-    record, source, missing = open_record(load_config(spec))
+    card, source, missing = open_card(load_config(spec))
     assert source is None and "imagenet2012" in missing
-    assert (record.config.num_classes, record.config.patch_outputs) == (0, 16 * 512)
+    assert (card.config.num_classes, card.config.patch_outputs) == (0, 16 * 512)
 
 
 def test_a_record_may_name_every_objective_there_is():
@@ -527,7 +527,7 @@ def test_what_does_not_go_together_is_refused(name, value, message):
     with pytest.raises(UserError, match=message):
         if name not in ("augment", "objective"):
             name, value = "model", {**config.model, name: value}
-        new_record(dataclasses.replace(config, **{name: value}), ("0", "1"), "", None)
+        new_card(dataclasses.replace(config, **{name: value}), ("0", "1"), "", None)
 
 
 def test_no_evaluator_may_classify_and_no_resnet_be_masked():

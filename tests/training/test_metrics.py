@@ -9,7 +9,7 @@ import pytest
 from conftest import DIGITS, TINY
 from etils import epath
 
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.errors import UserError
 from vit_jax.training.config import differences, from_json, load_config, to_json
 from vit_jax.training.loop import train
@@ -95,7 +95,7 @@ def test_training_logs_only_where_it_is_asked_to(tiny_run, tmp_path, wandb):
 
 
 def test_only_process_0_logs(tmp_path, wandb, monkeypatch):
-    monkeypatch.setattr(hosts, "is_lead", lambda: False)
+    monkeypatch.setattr(distributed, "is_lead", lambda: False)
     recorder = Recorder(epath.Path(tmp_path), 0, 24, config_of(*ON))
     recorder.write(3, {"train/loss": 2.0})
     recorder.close()

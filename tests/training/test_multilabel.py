@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from test_resume import logged
 
 import vit_jax
-from vit_jax.analysis.preflight import open_record
+from vit_jax.analysis.preflight import open_card
 from vit_jax.checkpoints.load import open_model, place, read_model
 from vit_jax.data import sources
 from vit_jax.data.pipeline import BatchReader, Split, train_batches
@@ -154,7 +154,7 @@ def test_both_labels_are_predicted(run):
     images = [x["image"] for x in known if x["label"] == (0, 3)]
     for found in vit.predict(images):
         assert {name for name, p in found if p > 0.5} == {NAMES[0], NAMES[3]}
-    assert images and vit.record.multi_label
+    assert images and vit.card.multi_label
 
 
 @pytest.mark.parametrize("batch_size", [8, 50])
@@ -171,9 +171,9 @@ def test_what_the_labels_are_is_said_by_the_model_or_by_the_evaluator(run, caplo
     caplog.set_level("INFO", "vit_jax")
     each = Classification(test=Split("quarters", "val"), several="each")
     opened, mesh = open_model(run.workdir), make_mesh(MeshConfig(), jax.devices()[:2])
-    record = dataclasses.replace(opened.record, multi_label=False)
-    evaluation = Evaluation(config_of(own=each), record, mesh)
-    params, _ = place(opened, record.config, shardings=lambda x: placement(x, mesh))
+    card = dataclasses.replace(opened.card, multi_label=False)
+    evaluation = Evaluation(config_of(own=each), card, mesh)
+    params, _ = place(opened, card.config, shardings=lambda x: placement(x, mesh))
     real, own = evaluation.measure(["val", "own"], params)
     assert set(real) == {"val/accuracy", "val/top5", "val/loss", "val/corrupt"}
     assert real["val/accuracy"] == own["own/accuracy"] == pytest.approx(values["val/accuracy"])
@@ -224,14 +224,14 @@ def test_an_evaluator_that_does_not_fit_is_refused_before_a_run(name, run):
 
 def test_softmax_is_refused(run, tmp_path):
     config = config_of("--config.objective=softmax")
-    for refused in (lambda: train(config, tmp_path / "run"), lambda: open_record(config)):
+    for refused in (lambda: train(config, tmp_path / "run"), lambda: open_card(config)):
         with pytest.raises(UserError, match=r"^data.train.source quarters has several labels.*set"):
             refused()
     with pytest.raises(UserError, match=r"^data.val: quarters has several .*objective=sigmoid$"):
         evaluate_run(run.workdir, config)
     with pytest.raises(UserError, match="several is 'eech'; did you mean 'each'"):
         Classification(test=SPLIT, several="eech")
-    assert open_record(config_of())[0].multi_label
+    assert open_card(config_of())[0].multi_label
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -264,9 +264,9 @@ def test_scores_against_scikit_learn(seed):
 
 def test_the_loss_of_mixed_images(run):
     """Targets are mixed and smoothed; right is a label of the larger part."""
-    record, params, _ = read_model(run.workdir)
+    card, params, _ = read_model(run.workdir)
     loss_of = jax.jit(
-        class_loss(structure(record.config)[0], record.preprocess, "sigmoid", 4, 0.1, None)
+        class_loss(structure(card.config)[0], card.preprocess, "sigmoid", 4, 0.1, None)
     )
     random = np.random.default_rng(0)
     b = 16
@@ -280,9 +280,9 @@ def test_the_loss_of_mixed_images(run):
     loss, sums = loss_of(params, batch, None, jnp.float32(3))
 
     s = share[:, None, None, None].astype(np.float64)
-    mixed = record.preprocess.normalise(pixels.astype(np.float32))
+    mixed = card.preprocess.normalise(pixels.astype(np.float32))
     mixed = s * mixed + (1 - s) * np.roll(mixed, 1, 0)
-    model = nnx.merge(structure(record.config)[0], params)
+    model = nnx.merge(structure(card.config)[0], params)
     logits = np.asarray(model(jnp.asarray(mixed, jnp.float32)), np.float64)
     targets = share[:, None] * label + (1 - share[:, None]) * partner["label"]
     targets = 0.9 * targets + 0.1 / 4

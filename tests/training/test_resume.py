@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS, ROOT, TINY
 
-from vit_jax.checkpoints.load import ModelRecord
+from vit_jax.checkpoints.load import ModelCard
 from vit_jax.checkpoints.store import Store
 from vit_jax.models.vit import structure
 from vit_jax.training.metrics import TIMING_KEYS, read_metrics
@@ -51,7 +51,7 @@ def logged(workdir):
 
 def weights(workdir):
     store = Store(workdir)
-    config = ModelRecord.read(workdir).config
+    config = ModelCard.read(workdir).config
     shapes = structure(config)[1]
     step = store.newest()
     restored = store.restore(step, {"params": shapes, "ema": shapes})

@@ -148,8 +148,8 @@ def evaluation(run, devices, batch_size):
     fields = {"s": evaluators.Segmentation(**splits)}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
     opened, mesh = open_model(run), make_mesh(MeshConfig(), jax.devices()[:devices])
-    params, _ = place(opened, opened.record.config, shardings=lambda x: placement(x, mesh))
-    return evaluate.Evaluation(config, opened.record, mesh), params, splits
+    params, _ = place(opened, opened.card.config, shardings=lambda x: placement(x, mesh))
+    return evaluate.Evaluation(config, opened.card, mesh), params, splits
 
 
 def test_evaluate_segments(tiny_run, capsys):

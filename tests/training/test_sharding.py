@@ -20,7 +20,7 @@ from vit_jax.training.config import Config, load_config
 from vit_jax.training.evaluate import Evaluation
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
-from vit_jax.training.program import make_program, new_record
+from vit_jax.training.program import make_program, new_card
 from vit_jax.training.sharding import (
     MeshConfig,
     device_grid,
@@ -159,7 +159,7 @@ def test_evaluation_gathers_each_parameter_once():
     config = load_config(DIGITS, [*TINY, "--config.mesh.fsdp=-1"])
     mesh = make_mesh(config.mesh)
     source = open_source(config.data.train.source, config.data.train.split)
-    record, _ = new_record(config, source.label_names, source.fingerprint, None)
+    record, _ = new_card(config, source.label_names, source.fingerprint, None)
     program = make_program(config, record.config, record.preprocess, 24, mesh)
     step = Evaluation(config, record, mesh)._eval_step
     text = step.lower(program.state.params, program.batch, 0).compile().as_text()

@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.load import open_model
-from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data import describe, pictures
 from vit_jax.data.classes import match
 from vit_jax.data.pipeline import BatchReader, Split
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.config import Config
-from vit_jax.training.program import new_record
+from vit_jax.training.program import new_card
 
 
 def data(
@@ -48,17 +48,17 @@ def data(
         splits = {f"data.{name}": every[name] for name in ([split] if split else known)}
         specs = {name: f"{each.source}, {each.split}" for name, each in splits.items()}
         opened = describe.open_all({k: (each.source, each.split) for k, each in splits.items()})
-    record = None if model is None else open_model(model).record
+    card = None if model is None else open_model(model).card
     yield from describe.report(opened, specs)
     sources = {name: each for name, each in opened.items() if not isinstance(each, UserError)}
-    if record is None and config is not None and "data.train" in sources:
-        record = _record(config, sources["data.train"])
-    if record is not None and record.labels:
+    if card is None and config is not None and "data.train" in sources:
+        card = _card(config, sources["data.train"])
+    if card is not None and card.labels:
         matches = {}
         for name, source in sources.items():
             how = splits[name].classes if name in splits else None
             try:
-                matches[name] = match(source.label_names, record.labels, how)
+                matches[name] = match(source.label_names, card.labels, how)
             except UserError as error:
                 raise UserError(f"{name} ({specs.get(name, spec)}): {error}") from None
         if model or not all(matched.is_identity for matched in matches.values()):
@@ -67,32 +67,30 @@ def data(
             for name, matched in matches.items():
                 yield from describe.mapping_lines(name, matched)
     for name, source in sources.items() if folder else ():
-        read, how = _reader(name, source, splits.get(name), record, config)
+        read, how = _reader(name, source, splits.get(name), card, config)
         yield from pictures.draw(folder, name, source, read, how)
     bad = [f"{name}: {each}" for name, each in opened.items() if name not in sources]
     if bad:
         raise UserError("; ".join(bad))
 
 
-def _record(config: Config, train: Source) -> ModelRecord:
+def _card(config: Config, train: Source) -> ModelCard:
     """The model that a config would train."""
-    base = None if config.init_from is None else open_model(config.init_from).record
+    base = None if config.init_from is None else open_model(config.init_from).card
     multi_label = getattr(train, "multi_label", False)
-    return new_record(config, train.label_names, train.fingerprint, base, multi_label=multi_label)[
-        0
-    ]
+    return new_card(config, train.label_names, train.fingerprint, base, multi_label=multi_label)[0]
 
 
 def _reader(
     name: str,
     source: Source,
     split: Split | None,
-    record: ModelRecord | None,
+    card: ModelCard | None,
     config: Config | None,
 ) -> tuple[Any, str]:
     """What reads batches of a split: as the config says, else as a model, else as is usual."""
-    if record is None:
+    if card is None:
         return pictures.default_reader(source)
     if split is None or config is None:
-        return BatchReader.of(source, Split("", ""), record.preprocess), "as it is evaluated"
-    return BatchReader.of(source, split, record.preprocess, seed=config.seed), f"by {name}"
+        return BatchReader.of(source, Split("", ""), card.preprocess), "as it is evaluated"
+    return BatchReader.of(source, split, card.preprocess, seed=config.seed), f"by {name}"

@@ -21,8 +21,8 @@ from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
 from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
 from vit_jax.analysis.roofline import Roofline, read_kernels, tell
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.load import open_model
-from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
@@ -34,7 +34,7 @@ from vit_jax.training.program import (
     Program,
     check_labels,
     make_program,
-    new_record,
+    new_card,
     run_steps,
     train_reader,
 )
@@ -75,12 +75,12 @@ class Rehearsal:
         return sum(each.times * each.bytes for each in self.collectives)
 
 
-def rehearse(config: Config, record: ModelRecord, mesh: Mesh) -> Rehearsal:
+def rehearse(config: Config, card: ModelCard, mesh: Mesh) -> Rehearsal:
     """Compiles the training step of `config` for the devices of `mesh`, which need not exist."""
-    vit = record.config
-    several = record.multi_label
+    vit = card.config
+    several = card.multi_label
     program = make_program(
-        config, vit, record.preprocess, config.steps(10**9), mesh, multi_label=several
+        config, vit, card.preprocess, config.steps(10**9), mesh, multi_label=several
     )
     state_bytes = shard_bytes(program.state)
     device = mesh.devices.flat[0]
@@ -155,8 +155,8 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     config.check_trains()
     devices = topology_devices(topology) if topology else jax.devices()
     mesh = make_mesh(config.mesh, devices)
-    record, source, missing = open_record(config)
-    vit, hosts = record.config, len({device.process_index for device in devices})
+    card, source, missing = open_card(config)
+    vit, hosts = card.config, len({device.process_index for device in devices})
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = f"{len(devices)} x {devices[0].device_kind}"
     yield _line("devices", f"{kind} of {hosts} host{'s' * (hosts > 1)}, mesh {axes}")
@@ -169,7 +169,7 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     flops = step_flops(config, vit)
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
-    rehearsal = rehearse(config, record, mesh)
+    rehearsal = rehearse(config, card, mesh)
     calls = rehearsal.fused_attention
     if isinstance(vit, ViTConfig) and calls is not None:
         yield _line("attention", f"cuDNN's, {calls} kernels in the program" if calls else "XLA's")
@@ -200,13 +200,13 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     if source is None:
         yield _line("data", f"not measured: {missing}")
     else:
-        yield _line("data", _data_rate(config, record, source, config.batch_size // hosts, needed))
+        yield _line("data", _data_rate(config, card, source, config.batch_size // hosts, needed))
     if rehearsal.fits:
         return
 
     yield "This does not fit. Looking for the smallest change that does:"
     for flags, changed, remat in smaller(config, vit, rehearsal):
-        there = dataclasses.replace(record, config=dataclasses.replace(vit, remat=remat))
+        there = dataclasses.replace(card, config=dataclasses.replace(vit, remat=remat))
         tried = rehearse(changed, there, make_mesh(changed.mesh, devices))
         yield f"  {flags}: {_memory(tried)}"
         if tried.fits:
@@ -287,13 +287,13 @@ def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:
     )
 
 
-def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:
+def open_card(config: Config) -> tuple[ModelCard, Source | None, str]:
     """The model, the data and, where that cannot be opened, why not."""
-    base = None if config.init_from is None else open_model(config.init_from).record
+    base = None if config.init_from is None else open_model(config.init_from).card
     try:
         source = open_source(config.data.train.source, config.data.train.split)
         several = getattr(source, "multi_label", False)
-        record, _ = new_record(
+        card, _ = new_card(
             config, source.label_names, source.fingerprint, base, multi_label=several
         )
     except UserError as error:
@@ -305,16 +305,16 @@ def open_record(config: Config) -> tuple[ModelRecord, Source | None, str]:
                 "--config.model.num_classes=1000"
             ) from None
         labels = tuple(str(i) for i in range(classes))
-        return new_record(config, labels, "", base)[0], None, str(error)
+        return new_card(config, labels, "", base)[0], None, str(error)
     check_labels(config, source)
-    return record, source, ""
+    return card, source, ""
 
 
 def _data_rate(
-    config: Config, record: ModelRecord, source: Source, rows: int, needed: float | None
+    config: Config, card: ModelCard, source: Source, rows: int, needed: float | None
 ) -> str:
     """Reads training batches as one host would, for some seconds."""
-    read = train_reader(config, record, source)
+    read = train_reader(config, card, source)
     size = max(min(rows, 256), 1)
     options = dict(workers=config.data.workers, threads=config.data.threads)
     images, began = 0, None

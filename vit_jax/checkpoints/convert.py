@@ -20,9 +20,9 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float32
 
 from vit_jax.checkpoints import architectures, families
+from vit_jax.checkpoints.card import family_of, typed_config
 from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
-from vit_jax.checkpoints.record import family_of, typed_config
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FOREIGN, native
 from vit_jax.errors import UserError, nearest
@@ -141,14 +141,14 @@ def interpret(
     dialect, prefix = _recognise(weights)
     if dialect.aliases:
         weights = weights.renamed(dialect.spelt)
-    record = weights.record.get("config") or {}
-    if not isinstance(record, Mapping):
-        raise UserError(f"{weights.path}: the record of its model is damaged")
-    if dialect.name == "vit_jax" and not record:
-        raise UserError(f"{weights.path} has our names, but no record of its model with them")
+    card = weights.card.get("config") or {}
+    if not isinstance(card, Mapping):
+        raise UserError(f"{weights.path}: the card of its model is damaged")
+    if dialect.name == "vit_jax" and not card:
+        raise UserError(f"{weights.path} has our names, but no card of its model with them")
     assumed: dict[str, str] = {}
     name = None
-    if dialect.name in ("timm", "hf") and not record:
+    if dialect.name in ("timm", "hf") and not card:
         try:
             name = architectures.named(dialect.name, weights.config, architecture)
         except UserError as error:
@@ -158,17 +158,17 @@ def interpret(
     elif architecture is not None:
         raise UserError(
             f"{weights.path} has no use for architecture={architecture!r}: "
-            + ("its own record says" if record else f"{dialect.name}'s code alone decides")
+            + ("its own card says" if card else f"{dialect.name}'s code alone decides")
             + " what it computes"
         )
     if weights.stale:
-        assumed["record"] = "nothing: the .json beside the file is of other weights"
-    if record:
-        config = _config(weights, {**record, **known}, weights.record.get("family", "vit"))
+        assumed["card"] = "nothing: the .json beside the file is of other weights"
+    if card:
+        config = _config(weights, {**card, **known}, weights.card.get("family", "vit"))
     if dialect.name == "vit_jax":
         dialect = native(shapes_of(config))
     found = _find(weights, dialect, prefix)
-    if not record:
+    if not card:
         told = {**families.hints(dialect, weights.config, name), **known}
         fields = infer(weights, dialect, found, told, file_size, assumed)
         config = _config(weights, fields, dialect.family)

@@ -12,10 +12,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints import sidecars
+from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_text, write_weights
 from vit_jax.checkpoints.load import Loaded, facts
-from vit_jax.checkpoints.record import Line, Report
 from vit_jax.checkpoints.rows import Dialect, Row
 from vit_jax.checkpoints.tables import (
     BIG_VISION,
@@ -289,7 +289,7 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
     Args:
       vit: what `load` returned, or a bare model, whose preprocessing is then `Preprocess`'s own and
         whose classes are called by their numbers.
-      path: FILE.npz for google and big_vision (its record in FILE.json), FILE.safetensors for the
+      path: FILE.npz for google and big_vision (its card in FILE.json), FILE.safetensors for the
         others (in its header), or, for timm and hf, a folder that they load as it is:
         model.safetensors and the config files that they expect.
       format: google, big_vision, timm, hf, or vit_jax, which holds every model.
@@ -310,9 +310,9 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
     suffix = os.path.splitext(path)[1].lower()
     arrays, config, notes = to_names(params, vit.config, format)
     ending = ".npz" if format in ("google", "big_vision") else ".safetensors"
-    record = dataclasses.replace(vit.record, config=config).to_json()
+    card = dataclasses.replace(vit.card, config=config).to_json()
     if path.endswith(ending):
-        write_weights(path, arrays, record)
+        write_weights(path, arrays, card)
     elif suffix in (".npz", ".safetensors") or ending == ".npz":
         raise UserError(f"{path}: a {format} file is named ...{ending}")
     elif suffix in _NO_FOLDERS and not os.path.isdir(path):
@@ -327,7 +327,7 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
             os.makedirs(path, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{path} is a file; expected a folder, or a name {ending}") from None
-        write_weights(os.path.join(path, "model.safetensors"), arrays, record)
+        write_weights(os.path.join(path, "model.safetensors"), arrays, card)
         for name, content in files.items():
             write_text(os.path.join(path, name), json.dumps(content, indent=2))
     lines = tuple(Line(name, array.shape, "written", name) for name, array in arrays.items())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.checkpoints import architectures
-from vit_jax.checkpoints.record import numbers
+from vit_jax.checkpoints.card import numbers
 from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
 from vit_jax.data.transforms import Preprocess

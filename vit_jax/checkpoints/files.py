@@ -86,8 +86,8 @@ class Weights:
     Attributes:
       shapes: of every array, by its name in the file.
       dtypes: their names, such as "bfloat16".
-      record: what `vit_jax.save` wrote beside them, {} for files of others.
-      stale: whether such a record is there, but of other weights.
+      card: what `vit_jax.save` wrote beside them, {} for files of others.
+      stale: whether such a card is there, but of other weights.
       config, preprocessor: the config.json and preprocessor_config.json of the folder, {} if none.
     """
 
@@ -95,7 +95,7 @@ class Weights:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self.record: Mapping[str, Any] = {}
+        self.card: Mapping[str, Any] = {}
         self.stale = False
         self.config: Mapping[str, Any] = {}
         self.preprocessor: Mapping[str, Any] = {}
@@ -222,11 +222,11 @@ def open_weights(path: str) -> Weights:
     if len(files) == 1 and files[0].endswith(".npz"):
         beside = read_json(f"{files[0].removesuffix('.npz')}.json")
         weights.stale = "vit_jax" in beside and beside.get("weights") != _fingerprint(files[0])
-        weights.record = {} if weights.stale else beside.get("vit_jax") or {}
+        weights.card = {} if weights.stale else beside.get("vit_jax") or {}
     weights.config = read_json(os.path.join(folder, "config.json"))
     weights.preprocessor = read_json(os.path.join(folder, "preprocessor_config.json"))
-    if not isinstance(weights.record, Mapping):
-        raise UserError(f"{path}: the record of the model is no JSON object")
+    if not isinstance(weights.card, Mapping):
+        raise UserError(f"{path}: the card of the model is no JSON object")
     return weights
 
 
@@ -401,7 +401,7 @@ def _open_safetensors(weights: Weights, path: str) -> None:
         place = Span(file, 8 + length + part["data_offsets"][0])
         weights.add(name, part["shape"], kind, place)
     if "vit_jax" in metadata:
-        weights.record = json.loads(metadata["vit_jax"])
+        weights.card = json.loads(metadata["vit_jax"])
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -422,8 +422,8 @@ def read_json(path: str) -> dict[str, Any]:
         return value
 
 
-def write_weights(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Writes an .npz (its record beside it, as .json) or a .safetensors file, by `path`'s ending.
+def write_weights(path: str, arrays: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
+    """Writes an .npz (its card beside it, as .json) or a .safetensors file, by `path`'s ending.
 
     Whole or not at all: a kill leaves a file named .NAME.tmp at most.
 
@@ -444,10 +444,10 @@ def write_weights(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[s
         if name.endswith(".npz"):
             with open(temporary, "wb") as file:
                 np.savez(file, **arrays)
-            described = {"vit_jax": record, "weights": _fingerprint(temporary)}
+            described = {"vit_jax": card, "weights": _fingerprint(temporary)}
             write_text(f"{path.removesuffix('.npz')}.json", json.dumps(described, indent=1))
         else:
-            metadata = {"format": "pt", "vit_jax": json.dumps(record)}
+            metadata = {"format": "pt", "vit_jax": json.dumps(card)}
             safetensors.numpy.save_file(dict(arrays), temporary, metadata=metadata)
             os.chmod(temporary, mode)  # safetensors writes for the owner alone
         os.replace(temporary, path)

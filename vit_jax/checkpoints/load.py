@@ -18,11 +18,11 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.checkpoints import families
+from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.published import fetch
-from vit_jax.checkpoints.record import BROKEN, Line, ModelRecord, Report, family_of
 from vit_jax.checkpoints.store import Store
 from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
@@ -96,9 +96,9 @@ class Loaded:
             yield [(self.labels[i], float(probabilities[i])) for i in best]
 
     @property
-    def record(self) -> ModelRecord:
+    def card(self) -> ModelCard:
         """What is written beside the weights when they are saved."""
-        return ModelRecord(
+        return ModelCard(
             self.config,
             self.preprocess,
             self.labels,
@@ -160,23 +160,23 @@ def load(
     """
     size = None if image_size is None else pair(image_size, "image_size")
     opened = open_model(path, file_size=size, architecture=architecture, **known)
-    record = opened.record
+    card = opened.card
     changes: dict[str, Any] = {"image_size": size, "in_channels": in_channels, "dtype": dtype}
     if patch_size is not None:
         changes["patch_size"] = pair(patch_size, "patch_size")
     changes = {name: value for name, value in changes.items() if value is not None}
-    check_fields(type(record.config), changes)
-    config = dataclasses.replace(record.config, **changes)
+    check_fields(type(card.config), changes)
+    config = dataclasses.replace(card.config, **changes)
     if num_classes is not None:
         config = config.with_fresh_head(num_classes)
         # What a model without classes was trained for says nothing of a head.
-        objective = record.objective if record.labels else "softmax"
+        objective = card.objective if card.labels else "softmax"
         names = tuple(str(i) for i in range(num_classes))
-        record = dataclasses.replace(record, labels=names, objective=objective)
-    method = record.position_resize if position_resize is None else position_resize
+        card = dataclasses.replace(card, labels=names, objective=objective)
+    method = card.position_resize if position_resize is None else position_resize
     if method not in posembed.RESIZE_METHODS:
         raise UserError(f"position_resize {method!r}: {nearest(method, posembed.RESIZE_METHODS)}")
-    preprocess = families.fitted_preprocess(record.preprocess, config)
+    preprocess = families.fitted_preprocess(card.preprocess, config)
 
     head = "keep" if num_classes is None else "fresh"
     params, lines = place(opened, config, head=head, method=method, shardings=shardings)
@@ -186,12 +186,12 @@ def load(
         model,
         config,
         preprocess,
-        record.labels,
+        card.labels,
         report,
         opened.step,
-        record.objective,
-        record.position_resize,
-        record.multi_label,
+        card.objective,
+        card.position_resize,
+        card.multi_label,
     )
 
 
@@ -200,14 +200,14 @@ class Opened:
     """A model on disk, before it is read.
 
     Attributes:
-      record: what its weights mean.
+      card: what its weights mean.
       shapes: of its parameters, by their paths.
       read: path of a parameter -> float32 array.
       sources: what each parameter is called in the file.
       leftover: keys of the file that are no part of the model, and their shapes.
     """
 
-    record: ModelRecord
+    card: ModelCard
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     sources: Mapping[str, str]
@@ -253,23 +253,23 @@ def open_model(
         return _open_run(epath.Path(local), **told)
     foreign = read_foreign(local, file_size=file_size, architecture=architecture, **known)
     weights, config, assumed = foreign.weights, foreign.config, dict(foreign.assumed)
-    if weights.record:
+    if weights.card:
         try:
             told = {"config": dataclasses.asdict(config), "family": family_of(config)}
-            told = {**weights.record, **told}
-            record = ModelRecord.from_json(told)
+            told = {**weights.card, **told}
+            card = ModelCard.from_json(told)
         except BROKEN as error:
-            raise UserError(f"the record of {local} is damaged: {error!r}") from None
+            raise UserError(f"the card of {local} is damaged: {error!r}") from None
     else:
         told = (weights.config, weights.preprocessor)
-        record = ModelRecord(
+        card = ModelCard(
             config,
             families.read_preprocess(foreign.dialect, config, *told, assumed),
             families.read_labels(config, weights.config, assumed),
             position_resize=families.position_resize(foreign.dialect, config),
         )
     return Opened(
-        record,
+        card,
         foreign.shapes,
         foreign.read,
         {name: source for name, _, source in accounted(foreign)},
@@ -289,9 +289,9 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     lines = [
         Line(name, shape, "as it is", opened.sources[name]) for name, shape in opened.shapes.items()
     ]
-    lines += opened.dropped(opened.record.config)
+    lines += opened.dropped(opened.card.config)
     told = dict(opened.facts)
-    pre, labels = opened.record.preprocess, opened.record.labels
+    pre, labels = opened.card.preprocess, opened.card.labels
     told["preprocessing"] = (
         f"{pre.resize} {pre.resize_dtype}, {pre.aspect}, crop {pre.crop:.4g}, mean {pre.mean}, "
         f"std {pre.std}"
@@ -339,7 +339,7 @@ def _open_run(workdir: epath.Path, **known: Any) -> Opened:
     """A run folder: its newest whole checkpoint, and of that the running average, if any."""
     if known:
         raise UserError(f"{workdir} is a run folder, which says itself what {min(known)} is")
-    record = ModelRecord.read(workdir)
+    card = ModelCard.read(workdir)
     store = Store(workdir)
     while True:
         step = store.newest()
@@ -347,7 +347,7 @@ def _open_run(workdir: epath.Path, **known: Any) -> Opened:
             raise UserError(f"{workdir} holds no checkpoint yet: the run has not saved one")
         try:
             weights = "ema" if "ema" in store.names(step) else "params"
-            target = {weights: structure(record.config)[1]}
+            target = {weights: structure(card.config)[1]}
             params = flatten_dict(store.restore(step, target)[weights], sep="/")
             break
         except (OSError, ValueError):
@@ -355,19 +355,19 @@ def _open_run(workdir: epath.Path, **known: Any) -> Opened:
                 raise
             # The run that is still training has replaced it meanwhile: there is a newer one.
     return Opened(
-        record,
+        card,
         {name: value.shape for name, value in params.items()},
         params.pop,  # each is let go of once it is on its device
         {name: f"{weights}/{name}" for name in params},
-        facts(f"run folder, {workdir}, step {step}", record.config),
+        facts(f"run folder, {workdir}, step {step}", card.config),
         step=step,
     )
 
 
 def open_together(path: epath.PathLike) -> Opened:
     """`open_model` on every process of a run, which must all find the same (collective)."""
-    opened = hosts.each("open", lambda: open_model(path))
-    steps = hosts.gather("opened", f"{opened.step} of {shapes_of(opened.record.config)}")
+    opened = distributed.each("open", lambda: open_model(path))
+    steps = distributed.gather("opened", f"{opened.step} of {shapes_of(opened.card.config)}")
     if len(set(steps)) > 1:
         raise UserError(
             f"{os.fspath(path)}: the processes see different models there; is it being trained? "
@@ -376,11 +376,11 @@ def open_together(path: epath.PathLike) -> Opened:
     return opened
 
 
-def read_model(path: epath.PathLike) -> tuple[ModelRecord, dict[str, Any], int | None]:
-    """Reads a model into its record, its parameters as NumPy arrays, and their step."""
+def read_model(path: epath.PathLike) -> tuple[ModelCard, dict[str, Any], int | None]:
+    """Reads a model into its card, its parameters as NumPy arrays, and their step."""
     opened = open_model(path)
     params = {name: opened.read(name) for name in list(opened.shapes)}
-    return opened.record, unflatten_dict(params, sep="/"), opened.step
+    return opened.card, unflatten_dict(params, sep="/"), opened.step
 
 
 def place(
@@ -424,7 +424,7 @@ def fitted(
     Raises:
       UserError: a parameter that is none of these has another shape.
     """
-    old, expected = opened.record.config, shapes_of(new)
+    old, expected = opened.card.config, shapes_of(new)
     replaced = (
         ("head", "pre_logits/", "patch_head/") if head == "fresh" or _heads_differ(old, new) else ()
     )

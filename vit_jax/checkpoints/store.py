@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,14 +34,15 @@ class Store:
     Saves run in the background, one at a time; an error of one is raised by the next call.
 
     Where there are several processes, each writes its own parts of a checkpoint: `save`, `wait` and
-    `close` are collective (see hosts.py). Reading is not: a process restores what its devices need.
+    `close` are collective (see distributed.py). Reading is not: a process restores what its
+    devices need.
     Only with `together` is `newest` collective too, and the same for all.
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 2, together: bool = False):
         self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
         self.keep = keep
-        self._together = together and hosts.count() > 1
+        self._together = together and distributed.count() > 1
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -54,10 +55,10 @@ class Store:
         """
         self.wait()
         path = self.directory / str(step)
-        hosts.first("make room", lambda: self._make_room(path))
+        distributed.first("make room", lambda: self._make_room(path))
         with _writing(path):
             if self._orbax is None:
-                everyone = range(hosts.count())
+                everyone = range(distributed.count())
                 self._orbax = ocp.AsyncCheckpointer(
                     ocp.PyTreeCheckpointHandler(multiprocessing_options=_of(everyone)),
                     multiprocessing_options=_of(everyone),
@@ -75,9 +76,9 @@ class Store:
         with _writing(path):
             self._orbax.wait_until_finished()
             # Process 0 has waited until orbax had the parts of all.
-            names = hosts.first("written", lambda: list(_files(path)))
+            names = distributed.first("written", lambda: list(_files(path)))
             sums = _shared("sums", names, lambda name: _digest(path / name))
-            hosts.first("commit", lambda: self._mark(path, sums))
+            distributed.first("commit", lambda: self._mark(path, sums))
 
     def _mark(self, path: epath.Path, sums: dict[str, str]) -> None:
         with _writing(path):
@@ -127,8 +128,8 @@ class Store:
           UserError: there are checkpoints, and every one of them is damaged.
         """
         damaged, together = [], self._together
-        warn = logger.warning if not together or hosts.is_lead() else logger.debug
-        found = hosts.first("found", self._found) if together else self._found()
+        warn = logger.warning if not together or distributed.is_lead() else logger.debug
+        found = distributed.first("found", self._found) if together else self._found()
         for step, committed in reversed(found):
             path = self.directory / str(step)
             if not committed:
@@ -200,7 +201,7 @@ def verify(path: epath.Path, *, together: bool = False) -> str | None:
         except (OSError, ValueError, TypeError) as error:
             return [{}, f"{path} is unreadable ({error})"]
 
-    expected, problem = hosts.first("checksums", read) if together else read()
+    expected, problem = distributed.first("checksums", read) if together else read()
     if problem is not None:
         return problem
     if not together:
@@ -211,9 +212,9 @@ def verify(path: epath.Path, *, together: bool = False) -> str | None:
 
 def _shared(name: str, files: list[str], work: Callable[[str], str]) -> dict[str, str]:
     """Does `work` for each file on one of the processes; all get every result. Collective."""
-    mine = {file: work(file) for file in files[hosts.index() :: hosts.count()]}
+    mine = {file: work(file) for file in files[distributed.index() :: distributed.count()]}
     merged: dict[str, str] = {}
-    for part in hosts.gather(name, json.dumps(mine)):
+    for part in distributed.gather(name, json.dumps(mine)):
         merged |= json.loads(part)
     return {file: merged[file] for file in files}
 
@@ -228,7 +229,7 @@ def _of(processes: Iterable[int]) -> Any:
 
 def _reader() -> ocp.Checkpointer:
     """A reader that waits for no other process."""
-    alone = _of({hosts.index()})
+    alone = _of({distributed.index()})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 

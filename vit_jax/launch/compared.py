@@ -101,7 +101,7 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 
 def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: bool) -> Run:
     """Reads what there is; only of sweeps, the settings are their overrides."""
-    from vit_jax.checkpoints.record import BROKEN
+    from vit_jax.checkpoints.card import BROKEN
     from vit_jax.training.config import flat, is_resumable
     from vit_jax.training.evaluate import read_config
     from vit_jax.training.metrics import read_starts

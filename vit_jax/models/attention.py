@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from vit_jax.compiler import target, target_device
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.products import summed
+from vit_jax.models.linear import einsum_f32
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ def attend(
     run over head_dim, not over tokens (FlashAttention's trick, arXiv 2205.14135, section 3.1).
     """
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    scores = summed("bhmk,bhnk->bhmn", q, k)
+    scores = einsum_f32("bhmk,bhnk->bhmn", q, k)
     scale = q.shape[-1] ** -0.5
     if bias is not None:
         scores, scale = scores * scale + bias, 1.0
     highest = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
     weights = jnp.exp((scores - highest) * scale)
-    y = summed("bhmn,bhnk->bhmk", weights.astype(v.dtype), v)
+    y = einsum_f32("bhmn,bhnk->bhmk", weights.astype(v.dtype), v)
     return jnp.swapaxes(y / weights.sum(axis=-1, keepdims=True), 1, 2).astype(v.dtype)
 
 

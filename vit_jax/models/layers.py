@@ -16,12 +16,12 @@ from vit_jax.models import positions
 from vit_jax.models.attention import attend, attention_weights, backend_of, padding
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
-from vit_jax.models.products import product, split_product
+from vit_jax.models.linear import linear, split_linear
 
 CAPTURES = ("patches", "tokens", "attention", "encoded", "pooled", "pre_logits")
 
 
-class Taps:
+class Captures:
     """Collects the intermediates that a caller asked for by name; the others cost nothing."""
 
     def __init__(self, names: Iterable[str] = ()):
@@ -270,7 +270,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        taps: Taps | None = None,
+        captures: Captures | None = None,
         *,
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
@@ -283,9 +283,9 @@ class Attention(nnx.Module):
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
             logits_bias = positions.relative_logits(q, embeddings, self.config.num_prefix_tokens)
-        if taps is not None:
+        if captures is not None:
             real = (q[:, :length], k[:, :length])
-            taps("attention", lambda: attention_weights(*real, logits_bias))
+            captures("attention", lambda: attention_weights(*real, logits_bias))
         # cuDNN does not train with a single query.
         backend = backend_of(self.config) if query is None else "xla"
         with jax.named_scope("attend"):
@@ -307,15 +307,15 @@ class Attention(nnx.Module):
         bias = self.qkv.bias[...].astype(dtype) if self.config.qkv_bias else None
         if query is not None:
             first, rest = (None, None) if bias is None else (bias[0], bias[1:])
-            return product(query, kernel[:, 0], first), *split_product(x, kernel[:, 1:], rest)
-        return split_product(x, kernel, bias)
+            return linear(query, kernel[:, 0], first), *split_linear(x, kernel[:, 1:], rest)
+        return split_linear(x, kernel, bias)
 
 
 def affine(
     x: Float[Array, "b n *inputs"], layer: "Affine | nnx.Linear", dtype: Any
 ) -> Float[Array, "b n *outputs"]:
     """What a layer's kernel and bias make of tokens, in `dtype`."""
-    return product(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
+    return linear(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
 
 
 class Affine(nnx.Module):
@@ -384,7 +384,7 @@ class Block(nnx.Module):
         *,
         depth_fraction: float | Float[Array, ""] = 0.0,
         key: Key[Array, ""] | None = None,
-        taps: Taps | None = None,
+        captures: Captures | None = None,
         length: int | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, of which the first `length` count, if that is given.
@@ -402,7 +402,7 @@ class Block(nnx.Module):
             return drop_path(y, self.config.drop_path * depth_fraction, path_key)
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
-        y = self.attention(self.norm1(x), taps, length=length)
+        y = self.attention(self.norm1(x), captures, length=length)
         x = x + branch(y, scale1, attention_key, path_keys[0])
         y = self.mlp(self.norm2(x), hidden_key)
         x = x + branch(y, scale2, mlp_key, path_keys[1])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from vit_jax.errors import UserError
 from vit_jax.models import posembed
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.products import summed
+from vit_jax.models.linear import einsum_f32
 
 NAMES = ("pos_embed", "pos_embed_row", "pos_embed_column", "pos_embed_prefix", "rel_embed")
 INIT = nnx.initializers.normal(0.02)
@@ -94,7 +94,7 @@ def relative_logits(
     b, n, heads, k = q.shape
     # From the largest offset down, row i wants columns n - 1 - i to 2n - 2 - i. With rows one wider
     # and read as if they were not, each starts one column further left than the row above.
-    products = summed("bnhk,ohk->bhno", q, embeddings[::-1])
+    products = einsum_f32("bnhk,ohk->bhno", q, embeddings[::-1])
     flat = jnp.pad(products, [(0, 0)] * 3 + [(0, 1)]).reshape(b, heads, 2 * n * n)
     flat = flat[..., n - 1 : n - 1 + n * (2 * n - 1)]
     logits = flat.reshape(b, heads, n, 2 * n - 1)[..., :n] * k**-0.5

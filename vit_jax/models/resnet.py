@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, ResNetConfig
-from vit_jax.models.layers import Layout, Taps, check_images, run_block, zero_head
+from vit_jax.models.layers import Captures, Layout, check_images, run_block, zero_head
 
 CAPTURES = ("encoded", "pooled", "pre_logits")
 
@@ -241,19 +241,19 @@ class ResNet(nnx.Module):
           UserError: the images have another size or number of channels, or there is no such
             intermediate.
         """
-        config, taps = self.config, Taps(capture)
-        for name in taps.names - set(CAPTURES):
+        config, captures = self.config, Captures(capture)
+        for name in captures.names - set(CAPTURES):
             raise UserError(f"a ResNet has no {name!r} to capture; {nearest(name, CAPTURES)}")
         check_images(images, config)
         x = self.resnet(images, layout)
-        taps("encoded", lambda: x.reshape(x.shape[0], -1, x.shape[-1]))
+        captures("encoded", lambda: x.reshape(x.shape[0], -1, x.shape[-1]))
         x = x.mean(axis=(1, 2))
-        taps("pooled", lambda: x)
-        taps("pre_logits", lambda: x)
+        captures("pooled", lambda: x)
+        captures("pre_logits", lambda: x)
         if config.num_classes:
             x = self.head(x)
         logits = x.astype(jnp.float32)
-        return (logits, taps.values) if capture else logits
+        return (logits, captures.values) if capture else logits
 
     def dense(
         self, images: Float[Array | np.ndarray, "b h w c"], *, layout: Layout | None = None

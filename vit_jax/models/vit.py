@@ -88,14 +88,14 @@ class ViT(nnx.Module):
         Raises:
           UserError: the images have another size or number of channels.
         """
-        config, taps = self.config, layers.Taps(capture)
+        config, captures = self.config, layers.Captures(capture)
         layers.check_images(images, config)
         embedding_key, block_key = layers.split_key(key, 2)
 
         x = images if config.resnet is None else self.resnet(images, layout)  # [b h w c]
         with jax.named_scope("patches"):
             x = self.patch_embed(x)  # Eq. 1, [b n d]
-            taps("patches", lambda: x)
+            captures("patches", lambda: x)
             if corruption is not None:
                 x = corruption.apply(x, self.mask_token[...])
             x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
@@ -105,31 +105,34 @@ class ViT(nnx.Module):
         if config.pre_norm:
             x = self.pre_norm(x)
 
-        x = self.encode(x, block_key, taps, layout)  # Eq. 2 and 3, `depth` times
+        x = self.encode(x, block_key, captures, layout)  # Eq. 2 and 3, `depth` times
         with jax.named_scope("head"):
-            x = self.classified(x, taps, corruption)
+            x = self.classified(x, captures, corruption)
         logits = x.astype(jnp.float32)
-        return (logits, taps.values) if capture else logits
+        return (logits, captures.values) if capture else logits
 
     def classified(
-        self, x: Float[Array, "b n d"], taps: layers.Taps, corruption: Corruption | None = None
+        self,
+        x: Float[Array, "b n d"],
+        captures: layers.Captures,
+        corruption: Corruption | None = None,
     ) -> Float[Array, "b *k"]:
         """Logits of what the blocks made of the tokens; or predictions of corrupted patches."""
         config = self.config
         if not config.norm_after_pool:
             x = self.norm(x)
-        taps("encoded", lambda: x)
+        captures("encoded", lambda: x)
         if corruption is not None:
             return self.predicted(x, corruption)
 
         x, x_dist = self.pooled(x)
         if config.norm_after_pool:
             x = self.norm(x)
-        taps("pooled", lambda: x)
+        captures("pooled", lambda: x)
 
         if config.representation_size:  # the hidden layer of the pre-training head
             x = jnp.tanh(self.pre_logits(x))
-        taps("pre_logits", lambda: x)
+        captures("pre_logits", lambda: x)
         if config.num_classes:
             x = self.head(x)
             if config.distillation == "head":
@@ -194,7 +197,7 @@ class ViT(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         key: Key[Array, ""] | None,
-        taps: layers.Taps,
+        captures: layers.Captures,
         layout: Layout | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, as one scanned body or as a loop over slices of the same parameters."""
@@ -216,7 +219,7 @@ class ViT(nnx.Module):
 
         def body(x, params, index):
             params = folded(params) if fold and not at_once else params
-            block, inner = nnx.merge(graphdef, params), layers.Taps(taps.names)
+            block, inner = nnx.merge(graphdef, params), layers.Captures(captures.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
                 x = x + pad(added.astype(x.dtype))
@@ -224,7 +227,7 @@ class ViT(nnx.Module):
                 x,
                 depth_fraction=index / max(depth - 1, 1),
                 key=None if key is None else jax.random.fold_in(key, index),
-                taps=inner,
+                captures=inner,
                 length=length,
             )
             inner("tokens", lambda: x[:, :length])
@@ -234,7 +237,7 @@ class ViT(nnx.Module):
         if fold and at_once:
             stacked = jax.vmap(folded)(stacked)
         x, captured = layers.run_block(body, pad(x), stacked, self.config, layout, depth=depth)
-        taps.values.update(captured)
+        captures.values.update(captured)
         return x[:, :length]
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax import hosts
+from vit_jax import distributed
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.load import open_together, place
-from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.compiler import compiler_options
 from vit_jax.data.pipeline import BatchReader, Split, eval_batches
 from vit_jax.data.sources import Source
@@ -59,9 +59,7 @@ class Evaluation:
         the images that an evaluator learns from.
     """
 
-    def __init__(
-        self, config: Config, record: ModelRecord, mesh: Mesh, data: DataSets | None = None
-    ):
+    def __init__(self, config: Config, card: ModelCard, mesh: Mesh, data: DataSets | None = None):
         data = data or DataSets()
         self._config, self._mesh = config, mesh
         self._evaluators: dict[str, Evaluator] = {
@@ -74,11 +72,11 @@ class Evaluation:
         }
         self._evaluators |= config.eval.evaluators
         masked = config.objective in masking.OBJECTIVES
-        if masked and record.objective != config.objective:
+        if masked and card.objective != config.objective:
             raise UserError(
                 f"objective {config.objective} measures predicted patches, which this model does "
-                f"not predict: its objective is {record.objective}. Name a run of the former, or "
-                f"set objective to {record.objective}"
+                f"not predict: its objective is {card.objective}. Name a run of the former, or "
+                f"set objective to {card.objective}"
             )
         # By evaluator and split: under another evaluator a split may have other classes.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
@@ -88,13 +86,13 @@ class Evaluation:
             ours = isinstance(evaluator, Classification)
             matched = not (ours and masked)  # labels that nothing reads need not be the model's
             where = f"data.{name}" if name in ("val", "test") else f"eval.evaluators.{name}"
-            if ours and matched and not record.labels:
+            if ours and matched and not card.labels:
                 raise UserError(
                     f"{where}: the model has no classes to tell images by: fine-tune it, or "
                     "measure its features by eval.evaluators of type fewshot, knn or probe"
                 )
             for splits in evaluator.data_sets():
-                labels = record.labels if ours else None
+                labels = card.labels if ours else None
                 names = _names(where, evaluator, splits)
                 for named, split in zip(names, splits, strict=True):
                     source = _open(data, named, split, evaluator.reads_masks)
@@ -102,26 +100,26 @@ class Evaluation:
                         labels = data.labels(named, split)
                     if matched:
                         source = data.with_labels(named, split, labels)
-                        several = _several(named, source, split, evaluator, config, record)
+                        several = _several(named, source, split, evaluator, config, card)
                         self._several[name] = several
                     read = BatchReader.of(
-                        source, split, record.preprocess, on_corrupt=config.data.on_corrupt
+                        source, split, card.preprocess, on_corrupt=config.data.on_corrupt
                     )
                     self._reads[name, split] = known.setdefault((split, source.label_names), read)
                 if len(names) > 1:
                     data.check(names, config)
-        graphdef, _ = structure(record.config)
-        layout = make_layout(mesh, record.config.dtype)
+        graphdef, _ = structure(card.config)
+        layout = make_layout(mesh, card.config.dtype)
         options = dict(objective=config.objective, layout=layout)
         asked = compiler_options(mesh, deterministic=config.mesh.deterministic)
         whole = NamedSharding(mesh, PartitionSpec())
         if masked:
-            step = make_masked_eval_step(graphdef, record.preprocess, seed=config.seed, **options)
+            step = make_masked_eval_step(graphdef, card.preprocess, seed=config.seed, **options)
             self._eval_step = jax.jit(step, compiler_options=asked)
         else:
-            classes = record.config.num_classes
+            classes = card.config.num_classes
             make = functools.partial(
-                make_eval_step, graphdef, record.preprocess, num_classes=classes, **options
+                make_eval_step, graphdef, card.preprocess, num_classes=classes, **options
             )
             step, each = make(), make(each=True)
             self._eval_step = jax.jit(
@@ -130,7 +128,7 @@ class Evaluation:
             self._each_step = jax.jit(each, out_shardings=whole, compiler_options=asked)
         self._feature_steps = {
             dense: jax.jit(
-                make_feature_step(graphdef, record.preprocess, dense=dense, layout=layout),
+                make_feature_step(graphdef, card.preprocess, dense=dense, layout=layout),
                 out_shardings=whole,
                 compiler_options=asked,
             )
@@ -305,7 +303,7 @@ def _several(
     split: Split,
     evaluator: Evaluator,
     config: Config,
-    record: ModelRecord,
+    card: ModelCard,
 ) -> str | None:
     """How the labels of a split count; None where images have one each.
 
@@ -324,7 +322,7 @@ def _several(
             f"{where}: {split.source} has several labels an image, which no evaluator of type "
             f"{evaluator.type} takes: measure them by type classification"
         )
-    several = asked or ("each" if record.multi_label else "any")
+    several = asked or ("each" if card.multi_label else "any")
     if several == "each" and config.objective != "sigmoid":
         raise UserError(
             f"{where}: {split.source} has several labels an image, each a question of its own, but "
@@ -398,13 +396,13 @@ def evaluate_run(
       UserError: no model there, no split to evaluate, or classes that do not agree.
     """
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1))
-    hosts.meet()
+    distributed.meet()
     opened = open_together(path)
-    evaluation = hosts.each("evaluation", lambda: Evaluation(config, opened.record, mesh, data))
+    evaluation = distributed.each("evaluation", lambda: Evaluation(config, opened.card, mesh, data))
     if not evaluation.names:
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
     shardings = functools.partial(placement, mesh=mesh)
-    params, _ = place(opened, opened.record.config, shardings=shardings)
+    params, _ = place(opened, opened.card.config, shardings=shardings)
     results: dict[str, int | float] = {} if opened.step is None else {"step": opened.step}
     for values in evaluation.measure(list(evaluation.names), params):
         results |= values

@@ -1,6 +1,6 @@
 """What a model is measured by beside its val and test splits: sections of `eval.evaluators`.
 
-Each is a record of what it reads and how it measures, and a function of a model that classifies
+Each is a card of what it reads and how it measures, and a function of a model that classifies
 or gives features. Accuracies are shares of 1; every example counts once.
 """
 
@@ -78,7 +78,7 @@ class Classification(Evaluator):
     - "each": a question of its own, which objective sigmoid answers. Beside accuracy and top5,
       which are as above, there are mAP, micro_f1 and macro_f1 (see `multilabel.scores`); these and
       the loss count images without labels too.
-    - None: "each" for a model that was trained on several labels an image, as its record says,
+    - None: "each" for a model that was trained on several labels an image, as its card says,
       "any" for others. data.val and data.test are measured so.
     """
 

@@ -15,9 +15,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from vit_jax import hosts
+from vit_jax import distributed
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.load import open_together, place
-from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.checkpoints.store import Store, lock, write_atomically
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError
@@ -34,7 +34,7 @@ from vit_jax.training.metrics import (
     record_corrupt,
     record_start,
 )
-from vit_jax.training.program import make_program, new_record, run_steps, train_reader
+from vit_jax.training.program import make_program, new_card, run_steps, train_reader
 from vit_jax.training.sharding import (
     check_batch,
     local_rows,
@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     """Trains until the config's last step, going on from what `workdir` holds.
 
-    Every process of a run calls this (after `hosts.connect`), with a `workdir` on a shared disk.
+    Every process of a run calls this (after `distributed.connect`), with a `workdir` on a shared
+    disk.
 
     Returns:
       The last value of every metric of the run, as in its metrics.jsonl.
@@ -67,9 +68,9 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     workdir = epath.Path(os.path.expanduser(workdir))
     with contextlib.ExitStack() as stack:
         store = Store(workdir, keep=config.checkpoint.keep, together=True)
-        stack.enter_context(hosts.advising(functools.partial(_advice, store)))
+        stack.enter_context(distributed.advising(functools.partial(_advice, store)))
         if config.log.wandb:
-            hosts.first("wandb", check_wandb)
+            distributed.first("wandb", check_wandb)
         _claim(workdir, stack)
         stop = stack.enter_context(sigterm())
         stack.callback(store.close)
@@ -84,7 +85,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
                 "in another --workdir"
             ) from None
         except Exception as error:
-            hosts.explain(error)  # before the store waits for a process that is gone
+            distributed.explain(error)  # before the store waits for a process that is gone
             raise
 
 
@@ -98,21 +99,21 @@ def _claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
         stack.enter_context(lock(workdir))
-        if hosts.count() > 1:
+        if distributed.count() > 1:
             token.touch()
         return token.name
 
-    name = hosts.first("claim", claim)
+    name = distributed.first("claim", claim)
 
     def see() -> None:
-        if hosts.count() > 1 and not (workdir / name).exists():
+        if distributed.count() > 1 and not (workdir / name).exists():
             raise UserError(
                 f"{workdir} is not the folder that process 0 sees under this name: --workdir must "
                 "be on a disk that all hosts share"
             )
 
     try:
-        hosts.each("see", see)
+        distributed.each("see", see)
     finally:
         token.unlink(missing_ok=True)
 
@@ -136,42 +137,42 @@ def _run(
     if resume_step is not None:  # the same data may lie elsewhere by now
         config, moved = elsewhere(read_config(workdir), config)
         data = DataSets.of_run(workdir, moved)
-    source = hosts.each("data", lambda: data.open("data.train", config.data.train))
+    source = distributed.each("data", lambda: data.open("data.train", config.data.train))
     total_steps = run_steps(config, source)
     mesh = make_mesh(config.mesh)
-    hosts.meet()
+    distributed.meet()
     check_batch(config.batch_size, config.optim.accumulate, mesh)
 
-    record, params = _start(config, workdir, data, resume_step, mesh)
-    if record.labels:
-        source = data.with_labels("data.train", config.data.train, record.labels)
+    card, params = _start(config, workdir, data, resume_step, mesh)
+    if card.labels:
+        source = data.with_labels("data.train", config.data.train, card.labels)
     program = make_program(
         config,
-        record.config,
-        record.preprocess,
+        card.config,
+        card.preprocess,
         total_steps,
         mesh,
-        multi_label=record.multi_label,
+        multi_label=card.multi_label,
     )
     for parameter in unsplit(program.state.params, mesh):
         logger.info("%s", parameter)
-    read = train_reader(config, record, source)
-    evaluation = hosts.each("evaluation", lambda: Evaluation(config, record, mesh, data))
-    hosts.first("same images", lambda: data.check_held_out(config))
+    read = train_reader(config, card, source)
+    evaluation = distributed.each("evaluation", lambda: Evaluation(config, card, mesh, data))
+    distributed.first("same images", lambda: data.check_held_out(config))
     for line in data.summary():
         logger.info("%s", line)
 
     if resume_step is None:
         state = make_state(
-            program.state, record.config, program.optimizer, seed=config.seed, params=params
+            program.state, card.config, program.optimizer, seed=config.seed, params=params
         )
-        if hosts.is_lead():
+        if distributed.is_lead():
             write_atomically(workdir / "config.json", to_json(config))
-            record.write(workdir)
+            card.write(workdir)
     else:
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
-    if hosts.is_lead():
+    if distributed.is_lead():
         data.write(workdir)
     start_step = resume_step or 0
 
@@ -186,7 +187,7 @@ def _run(
             threads=config.data.threads,
         )
     )
-    if hosts.is_lead():
+    if distributed.is_lead():
         record_start(workdir, start_step, total_steps, mesh.size)
     recorder = Recorder(workdir, start_step, total_steps, config)
     stack.push(lambda kind, *_: recorder.close(failed=kind is not None))
@@ -215,24 +216,24 @@ def _run(
                 for values in evaluation.measure(measuring, weights):
                     recorder.write(step, values)
                 if saving:
-                    if skips and hosts.is_lead():
+                    if skips and distributed.is_lead():
                         record_corrupt(workdir, step, int(corrupt))
                     store.save(step, to_saved(state))
         if stopping and step < total_steps:
             store.wait()
             raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
     store.wait()
-    if (n := int(corrupt)) and hosts.is_lead():
+    if (n := int(corrupt)) and distributed.is_lead():
         told = "an image" if n == 1 else f"{n} images"
         logger.warning(
             "%s of %s could not be read: the next took its place", told, config.data.train.source
         )
-    return hosts.first("results", lambda: last_values(workdir))
+    return distributed.first("results", lambda: last_values(workdir))
 
 
 def _start(
     config: Config, workdir: epath.Path, data: DataSets, resume_step: int | None, mesh: Mesh
-) -> tuple[ModelRecord, Any | None]:
+) -> tuple[ModelCard, Any | None]:
     """Decides where the run starts; returns what its weights mean and, if not fresh, them.
 
     In this order:
@@ -249,37 +250,37 @@ def _start(
                 f"{workdir} holds a run of another config ({'; '.join(changed)}): give its own "
                 "values to resume it, or name another --workdir"
             )
-        record = ModelRecord.read(workdir)
-        if record.fingerprint != source.fingerprint:
+        card = ModelCard.read(workdir)
+        if card.fingerprint != source.fingerprint:
             raise UserError(
                 f"the data of {config.data.train.source} changed since {workdir} began "
-                f"(fingerprint {record.fingerprint} -> {source.fingerprint}): restore it, or name "
+                f"(fingerprint {card.fingerprint} -> {source.fingerprint}): restore it, or name "
                 "another --workdir"
             )
-        return record, None
+        return card, None
 
     opened = None if config.init_from is None else open_together(config.init_from)
-    record, keep_head = new_record(
+    card, keep_head = new_card(
         config,
         source.label_names,
         source.fingerprint,
-        opened and opened.record,
+        opened and opened.card,
         multi_label=getattr(source, "multi_label", False),
     )
     if opened is None:
-        return record, None
+        return card, None
     params, lines = place(
         opened,
-        record.config,
+        card.config,
         head="keep" if keep_head else "fresh",
-        method=record.position_resize,
+        method=card.position_resize,
         seed=config.seed,
         shardings=functools.partial(placement, mesh=mesh),
     )
     logger.info("starting from %s: %d parameters", opened.facts["file"], len(lines))
     for line in lines:
         logger.info("  %-32s %s", line.name, line.fate)
-    return record, params
+    return card, params
 
 
 def on_device(
@@ -305,8 +306,8 @@ def sigterm() -> Iterator[Callable[[int], bool]]:
     Where there are several processes, it says so to all of them after the same step.
     """
     came = False
-    if hosts.count() > 1:
-        yield hosts.preempted
+    if distributed.count() > 1:
+        yield distributed.preempted
         return
     if threading.current_thread() is not threading.main_thread():  # such as in some notebooks
         yield lambda step: False

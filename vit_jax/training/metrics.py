@@ -14,7 +14,7 @@ import jax
 import tqdm
 from etils import epath
 
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.checkpoints.store import write_atomically
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config, to_json
@@ -71,7 +71,7 @@ def record_start(workdir: epath.Path, start_step: int, total_steps: int, devices
     are dropped.
     """
     start = {"step": start_step, "total_steps": total_steps, "devices": devices}
-    start |= {"kind": jax.devices()[0].device_kind, "processes": hosts.count()}
+    start |= {"kind": jax.devices()[0].device_kind, "processes": distributed.count()}
     kept = [line for line in read_starts(workdir) if line["step"] < start_step]
     text = "".join(json.dumps(line) + "\n" for line in [*kept, start])
     write_atomically(workdir / "starts.jsonl", text)
@@ -119,7 +119,7 @@ class Recorder:
         self._every, self._total_steps = config.log.every, total_steps
         lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
         self._file, self._events, self._wandb = None, None, None
-        if hosts.is_lead():
+        if distributed.is_lead():
             path = workdir / "metrics.jsonl"
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = path.open("a")
@@ -130,7 +130,7 @@ class Recorder:
             initial=start_step,
             desc=workdir.name,
             unit="step",
-            disable=not (sys.stderr.isatty() and hosts.is_lead()),
+            disable=not (sys.stderr.isatty() and distributed.is_lead()),
             dynamic_ncols=True,
         )
         # `seconds` goes on from where a resumed run stopped.

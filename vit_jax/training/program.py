@@ -1,4 +1,4 @@
-"""What a config comes to: the model's record, the data, the compiled step. Nothing is allocated."""
+"""What a config comes to: the model's card, the data, the compiled step. Nothing is allocated."""
 
 import dataclasses
 from collections.abc import Callable, Sized
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.families import fitted_preprocess
-from vit_jax.checkpoints.record import ModelRecord
 from vit_jax.compiler import compiler_options, traced_for
 from vit_jax.data import classes
 from vit_jax.data.pipeline import BatchReader
@@ -44,14 +44,14 @@ class Program:
     step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def new_record(
+def new_card(
     config: Config,
     labels: tuple[str, ...],
     fingerprint: str,
-    base: ModelRecord | None,
+    base: ModelCard | None,
     *,
     multi_label: bool = False,
-) -> tuple[ModelRecord, bool]:
+) -> tuple[ModelCard, bool]:
     """Says what a new run's weights will mean, and whether it keeps the head of `base`.
 
     Args:
@@ -95,7 +95,7 @@ def new_record(
     evaluated = config.data.val or config.data.test or config.data.train
     preprocess = evaluated.preprocess(preprocess)
     method = config.model.get("position_resize") or (base.position_resize if base else "zoom")
-    record = ModelRecord(
+    card = ModelCard(
         vit,
         preprocess,
         labels,
@@ -104,7 +104,7 @@ def new_record(
         method,
         multi_label=multi_label and not masked,
     )
-    return record, keep_head
+    return card, keep_head
 
 
 def run_steps(config: Config, source: Source | None) -> int:
@@ -127,7 +127,7 @@ def check_labels(config: Config, source: Source) -> None:
         )
 
 
-def train_reader(config: Config, record: ModelRecord, source: Source) -> BatchReader:
+def train_reader(config: Config, card: ModelCard, source: Source) -> BatchReader:
     """What reads the training batches.
 
     Raises:
@@ -137,7 +137,7 @@ def train_reader(config: Config, record: ModelRecord, source: Source) -> BatchRe
     return BatchReader.of(
         source,
         config.data.train,
-        record.preprocess,
+        card.preprocess,
         seed=config.seed,
         on_corrupt=config.data.on_corrupt,
     )
@@ -155,7 +155,7 @@ def make_program(
     """Returns the program of `config` for a model `vit` on the devices of `mesh`.
 
     Args:
-      multi_label: whether labels are float32 [b k] (see `ModelRecord.multi_label`).
+      multi_label: whether labels are float32 [b k] (see `ModelCard.multi_label`).
 
     Raises:
       UserError: the batch does not divide among the devices, or the warm-up is too long.

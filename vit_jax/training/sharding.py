@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.data.pipeline import HOST_KEYS
 from vit_jax.errors import UserError
 
@@ -257,6 +257,6 @@ def total(flags: np.ndarray, batch_size: int, mesh: Mesh) -> int | jax.Array:
 
     With several processes a device adds them up, and this does not wait for it. Collective.
     """
-    if hosts.count() == 1:
+    if distributed.count() == 1:
         return int(flags.sum())
     return to_devices({"flags": flags}, batch_size, mesh)["flags"].sum()

@@ -15,11 +15,11 @@ import pytest
 from conftest import DIGITS, ROOT, TINY
 from test_resume import logged, wait_until, weights
 
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import Store
+from vit_jax.distributed import LOST
 from vit_jax.errors import UserError
-from vit_jax.hosts import LOST
 
 SMALL = [
     *TINY,
@@ -249,7 +249,7 @@ def test_flags_that_do_not_fit_are_refused(flags, message, tmp_path, capsys):
 PARTS = """
 import json, sys, jax, numpy as np
 from jax.sharding import AxisType, Mesh
-from vit_jax import hosts
+from vit_jax import distributed
 from vit_jax.data.pipeline import BatchReader, Split, train_batches
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
@@ -257,7 +257,7 @@ from vit_jax.errors import UserError
 from vit_jax.training.sharding import local_rows, to_devices, total
 
 where, n, i = (flag.partition("=")[2] for flag in sys.argv[1:])
-hosts.connect(where, int(n), int(i))
+distributed.connect(where, int(n), int(i))
 source = open_source("digits", "train")
 read = BatchReader.of(source, Split("digits", "train"), Preprocess((8, 8), 1), seed=5)
 told = {"rows": [], "index": [], "wrong": 0, "total": [], "raised": []}
@@ -276,23 +276,23 @@ for shape, order in ((split, [0, 2, 1, 3]), (heads, [0, 2, 1, 3]), (heads, [1, 0
     told["total"].append(int(total(rows >= 3, 8, mesh)))
 
 def fail(on):
-    if hosts.index() in on:
+    if distributed.index() in on:
         raise UserError("no such file")
     return 7
 
 for attempt in (
-    lambda: hosts.each("a", lambda: fail({1})),
-    lambda: hosts.each("a", lambda: fail({0, 1})),
-    lambda: hosts.first("b", lambda: fail({0})),
-    lambda: hosts.first("b", lambda: [fail({1}), hosts.index()]),
-    lambda: hosts.gather("c", str(hosts.index())),
+    lambda: distributed.each("a", lambda: fail({1})),
+    lambda: distributed.each("a", lambda: fail({0, 1})),
+    lambda: distributed.first("b", lambda: fail({0})),
+    lambda: distributed.first("b", lambda: [fail({1}), distributed.index()]),
+    lambda: distributed.gather("c", str(distributed.index())),
 ):
     try:
         told["raised"].append(attempt())
     except UserError as error:
         told["raised"].append(str(error))
 print(json.dumps(told))
-hosts.leave(0)
+distributed.leave(0)
 """
 
 
@@ -321,10 +321,10 @@ def test_each_device_gets_its_own_rows_and_all_agree(tmp_path):
 
 
 def test_one_process_needs_no_others():
-    assert (hosts.count(), hosts.index(), hosts.is_lead()) == (1, 0, True)
-    assert hosts.each("x", lambda: 1) == hosts.first("x", lambda: 1) == 1
-    assert hosts.gather("x", "a") == ["a"]
+    assert (distributed.count(), distributed.index(), distributed.is_lead()) == (1, 0, True)
+    assert distributed.each("x", lambda: 1) == distributed.first("x", lambda: 1) == 1
+    assert distributed.gather("x", "a") == ["a"]
     with pytest.raises(UserError, match="no"):
-        hosts.first("x", lambda: (_ for _ in ()).throw(UserError("no")))
-    hosts.connect(processes=1)
-    hosts.leave(2)
+        distributed.first("x", lambda: (_ for _ in ()).throw(UserError("no")))
+    distributed.connect(processes=1)
+    distributed.leave(2)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from vit_jax.compiler import target
 
 
-def product(
+def linear(
     x: Float[Array, "b n *inputs"],
     kernel: Float[Array, "..."],
     bias: Float[Array, "..."] | None = None,
@@ -30,38 +30,40 @@ def product(
     return y.reshape(*lead, *kernel.shape[inputs:])
 
 
-def split_product(
+def split_linear(
     x: Float[Array, "b n d"],
     kernel: Float[Array, "d parts heads k"],
     bias: Float[Array, "parts heads k"] | None = None,
 ) -> tuple[Float[Array, "b n heads k"], ...]:
-    """`product`, as an array for each part.
+    """`linear`, as an array for each part.
 
     On GPUs they are products of their own, since cuDNN would have slices of one copied; on the way
     back they are one again.
     """
-    return (_split_product if target() == "gpu" else _slices_of_product)(x, kernel, bias)
+    return (_split_linear if target() == "gpu" else _slices_of_linear)(x, kernel, bias)
 
 
-def _slices_of_product(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, ...]:
-    y = product(x, kernel, bias)
+def _slices_of_linear(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, ...]:
+    y = linear(x, kernel, bias)
     return tuple(y[:, :, i] for i in range(kernel.shape[1]))
 
 
 @jax.custom_vjp
-def _split_product(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, ...]:
+def _split_linear(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, ...]:
     parts = range(kernel.shape[1])
-    return tuple(product(x, kernel[:, i], None if bias is None else bias[i]) for i in parts)
+    return tuple(linear(x, kernel[:, i], None if bias is None else bias[i]) for i in parts)
 
 
-_split_product.defvjp(
-    lambda *inputs: (_split_product(*inputs), inputs),
-    lambda inputs, gradients: jax.vjp(_slices_of_product, *inputs)[1](gradients),
+_split_linear.defvjp(
+    lambda *inputs: (_split_linear(*inputs), inputs),
+    lambda inputs, gradients: jax.vjp(_slices_of_linear, *inputs)[1](gradients),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def summed(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+def einsum_f32(
+    equation: str, x: Float[Array, "..."], y: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """`jnp.einsum(equation, x, y)` of two arrays of one dtype, summed and returned in float32.
 
     The products of its gradients are in that dtype too. Those that JAX makes by itself would have
@@ -72,7 +74,7 @@ def summed(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Flo
 
 
 def _forward(equation: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return summed(equation, x, y), (x, y)
+    return einsum_f32(equation, x, y), (x, y)
 
 
 def _back(equation: str, inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -80,4 +82,4 @@ def _back(equation: str, inputs: tuple[Array, Array], gradient: Array) -> tuple[
     return back(gradient.astype(inputs[0].dtype))
 
 
-summed.defvjp(_forward, _back)
+einsum_f32.defvjp(_forward, _back)

@@ -1,4 +1,4 @@
-"""What is written beside weights, and what is said of them: `ModelRecord` and `Report`."""
+"""What is written beside weights, and what is said of them: `ModelCard` and `Report`."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from vit_jax.models import posembed
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
 
 OBJECTIVES = ("softmax", "sigmoid", "masked_colour", "masked_small", "masked_pixels")
-# What JSON of anybody's may make the reading of a record raise.
+# What JSON of anybody's may make the reading of a card raise.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _FAMILY_NAMES = {kind: name for name, kind in FAMILIES.items()}
 
@@ -34,7 +34,7 @@ def typed_config(fields: Mapping[str, Any], family: Any = "vit") -> ModelConfig:
 
 
 def family_of(config: ModelConfig) -> str:
-    """The name of a config's class in a record."""
+    """The name of a config's class in a card."""
     return _FAMILY_NAMES[type(config)]
 
 
@@ -102,7 +102,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelRecord:
+class ModelCard:
     """What weights mean: the model, its preprocessing, the names of its classes.
 
     `position_resize` is how the family resizes position embeddings (see models/posembed.py).
@@ -128,25 +128,25 @@ class ModelRecord:
         return {**dataclasses.asdict(self), **told}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "ModelRecord":
-        """Raises one of `BROKEN` for what is no such record."""
-        config = typed_config(record["config"], record.get("family", "vit"))
-        labels = record["labels"]
+    def from_json(cls, card: Mapping[str, Any]) -> "ModelCard":
+        """Raises one of `BROKEN` for what is no such card."""
+        config = typed_config(card["config"], card.get("family", "vit"))
+        labels = card["labels"]
         if not isinstance(labels, (list, tuple)) or not all(isinstance(x, str) for x in labels):
             raise ValueError("labels that are no list of texts")
         if len(labels) != config.num_classes:
             raise ValueError(f"{len(labels)} label names for {config.num_classes} classes")
-        fingerprint, objective = record["fingerprint"], record["objective"]
-        method = record.get("position_resize", "zoom")
+        fingerprint, objective = card["fingerprint"], card["objective"]
+        method = card.get("position_resize", "zoom")
         for value, known in {objective: OBJECTIVES, method: posembed.RESIZE_METHODS}.items():
             if value not in known:
                 raise ValueError(f"{value!r}; {nearest(value, known)}")
         if not isinstance(fingerprint, str):
             raise ValueError(f"fingerprint {fingerprint!r}")
-        several = record.get("multi_label", False)
+        several = card.get("multi_label", False)
         if not isinstance(several, bool):
             raise ValueError(f"multi_label {several!r}")
-        told = {**record["preprocess"], "image_size": config.image_size}
+        told = {**card["preprocess"], "image_size": config.image_size}
         if told.get("in_channels") != config.in_channels:
             raise ValueError("preprocessing for another number of channels")
         for name in ("crop", "mean", "std"):
@@ -162,7 +162,7 @@ class ModelRecord:
         write_atomically(folder / "model.json", json.dumps(self.to_json(), indent=1))
 
     @classmethod
-    def read(cls, workdir: epath.PathLike) -> "ModelRecord":
+    def read(cls, workdir: epath.PathLike) -> "ModelCard":
         """Reads WORKDIR/model/model.json.
 
         Raises:

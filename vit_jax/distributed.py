@@ -180,7 +180,7 @@ def meet() -> None:
     if jax.process_count() != count():
         raise UserError(
             f"JAX sees {jax.process_count()} processes, which have not been joined: call "
-            "vit_jax.hosts.connect() before a device is touched"
+            "vit_jax.distributed.connect() before a device is touched"
         )
     if count() == 1:
         return
