@@ -51,7 +51,7 @@ TINY = [
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A finished run folder of the tiny digits config, and what training returned."""
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
     from vit_jax.training.loop import train
 
     workdir = tmp_path_factory.mktemp("run") / "pretrain"

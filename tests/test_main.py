@@ -12,7 +12,7 @@ from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
 from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.plan import model_config
 
 

@@ -18,7 +18,7 @@ import vit_jax
 from vit_jax import words
 from vit_jax.__main__ import COMMANDS, as_json, main
 from vit_jax.checkpoints.export import FORMATS
-from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data.sources import SOURCES
 from vit_jax.data.transforms import _CV2, _PILLOW
@@ -28,7 +28,8 @@ from vit_jax.launch.launchers import LAUNCHERS
 from vit_jax.models.config import CHOICES
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.training import optim
-from vit_jax.training.config import Config, differences, keys, load_config, unpack
+from vit_jax.training.config import Config, differences, keys, unpack
+from vit_jax.training.config_file import load_config
 from vit_jax.training.objectives import OBJECTIVES
 from vit_jax.training.plan import count_steps, model_config
 

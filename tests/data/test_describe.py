@@ -483,7 +483,7 @@ def test_pictures_are_what_a_batch_has(tmp_path, capsys):
     assert main(["data", *flags]) == 0
     from vit_jax.data.pipeline import BatchReader
     from vit_jax.data.transforms import Preprocess
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
 
     config, source = load_config(DIGITS), open_source("digits", "train")
     read = BatchReader.of(source, config.data.train, Preprocess((8, 8), 1), seed=config.seed)

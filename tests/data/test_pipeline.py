@@ -19,7 +19,7 @@ from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.pipeline import BatchReader, DataConfig, Split, eval_batches, train_batches
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 N, BATCH, STEPS = 11, 4, 9  # three epochs and more, none of them a whole number of batches

@@ -13,11 +13,12 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import vit_jax
-from vit_jax.checkpoints.load import read_model
+from vit_jax.checkpoints.opened import read_model
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.training.config import load_config, read_config
+from vit_jax.training.config import read_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics

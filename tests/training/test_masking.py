@@ -15,14 +15,15 @@ import vit_jax
 from vit_jax.analysis.cost import flops_per_image
 from vit_jax.analysis.preflight import open_plan
 from vit_jax.checkpoints import card as records
-from vit_jax.checkpoints.load import open_model, place, read_model
+from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.stack import Captures
 from vit_jax.models.vit import Corruption, init_params, structure
 from vit_jax.training import masking, objectives
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.evaluators import Classification, Knn
 from vit_jax.training.loop import train

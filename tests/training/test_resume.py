@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS, ROOT, TINY
 
-from vit_jax.checkpoints.load import ModelCard
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.store import Store
 from vit_jax.models.vit import structure
 from vit_jax.training.metrics import TIMING_KEYS, read_metrics
