@@ -2,8 +2,10 @@
 
 import io
 import re
+import struct
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -25,6 +27,19 @@ def saved(image, kind, **options):
         image = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def chunk(name, content, wrong=0):
+    """A part of a PNG; its checksum may be wrong."""
+    checksum = zlib.crc32(name + content) ^ wrong
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+
+def png_of(w, h, pixels=b"", before=b"", after=b"", kind=2):
+    """A PNG that claims to be of that size, with more chunks before its pixels and after."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, kind, 0, 0, 0))
+    content = header + before + chunk(b"IDAT", zlib.compress(pixels)) + after
+    return b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b"")
 
 
 def turned(orientation):
