@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from grain import MapDataset
-from made import packed, saved, tree, zipped
+from made import packed, refused, saved, tree, zipped
 
 from vit_jax.data.images import BadImage
 from vit_jax.data.pipeline import BatchReader, eval_batches, shuffled, train_batches
@@ -88,15 +88,18 @@ def test_skipped_in_evaluation_it_is_left_out(caplog):
 
 
 def test_where_skipping_does_not_help_it_ends():
-    with pytest.raises(UserError, match="100 images in a row cannot be read, up to /photos/"):
-        train(Files(*range(N)), "skip")
-    for label in (3, -1):
-        with pytest.raises(UserError, match=rf"the label {label}, but there are 3 class names"):
-            train(Files(label=label), "skip")
+    cases = [(Files(*range(N)), "100 images in a row cannot be read, up to /photos/")]
+    cases += [(Files(label=n), f"the label {n}, but there are 3 class names") for n in (3, -1)]
+
+    def read(source):
+        read = BatchReader(source, PREPROCESS, on_corrupt="skip", replace=True)
+        read(np.arange(1), np.arange(1))
+
+    refused(read, cases)
 
 
 def test_the_order_is_that_of_grain():
-    for seed, n in [(0, 1), (1, 2), (5, 7), (2**31, 1259)]:
+    for seed, n in [(0, 1), (1, 2), (2**31, 1259)]:
         stream = MapDataset.range(n).seed(seed).shuffle().repeat()
         positions = np.array([0, 1, n, 2 * n - 1, 5 * n + n // 2])
         expected = [stream[int(position)] for position in positions]

@@ -177,8 +177,8 @@ def feature(image):
 
 def test_neighbours_of_held_out_images_are_of_their_class():
     k = 20
-    train = open_fractals(f"classes={k},color=false", "train")
-    held_out = open_fractals(f"classes={k},color=false,held_out=2", "val")
+    train = open_fractals(f"classes={k},size=32,color=false", "train")
+    held_out = open_fractals(f"classes={k},size=32,color=false,held_out=2", "val")
     known = np.stack([feature(train[i]["image"]).ravel() for i in range(8 * k)])
     found = [feature(example["image"]) for example in held_out]
     views = [

@@ -226,9 +226,7 @@ CHANGES = st.lists(st.tuples(KINDS, st.integers(0, 1500), st.binary(max_size=4))
 MODES = st.sampled_from(["fast", "accurate"])
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(sorted(WHOLE)), CHANGES, MODES, st.booleans())
-def test_whatever_happens_to_a_file_it_is_an_image_or_refused(name, changes, jpeg, exif):
+def check_changed(name, changes, jpeg, exif):
     data = WHOLE[name]
     for kind, place, content in changes:
         place %= len(data) + 1
@@ -238,6 +236,13 @@ def test_whatever_happens_to_a_file_it_is_an_image_or_refused(name, changes, jpe
         assert_sound(decode(data, jpeg, exif))
     except BadImage as error:
         assert str(error)
+
+
+changed_files = given(st.sampled_from(sorted(WHOLE)), CHANGES, MODES, st.booleans())
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+test_whatever_happens_to_a_file_it_is_an_image_or_refused = few(changed_files(check_changed))
+many = settings(few, max_examples=1000)  # for what happens seldom
+test_whatever_seldom_happens_to_a_file = pytest.mark.slow(many(changed_files(check_changed)))
 
 
 # -- Paths and objects ---------------------------------------------------------------------------
