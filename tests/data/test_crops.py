@@ -1,6 +1,7 @@
 """Random crops against TensorFlow's, as distributions and as pixels."""
 
 import itertools
+import json
 import math
 import pathlib
 
@@ -18,7 +19,7 @@ DRAWS = 20_000
 SOME = 4_000  # of ours; as many of ours as of TensorFlow's are in the slow test
 RATIO = (3 / 4, 4 / 3)
 
-# {(h, w, least area): (means, deciles of the area in pixels)} of as many draws of TensorFlow
+# In boxes.jsonl, {(h, w, least area): (means, deciles of the area)} of as many draws of TensorFlow
 # 2.21.0. The means are of the area as a share of the image's, width / height, top and left as
 # shares of the largest ones possible, and whether the box is the whole image:
 #   @tf.function
@@ -37,38 +38,8 @@ RATIO = (3 / 4, 4 / 3)
 #   print([x.mean() for x in means])
 #   print(np.quantile(area, np.arange(1, 10) / 10, method="inverted_cdf"))
 TENSORFLOW = {
-    (375, 500, 0.05): (
-        [0.34281, 1.04228, 0.4871, 0.49913, 0.0],
-        [15609, 23408, 32786, 43470, 56283, 70735, 86913, 103659, 124656],
-    ),
-    (375, 500, 0.08): (
-        [0.37003, 1.04228, 0.48363, 0.49533, 0.0],
-        [22008, 30212, 39597, 50505, 62248, 75735, 90252, 106330, 127872],
-    ),
-    (500, 333, 0.05): (
-        [0.29745, 1.04228, 0.49912, 0.48894, 0.0],
-        [13020, 19035, 26280, 34506, 43920, 54432, 66174, 78430, 94135],
-    ),
-    (500, 333, 0.08): (
-        [0.3224, 1.04228, 0.49752, 0.48321, 0.0],
-        [18612, 24797, 32028, 40090, 48777, 58339, 69120, 80830, 95776],
-    ),
-    (64, 64, 0.05): (
-        [0.37498, 1.04229, 0.4636, 0.4609, 0.0003],
-        [340, 528, 756, 1044, 1360, 1710, 2107, 2548, 3038],
-    ),
-    (64, 64, 0.08): (
-        [0.40426, 1.04237, 0.4576, 0.45495, 0.0005],
-        [462, 672, 900, 1188, 1505, 1845, 2236, 2646, 3087],
-    ),
-    (1000, 100, 0.05): (
-        [0.07293, 1.04228, 0.50075, 0.41457, 0.0],
-        [5325, 5727, 6141, 6552, 7007, 7452, 7980, 8652, 9776],
-    ),
-    (1000, 100, 0.08): (
-        [0.09093, 1.00182, 0.50021, 0.28057, 0.0],
-        [8091, 8170, 8300, 8500, 8730, 9021, 9405, 9919, 10716],
-    ),
+    (each["h"], each["w"], each["least"]): (each["means"], each["deciles"])
+    for each in map(json.loads, (FILES / "boxes.jsonl").read_text().splitlines())
 }
 
 

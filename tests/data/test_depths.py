@@ -1,6 +1,7 @@
 """Pixels of every depth and kind: of a stated scale, or refused. TIFFs are written by hand."""
 
 import io
+import itertools
 import struct
 import zlib
 
@@ -142,7 +143,7 @@ def test_a_tiff_of_no_known_scale_is_refused():
 
 
 def test_sixteen_bits_are_opencv_s_upper_eight():
-    for kind, pixels in ((".tiff", GREY16), (".tiff", RGB16), (".png", FOUR16), (".png", GREY16)):
+    for kind, pixels in itertools.product((".tiff", ".png"), (GREY16, RGB16, FOUR16)):
         data = cv2.imencode(kind, pixels)[1].tobytes()
         colours = pixels[..., 2::-1] if pixels.ndim == 3 else pixels[..., None]
         np.testing.assert_array_equal(decode(data), (colours >> 8).astype(np.uint8))

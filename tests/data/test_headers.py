@@ -71,6 +71,8 @@ def test_a_png_damaged_where_it_matters_is_refused():
     np.testing.assert_array_equal(decode(palette(colours)).ravel(), range(12))
     renamed = colours.replace(b"PLTE", b"pLTE")  # one bit of its name
     bad += map(palette, (b"", colours[:-1] + b"\0", renamed))
+    odd = png(chunk(b"zTXt", b"x\0\0" + LONG))  # bare, it is no better
+    bad.append(odd[: odd.index(b"IDAT") + 30])
     refused(decode, [(data, "") for data in bad], BadImage)
 
 
@@ -118,7 +120,12 @@ def test_segments_of_a_jpeg_do_no_harm():
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_an_orientation_that_cannot_be_read_is_upright():
-    for content in (b"", b"garbage", b"II*\0\xff\0\0\0", b"Exif\0\0II*\0\x08\0\0\0\1"):
+    contents = (b"", b"garbage", b"II*\0", b"II*\0\xff\0\0\0", b"XX*\0\0\0\0\0")
+    jpeg = ordinary("JPEG")
+    for content in (*contents, b"Exif\0\0II*\0\x08\0\0\0\1"):
+        block = segment(0xE1, b"Exif\0\0" + content)
+        found = decode(jpeg[:2] + block + jpeg[2:], exif=True)
+        np.testing.assert_array_equal(found, decode(jpeg))
         for kind, options in (("WEBP", {"lossless": True}), ("PNG", {})):
             data = ordinary(kind, exif=content, **options)
             np.testing.assert_array_equal(decode(data, exif=True), RGB)

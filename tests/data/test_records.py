@@ -387,7 +387,8 @@ def test_a_list_that_is_damaged_is_refused():
 SOUND = examples.write_example({"image": stored()[0][2], "label": 1, "name": "ñ.jpg".encode()})
 DEEP = field(1, field(1, field(2, field(1, field(1, 1)))))
 DAMAGED = [field(1, 1), field(1, field(1, 1)), field(1, field(1, field(1, 1)))]
-DAMAGED += [field(1, field(1, field(2, 1))), DEEP, b"\xff" * 12]
+DAMAGED += [field(1, field(1, field(2, data))) for data in (1, b"\xff")]
+DAMAGED += [DEEP, b"\xff" * 12]
 
 
 @SETTINGS
