@@ -131,21 +131,17 @@ def norb(i):
     return {"image2": grey(i), **labels}
 
 
-# Each data set: its features, example i, how many each split has, and what its splits are called:
-# train, val, trainval, test, val200. Two have the 1,000 images of VTAB-1k.
+# Each data set: its features, example i, how many each split has, and what its val, trainval and
+# test are called, or where its train and its val end. Two have the 1,000 images of VTAB-1k.
+COARSE, SPECIES = ClassLabel(num_classes=20), ClassLabel(names=["cat", "dog"])
+PETS, HALVES = {"train": 1013, "test": 5}, "test[:50%] train+test[:50%] test[50%:]"
 OWN, FEW = "validation train+validation test", {"train": 24, "validation": 23, "test": 7}
 SETS = {
     "caltech101": (*plain("image/file_name", 102), {"train": 29, "test": 5}, (26, 29)),
-    "cifar100": (
-        *plain("id", 100, coarse_label=ClassLabel(num_classes=20)),
-        *({"train": 31, "test": 5}, (27, 31)),
-    ),
+    "cifar100": (*plain("id", 100, coarse_label=COARSE), {"train": 31, "test": 5}, (27, 31)),
     "dtd": (*plain("file_name", 47), FEW, OWN),
     "oxford_flowers102": (*plain("file_name", 102), FEW, OWN),
-    "oxford_iiit_pet": (
-        *plain("file_name", 37, species=ClassLabel(names=["cat", "dog"])),
-        *({"train": 1013, "test": 5}, (810, 1013)),
-    ),
+    "oxford_iiit_pet": (*plain("file_name", 37, species=SPECIES), PETS, (810, 1013)),
     "sun397/tfds": (*plain("file_name", 397), FEW, OWN),
     "svhn_cropped": (*plain("id", 10), {"train": 29, "test": 5, "extra": 3}, (26, 29)),
     "patch_camelyon": (*plain("id", 2), FEW, OWN),
@@ -156,12 +152,7 @@ SETS = {
     "dmlab": (*plain("filename", 6), FEW, OWN),
     "kitti": (KITTI, kitti, FEW, OWN),
     "dsprites": (DSPRITES, dsprites, {"train": 109}, (87, 97)),
-    "smallnorb": (
-        NORB,
-        norb,
-        {"train": 803, "test": 405},
-        "test[:50%] train+test[:50%] test[50%:]",
-    ),
+    "smallnorb": (NORB, norb, {"train": 803, "test": 405}, HALVES),
 }
 
 
@@ -327,6 +318,10 @@ PUBLISHED = {
     "resisc45": (31500, "train[:18900] train[18900:25200] train[25200:] train[18900:19100]"),
     "clevr_count": (70000, "train[:63000] train[63000:] validation train[63000:63200]"),
 }
+for own in ("dtd", "flowers102", "sun397", "patch_camelyon", "diabetic_retinopathy", "dmlab"):
+    PUBLISHED[own] = (1000, "train validation test validation[:200]")
+PUBLISHED["kitti_distance"] = PUBLISHED["dtd"]
+PUBLISHED["smallnorb_azimuth"] = (24300, "train test[:50%] test[50%:] test[:200]")
 PUBLISHED["dsprites_location"] = (
     *(737280, "train[:589824] train[589824:663552] train[663552:] train[589824:590024]"),
 )
