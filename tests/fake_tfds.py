@@ -62,8 +62,9 @@ def write(folder: Path, name: str, version: str, kinds: dict, splits: dict, pair
 
         def _generate_examples(self, count, example):
             for i in range(count):
-                files = {key: v for key, v in example(i).items() if isinstance(v, bytes)}
-                yield i, {**example(i), **{key: io.BytesIO(v) for key, v in files.items()}}
+                values = example(i)
+                files = {key: v for key, v in values.items() if isinstance(v, bytes)}
+                yield i, {**values, **{key: io.BytesIO(v) for key, v in files.items()}}
 
     Set.name = name
     Set.BUILDER_CONFIGS = [core.BuilderConfig(name=each) for each in config]
