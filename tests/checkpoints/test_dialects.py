@@ -20,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 import vit_jax
 from vit_jax.__main__ import main
-from vit_jax.checkpoints.load import Loaded, Report, inspect, open_model, read_model
+from vit_jax.checkpoints.card import Report
+from vit_jax.checkpoints.load import Loaded
+from vit_jax.checkpoints.opened import inspect, open_model, read_model
 from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError

@@ -40,7 +40,7 @@ def test_another_resolution_head_and_dtype(tiny_run):
 
 
 def test_the_average_is_what_is_loaded(tiny_run):
-    from vit_jax.checkpoints.load import open_model
+    from vit_jax.checkpoints.opened import open_model
     from vit_jax.checkpoints.store import Store
     from vit_jax.models.vit import structure
 

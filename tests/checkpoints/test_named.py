@@ -7,7 +7,7 @@ import pytest
 
 import vit_jax
 from vit_jax.__main__ import main
-from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.errors import UserError
 
 EXAMPLES = dialects.examples()

@@ -12,7 +12,7 @@ from test_dialects import assert_same, changed, fails, of, parameters
 
 import vit_jax
 from vit_jax.__main__ import main
-from vit_jax.checkpoints.load import inspect
+from vit_jax.checkpoints.opened import inspect
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
 

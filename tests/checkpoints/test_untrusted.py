@@ -27,7 +27,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vit_jax
-from vit_jax.checkpoints.load import ModelCard, open_model
+from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
