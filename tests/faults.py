@@ -2,22 +2,19 @@
 
     python tests/faults.py [--only=SUBSTRING] [--jobs=2]
 
-All is done in a copy of the tracked files. Ends with 1 where a fault lives or cannot be made, or
+All is done in copies of the tracked files. Ends with 1 where a fault lives or cannot be made, or
 where tests fail without any.
 """
 
 import argparse
 import collections
-import concurrent.futures
 import os
 import pathlib
-import queue
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +22,7 @@ FAULTS = tomllib.loads((ROOT / "tests" / "faults.toml").read_text())["fault"]
 SOURCES = {
     str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "vit_jax").rglob("*.py")
 }
+LIMIT = 900  # seconds of a run: a fault that makes a program wait for ever is caught
 
 
 def place(fault):
@@ -42,26 +40,80 @@ def title(fault):
     return f"{room(place(fault) or '') or 'others'}: {fault['name']}"
 
 
-def copy_of_tracked(folder):
+def copied(folder):
+    """The tracked files in a folder, which is returned."""
     names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    return folder
 
 
-def passes(folder, tests):
-    """Whether the tests pass in a copy; raises where pytest could not run any."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    env["JAX_COMPILATION_CACHE_DIR"] = cache  # what is compiled for one copy serves all
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(
-        [*command, "-m", "not slow"], cwd=folder, env=env, capture_output=True, text=True
-    )
-    if done.returncode not in (0, 1, 2):  # 2: a module that cannot even be imported
-        raise RuntimeError(f"{' '.join(tests)}: pytest says\n{done.stdout[-2000:]}{done.stderr}")
-    return done.returncode == 0
+def write(path, text):
+    """Writes a module, and removes what Python has compiled of it: times may be the same."""
+    path.write_text(text)
+    for old in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        old.unlink()
+
+
+def import_what_all_need():
+    """Once, for all runs, which are forks: it would be more than half of their time."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # as conftest.py has it
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    import cv2, flax.nnx, grain, hypothesis, jax, optax, orbax.checkpoint, pytest  # noqa: E401, F401, I001
+    import scipy.ndimage, scipy.stats  # noqa: E401, F401
+
+
+def start(folder, tests):
+    """Runs tests in a copy; returns the process, which ends with pytest's exit code."""
+    if process := os.fork():
+        return process
+    os.setsid()  # Ctrl-C is for the parent, which ends the whole group
+    signal.alarm(LIMIT)
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path[:] = [str(folder), *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    with open(folder.with_suffix(".log"), "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    code = 3
+    try:
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests])
+    finally:
+        os._exit(code)
+
+
+def verdicts(faults, folders):
+    """Yields (fault, exit code, output, processor time), as many at a time as there are copies.
+
+    A fault without `before` is none.
+    """
+    left, running = list(faults), {}
+    try:
+        while left or running:
+            if left and folders:
+                fault, folder = left.pop(0), folders.pop()
+                if "before" in fault:
+                    path = place(fault)
+                    write(folder / path, SOURCES[path].replace(fault["before"], fault["after"]))
+                running[start(folder, fault["tests"])] = fault, folder
+                continue
+            process, status, used = os.wait4(-1, 0)
+            fault, folder = running.pop(process)
+            if "before" in fault:
+                write(folder / place(fault), SOURCES[place(fault)])
+            folders.append(folder)
+            output = folder.with_suffix(".log").read_text(errors="replace")
+            seconds = used.ru_utime + used.ru_stime
+            yield fault, os.waitstatus_to_exitcode(status), output, seconds
+    finally:
+        for process in running:
+            os.killpg(process, signal.SIGKILL)
 
 
 def main():
@@ -70,55 +122,30 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     chosen = [fault for fault in FAULTS if args.only in title(fault)]
-    folders, wrong = queue.SimpleQueue(), 0
-    counts = collections.defaultdict(collections.Counter)
-
-    def sound(tests):
-        folder = folders.get()
-        try:
-            return passes(folder, tests)
-        finally:
-            folders.put(folder)
-
-    def caught(fault):
-        began, path = time.monotonic(), place(fault)
-        if path is None:
-            return "does not apply", 0.0
-        folder = folders.get()
-        try:
-            text = SOURCES[path].replace(fault["before"], fault["after"])
-            (folder / path).write_text(text)
-            compile(text, path, "exec")  # a fault is a program all the same
-            verdict = "LIVES" if passes(folder, fault["tests"]) else "caught"
-        finally:
-            (folder / path).write_text(SOURCES[path])
-            folders.put(folder)
-        return verdict, time.monotonic() - began
-
-    with (
-        tempfile.TemporaryDirectory(prefix="faults-") as temporary,
-        concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
-    ):
-        for number in range(args.jobs):
-            folder = pathlib.Path(temporary, str(number))
-            copy_of_tracked(folder)
-            folders.put(folder)
-        try:
-            distinct = list(dict.fromkeys(tuple(fault["tests"]) for fault in chosen))
-            for tests, good in zip(distinct, pool.map(sound, distinct), strict=True):
-                if not good:
+    counts, together, wrong = collections.defaultdict(collections.Counter), 0.0, 0
+    for fault in [fault for fault in chosen if place(fault) is None]:
+        chosen.remove(fault)
+        wrong += 1
+        print(f"does not apply  {fault['name']}", flush=True)
+    import_what_all_need()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        folders = [copied(pathlib.Path(temporary, str(i))) for i in range(args.jobs)]
+        sound = [{"tests": tests} for tests in dict.fromkeys(tuple(f["tests"]) for f in chosen)]
+        for fault, code, output, seconds in verdicts([*sound, *chosen], folders):
+            together += seconds
+            if "before" not in fault:
+                if code != 0:
                     wrong += 1
-                    print("FAILS without a fault:", *tests, flush=True)
-            for fault, (verdict, seconds) in zip(chosen, pool.map(caught, chosen), strict=True):
-                counts[title(fault).partition(":")[0]][verdict] += 1
-                wrong += verdict != "caught"
-                print(f"{verdict:14} {seconds:5.1f} s  {title(fault)}", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+                    print("FAILS without a fault:", *fault["tests"], output[-2000:], flush=True)
+                continue
+            verdict = {0: "LIVES", 4: "no tests", 5: "no tests"}.get(code, "caught")
+            counts[title(fault).partition(":")[0]][verdict] += 1
+            wrong += verdict != "caught"
+            print(f"{verdict:8} {seconds:5.1f} s  {title(fault)}", flush=True)
     for where, found in counts.items():
         print(f"{where}: {', '.join(f'{n} {verdict}' for verdict, n in found.items())}")
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{len(chosen)} faults, {used.ru_utime + used.ru_stime:.0f} s of processor time")
+    print(f"{len(chosen)} faults, {together:.0f} s of processor time")
     sys.exit(bool(wrong))
 
 
