@@ -292,3 +292,8 @@ def test_noise_is_that_of_normalised_pixels():
 def test_wrong_settings_are_named(make, sentence):
     with pytest.raises(UserError, match=sentence):
         make()
+
+
+def test_boxes_of_a_high_ratio_are_high():
+    box = np.array(boxes(20, probability=1.0, area=(0.05, 0.25), ratio=(2.0, 3.0)))
+    assert (box[:, 2] > 1.5 * box[:, 3]).all()
