@@ -137,7 +137,8 @@ def main():
             if "before" not in fault:
                 if code != 0:
                     wrong += 1
-                    print("FAILS without a fault:", *fault["tests"], output[-2000:], flush=True)
+                    told = output.strip().splitlines()[-3:]  # which test, if pytest got so far
+                    print("FAILS without a fault:", *fault["tests"], *told, sep="\n  ", flush=True)
                 continue
             verdict = {0: "LIVES", 4: "no tests", 5: "no tests"}.get(code, "caught")
             counts[title(fault).partition(":")[0]][verdict] += 1

@@ -412,8 +412,8 @@ def test_classes_of_a_model_are_said(pets, capsys, monkeypatch):
         "is cat, tabby",
         "is Dog",
     ]
-    record = types.SimpleNamespace(labels=("cat", "wolf", "fox"))
-    fake = types.SimpleNamespace(record=record)
+    card = types.SimpleNamespace(labels=("cat", "wolf", "fox"))
+    fake = types.SimpleNamespace(card=card)
     monkeypatch.setattr("vit_jax.analysis.data.open_model", lambda path: fake)
     assert main(["data", f"folder:{pets}", "--model=somewhere"]) == 2
     error = capsys.readouterr().err
