@@ -17,7 +17,8 @@ from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
 from vit_jax.training.config import load_config
 from vit_jax.training.evaluate import Evaluation
-from vit_jax.training.program import make_program, new_card
+from vit_jax.training.plan import TrainingData, make_plan
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_mesh
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
@@ -170,9 +171,9 @@ def program_of(*flags):
         model = dict(config.model, representation_size=None)
         config = dataclasses.replace(config, model=model)
     source = open_source("digits", "train")
-    record, _ = new_card(config, source.label_names, source.fingerprint, None)
+    plan = make_plan(config, TrainingData.of(source))
     mesh = make_mesh(config.mesh)
-    return config, record, mesh, make_program(config, record.config, record.preprocess, 24, mesh)
+    return config, plan.card, mesh, make_program(plan, mesh)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -17,8 +17,8 @@ from vit_jax.checkpoints.load import read_model
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.training.config import load_config
-from vit_jax.training.evaluate import evaluate_run, read_config
+from vit_jax.training.config import load_config, read_config
+from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 
