@@ -72,10 +72,11 @@ def start(folder, tests):
     if process := os.fork():
         return process
     os.setsid()  # Ctrl-C is for the parent, which ends the whole group
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.alarm(LIMIT)
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
-    sys.path[:] = [str(folder), *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    sys.path[:] = [str(folder), *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
     with open(folder.with_suffix(".log"), "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -114,6 +115,7 @@ def verdicts(faults, folders):
     finally:
         for process in running:
             os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
 
 
 def main():
@@ -140,7 +142,7 @@ def main():
                     told = output.strip().splitlines()[-3:]  # which test, if pytest got so far
                     print("FAILS without a fault:", *fault["tests"], *told, sep="\n  ", flush=True)
                 continue
-            verdict = {0: "LIVES", 4: "no tests", 5: "no tests"}.get(code, "caught")
+            verdict = {0: "LIVES", 3: "no tests", 4: "no tests", 5: "no tests"}.get(code, "caught")
             counts[title(fault).partition(":")[0]][verdict] += 1
             wrong += verdict != "caught"
             print(f"{verdict:8} {seconds:5.1f} s  {title(fault)}", flush=True)
