@@ -19,8 +19,8 @@ from vit_jax.checkpoints.load import open_model, place, read_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.layers import Captures, Corruption
-from vit_jax.models.vit import init_params, structure
+from vit_jax.models.stack import Captures
+from vit_jax.models.vit import Corruption, init_params, structure
 from vit_jax.training import masking, objectives
 from vit_jax.training.config import load_config
 from vit_jax.training.evaluate import evaluate_run

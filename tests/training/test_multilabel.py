@@ -24,7 +24,7 @@ from vit_jax.data import sources
 from vit_jax.data.pipeline import BatchReader, Split, train_batches
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.launch.report import write_report
+from vit_jax.launch.page import write_report
 from vit_jax.models.vit import structure
 from vit_jax.training import multilabel
 from vit_jax.training.config import load_config
