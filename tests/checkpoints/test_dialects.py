@@ -1372,3 +1372,9 @@ def test_mistakes_about_files(tmp_path, capsys):
         pickled.unlink()
     assert not out.exists()
     assert "are required: --format" in fails(capsys, "convert", path, out)
+
+
+def test_preprocessing_of_a_bare_file_of_timm(loaded):
+    """AugReg's, as nearly all of timm's plain ViTs have it."""
+    expected = dict(resize="bicubic_antialias", aspect="keep", crop=0.9)
+    assert loaded("timm plain").preprocess == Preprocess((8, 8), **expected)

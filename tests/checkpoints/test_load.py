@@ -1,5 +1,6 @@
 """`vit_jax.load`: a folder in, a model that is ready out."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -120,3 +121,12 @@ def test_what_is_no_image_is_not_predicted(tiny_run, tmp_path):
         list(vit.predict(eight_grey))
     with pytest.raises(UserError, match=r"found float32 \[8, 8, 1\]"):
         list(vit.predict(vit.preprocess(eight_grey[0])))
+
+
+def test_a_sigmoid_model_says_of_each_class_how_likely_it_is(tiny_run):
+    loaded = dataclasses.replace(vit_jax.load(tiny_run[0]), objective="sigmoid")
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+    logits = np.asarray(loaded.model(loaded.preprocess(image)[None])[0], np.float64)
+    expected = {str(i): 1 / (1 + np.exp(-logit)) for i, logit in enumerate(logits)}
+    (found,) = loaded.predict(image, topk=10)
+    assert dict(found) == pytest.approx(expected, rel=1e-5)

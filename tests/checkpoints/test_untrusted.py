@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 import vit_jax
 from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.files import open_weights
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -1164,3 +1165,38 @@ def test_many_changed_files_are_refused_or_read_right(capsys):
         with capsys.disabled():
             print(f"\n{dict(outcomes)} in {time.time() - start:.0f} s")
     assert outcomes["loaded"] > 1000 < outcomes["refused"]
+
+
+def test_a_few_members_that_share_their_bytes(tmp_path):
+    """Too few to be more than weights unpack to: together they are longer than the file."""
+    raw = zip_of([("a.npy", npy(np.zeros(1 << 18, np.float32)))])
+    start, end = raw.index(b"PK\x01\x02"), raw.index(b"PK\x05\x06")
+    members = (raw[start:end].replace(b"a.npy", b"%d.npy" % i) for i in range(10))
+    directory = b"".join(members)
+    tail = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 10, 10, len(directory), start, 0)
+    path = tmp_path / "x.npz"
+    path.write_bytes(raw[:start] + directory + tail)
+    refused(path, "weights do not compress like that")
+
+
+def test_a_shard_outside_of_the_folder_of_its_index(tmp_path):
+    path = tmp_path / "in"
+    EXAMPLES["hf sharded"].write(path)
+    index = path / "model.safetensors.index.json"
+    (path / "model-00002-of-00003.safetensors").rename(tmp_path / "outside.safetensors")
+    text = index.read_text().replace("model-00002-of-00003.safetensors", "../outside.safetensors")
+    index.write_text(text)
+    refused(path, "names files outside of its folder")
+
+
+def test_a_bit_of_a_large_array_that_is_another(tmp_path):
+    """One that is read by itself, not with its header."""
+    value = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    raw = zip_of([("a.npy", npy(value))])
+    path = tmp_path / "x.npz"
+    path.write_bytes(raw)
+    np.testing.assert_array_equal(open_weights(str(path)).read("a"), value)
+    at = raw.index(value.tobytes()) + value.nbytes - 1
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    with pytest.raises(UserError, match="its checksum does not match"):
+        open_weights(str(path)).read("a")

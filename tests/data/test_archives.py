@@ -846,3 +846,20 @@ def test_many_threads_read_the_same_bytes(tmp_path, count, opener):
     assert found == [data[i + at : i + at + size] for i, at, size in jobs]
     with pytest.raises(UserError, match="ends before byte 6000: it changed, or is cut off"):
         files.read(0, 4000, 2000)
+
+
+def test_a_link_has_the_class_that_is_beside_it(tmp_path):
+    """Links are met last, and sorted to the place of what they lead to."""
+    members = {
+        "1.jpg": jpeg(1),
+        "1.cls": b"cat",
+        "3.jpg": jpeg(3),
+        "3.cls": b"dog",
+        "2.cls": b"bird",
+    }
+    (tmp_path / "a.tar").write_bytes(linked(members, {"2.jpg": "1.jpg"}))
+    assert classes(open_tar(str(tmp_path / "a.tar"))) == {
+        "1.jpg": "cat",
+        "2.jpg": "bird",
+        "3.jpg": "dog",
+    }

@@ -272,3 +272,8 @@ def test_wrong_settings_are_named():
         (boxes, dict(n=1, mean=(0.1, 0.1, 0.1)), expected),
     ]
     refused(lambda make, fields: make(**fields), cases)
+
+
+def test_boxes_of_a_high_ratio_are_high():
+    box = np.array(boxes(20, probability=1.0, area=(0.05, 0.25), ratio=(2.0, 3.0)))
+    assert (box[:, 2] > 1.5 * box[:, 3]).all()

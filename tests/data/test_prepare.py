@@ -536,3 +536,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(pets, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1
         assert re.search(message, err), flags
+
+
+def test_the_fingerprint_is_of_the_names_of_classes_too(pets, tmp_path):
+    one = prepare(pets, str(tmp_path / "one"))
+    (tmp_path / "pets/train/Dog").rename(tmp_path / "pets/train/Bear")  # the first class as before
+    other = prepare(pets, str(tmp_path / "other"))
+    assert [s["sha256"] for s in one["shards"]] == [s["sha256"] for s in other["shards"]]
+    assert one["fingerprint"] != other["fingerprint"]

@@ -600,3 +600,10 @@ def test_the_recipe_is_the_papers():
     for wrong in ("B/16,jft,small,pixels", "fractals,large", "R50x1,imagenet", "B/16,imagenet,v2"):
         with pytest.raises(UserError, match="argument"):
             load_config(f"{ROOT}/configs/masked.py:{wrong}")
+
+
+def test_of_two_patches_each_is_replaced_by_the_other():
+    keys = jax.random.split(jax.random.key(1), 4000)
+    found = jit(masking.draw_corruption, static_argnums=1)(keys, 2)
+    replaced = (np.asarray(found.source) != np.arange(2)).sum()
+    assert abs(replaced - 400) < 4.5 * np.sqrt(4000 * 0.1 * 0.9)
