@@ -1,7 +1,9 @@
 """Eight faked CPU devices, and shapes in signatures enforced, before anything imports jax."""
 
+import importlib.metadata
 import os
 import pathlib
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -13,10 +15,11 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Unoptimised code compiles twice as fast, which is where the tests' time goes.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    f"{os.environ.get('XLA_FLAGS', '')}"
-)
+QUICK = "--xla_backend_optimization_level=0"
+if int(importlib.metadata.version("jax").split(".")[1]) < 11:  # and three times; later have no such
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+EIGHT = f"--xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["XLA_FLAGS"] = f"{EIGHT} {os.environ.get('XLA_FLAGS', '')}"
 
 from jaxtyping import install_import_hook
 
@@ -46,6 +49,20 @@ TINY = [
     "--config.checkpoint.keep=2",
     "--config.log.every=3",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_arrays():
+    """Has Orbax save an array whole, where it would compile a slice of each for every device.
+
+    Tests of several processes leave that to it.
+    """
+    if "orbax.checkpoint" in sys.modules:
+        import jax
+        import orbax.checkpoint as ocp
+
+        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
 @pytest.fixture(scope="session")
