@@ -21,7 +21,7 @@ if int(importlib.metadata.version("jax").split(".")[1]) < 11:  # and three times
 EIGHT = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = f"{EIGHT} {os.environ.get('XLA_FLAGS', '')}"
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("vit_jax", "beartype.beartype")
 
