@@ -1,5 +1,6 @@
 """Eight faked CPU devices, and shapes in signatures enforced, before anything imports jax."""
 
+import dataclasses
 import importlib.metadata
 import os
 import pathlib
@@ -73,6 +74,25 @@ def tiny_run(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("run") / "pretrain"
     return workdir, train(load_config(DIGITS, TINY), workdir)
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Runs of `train` are as they are, but for their steps, which are traced and learn nothing."""
+    import jax
+    import jax.numpy as jnp
+
+    from vit_jax.training import loop
+
+    make_program = loop.make_program
+
+    def make(*args, **kwargs):
+        program = make_program(*args, **kwargs)
+        _, metrics = jax.eval_shape(program.step, program.state, program.batch)
+        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
+        return dataclasses.replace(program, step=lambda state, batch: (state, dict(zeros)))
+
+    monkeypatch.setattr(loop, "make_program", make)
 
 
 def pytest_collection_modifyitems(items):
