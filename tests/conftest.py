@@ -1,5 +1,6 @@
 """Eight faked CPU devices, and shapes in signatures enforced, before anything imports jax."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -76,8 +77,8 @@ def tiny_run(tmp_path_factory):
     return workdir, train(load_config(DIGITS, TINY), workdir)
 
 
-@pytest.fixture
-def untrained(monkeypatch):
+@contextlib.contextmanager
+def without_training():
     """Runs of `train` are as they are, but for their steps, which are traced and learn nothing."""
     import jax
     import jax.numpy as jnp
@@ -92,7 +93,16 @@ def untrained(monkeypatch):
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
         return dataclasses.replace(program, step=lambda state, batch: (state, dict(zeros)))
 
-    monkeypatch.setattr(loop, "make_program", make)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_program", make)
+        yield
+
+
+@pytest.fixture
+def untrained():
+    """`without_training` for a test."""
+    with without_training():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -153,10 +153,9 @@ AUGMENTS = {
     "name, mesh, accumulate",
     [
         ("mixup", ONE, 4),
-        ("both", make_mesh(MeshConfig(data=8)), 1),
         ("both", make_mesh(MeshConfig(data=1, fsdp=8)), 2),
     ],
-    ids=["micro-batches", "data", "fsdp and micro-batches"],
+    ids=["micro-batches", "fsdp and micro-batches"],
 )
 def test_mesh_and_micro_batches_do_not_change_what_is_mixed(name, mesh, accumulate):
     expected, _ = step_on(ONE, AUGMENTS[name])
