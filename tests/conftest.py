@@ -1,7 +1,11 @@
 """Eight faked CPU devices, and shapes in signatures enforced, before anything imports jax."""
 
+import contextlib
+import dataclasses
+import importlib.metadata
 import os
 import pathlib
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -13,12 +17,13 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Unoptimised code compiles twice as fast, which is where the tests' time goes.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    f"{os.environ.get('XLA_FLAGS', '')}"
-)
+QUICK = "--xla_backend_optimization_level=0"
+if int(importlib.metadata.version("jax").split(".")[1]) < 11:  # and three times; later have no such
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+EIGHT = f"--xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["XLA_FLAGS"] = f"{EIGHT} {os.environ.get('XLA_FLAGS', '')}"
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("vit_jax", "beartype.beartype")
 
@@ -48,6 +53,20 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def whole_arrays():
+    """Has Orbax save an array whole, where it would compile a slice of each for every device.
+
+    Tests of several processes leave that to it.
+    """
+    if "orbax.checkpoint" in sys.modules:
+        import jax
+        import orbax.checkpoint as ocp
+
+        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A finished run folder of the tiny digits config, and what training returned."""
@@ -56,6 +75,34 @@ def tiny_run(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("run") / "pretrain"
     return workdir, train(load_config(DIGITS, TINY), workdir)
+
+
+@contextlib.contextmanager
+def without_training():
+    """Runs of `train` are as they are, but for their steps, which are traced and learn nothing."""
+    import jax
+    import jax.numpy as jnp
+
+    from vit_jax.training import loop
+
+    make_program = loop.make_program
+
+    def make(*args, **kwargs):
+        program = make_program(*args, **kwargs)
+        _, metrics = jax.eval_shape(program.step, program.state, program.batch)
+        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
+        return dataclasses.replace(program, step=lambda state, batch: (state, dict(zeros)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_program", make)
+        yield
+
+
+@pytest.fixture
+def untrained():
+    """`without_training` for a test."""
+    with without_training():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from flax import nnx
+from processes import Command
 
 from vit_jax.analysis.cost import flops_per_image
 from vit_jax.models.config import variant
@@ -376,24 +376,29 @@ def test_pictures_are_drawn_from_an_earlier_run(tmp_path, capsys):
         assert ("largest batch" in told) == bool(record["largest"])
 
 
-def run_script(name, folder, *flags):
+SCRIPT = """
+import multiprocessing, os, sys
+sys.path[:0] = [FOLDER]
+os.environ["PYTHONPATH"] += os.pathsep + FOLDER
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["workers"])
+multiprocessing.get_context = lambda kind: forks  # processes that start sooner than spawned ones
+import engine
+engine.main(sys.argv[1], "About.", sys.argv[2:])
+"""
+
+
+def run_script(task, folder, *flags):
     sizes = "--variants=mu/16 --batch-sizes=2 --steps=1 --repeats=2 --json=out.json".split()
-    env = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run(
-        [sys.executable, FOLDER / name, *sizes, *flags],
-        env={**os.environ, "GLIBC_TUNABLES": "", **env},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((folder / "out.json").read_text())
+    text = SCRIPT.replace("FOLDER", repr(str(FOLDER)))
+    env = dict(devices=1, cwd=folder, GLIBC_TUNABLES="")
+    told, _ = Command(folder, [task, *sizes, *flags], text=text, **env).finish()
+    return told, json.loads((folder / "out.json").read_text())
 
 
 def test_training_runs_and_writes_json(tmp_path):
     asked = "--contestants=ours,ours+remat:dots,ours+deterministic"
-    out, record = run_script("train.py", tmp_path, "--image-size=32", asked, "--hugepages")
+    out, record = run_script("train", tmp_path, "--image-size=32", asked, "--hugepages")
     assert "| mu/16 | 32x32 | 2 | ours |" in out
     assert "ours+deterministic is left out: deterministic=True changes nothing on a cpu." in out
     assert "huge pages: GLIBC_TUNABLES=glibc.malloc.hugetlb=1." in out
@@ -415,7 +420,7 @@ def test_training_runs_and_writes_json(tmp_path):
 
 def test_inference_runs_over_resolutions(tmp_path):
     asked = ["--contestants=ours,timm", "--resolutions=32", "--memory-gib=0.004"]
-    out, record = run_script("infer.py", tmp_path, *asked)
+    out, record = run_script("infer", tmp_path, *asked)
     case = record["cases"][0]
     assert record["passes"] == 1 and "ours" in case["results"]
     assert ("timm is left out" in out) == (importlib.util.find_spec("timm") is None)

@@ -1,7 +1,8 @@
 """The pages of docs/ do what they say: each is run from its first command to its last.
 
 A page runs in an empty folder, with the repository's configs and what `things` makes in place of
-what its reader has. Its commands are run as they stand, but smaller: see `smaller`. Fences that a
+what its reader has. Its commands are run as they stand, but smaller, see `smaller`, and what is
+trained learns nothing. Fences that a
 mark says cannot be run here are parsed, and their configs loaded.
 """
 
@@ -63,7 +64,7 @@ def things(tmp_path_factory, tiny_run):
 
 
 @pytest.fixture
-def here(things, tmp_path, monkeypatch):
+def here(things, tmp_path, monkeypatch, untrained):
     """An empty folder with those, as the current one."""
     (tmp_path / "runs").mkdir()
     for thing in [*things.iterdir(), *(things / "runs").iterdir()]:

@@ -24,7 +24,11 @@ def few_images(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", evidence.EXPERIMENTS)
-def test_an_experiment_runs_from_its_points_to_its_page(name, few_images, monkeypatch, tmp_path):
+def test_an_experiment_runs_from_its_points_to_its_page(
+    name, few_images, monkeypatch, tmp_path, request
+):
+    if name != "positions":
+        request.getfixturevalue("untrained")
     monkeypatch.chdir(few_images)
     points = load_sweep(f"{ROOT}/experiments/{name}/sweep.py:smoke").points
     runs = few_images / "out"

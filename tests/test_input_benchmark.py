@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_input_benchmark_runs(tmp_path):
-    names = ["tf.data, files", "ours, files", "bare loop, one core"]
+    names = ["tf.data, files", "ours, files"]
     flags = ["--images=20", "--rounds=1", "--contestants", *names]
     done = subprocess.run(
         [sys.executable, ROOT / "experiments" / "benchmarks" / "input.py", *flags],

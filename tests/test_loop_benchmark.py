@@ -1,32 +1,24 @@
 """The benchmark of the whole training program: that it runs, and what it writes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from processes import Command
 
-ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "experiments" / "benchmarks"
+SCRIPT = f"import sys; sys.path[:0] = [{str(FOLDER)!r}]; import loop; loop.main(sys.argv[1:])"
 
 
-def benchmark(folder, *flags):
-    return subprocess.run(
-        [sys.executable, ROOT / "experiments" / "benchmarks" / "loop.py", *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def benchmark(folder, flags, code=0):
+    """Runs it in a process of its own, whose caches it sets; returns what it says."""
+    return Command(folder, flags, text=SCRIPT, devices=1, cwd=folder).finish(code)
 
 
 def test_the_benchmark_of_the_whole_program_runs(tmp_path):
     flags = ["--variant=mu/16", "--image-size=32", "--batch-size=8", "--log-every=2", "--steps=4"]
     flags += ["--images=20", "--rounds=1", "--threads=1", "--json=out.json"]
-    done = benchmark(tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
+    told, _ = benchmark(tmp_path, flags)
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["backend"] == "cpu" and record["versions"]["jax"] and record["argv"] == flags
     settings = {"variant": "mu/16", "batch_size": 8, "dtype": "float32", "warmup": 2, "steps": 4}
@@ -48,8 +40,8 @@ def test_the_benchmark_of_the_whole_program_runs(tmp_path):
     }
     assert record["medians"] == {name: values[0] for name, values in record["ratios"].items()}
     for line in ("| step | ", "| reader | ", "| train | ", "| train, every step logged | "):
-        assert line in done.stdout
-    assert "train / limit: " in done.stdout and "target 0.97" in done.stdout
+        assert line in told
+    assert "train / limit: " in told and "target 0.97" in told
 
 
 @pytest.mark.parametrize(
@@ -60,5 +52,5 @@ def test_the_benchmark_of_the_whole_program_runs(tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, message, tmp_path):
-    done = benchmark(tmp_path, *flags)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    _, err = benchmark(tmp_path, flags, 2)
+    assert message in err and "Traceback" not in err

@@ -103,7 +103,12 @@ def test_another_config_does_not_resume(capsys, tiny_run):
     assert "optim.lr: 0.003 -> 0.5" in err and "seed: 0 -> 3" in err
     assert (workdir / "config.json").read_text() == before
     # What decides nothing about the result may differ.
+    lines = (workdir / "metrics.jsonl").read_text()
+    capsys.readouterr()
     assert main([*train, "--config.log.every=7", "--config.data.threads=1"]) == 0
+    # It has finished, and is left alone.
+    assert (workdir / "metrics.jsonl").read_text() == lines
+    assert json.loads(capsys.readouterr().out)["test/accuracy"] == tiny_run[1]["test/accuracy"]
 
 
 def test_a_workdir_is_one_runs_at_a_time(capsys, tiny_run):
@@ -113,7 +118,7 @@ def test_a_workdir_is_one_runs_at_a_time(capsys, tiny_run):
     assert "is in use by process" in err
 
 
-def test_a_changed_data_set_does_not_resume(capsys, tmp_path):
+def test_a_changed_data_set_does_not_resume(capsys, tmp_path, untrained):
     file = tmp_path / "data.npz"
     images = np.arange(64 * 8 * 8, dtype=np.uint8).reshape(64, 8, 8)
     labels = np.arange(64) % 4

@@ -154,7 +154,7 @@ def start(tmp_path, jobs, *argv):
     )
 
 
-@pytest.mark.parametrize("count", [1, 17, 42])
+@pytest.mark.parametrize("count", [17, 42])  # amid rows; amid a job that hangs
 def test_a_kill_at_any_moment_leaves_whole_rows_and_no_process(count, tmp_path):
     rows, pids = tmp_path / "rows.jsonl", tmp_path / "pids"
     jobs = "budget.Job('count', 20, fakes.count, (range(40), 0.01)), "

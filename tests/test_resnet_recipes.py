@@ -11,6 +11,7 @@ import math
 import jax.numpy as jnp
 import pytest
 import test_recipes
+from conftest import without_training
 from flax.traverse_util import flatten_dict
 from test_recipes import (
     HELD_OUT,
@@ -335,8 +336,8 @@ HYBRID = [*TINY, *SMALL]
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    """Run folders of a ResNet and a hybrid, after two steps of pre-training each."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Run folders of a ResNet and a hybrid, made by pre-training that was traced alone."""
+    with pytest.MonkeyPatch.context() as patch, without_training():
         patch.chdir(folder)
         patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         made = {}

@@ -44,7 +44,7 @@ class Watched:
 
 
 @pytest.fixture
-def events(monkeypatch):
+def events(monkeypatch, untrained):
     """What a run does, in order: ("step", number), ("fetch", of which step), ("save", number)."""
     seen, make_program = [], loop.make_program
     # Checked types would not let Watched through.
@@ -120,12 +120,12 @@ def test_values_are_fetched_where_they_are_logged_and_one_step_later(every, even
 
 def test_a_run_that_logs_nothing_looks_now_and_then(events, tmp_path):
     """So that it stops where it diverged: every hundred steps, and before it saves."""
-    run(tmp_path, "--config.log.every=0", "--config.checkpoint.every=150", steps=220)
+    run(tmp_path, "--config.log.every=0", "--config.checkpoint.every=105", steps=110)
     after = between_steps(events)
-    assert [step for step, happened in after.items() if happened] == [101, 150, 220]
+    assert [step for step, happened in after.items() if happened] == [101, 105, 110]
     assert {of for _, of in after[101]} == {*range(1, 101)}
-    assert after[150][-1] == ("save", 150)
-    assert {event for event in after[150][:-1]} == {("fetch", of) for of in range(101, 151)}
+    assert after[105][-1] == ("save", 105)
+    assert {event for event in after[105][:-1]} == {("fetch", of) for of in range(101, 106)}
 
 
 @contextlib.contextmanager
@@ -163,6 +163,6 @@ def test_nothing_is_traced_after_the_first_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "make_program", counted_program)
     with traced() as found:
-        run(tmp_path, "--config.log.every=4")
-    assert len(counts) == STEPS
+        run(tmp_path, "--config.log.every=4", steps=12)
+    assert len(counts) == 12
     assert counts[0] < counts[1] and len(set(counts[1:])) == 1, counts

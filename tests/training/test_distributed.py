@@ -1,19 +1,16 @@
-"""Real processes on one machine: together they are one run, and they end together."""
+"""Several processes on one machine: together they are one run, and they end together."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, TINY
-from test_resume import logged, wait_until, weights
+from conftest import DIGITS, TINY
+from PIL import Image
+from processes import SIGKILL, SIGTERM, Command, address
+from test_resume import logged, weights
 
 from vit_jax import distributed
 from vit_jax.__main__ import main
@@ -21,85 +18,50 @@ from vit_jax.checkpoints.store import Store
 from vit_jax.distributed import LOST
 from vit_jax.errors import UserError
 
-SMALL = [
-    *TINY,
-    "--config.model.depth=1",
-    "--config.optim.accumulate=1",
-    "--config.eval.every=0",
-    "--config.checkpoint.every=8",
-    "--config.checkpoint.keep=3",
-    "--config.log.every=1",
-]
-ENDLESS = ["--config.total_steps=1000000", "--config.checkpoint.every=20"]
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts `n` processes of a training or of a text; those that are left end with the test."""
+    started = []
+    (tmp_path / "told").mkdir()
+
+    def start(
+        n, *flags, ids=None, dies=None, where=None, cwd=None, workdir=tmp_path / "run", **options
+    ):
+        """`dies` and `cwd` are by process: how it ends itself, where it runs."""
+        where, new = where or address(), []
+        for i in range(n) if ids is None else ids:
+            argv = [f"--coordinator={where}", f"--processes={n}", f"--process-id={i}"]
+            if "text" not in options:
+                argv += ["train", f"--config={DIGITS}", f"--workdir={workdir}", *TINY]
+                argv = [*argv[3:], *argv[:3], *flags]
+            here = {"dies": (dies or {}).get(i), "cwd": cwd and cwd[i]}
+            new.append(Command(tmp_path / "told", argv, **here, **options))
+        started.extend(new)
+        return new
+
+    yield start
+    for command in started:
+        command.kill()
 
 
-def address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-def start(command, n, devices, *, where=None, cwd=(), ids=None, **env):
-    """Starts `n` processes of a command, each with so many CPU devices."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
-        **env,
-    }
-    where = where or address()
-    processes = []
-    for i in range(n) if ids is None else ids:
-        flags = [f"--coordinator={where}", f"--processes={n}", f"--process-id={i}"]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command, *(flags if n > 1 else ())],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=env,
-                cwd=cwd[i] if cwd else None,
-            )
-        )
-    return processes
-
-
-def train(workdir, n, devices, *extra, **options):
-    command = ["-m", "vit_jax", "train", f"--config={DIGITS}", f"--workdir={workdir}"]
-    return start([*command, *SMALL, *extra], n, devices, **options)
-
-
-def finish(processes, code=0):
+def finish(commands, code=0):
     """Waits for all; returns what each wrote to stdout and stderr."""
-    try:
-        told = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, err) in zip(processes, told, strict=True):
-        assert process.returncode == code, err
-    return told
+    return [command.finish(code) for command in commands]
 
 
 def assert_equal_runs(ours, theirs):
     """Equal but for the order in which floats are added up: another sample would be far beyond."""
-    mine, other = logged(ours), logged(theirs)
+    mine, other = (
+        [line for line in logged(each) if "train/loss" in line or "test/loss" in line]
+        for each in (ours, theirs)
+    )
     assert [line["step"] for line in mine] == [line["step"] for line in other]
     for line, expected in zip(mine, other, strict=True):
         assert line == pytest.approx(expected, rel=2e-5), line["step"]
-    (step, arrays), (expected_step, expected) = weights(ours), weights(theirs)
-    assert step == expected_step
-    for array, reference in zip(arrays, expected, strict=True):
+    assert Store(ours).newest() == Store(theirs).newest()
+    for array, reference in zip(weights(ours), weights(theirs), strict=True):
         np.testing.assert_allclose(array, reference, rtol=1e-3, atol=5e-4)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run of one process with four devices."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    finish(train(workdir, 1, 4))
-    return workdir
 
 
 def json_of(out):
@@ -107,108 +69,82 @@ def json_of(out):
     return json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
 
 
-def forget(workdir, *steps):
-    for step in steps:
-        shutil.rmtree(workdir / "checkpoints" / str(step))
-
-
-def test_two_processes_are_one_run_that_one_and_then_four_go_on_with(alone, tmp_path):
-    workdir = tmp_path / "run"
-    (out, err), (silent, other) = finish(train(workdir, 2, 2))
-    assert_equal_runs(workdir, alone)
-    last = json_of(out)
-    assert last["test/accuracy"] == logged(workdir)[-1]["test/accuracy"]
+def test_two_processes_are_one_run_that_one_and_then_two_go_on_with(
+    tiny_run, start, tmp_path, caplog
+):
+    """They stop at one step, whichever of them is told to."""
+    alone, workdir = tiny_run[0], tmp_path / "run"
+    (_, err), (silent, other) = finish(
+        start(2, "--config.eval.every=0", devices=2, dies={1: (SIGTERM, "step", 10)}), 143
+    )
+    other = other.splitlines()[-1]
+    assert err.splitlines()[-1] == other and "step" not in silent
+    saved = int(re.fullmatch(r"stopped by SIGTERM after saving step (\d+) of 24", other)[1])
+    assert Store(workdir).newest() == saved and 10 <= saved < 24
+    assert logged(workdir)[-1]["step"] == saved - saved % 3
     table = re.findall(r"^process (\d) of 2: \S+, pid \d+, 2 x cpu, ids", err, re.MULTILINE)
     assert table == ["0", "1"]
-    assert "step" not in silent + other  # only process 0 speaks
     assert len(list((workdir / "tensorboard").glob("*"))) <= 1
 
-    forget(workdir, 16, 24)
-    (_, err), *_ = finish(train(workdir, 1, 4))
-    assert "at step 8 of 24" in err
+    caplog.set_level("INFO", "vit_jax")
+    assert main(["train", f"--config={DIGITS}", f"--workdir={workdir}", *TINY]) == 0
+    assert f"at step {saved} of 24" in caplog.text
     assert_equal_runs(workdir, alone)
 
-    # All four must find out that the newest is damaged, whichever of them reads that file.
+    # All must find out that the newest is damaged, whichever of them reads that file.
     largest = max((workdir / "checkpoints" / "24").rglob("*"), key=lambda file: file.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    (_, err), *others = finish(train(workdir, 4, 1))
-    assert f"{largest} does not match its checksum" in err
-    assert "at step 16 of 24" in err
-    assert [other for _, other in others] == ["", "", ""]
+    (out, err), (silent, other) = finish(start(2, devices=2))
+    assert f"{largest} does not match its checksum" in err and "at step 20 of 24" in err
+    assert json_of(out)["test/accuracy"] == logged(workdir)[-1]["test/accuracy"]
+    assert "step" not in silent + other
     assert_equal_runs(workdir, alone)
-    assert Store(workdir).steps() == [8, 16, 24]
+    assert Store(workdir).steps() == [20, 24]
 
 
-def committed(workdir, beyond=0):
-    return [step for step in Store(workdir).steps() if step > beyond]
-
-
-def test_they_stop_at_one_step_and_a_lost_process_ends_the_others(alone, tmp_path):
-    workdir = tmp_path / "run"
-    # The two halves of the heads are on two hosts, which must read the same rows.
-    options = dict(VIT_JAX_PEER_TIMEOUT="20")
-    both = [workdir, 2, 1, *ENDLESS, "--config.mesh.tensor=2"]
-
-    processes = train(*both, **options)
-    wait_until(processes[0], lambda: committed(workdir), "checkpoint")
-    processes[1].terminate()
-    told = [err.splitlines()[-1] for _, err in finish(processes, 143)]
-    assert told[0] == told[1]
-    saved = int(re.fullmatch(r"stopped by SIGTERM after saving step (\d+) of 1000000", told[0])[1])
-    assert Store(workdir).newest() == saved == logged(workdir)[-1]["step"]
-
-    # The first rows are those that one process read; the schedule's warm-up is another.
-    for line, expected in zip(logged(workdir)[:1], logged(alone)[:1], strict=True):
-        assert line["train/loss"] == pytest.approx(expected["train/loss"], rel=2e-5)
-
-    for victim, sentence in (
-        (1, r"^error: process 1 of 2 is gone \(no sign of life for 5 s\); "),
-        (0, r"^error: .*process 0.* is gone; "),
+def test_a_lost_process_ends_the_others(tiny_run, start, tmp_path):
+    """The two halves of the heads are on two hosts, which must read the same rows."""
+    for victim, step, sentence in (
+        (1, 9, r"^error: process 1 of 2 is gone \(no sign of life for 5 s\); "),
+        (0, 5, r"^error: .*process 0.* is gone; "),
     ):
-        processes = train(*both, **options)
-        if victim == 1:
-            ready = lambda: committed(workdir, beyond=saved)  # noqa: B023, E731
-        else:
-            before = (workdir / "metrics.jsonl").stat().st_ino  # rewritten when the run begins
-            ready = lambda: (workdir / "metrics.jsonl").stat().st_ino != before  # noqa: B023, E731
-        wait_until(processes[0], ready, "checkpoint, or the beginning")
-        processes[victim].kill()
+        flags = ["--config.mesh.tensor=2", "--config.eval.every=0"]
+        dies = {victim: (SIGKILL, "step", step)}
+        commands = start(2, *flags, devices=1, dies=dies, VIT_JAX_PEER_TIMEOUT="20")
+        commands[victim].finish(-SIGKILL)
         killed = time.monotonic()
-        ((_, err),) = finish([processes[1 - victim]], LOST)
+        _, err = commands[1 - victim].finish(LOST)
         assert time.monotonic() - killed < 20
-        finish([processes[victim]], -signal.SIGKILL)
         assert "Traceback" not in err
+        saved = Store(tmp_path / "run").newest()
         if victim == 1:
-            assert "stack trace" not in err
-            assert f"resuming {workdir} at step {saved}" in err
-        saved = committed(workdir)[-1]
-        told = re.findall(sentence + r"start the same command again: it goes on from step (\d+)$",
-                          err, re.MULTILINE)  # fmt: skip
-        assert told == [str(saved)], err
+            assert "stack trace" not in err and saved in (4, 8)
+            found = {line["step"]: line for line in logged(tmp_path / "run")}
+            for expected in logged(tiny_run[0])[:2]:
+                assert found[expected["step"]] == pytest.approx(expected, rel=2e-5)
+            shutil.rmtree(tmp_path / "run" / "checkpoints")
+        begins = f"goes on from step {saved}" if victim == 1 else r"goes on from step \d+"
+        begins += "|begins anew, as nothing was saved yet" * (victim == 0)
+        told = sentence + rf"start the same command again: it ({begins})$"
+        assert re.search(told, err, re.MULTILINE), err
 
 
-def test_a_mistake_on_one_host_ends_all(tmp_path):
-    from PIL import Image
-
-    for name in "ab":
-        folder = tmp_path / "here" / "pictures" / "train" / name
-        folder.mkdir(parents=True)
-        Image.new("L", (8, 8)).save(folder / "1.png")
-    (tmp_path / "there").mkdir()
-    cwd = (tmp_path / "here", tmp_path / "there")
+def test_a_mistake_on_one_host_ends_all(start, tmp_path):
+    folders = [tmp_path / f"host{i}" for i in range(4)]
+    for folder in folders:
+        for name in "ab" * (folder.name != "host2"):
+            (folder / "pictures" / "train" / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(folder / "pictures" / "train" / name / "1.png")
+        folder.mkdir(exist_ok=True)
     source = "--config.data.train.source=folder:pictures"
-    told = [err for _, err in finish(train(tmp_path / "run", 2, 1, source, cwd=cwd), 2)]
-    assert told[0].splitlines()[-1] == told[1].splitlines()[-1]
-    assert re.search(r"^error: .*pictures.*\(on process 1 of 2 only\)$", told[0], re.MULTILINE)
-
-
-def test_a_run_folder_that_only_one_host_sees_is_refused(tmp_path):
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    cwd = (tmp_path / "here", tmp_path / "there")
-    for _, err in finish(train("run", 2, 1, cwd=cwd), 2):
+    told = [err for _, err in finish(start(4, source, devices=1, cwd=folders), 2)]
+    assert len({err.splitlines()[-1] for err in told}) == 1
+    assert re.search(r"^error: .*pictures.*\(on process 2 of 4 only\)$", told[0], re.MULTILINE)
+    # A run folder that only one host sees.
+    source = "--config.batch_size=64"
+    for _, err in finish(start(2, source, devices=1, cwd=folders, workdir="run"), 2):
         assert "must be on a disk that all hosts share (on process 1 of 2 only)" in err
 
 
@@ -219,11 +155,9 @@ def test_a_run_folder_that_only_one_host_sees_is_refused(tmp_path):
         (0, "not all 2 processes came to the coordinator {} within 2 s"),
     ],
 )
-def test_who_waits_in_vain_says_so_and_ends(tmp_path, i, sentence):
-    where = address()
-    processes = train(tmp_path / "run", 2, 1, "--join-timeout=2", where=where, ids=[i])
-    began = time.monotonic()
-    ((_, err),) = finish(processes, LOST)
+def test_who_waits_in_vain_says_so_and_ends(start, i, sentence):
+    began, where = time.monotonic(), address()
+    ((_, err),) = finish(start(2, "--join-timeout=2", where=where, ids=[i]), LOST)
     assert time.monotonic() - began < 60
     assert re.search(f"^error: {sentence.format(where)}", err, re.MULTILINE), err
     assert "stack trace" not in err
@@ -297,10 +231,8 @@ distributed.leave(0)
 """
 
 
-def test_each_device_gets_its_own_rows_and_all_agree(tmp_path):
-    script = tmp_path / "parts.py"
-    script.write_text(PARTS)
-    told = [json_of(out) for out, _ in finish(start([str(script)], 2, 2))]
+def test_each_device_gets_its_own_rows_and_all_agree(start):
+    told = [json_of(out) for out, _ in finish(start(2, devices=2, text=PARTS))]
     assert [one["rows"] for one in told] == [
         [[0, 1, 4, 5], [*range(8)], [0, 1, 2, 3]],
         [[2, 3, 6, 7], [*range(8)], [4, 5, 6, 7]],

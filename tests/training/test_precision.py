@@ -21,7 +21,10 @@ CASES = {
     "pooled by attention": ["--config.model.pool=map", "--config.model.mlp=swiglu"],
     "relative": ["--config.model.position=relative", "--config.model.scan=False"],
     "on a mesh": ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"],
-    "hybrid": ["--config.model.variant=R26+S/32", "--config.model.image_size=(32,32)"],
+    "hybrid": [
+        *("--config.model.variant=R26+S/32", "--config.model.image_size=(32,32)"),
+        *("--config.model.resnet=(1,1)", "--config.model.resnet_width=32"),
+    ],
 }
 PRODUCTS = re.compile(r"stablehlo\.(?:dot_general|convolution).* : \((\S+), (\S+)\) -> (\S+)")
 
