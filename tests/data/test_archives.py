@@ -848,7 +848,7 @@ def test_many_threads_read_the_same_bytes(tmp_path, count, opener):
         files.read(0, 4000, 2000)
 
 
-def test_a_link_has_the_class_that_is_beside_it(tmp_path):
+def test_a_link_has_the_class_that_is_beside_it(tar_of):
     """Links are met last, and sorted to the place of what they lead to."""
     members = {
         "1.jpg": jpeg(1),
@@ -857,8 +857,7 @@ def test_a_link_has_the_class_that_is_beside_it(tmp_path):
         "3.cls": b"dog",
         "2.cls": b"bird",
     }
-    (tmp_path / "a.tar").write_bytes(linked(members, {"2.jpg": "1.jpg"}))
-    assert classes(open_tar(str(tmp_path / "a.tar"))) == {
+    assert classes(tar_of(packed(members, links={"2.jpg": "1.jpg"}))) == {
         "1.jpg": "cat",
         "2.jpg": "bird",
         "3.jpg": "dog",
