@@ -55,7 +55,12 @@ jaxtyping.install_import_hook("vit_jax", "beartype.beartype")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import partial_eval  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
+
+# Each random number of a traced model is asked for a sharding that it lacks, of which JAX writes a
+# page that nobody reads: a third of the time of tracing.
+partial_eval.DynamicJaxprTracer._origin_msg = lambda self: ""
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
