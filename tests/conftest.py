@@ -26,20 +26,22 @@ EIGHT = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = f"{EIGHT} {os.environ.get('XLA_FLAGS', '')}"
 
 import jaxtyping  # noqa: E402
+from beartype import BeartypeConf, beartype  # noqa: E402
 
 _jaxtyped = jaxtyping.jaxtyped
+_typed = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping's own errors are
 
 
 def _checked(*, typechecker):
-    """`jaxtyped`, whose wrapper is slow, where a signature has shapes; else the types alone.
+    """`jaxtyped` where a signature has shapes; elsewhere beartype alone.
 
-    Functions inside of others are wrapped anew each time that those are called.
+    jaxtyping's wrapper is slow, and wraps a nested function each time that its outer one is called.
     """
 
     def decorate(found):
         if not isinstance(found, types.FunctionType) or "jaxtyping." in repr(found.__annotations__):
             return _jaxtyped(typechecker=typechecker)(found)
-        checked = typechecker(found)
+        checked = _typed(found)
 
         @functools.wraps(found)
         def call(*args, **kwargs):
@@ -55,12 +57,7 @@ jaxtyping.install_import_hook("vit_jax", "beartype.beartype")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from jax._src.interpreters import partial_eval  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
-
-# Each random number of a traced model is asked for a sharding that it lacks, of which JAX writes a
-# page that nobody reads: a third of the time of tracing.
-partial_eval.DynamicJaxprTracer._origin_msg = lambda self: ""
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
