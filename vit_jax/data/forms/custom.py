@@ -16,7 +16,7 @@ from vit_jax.data.forms.tables import sorted_names
 from vit_jax.errors import UserError, nearest
 
 
-def python(argument: str, split: str) -> "CustomSource":
+def python(argument: str, split: str) -> "CustomSource | EndlessCustomSource":
     """What a function of one's own gives for a split.
 
     It gives a source (see `sources.Source`), or a sequence of examples, {"image": an image file's
