@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 # Large arrays in large pages: on a CPU worth a tenth (experiments/benchmarks).
 train seeds evidence: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train evidence test test-slow test-parity test-gpu-compile seeds lint clean
+.PHONY: train evidence test test-extras test-slow test-parity test-gpu-compile seeds lint clean
 train: $(VENV)/.train
 	$(BIN)/python experiments/digits/run.py --runs=$(RUNS)
 
@@ -27,6 +27,12 @@ evidence: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow"
+
+# All extras fit together and constraints.txt: pip resolves them, and installs none.
+test-extras: $(VENV)/.test
+	extras=$$($(BIN)/python -c 'import importlib.metadata as m; \
+		print(",".join(m.metadata("vit_jax").get_all("Provides-Extra")))') && \
+	$(BIN)/python -m pip install --dry-run -qq --constraint constraints.txt ".[$$extras]"
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

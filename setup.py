@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vit_jax", "vit_jax.*"]),
-    package_data={"vit_jax.data": ["imagenet_labels.txt"]},
+    package_data={
+        "vit_jax.data": ["imagenet_labels.txt"],
+        "vit_jax.launch": ["page.css", "page.js"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",

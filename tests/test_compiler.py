@@ -1,6 +1,7 @@
 """What XLA is asked for: the table of options, and that they reach the programs we compile."""
 
 import dataclasses
+import os
 import re
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
 from vit_jax.training.config import load_config
 from vit_jax.training.evaluate import Evaluation
-from vit_jax.training.program import make_program, new_card
+from vit_jax.training.plan import TrainingData, make_plan
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_mesh
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
@@ -170,9 +172,9 @@ def program_of(*flags):
         model = dict(config.model, representation_size=None)
         config = dataclasses.replace(config, model=model)
     source = open_source("digits", "train")
-    record, _ = new_card(config, source.label_names, source.fingerprint, None)
+    plan = make_plan(config, TrainingData.of(source))
     mesh = make_mesh(config.mesh)
-    return config, record, mesh, make_program(config, record.config, record.preprocess, 24, mesh)
+    return config, plan.card, mesh, make_program(plan, mesh)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -203,10 +205,13 @@ def test_a_training_step_leaves_products_to_eigen(on, monkeypatch):
     on("cpu")
     compiler._known.cache_clear()
     size = ["--config.model.width=64", "--config.model.mlp_dim=128", "--config.batch_size=256"]
+    quick = "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]  # not as users compile
+    emitters = {"xla_cpu_use_fusion_emitters": True} if quick else None
 
     def products_of_ynnpack():
         *_, program = program_of(*size, "--config.optim.accumulate=1", "--config.model.depth=1")
-        text = program.step.lower(program.state, program.batch).compile().as_text()
+        lowered = program.step.lower(program.state, program.batch)
+        text = lowered.compile(emitters).as_text()
         return re.findall(r'%ynn_fusion[.\d]* = .*op_name="[^"]*/dot_general"', text)
 
     assert not products_of_ynnpack()

@@ -13,6 +13,7 @@ from vit_jax.checkpoints.store import lock
 from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
 from vit_jax.training.config import load_config
+from vit_jax.training.plan import model_config
 
 
 def fails(capsys, *argv):
@@ -186,13 +187,13 @@ def test_flags_reach_every_key_and_none_takes_back():
     flags += ["--config.optim.ema=0.9", "--config.model.image_size=12", "--config.total_steps=5"]
     config = load_config(DIGITS, flags)
     assert config.optim.grad_clip is None and config.optim.ema == 0.9
-    assert config.model_config(None, 10).representation_size is None
-    assert config.model_config(None, 10).image_size == (12, 12)
+    assert model_config(config, None, 10).representation_size is None
+    assert model_config(config, None, 10).image_size == (12, 12)
     assert (config.total_steps, config.total_epochs) == (5, None)
     assert load_config(DIGITS).optim.grad_clip == 1.0
     for field, value in (("scan", False), ("class_token", False), ("layer_scale", 0.5)):
         config = load_config(DIGITS, [f"--config.model.{field}={value}", "--config.model.pool=gap"])
-        assert getattr(config.model_config(None, 10), field) == value
+        assert getattr(model_config(config, None, 10), field) == value
 
 
 def test_a_variant_beside_init_from_changes_its_sizes_alone():
@@ -200,7 +201,7 @@ def test_a_variant_beside_init_from_changes_its_sizes_alone():
         width=32, num_heads=2, gelu="erf", layernorm_eps=1e-12, in_channels=1, num_classes=10
     )
     config = load_config(f"{DIGITS}:finetune", ["--config.model.variant=mu/2"])
-    vit = config.model_config(base, 10)
+    vit = model_config(config, base, 10)
     assert (vit.gelu, vit.layernorm_eps, vit.in_channels) == ("erf", 1e-12, 1)
     assert (vit.patch_size, vit.depth) == ((2, 2), 1)
 

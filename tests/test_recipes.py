@@ -48,6 +48,7 @@ from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.objectives import sigmoid, softmax
 from vit_jax.training.optim import make_optimizer, make_schedule
+from vit_jax.training.plan import count_steps, model_config
 
 CONFIGS = ROOT / "configs"
 
@@ -112,7 +113,7 @@ def test_table_3(variants, data, epochs, lr, decay, weight_decay, dropout):
         check(config.augment, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
         width = WIDTHS[variant[0]]
         check(
-            config.model_config(None, 10),
+            model_config(config, None, 10),
             image_size=(224, 224),
             patch_size=(int(variant[2:]),) * 2,
             width=width,
@@ -141,7 +142,7 @@ def test_images_of_the_papers_pretraining(data):
 
 @pytest.mark.parametrize("variant", ["Ti/16", "S/16", "B/16", "L/16", "H/14", "g/14", "G/14"])
 def test_the_hidden_layer_is_as_wide_as_the_model(variant):
-    model = recipe(f"pretrain:{variant},imagenet").model_config(None, 10)
+    model = model_config(recipe(f"pretrain:{variant},imagenet"), None, 10)
     assert model.representation_size == model.width
 
 
@@ -236,7 +237,7 @@ def check_big_vision(config, setting):
     assert config.data.train.inception_crop.area == (0.05, 1.0)
     for split in filter(None, (config.data.val, config.data.test)):
         check_resized(split, 224, 256)
-    check(config.model_config(None, 10), image_size=(224, 224), dropout=0.0, drop_path=0.0)
+    check(model_config(config, None, 10), image_size=(224, 224), dropout=0.0, drop_path=0.0)
 
 
 def check_resized(split, size, small):
@@ -251,7 +252,7 @@ def test_augreg(variant, data, setting):
     check_big_vision(config, setting)
     check(config, batch_size=4096, total_epochs=300.0)
     width = WIDTHS[variant.split("/")[0]]
-    model = config.model_config(None, 10)
+    model = model_config(config, None, 10)
     check(model, width=width, position="learned")
     if data == "imagenet":
         assert config.objective == "softmax"
@@ -271,7 +272,7 @@ def test_better_plain_vit():
     config = recipe("plain:S/16,imagenet")
     check_big_vision(config, "light2")
     check(config, batch_size=1024, total_epochs=90.0, objective="softmax")
-    model = config.model_config(None, 1000)
+    model = model_config(config, None, 1000)
     check(model, width=384, pool="gap", position="sincos2d", representation_size=384)
 
 
@@ -316,7 +317,7 @@ def check_sgd(config, steps, warmup):
     check(config.data.train, rand_augment=None, erasing=0.0)
     # What is fine-tuned gets one linear layer of zeros, whatever its head was.
     trained = ViTConfig(width=64, num_heads=2, representation_size=64, drop_path=0.1, dropout=0.1)
-    check(config.model_config(trained, 7), representation_size=None, num_classes=7, drop_path=0.0)
+    check(model_config(config, trained, 7), representation_size=None, num_classes=7, drop_path=0.0)
 
 
 @pytest.mark.parametrize("data", TABLE_4)
@@ -326,7 +327,7 @@ def test_table_4(data):
         config = recipe(f"finetune:B/16,{data}{dev}")
         check_sgd(config, steps, warmup)
         assert config.optim.ema is None and config.optim.lr in lrs
-        assert config.model_config(None, 10).image_size == (384, 384)
+        assert model_config(config, None, 10).image_size == (384, 384)
         check(config.data.train, flip=True, resize="bilinear", jpeg="fast")
         assert config.data.train.inception_crop.area == (0.05, 1.0)
         check(config.data.val if dev else config.data.test, **SQUASHED)
@@ -364,7 +365,7 @@ def test_development_splits(name, data):
 )
 def test_sizes_and_averaging(argument, size, ema):
     config = recipe(f"finetune:{argument}")
-    assert config.model_config(None, 10).image_size == (size, size) and config.optim.ema == ema
+    assert model_config(config, None, 10).image_size == (size, size) and config.optim.ema == ema
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,7 @@ def test_dropout_of_fine_tuning(variant, dropout):
 
     (Table 4 says nothing of dropout; Table 5 has 85.15%.)
     """
-    assert recipe(f"finetune:{variant},imagenet").model_config(None, 1000).dropout == dropout
+    assert model_config(recipe(f"finetune:{variant},imagenet"), None, 1000).dropout == dropout
 
 
 @pytest.mark.parametrize(
@@ -383,7 +384,7 @@ def test_dropout_of_fine_tuning(variant, dropout):
 )
 def test_a_fresh_head_is_zero_after_a_sigmoid_loss(name):
     """Section B.1.1, for models that were pre-trained with a head bias of -10."""
-    assert recipe(name).model_config(ViTConfig(head_bias=-10.0), 100).head_bias == 0.0
+    assert model_config(recipe(name), ViTConfig(head_bias=-10.0), 100).head_bias == 0.0
 
 
 @pytest.mark.parametrize("data", TABLE_4)
@@ -392,7 +393,7 @@ def test_transfer(data, crop):
     """big_vision's transfer.py: h_res=448, l_res=384; resmall_crop without another word."""
     config = recipe(f"transfer:B/32,{data}" + (crop and f",{crop}"))
     check_sgd(config, *TABLE_4[data][:2])
-    check(config.model_config(None, 10), image_size=(384, 384), dropout=0.0)
+    check(model_config(config, None, 10), image_size=(384, 384), dropout=0.0)
     assert config.optim.lr == 0.01 and config.optim.ema is None
     for evaluated in (config.data.test, recipe(f"transfer:B/32,{data},dev").data.val):
         check_resized(evaluated, 384, 448)
@@ -428,7 +429,7 @@ def test_vtab(task):
         config = recipe(f"vtab:B/16,{task}{dev}")
         check_sgd(config, 2500, 500)
         assert config.optim.lr == 0.01
-        check(config.model_config(None, 10), image_size=(384, 384), dropout=0.0)
+        check(model_config(config, None, 10), image_size=(384, 384), dropout=0.0)
         data = config.data
         assert {s.source for s in (data.train, data.val, data.test) if s} == {f"vtab:{task}"}
         assert data.train.split == ("train800" if dev else "train800val200")
@@ -552,7 +553,7 @@ def rate(step, total, base, decay, warmup, end):
 @pytest.mark.parametrize("spec, images, total, base, decay, warmup, end", SCHEDULES)
 def test_learning_rates(spec, images, total, base, decay, warmup, end):
     config = recipe(spec)
-    assert config.steps(images) == total
+    assert count_steps(config, images) == total
     schedule = make_schedule(config.optim, total)
     middle = (warmup + total) // 2
     for step in (0, 1, warmup // 2, warmup, warmup + 1, middle, total - 1, total):
@@ -604,7 +605,7 @@ WEIGHT_DECAY = {
 def test_weight_decay(spec):
     """optax.py and its default wd_mults, ".*/kernel$", by names; the amount, by a zero gradient."""
     config = recipe(spec, *SMALL[:-1])
-    model = dataclasses.replace(config.model_config(None, 5), head_bias=0.0)
+    model = dataclasses.replace(model_config(config, None, 5), head_bias=0.0)
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), structure(model)[1])
     warmup = int(config.optim.warmup)
     schedule = make_schedule(config.optim, 200_000)
@@ -771,7 +772,7 @@ def test_two_steps_of_training(spec, here, tmp_path, monkeypatch, request):
     monkeypatch.setattr(Store, "save", lambda store, step, tree: saved.update(tree))
     loss, measured = RUNS[spec]
     flags = [*SMALL, *STEPS]
-    if recipe(spec).model_config(None, 2).representation_size:
+    if model_config(recipe(spec), None, 2).representation_size:
         flags.append("--config.model.representation_size=16")
     if spec.startswith("fractals"):
         flags.append("--config.model.image_size=24")
@@ -813,7 +814,7 @@ READ = {
 @pytest.mark.parametrize("spec", READ)
 def test_images_arrive_at_the_recipes_size(spec, here):
     config = recipe(spec)
-    h, w = config.model_config(None, 10).image_size
+    h, w = model_config(config, None, 10).image_size
     for name in ("train", "val", "test"):
         split = getattr(config.data, name)
         if split is None:
@@ -965,7 +966,7 @@ def test_every_form_of_the_argument(name):
             if split.source.startswith("records:"):
                 assert parse_split(split.split)[0].isidentifier(), split.split
         if "variant" in config.model:
-            config.model_config(None, 10)
+            model_config(config, None, 10)
 
 
 class Odd:
@@ -992,9 +993,9 @@ def test_every_leaf_of_a_recipe_is_taken(monkeypatch):
             if path[0] == "model":
                 assert last in MODEL_KEYS
                 with contextlib.suppress(UserError, TypeError):
-                    assert unpack(Config, odd).model_config(None, 10) != unpack(
-                        Config, raw
-                    ).model_config(None, 10)
+                    assert model_config(unpack(Config, odd), None, 10) != model_config(
+                        unpack(Config, raw), None, 10
+                    )
                 continue
             with pytest.raises(UserError, match=re.escape(".".join(path))):
                 unpack(Config, odd)
@@ -1107,7 +1108,7 @@ def test_every_variant_has_a_recipe():
     """configs/ knows names and widths by itself, since it imports nothing from the package."""
     for name, sizes in VARIANTS.items():
         spec = name if "resnet" in sizes else f"{name}/16"
-        fields = recipe(f"pretrain:{spec},imagenet").model_config(None, 10)
+        fields = model_config(recipe(f"pretrain:{spec},imagenet"), None, 10)
         assert {key: getattr(fields, key) for key in sizes} == sizes
         assert getattr(fields, "representation_size", None) == sizes.get("width")
 

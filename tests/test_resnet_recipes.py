@@ -37,6 +37,7 @@ from vit_jax.training.config import Config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optim import is_kernel, make_schedule
+from vit_jax.training.plan import count_steps, model_config
 
 folder, here = test_recipes.folder, test_recipes.here
 
@@ -74,7 +75,7 @@ def test_table_3(variants, epochs, lr):
             b2=0.999,
             grad_clip=None,
         )
-        model = config.model_config(None, 10)
+        model = model_config(config, None, 10)
         check(model, image_size=(224, 224), head_bias=-10.0)
         if variant in RESNETS:
             assert isinstance(model, ResNetConfig) and model.resnet_style == "v2"
@@ -108,9 +109,9 @@ def test_hybrids_have_the_settings_of_their_vit(name, data, hybrid):
     found, vit = (recipe(f"{name}:{v},{data}") for v in (hybrid, hybrid.split("+")[1]))
     for section in ("optim", "data", "augment", "objective", "batch_size", "total_epochs"):
         assert getattr(found, section) == getattr(vit, section), section
-    model = found.model_config(None, 10)
+    model = model_config(found, None, 10)
     for field in ("image_size", "width", "representation_size", "dropout", "pool", "head_bias"):
-        assert getattr(model, field) == getattr(vit.model_config(None, 10), field), field
+        assert getattr(model, field) == getattr(model_config(vit, None, 10), field), field
     assert model.resnet == VARIANTS[hybrid]["resnet"]
 
 
@@ -128,7 +129,7 @@ def test_augregs_hybrids(variant):
     config = recipe(f"augreg:{variant},imagenet21k")
     check(config, batch_size=4096, total_epochs=300.0, objective="sigmoid")
     check(config.optim, lr=1e-3, weight_decay=weight_decay)
-    model = config.model_config(None, 10)
+    model = model_config(config, None, 10)
     check(model, dropout=rate, drop_path=rate, pool="gap", representation_size=None)
     # The rest is what test_recipes.py checks of all AugReg recipes.
     flags = ["--config.optim.weight_decay=0.1"]
@@ -156,18 +157,18 @@ def test_fine_tuning(name, variant):
     vit = recipe(f"{name}:B/16,cifar100")
     config = recipe(f"{name}:{variant},cifar100")
     assert (config.optim, config.data) == (vit.optim, vit.data)
-    model = config.model_config(None, 100)
+    model = model_config(config, None, 100)
     assert model.image_size == (384, 384)
     if variant in RESNETS:
         assert isinstance(model, ResNetConfig)
         trained = models.variant(variant, head_bias=-10.0)
-        check(config.model_config(trained, 7), num_classes=7, head_bias=0.0)
+        check(model_config(config, trained, 7), num_classes=7, head_bias=0.0)
     else:
         rate = DROPOUT[variant] if name == "finetune" else 0.0
         check(model, dropout=rate, drop_path=0.0, representation_size=None)
         had = dict(representation_size=768, head_bias=-10.0, drop_path=0.1)
         trained = models.variant(variant, **had)
-        tuned = config.model_config(trained, 7)
+        tuned = model_config(config, trained, 7)
         check(tuned, drop_path=0.0, representation_size=None, head_bias=0.0)
 
 
@@ -230,7 +231,7 @@ def test_bits_images(argument, resized, size):
     """get_resolution; the paper has 384 of 448 for all models but the largest."""
     spec = f"bit:R50x1,{argument}"
     for config in (recipe(spec), recipe(f"{spec},dev")):
-        check(config.model_config(None, 10), image_size=(size, size), head_bias=0.0)
+        check(model_config(config, None, 10), image_size=(size, size), head_bias=0.0)
         found = config.data.train
         check(found, aspect="squash", resize="bilinear", resize_dtype="float32", jpeg="fast")
         check(found, random_crop=True, flip=True, inception_crop=None, rand_augment=None)
@@ -267,7 +268,7 @@ def test_bits_pretraining(data):
     check_upstream(config, data)
     assert config.optim.lr == pytest.approx(0.03 * 4096 / 256)
     assert config.optim.grad_clip is None
-    steps = config.steps(images)
+    steps = count_steps(config, images)
     schedule = make_schedule(config.optim, steps)
     assert [float(schedule(step)) for step in (2500, 5000)] == pytest.approx([0.24, 0.48])
     for k, epoch in enumerate(drops):
@@ -298,7 +299,7 @@ def check_upstream(config, data):
     check(config.optim, name="sgd", momentum=0.9, mu_dtype="bfloat16", decayed="kernels")
     many = data != "imagenet"
     assert config.objective == ("sigmoid" if many else "softmax")
-    model = config.model_config(None, 10)
+    model = model_config(config, None, 10)
     check(model, image_size=(224, 224), head_bias=-10.0 if many else 0.0, resnet_style="v2")
     check(config.augment, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
     check(config.data.train, flip=True, rand_augment=None, resize="bilinear", jpeg="fast")
@@ -310,7 +311,7 @@ def check_upstream(config, data):
 
 def test_what_is_decayed_of_a_resnet():
     """Kernels: of the root, of units and their shortcuts, of the head; no norm, no bias."""
-    config = recipe("bit_pretrain:R26x1,imagenet").model_config(None, 5)
+    config = model_config(recipe("bit_pretrain:R26x1,imagenet"), None, 5)
     _, params = structure(config)
     marks = flatten_dict(is_kernel(params), sep="/")
     assert {name.rpartition("/")[2]: mark for name, mark in marks.items()} == {
@@ -387,7 +388,7 @@ def test_ten_steps_of_bits_fine_tuning(here, trained, tmp_path):
 @pytest.mark.parametrize("spec", ["bit:R50x1,cifar100", "bit:R50x1,pets,dev", "bit:R26x1,pets,384"])
 def test_images_arrive_at_the_rules_size(spec, here):
     config = recipe(spec)
-    size = config.model_config(None, 10).image_size
+    size = model_config(config, None, 10).image_size
     for split in filter(None, (config.data.train, config.data.val, config.data.test)):
         read = BatchReader.of(open_source(split.source, split.split), split, Preprocess(size))
         if split is config.data.train:
@@ -415,20 +416,20 @@ def test_images_arrive_at_the_rules_size(spec, here):
 def test_a_checkpoint_of_another_network_is_refused(spec, base):
     config = recipe(spec)
     with pytest.raises(UserError, match=r"is to be a .* the checkpoint of init_from is a "):
-        config.model_config(models.variant(base), 10)
+        model_config(config, models.variant(base), 10)
 
 
 @pytest.mark.parametrize("fields", [{"resnet": (1,)}, {"resnet": ()}, {"resnet": 3}])
 def test_a_resnet_is_not_put_before_a_vit(fields):
     config = Config(batch_size=8, model=fields)
     with pytest.raises(UserError, match="the checkpoint of init_from is a ViT without a ResNet"):
-        config.model_config(models.variant("B/16"), 10)
+        model_config(config, models.variant("B/16"), 10)
 
 
 def test_what_fine_tuning_may_change_of_a_hybrid():
     base = models.variant("R50+B/16", resnet_style="timm_v1", representation_size=768)
     config = Config(batch_size=8, model={"variant": "R50+B/16", "image_size": (384, 384)})
-    new = config.model_config(base, 10)
+    new = model_config(config, base, 10)
     assert (new.resnet, new.resnet_style, new.grid) == ((3, 4, 9), "timm_v1", (24, 24))
     with pytest.raises(UserError, match="a ViT on a pre-activation ResNet"):
-        Config(batch_size=8, model={"resnet_style": "v2"}).model_config(base, 10)
+        model_config(Config(batch_size=8, model={"resnet_style": "v2"}), base, 10)

@@ -30,6 +30,7 @@ from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.training import optim
 from vit_jax.training.config import Config, differences, keys, load_config, unpack
 from vit_jax.training.objectives import OBJECTIVES
+from vit_jax.training.plan import count_steps, model_config
 
 
 def fails(capsys, *argv):
@@ -213,10 +214,10 @@ def test_sides_are_read_whatever_the_file_has(tmp_path, written, text):
         "    return ConfigDict(dict(batch_size=8, model=model))\n"
     )
     flags = [f"--config.model.{name}_size={text}" for name in ("image", "patch")]
-    model = load_config(str(file), flags).model_config(None, 2)
+    model = model_config(load_config(str(file), flags), None, 2)
     assert model.image_size == model.patch_size == (64, 96)
     model = load_config(str(file), [f"{flag.partition('=')[0]}=32" for flag in flags])
-    assert model.model_config(None, 2).image_size == (32, 32)
+    assert model_config(model, None, 2).image_size == (32, 32)
 
 
 def test_one_side_and_two_equal_ones_are_no_difference():
@@ -276,7 +277,7 @@ def test_a_run_of_no_steps_says_why():
     ):
         config = load_config(DIGITS, [f"--config.{flag}" for flag in flags])
         with pytest.raises(UserError, match=message):
-            config.steps(237)
+            count_steps(config, 237)
 
 
 # One wrong value for each flag of each command; MODEL stands for a file of weights.

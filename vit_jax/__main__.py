@@ -168,7 +168,7 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def report(args: argparse.Namespace, overrides: list[str]) -> None:
     """Compares runs: one HTML page, and one Markdown table beside it and on the screen."""
-    from vit_jax.launch.report import write_report
+    from vit_jax.launch.page import write_report
 
     print(write_report(args.folders, args.out), end="")
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from names import ATTENTION, Contestant
 
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -21,6 +22,7 @@ from vit_jax.models.config import ModelConfig, ResNetConfig
 from vit_jax.models.vit import init_params, structure
 from vit_jax.training.config import Config
 from vit_jax.training.optim import OptimConfig
+from vit_jax.training.plan import Plan
 from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
 from vit_jax.training.state import make_state
@@ -59,7 +61,7 @@ def our_program(
         batch_size=batch_size, total_steps=1, optim=optim, precision=config.dtype, mesh=where
     )
     preprocess = Preprocess(config.image_size, config.in_channels)
-    program = make_program(run, config, preprocess, run.total_steps, mesh)
+    program = make_program(Plan(run, ModelCard(config, preprocess, ())), mesh)
     if task == "train":
         make = functools.partial(make_state, program.state, config, program.optimizer, seed=0)
         return mesh, (program.state, program.batch), program.step, make

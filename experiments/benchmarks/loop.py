@@ -39,7 +39,8 @@ from vit_jax.models.config import CHOICES, variant
 from vit_jax.training.config import Config, load_config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
-from vit_jax.training.program import make_program, new_card, train_reader
+from vit_jax.training.plan import TrainingData, make_plan
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
 from vit_jax.training.state import make_state
 
@@ -71,13 +72,11 @@ class Step:
 
     def __init__(self, config: Config):
         source = open_source(config.data.train.source, config.data.train.split)
-        record, _ = new_card(config, source.label_names, source.fingerprint, None)
-        self.config, self.vit = config, record.config
+        plan = make_plan(config, TrainingData.of(source))
+        self.config, self.vit = config, plan.card.config
         self.mesh = make_mesh(MeshConfig())
-        self.program = make_program(
-            config, record.config, record.preprocess, config.total_steps, self.mesh
-        )
-        self.reader = train_reader(config, record, source)
+        self.program = make_program(plan, self.mesh)
+        self.reader = plan.reader(source)
 
     def measure(self, steps: int) -> float:
         """Images a second."""

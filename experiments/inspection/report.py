@@ -30,7 +30,7 @@ def measure(runs, folder, count=64):
     from vit_jax.analysis.attention import inspect_attention, position_similarity
     from vit_jax.analysis.plots import distances, pictures
     from vit_jax.data.sources import open_source
-    from vit_jax.training.evaluate import read_config
+    from vit_jax.training.config import read_config
 
     run, folder = Path(runs) / "vit", Path(folder)
     vit, config = vit_jax.load(run), read_config(run)

@@ -63,9 +63,9 @@ def rehearse(name: str) -> dict:
     flags = [f"--config.{each}" for each in (*COMMON, *overrides.split())]
     config = load_config(f"{CONFIG}:{argument}", flags)
     devices = chips.topology_devices(topology)
-    record, _, _ = preflight.open_card(config)
+    plan, _, _ = preflight.open_plan(config)
     began = time.perf_counter()
-    found = preflight.rehearse(config, record, make_mesh(config.mesh, devices))
+    found = preflight.rehearse(plan, make_mesh(config.mesh, devices))
     return {
         "command": f"python -m vit_jax preflight --config=configs/pretrain.py:{argument} "
         f"--topology={topology} {' '.join(flags)}",
@@ -102,7 +102,7 @@ def compile_times() -> dict:
     times: dict[str, float] = {}
     flags = [f"--config.{each}" for each in (*COMMON, "batch_size=8", "precision=float32")]
     config = load_config(f"{CONFIG}:S/16,jft", flags)
-    record, _, _ = preflight.open_card(config)
+    plan, _, _ = preflight.open_plan(config)
     mesh = make_mesh(config.mesh, jax.devices("cpu")[:1])
     scanned, looped = (("scan", 12), ("scan", 48)), (("loop", 12), ("loop", 48))
     for cases in (scanned, scanned, scanned, looped):
@@ -112,7 +112,7 @@ def compile_times() -> dict:
             )
             jax.clear_caches()
             began = time.perf_counter()
-            preflight.rehearse(config, dataclasses.replace(record, config=vit), mesh)
+            preflight.rehearse(plan.with_model(vit), mesh)
             key = f"{how} {depth}"
             times[key] = min(times.get(key, 1e9), time.perf_counter() - began)
     return times

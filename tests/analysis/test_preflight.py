@@ -47,8 +47,8 @@ def test_the_report_says_what_the_run_will_be(report):
 
 def test_state_is_a_share_and_the_least_traffic_is_counted():
     config = load_config(DIGITS, [*TINY, "--config.mesh.fsdp=8", "--config.mesh.data=1"])
-    record, _, _ = preflight.open_card(config)
-    found = preflight.rehearse(config, record, make_mesh(config.mesh))
+    plan, _, _ = preflight.open_plan(config)
+    found = preflight.rehearse(plan, make_mesh(config.mesh))
     leaves = jax.tree.leaves(found.program.state)
     # AdamW: two moments; and the average: four times the parameters and some counters.
     params = sum(leaf.size for leaf in jax.tree.leaves(found.program.state.params))
@@ -79,8 +79,8 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     flags = ["--config.batch_size=256", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
     flags += ["--config.optim.accumulate=1", "--config.data.train.affine=None"]
     config = load_config(DIGITS, [*TINY, *flags])
-    record, _, _ = preflight.open_card(config)
-    needs = preflight.rehearse(config, record, make_mesh(config.mesh)).peak_bytes
+    plan, _, _ = preflight.open_plan(config)
+    needs = preflight.rehearse(plan, make_mesh(config.mesh)).peak_bytes
     monkeypatch.setattr(preflight, "memory_limit", lambda device: int(0.7 * needs))
     monkeypatch.setattr(preflight, "_SECONDS_OF_DATA", 0.1)
     assert main(["preflight", f"--config={DIGITS}", *TINY, *flags]) == 2
@@ -89,15 +89,15 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     (advice,) = re.findall(r"it does with (.*)", err)
     assert advice.startswith("--config.optim.accumulate=")
     changed = load_config(DIGITS, [*TINY, *flags, *advice.split()])
-    found = preflight.rehearse(changed, record, make_mesh(changed.mesh))
+    found = preflight.rehearse(dataclasses.replace(plan, config=changed), make_mesh(changed.mesh))
     assert found.fits and found.peak_bytes <= 0.7 * needs
 
 
 def test_small_changes_come_first():
     config = load_config(DIGITS, [*TINY, "--config.optim.accumulate=1"])
-    record, _, _ = preflight.open_card(config)
-    found = preflight.rehearse(config, record, make_mesh(config.mesh))
-    flags = [flags for flags, *_ in preflight.smaller(config, record.config, found)]
+    plan, _, _ = preflight.open_plan(config)
+    found = preflight.rehearse(plan, make_mesh(config.mesh))
+    flags = [flags for flags, *_ in preflight.smaller(config, plan.card.config, found)]
     assert flags[:3] == [
         "--config.optim.accumulate=2",
         "--config.model.remat=dots",

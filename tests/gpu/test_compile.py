@@ -35,10 +35,10 @@ def rehearsed(topology, *overrides, **fields):
     flags = [f"--config.{each}" for each in ("precision=bfloat16", "model.num_classes=10")]
     flags += [f"--config.{each}" for each in ("batch_size=64", *overrides)]
     config = load_config(PRETRAIN, flags)
-    record, _, _ = preflight.open_card(config)
-    vit = dataclasses.replace(record.config, **SMALL | fields)
+    plan, _, _ = preflight.open_plan(config)
+    vit = dataclasses.replace(plan.card.config, **SMALL | fields)
     mesh = make_mesh(config.mesh, chips.topology_devices(topology))
-    return preflight.rehearse(config, dataclasses.replace(record, config=vit), mesh)
+    return preflight.rehearse(plan.with_model(vit), mesh)
 
 
 def launches_of_a_block(**fields):

@@ -26,8 +26,7 @@ from vit_jax.launch.launchers import Local, Print, make_launcher, shares
 from vit_jax.launch.progress import Progress
 from vit_jax.launch.run import Result, failures, read_results, run_sweep
 from vit_jax.launch.sweep import load_sweep, point_config
-from vit_jax.training.config import load_config, to_json
-from vit_jax.training.evaluate import read_config
+from vit_jax.training.config import load_config, read_config, to_json
 from vit_jax.training.metrics import TIMING_KEYS, last_values
 
 FAKE = pathlib.Path(__file__).with_name("fake_train.py")

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from vit_jax.errors import UserError
-from vit_jax.models import attention, elementwise, layers
+from vit_jax.models import attention, elementwise, layers, stack
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
 
@@ -142,7 +142,7 @@ def test_captured_weights_are_those_that_a_fused_call_uses(position, wanted, mon
     if position == "relative":
         random = np.random.default_rng(1).normal(size=(7, 2, 8))
         module.rel_embed[...] = jnp.asarray(random, jnp.float32)
-    captures = layers.Captures("attention")
+    captures = stack.Captures("attention")
     x = np.random.default_rng(0).normal(size=(3, 5, 16))
     module(jnp.asarray(x, jnp.bfloat16), captures)
     assert seen["implementation"] == wanted
@@ -271,7 +271,7 @@ def test_product_is_every_token_times_the_kernel(inputs, outputs, equation):
 )
 def test_where_blocks_are_scanned(scan, backend, depth, wanted, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert layers.scanned(scan, depth) is wanted
+    assert stack.scanned(scan, depth) is wanted
     # And that is what the program has: one body, or as many as there are blocks.
     if depth == 1:
         return

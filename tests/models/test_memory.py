@@ -8,7 +8,7 @@ from conftest import fake_mesh
 from flax import nnx
 
 from vit_jax import compiler
-from vit_jax.models import layers
+from vit_jax.models import stack
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import init_params, structure
 
@@ -59,7 +59,7 @@ def bound(dtype):
 
 def everything(monkeypatch):
     policy = jax.checkpoint_policies.everything_saveable
-    monkeypatch.setitem(layers._REMAT, "none", policy)
+    monkeypatch.setitem(stack._REMAT, "none", policy)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,7 +15,7 @@ from flax import nnx
 
 import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.models import layers, resnet
+from vit_jax.models import resnet, stack
 from vit_jax.models.config import ResNetConfig, ViTConfig, variant
 from vit_jax.models.vit import structure
 
@@ -58,7 +58,7 @@ CASES = {
     "stem-v1": a_hybrid("v1", resnet=(), patch_size=4),
     "stem-v2": a_hybrid("v2", resnet=(), patch_size=(2, 8)),
 }
-CAPTURES = {ResNetConfig: resnet.CAPTURES, ViTConfig: layers.CAPTURES}
+CAPTURES = {ResNetConfig: resnet.CAPTURES, ViTConfig: stack.CAPTURES}
 
 # Float32 comes within 3e-6 of the reference.
 TOLERANCE = 1e-5

@@ -18,7 +18,7 @@ from flax import nnx
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig, variant
-from vit_jax.models.layers import CAPTURES
+from vit_jax.models.stack import CAPTURES
 from vit_jax.models.vit import ViT, init_params, structure
 
 # Nothing square and nothing equal, so that no two axes can be confused.

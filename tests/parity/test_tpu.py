@@ -20,10 +20,10 @@ def rehearsed(topology, *overrides, depth=2):
     flags = [f"--config.{each}" for each in ("precision=bfloat16", "model.num_classes=10")]
     flags += [f"--config.{each}" for each in overrides]
     config = load_config(f"{PRETRAIN}:S/16,jft", flags)
-    record, _, _ = preflight.open_card(config)
-    vit = dataclasses.replace(record.config, width=512, num_heads=8, mlp_dim=2048, depth=depth)
+    plan, _, _ = preflight.open_plan(config)
+    vit = dataclasses.replace(plan.card.config, width=512, num_heads=8, mlp_dim=2048, depth=depth)
     mesh = make_mesh(config.mesh, chips.topology_devices(topology))
-    return preflight.rehearse(config, dataclasses.replace(record, config=vit), mesh)
+    return preflight.rehearse(plan.with_model(vit), mesh)
 
 
 def test_fsdp_moves_little_more_than_it_needs():

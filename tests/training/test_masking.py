@@ -13,14 +13,14 @@ from flax import nnx
 
 import vit_jax
 from vit_jax.analysis.cost import flops_per_image
-from vit_jax.analysis.preflight import open_card
+from vit_jax.analysis.preflight import open_plan
 from vit_jax.checkpoints import card as records
 from vit_jax.checkpoints.load import open_model, place, read_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.layers import Captures, Corruption
-from vit_jax.models.vit import init_params, structure
+from vit_jax.models.stack import Captures
+from vit_jax.models.vit import Corruption, init_params, structure
 from vit_jax.training import masking, objectives
 from vit_jax.training.config import load_config
 from vit_jax.training.evaluate import evaluate_run
@@ -29,7 +29,7 @@ from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig, make_optimizer
-from vit_jax.training.program import new_card
+from vit_jax.training.plan import TrainingData, make_plan, model_config
 from vit_jax.training.sharding import MeshConfig, make_layout, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, make_state
 from vit_jax.training.steps import make_masked_eval_step, make_train_step
@@ -488,7 +488,8 @@ def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(run, tmp_p
 def test_pre_training_goes_on_with_another_target(run, flags, fate):
     """The patch head of one target is of no use for another; the [mask] is."""
     opened, config = open_model(run[0]), config_of(*flags)
-    card, keeps = new_card(config, tuple("0123456789"), "", opened.card)
+    plan = make_plan(config, TrainingData(tuple("0123456789")), opened)
+    card, keeps = plan.card, plan.keep_head
     assert (card.labels, card.objective) == ((), config.objective)
     _, lines = place(opened, card.config, head="keep" if keeps else "fresh")
     fates = {line.name: line.fate for line in lines}
@@ -497,9 +498,10 @@ def test_pre_training_goes_on_with_another_target(run, flags, fate):
 
 def test_a_preflight_needs_neither_data_nor_classes():
     spec = f"{ROOT}/configs/masked.py:B/16,imagenet,small"
-    card, source, missing = open_card(load_config(spec))
+    plan, source, missing = open_plan(load_config(spec))
     assert source is None and "imagenet2012" in missing
-    assert (card.config.num_classes, card.config.patch_outputs) == (0, 16 * 512)
+    model = plan.card.config
+    assert (model.num_classes, model.patch_outputs) == (0, 16 * 512)
 
 
 def test_a_record_may_name_every_objective_there_is():
@@ -527,7 +529,7 @@ def test_what_does_not_go_together_is_refused(name, value, message):
     with pytest.raises(UserError, match=message):
         if name not in ("augment", "objective"):
             name, value = "model", {**config.model, name: value}
-        new_card(dataclasses.replace(config, **{name: value}), ("0", "1"), "", None)
+        make_plan(dataclasses.replace(config, **{name: value}), TrainingData(("0", "1")))
 
 
 def test_no_evaluator_may_classify_and_no_resnet_be_masked():
@@ -536,13 +538,13 @@ def test_no_evaluator_may_classify_and_no_resnet_be_masked():
     with pytest.raises(UserError, match=r"eval\.evaluators\.v2 classifies, but a model of"):
         dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=evaluators))
     with pytest.raises(UserError, match="predicts patches, which a ResNet has none of"):
-        dataclasses.replace(config, model={"variant": "R50x1"}).model_config(None, 0)
+        model_config(dataclasses.replace(config, model={"variant": "R50x1"}), None, 0)
     softmax = dataclasses.replace(config, objective="softmax", model={"variant": "S/16"})
-    assert softmax.model_config(None, 10).patch_outputs == 0
+    assert model_config(softmax, None, 10).patch_outputs == 0
     with pytest.raises(UserError, match="patch_outputs is 3, but objective softmax needs 0"):
         changed = {"variant": "S/16", "patch_outputs": 3}
-        dataclasses.replace(softmax, model=changed).model_config(None, 10)
-    hybrid = dataclasses.replace(config, model={"variant": "R50+B/16"}).model_config(None, 0)
+        model_config(dataclasses.replace(softmax, model=changed), None, 10)
+    hybrid = model_config(dataclasses.replace(config, model={"variant": "R50+B/16"}), None, 0)
     assert hybrid.patch_outputs == 16 * 512  # patches are of pixels, whatever is cut
 
 
@@ -590,10 +592,10 @@ def test_the_recipe_is_the_papers():
         assert (optim.name, optim.lr, optim.b1, optim.b2) == ("adam", 2e-4, 0.9, 0.999)
         assert (optim.schedule, optim.warmup, optim.weight_decay) == ("cosine", 10_000, 0)
         assert (config.objective, config.data.train.source) == (objective, "records:shards/mine")
-        assert config.model_config(None, 0).patch_outputs == outputs
+        assert model_config(config, None, 0).patch_outputs == outputs
     assert set(config.eval.evaluators) >= {"pets_fewshot"}
     small = load_config(f"{ROOT}/configs/masked.py:fractals,small")
-    assert small.model_config(None, 0).patch_outputs == 16 * 8
+    assert model_config(small, None, 0).patch_outputs == 16 * 8
     for wrong in ("B/16,jft,small,pixels", "fractals,large", "R50x1,imagenet", "B/16,imagenet,v2"):
         with pytest.raises(UserError, match="argument"):
             load_config(f"{ROOT}/configs/masked.py:{wrong}")

@@ -18,13 +18,13 @@ from sklearn.metrics import average_precision_score, f1_score
 from test_resume import logged
 
 import vit_jax
-from vit_jax.analysis.preflight import open_card
+from vit_jax.analysis.preflight import open_plan
 from vit_jax.checkpoints.load import open_model, place, read_model
 from vit_jax.data import sources
 from vit_jax.data.pipeline import BatchReader, Split, train_batches
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.launch.report import write_report
+from vit_jax.launch.page import write_report
 from vit_jax.models.vit import structure
 from vit_jax.training import multilabel
 from vit_jax.training.config import load_config
@@ -224,14 +224,14 @@ def test_an_evaluator_that_does_not_fit_is_refused_before_a_run(name, run):
 
 def test_softmax_is_refused(run, tmp_path):
     config = config_of("--config.objective=softmax")
-    for refused in (lambda: train(config, tmp_path / "run"), lambda: open_card(config)):
+    for refused in (lambda: train(config, tmp_path / "run"), lambda: open_plan(config)):
         with pytest.raises(UserError, match=r"^data.train.source quarters has several labels.*set"):
             refused()
     with pytest.raises(UserError, match=r"^data.val: quarters has several .*objective=sigmoid$"):
         evaluate_run(run.workdir, config)
     with pytest.raises(UserError, match="several is 'eech'; did you mean 'each'"):
         Classification(test=SPLIT, several="eech")
-    assert open_card(config_of())[0].multi_label
+    assert open_plan(config_of())[0].card.multi_label
 
 
 @pytest.mark.parametrize("seed", range(4))

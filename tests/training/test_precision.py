@@ -9,7 +9,8 @@ from conftest import DIGITS, TINY
 
 from vit_jax.data.sources import open_source
 from vit_jax.training.config import load_config
-from vit_jax.training.program import make_program, new_card
+from vit_jax.training.plan import TrainingData, make_plan
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import make_mesh, to_devices
 from vit_jax.training.state import make_state
 
@@ -32,9 +33,9 @@ def program_of(flags):
     """What a run on digits with these flags compiles, and its model's config."""
     config = load_config(DIGITS, flags)
     source = open_source("digits", "train")
-    record, _ = new_card(config, source.label_names, source.fingerprint, None)
+    plan = make_plan(config, TrainingData.of(source))
     mesh = make_mesh(config.mesh)
-    return make_program(config, record.config, record.preprocess, 30, mesh), record.config
+    return make_program(plan, mesh), plan.card.config
 
 
 def products_of(text):

@@ -11,6 +11,7 @@ from conftest import DIGITS, TINY
 from flax import nnx
 
 from vit_jax.analysis.collectives import by_kind, read_collectives
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -20,7 +21,8 @@ from vit_jax.training.config import Config, load_config
 from vit_jax.training.evaluate import Evaluation
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
-from vit_jax.training.program import make_program, new_card
+from vit_jax.training.plan import Plan, TrainingData, make_plan
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import (
     MeshConfig,
     device_grid,
@@ -61,7 +63,7 @@ MESHES = {
 def program_of(mesh, vit=VIT, config=CONFIG):
     devices = jax.devices()[:1] if mesh is None else jax.devices()
     mesh = make_mesh(MeshConfig() if mesh is None else mesh, devices)
-    return make_program(config, vit, Preprocess(vit.image_size, 3), 5, mesh)
+    return make_program(Plan(config, ModelCard(vit, Preprocess(vit.image_size, 3), ())), mesh)
 
 
 def trained(mesh, vit=VIT, config=CONFIG, steps=5):
@@ -162,9 +164,9 @@ def test_evaluation_gathers_each_parameter_once():
     config = load_config(DIGITS, [*TINY, "--config.mesh.fsdp=-1"])
     mesh = make_mesh(config.mesh)
     source = open_source(config.data.train.source, config.data.train.split)
-    record, _ = new_card(config, source.label_names, source.fingerprint, None)
-    program = make_program(config, record.config, record.preprocess, 24, mesh)
-    step = Evaluation(config, record, mesh)._eval_step
+    plan = make_plan(config, TrainingData.of(source))
+    program = make_program(plan, mesh)
+    step = Evaluation(config, plan.card, mesh)._eval_step
     text = step.lower(program.state.params, program.batch, 0).compile().as_text()
     split = sum(split_sizes(program).values())
     totals = by_kind(read_collectives(text))

@@ -11,7 +11,7 @@ from vit_jax.data.pipeline import BatchReader, Split
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.config import Config
-from vit_jax.training.program import new_card
+from vit_jax.training.plan import TrainingData, make_plan
 
 
 def data(
@@ -76,9 +76,8 @@ def data(
 
 def _card(config: Config, train: Source) -> ModelCard:
     """The model that a config would train."""
-    base = None if config.init_from is None else open_model(config.init_from).card
-    multi_label = getattr(train, "multi_label", False)
-    return new_card(config, train.label_names, train.fingerprint, base, multi_label=multi_label)[0]
+    init = None if config.init_from is None else open_model(config.init_from)
+    return make_plan(config, TrainingData.of(train), init).card
 
 
 def _reader(

@@ -21,7 +21,6 @@ from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
 from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
 from vit_jax.analysis.roofline import Roofline, read_kernels, tell
-from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.load import open_model
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
@@ -30,14 +29,8 @@ from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
 from vit_jax.models.vit import structure
 from vit_jax.training import masking
 from vit_jax.training.config import Config
-from vit_jax.training.program import (
-    Program,
-    check_labels,
-    make_program,
-    new_card,
-    run_steps,
-    train_reader,
-)
+from vit_jax.training.plan import Plan, TrainingData, make_plan
+from vit_jax.training.program import Program, make_program
 from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
 
 _SECONDS_OF_DATA = 5.0
@@ -75,13 +68,9 @@ class Rehearsal:
         return sum(each.times * each.bytes for each in self.collectives)
 
 
-def rehearse(config: Config, card: ModelCard, mesh: Mesh) -> Rehearsal:
-    """Compiles the training step of `config` for the devices of `mesh`, which need not exist."""
-    vit = card.config
-    several = card.multi_label
-    program = make_program(
-        config, vit, card.preprocess, config.steps(10**9), mesh, multi_label=several
-    )
+def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
+    """Compiles the training step of a plan for the devices of `mesh`, which need not exist."""
+    program = make_program(plan, mesh)
     state_bytes = shard_bytes(program.state)
     device = mesh.devices.flat[0]
     limit, chip = memory_limit(device), CHIPS.get(device.device_kind)
@@ -109,7 +98,7 @@ def rehearse(config: Config, card: ModelCard, mesh: Mesh) -> Rehearsal:
         peak,
         limit,
         tuple(read_collectives(hlo)) if mesh.size > 1 else (),
-        least_traffic(program, config, vit),
+        least_traffic(program, plan.config, plan.card.config),
         len(re.findall(r'custom_call_target="__cudnn\$fmha', hlo)),
         None if chip is None else Roofline(tuple(read_kernels(hlo)), chip),
     )
@@ -155,8 +144,8 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     config.check_trains()
     devices = topology_devices(topology) if topology else jax.devices()
     mesh = make_mesh(config.mesh, devices)
-    card, source, missing = open_card(config)
-    vit, hosts = card.config, len({device.process_index for device in devices})
+    plan, source, missing = open_plan(config)
+    vit, hosts = plan.card.config, len({device.process_index for device in devices})
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = f"{len(devices)} x {devices[0].device_kind}"
     yield _line("devices", f"{kind} of {hosts} host{'s' * (hosts > 1)}, mesh {axes}")
@@ -169,7 +158,7 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     flops = step_flops(config, vit)
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
-    rehearsal = rehearse(config, card, mesh)
+    rehearsal = rehearse(plan, mesh)
     calls = rehearsal.fused_attention
     if isinstance(vit, ViTConfig) and calls is not None:
         yield _line("attention", f"cuDNN's, {calls} kernels in the program" if calls else "XLA's")
@@ -190,7 +179,7 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     else:
         seconds = None
     if seconds is not None:
-        steps = None if config.total_epochs and source is None else run_steps(config, source)
+        steps = None if config.total_epochs and source is None else plan.total_steps
         whole = f", {_duration(steps * seconds)} for {steps:,} steps" if steps else ""
         rate = f"{config.batch_size / seconds:,.0f} images/s"
         yield _line("time", f"about {seconds * 1e3:.4g} ms a step, {rate}{whole} ({told})")
@@ -200,14 +189,15 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     if source is None:
         yield _line("data", f"not measured: {missing}")
     else:
-        yield _line("data", _data_rate(config, card, source, config.batch_size // hosts, needed))
+        yield _line("data", _data_rate(plan, source, config.batch_size // hosts, needed))
     if rehearsal.fits:
         return
 
     yield "This does not fit. Looking for the smallest change that does:"
     for flags, changed, remat in smaller(config, vit, rehearsal):
-        there = dataclasses.replace(card, config=dataclasses.replace(vit, remat=remat))
-        tried = rehearse(changed, there, make_mesh(changed.mesh, devices))
+        there = plan.with_model(dataclasses.replace(vit, remat=remat))
+        there = dataclasses.replace(there, config=changed)
+        tried = rehearse(there, make_mesh(changed.mesh, devices))
         yield f"  {flags}: {_memory(tried)}"
         if tried.fits:
             raise UserError(f"this does not fit on the devices; it does with {flags}")
@@ -287,15 +277,14 @@ def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:
     )
 
 
-def open_card(config: Config) -> tuple[ModelCard, Source | None, str]:
-    """The model, the data and, where that cannot be opened, why not."""
-    base = None if config.init_from is None else open_model(config.init_from).card
+def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
+    """The plan, the data and, where that cannot be opened, why not.
+
+    Without its data a run is planned for as many classes as model.num_classes says.
+    """
+    init = None if config.init_from is None else open_model(config.init_from)
     try:
         source = open_source(config.data.train.source, config.data.train.split)
-        several = getattr(source, "multi_label", False)
-        card, _ = new_card(
-            config, source.label_names, source.fingerprint, base, multi_label=several
-        )
     except UserError as error:
         masked = config.objective in masking.OBJECTIVES
         classes = 0 if masked else config.model.get("num_classes")
@@ -304,19 +293,16 @@ def open_card(config: Config) -> tuple[ModelCard, Source | None, str]:
                 f"{error}; to go on without the data, say how many classes it has: "
                 "--config.model.num_classes=1000"
             ) from None
-        labels = tuple(str(i) for i in range(classes))
-        return new_card(config, labels, "", base)[0], None, str(error)
-    check_labels(config, source)
-    return card, source, ""
+        data = TrainingData(tuple(str(i) for i in range(classes)), examples=10**9)
+        return make_plan(config, data, init), None, str(error)
+    return make_plan(config, TrainingData.of(source), init), source, ""
 
 
-def _data_rate(
-    config: Config, card: ModelCard, source: Source, rows: int, needed: float | None
-) -> str:
+def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> str:
     """Reads training batches as one host would, for some seconds."""
-    read = train_reader(config, card, source)
+    read, data = plan.reader(source), plan.config.data
     size = max(min(rows, 256), 1)
-    options = dict(workers=config.data.workers, threads=config.data.threads)
+    options = dict(workers=data.workers, threads=data.threads)
     images, began = 0, None
     with train_batches(read, size, start_step=0, stop_step=10**6, **options) as batches:
         for batch in batches:

@@ -102,9 +102,9 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: bool) -> Run:
     """Reads what there is; only of sweeps, the settings are their overrides."""
     from vit_jax.checkpoints.card import BROKEN
-    from vit_jax.training.config import flat, is_resumable
-    from vit_jax.training.evaluate import read_config
+    from vit_jax.training.config import flat, is_resumable, read_config
     from vit_jax.training.metrics import read_starts
+    from vit_jax.training.plan import count_steps
 
     notes, config, total = [], None, None
     settings = {} if result is None else {"config": result.config, **result.overrides}
@@ -113,7 +113,7 @@ def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: b
             config = read_config(folder)
             total = config.total_steps
             if config.total_examples is not None:
-                total = config.steps(None)
+                total = count_steps(config, None)
     except (*BROKEN, OSError) as error:
         notes.append(str(error))
     if config is not None and not sweeps:

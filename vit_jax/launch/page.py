@@ -1,30 +1,41 @@
 """A report as one HTML page that needs nothing else: no network, no library, no font.
 
-All of it works without its script, which adds sorting, hiding and reading off values. The page's
-own policy lets no other script run, and nothing be fetched.
+All of it works without its script (page.js), which adds sorting, hiding and reading off values. The
+page's own policy lets no other script run, and nothing be fetched. Its style is page.css.
 """
 
 import base64
 import hashlib
 import html
+import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
 
-from vit_jax.launch.compared import Run
+from etils import epath
+
+from vit_jax.errors import UserError
+from vit_jax.launch.compared import Run, read_runs
 from vit_jax.launch.report import (
     Group,
     Report,
     Table,
+    compare,
     curve_names,
     group_table,
+    markdown,
     number,
     printable,
     run_table,
     short,
     summary,
     text,
+    title,
 )
+
+logger = logging.getLogger(__name__)
 
 _COLOURS = 7  # those of the style; then they come again, dashed
 _POINTS = 200  # of a curve, at most
@@ -33,10 +44,41 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 350, 8, 190
 _SYMBOLS = {"finished": "✓", "running": "▸", "failed": "✕", "stopped": "■", "waiting": "…"}
 
 
+def write_report(folders: Sequence[str], out: str | None = None) -> str:
+    """Writes the page of some run folders or sweeps to `out`, and its table beside it.
+
+    Args:
+      out: FILE.html; left out, it is report.html in the first folder.
+
+    Returns:
+      The table, in Markdown.
+
+    Raises:
+      UserError: a folder is neither a run's nor a sweep's, or nothing in them can be read.
+    """
+    from vit_jax.checkpoints.store import write_atomically
+
+    path = epath.Path(out or os.path.join(folders[0], "report.html"))
+    if path.suffix != ".html":
+        raise UserError(f"--out is {out}; expected FILE.html, beside which FILE.md is written")
+    report = compare(read_runs(folders), title(folders))
+    table = markdown(report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, html_page(report))
+        write_atomically(path.with_suffix(".md"), table)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        raise UserError(f"{path} cannot be written: name a file by --out=FILE.html") from None
+    logger.info("%s", path)
+    return table
+
+
 def html_page(report: Report) -> str:
     """Draws the report."""
     keys = _legend(report)
-    policy = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    here = resources.files("vit_jax.launch")
+    style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -45,7 +87,7 @@ def html_page(report: Report) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
 script-src 'sha256-{policy}'">
 <title>{_safe(report.title)}</title>
-<style>{_STYLE}</style>
+<style>{style}</style>
 </head>
 <body>
 <main>
@@ -62,7 +104,7 @@ script-src 'sha256-{policy}'">
 </section>
 {_footer(report)}
 </main>
-<script>{_SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -283,158 +325,3 @@ def _footer(report: Report) -> str:
         "the median; device-hours are seconds times devices."
     )
     return f"<footer>{''.join(f'<p>{each}</p>' for each in told)}</footer>"
-
-
-# Colours after Okabe and Ito, which stay apart for the colour-blind, a little darker on white.
-_STYLE = """
-:root { color-scheme: light dark; --paper: #f7f6f3; --card: #fff; --ink: #1b2330; --soft: #5d6675;
- --line: #e4e1da; --good: #00795a; --bad: #b3401a;
- --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b8609a; --c4: #c48a00; --c5: #3f9fd8;
- --c6: #6d7480; }
-@media (prefers-color-scheme: dark) { :root { --paper: #12151a; --card: #1a1e25; --ink: #e9e7e2;
- --soft: #9aa3b0; --line: #2c323c; --good: #3ccf9f; --bad: #ff8f5c;
- --c0: #4ba6ea; --c1: #f5813a; --c2: #2cc79a; --c3: #e091c2; --c4: #e8b33b; --c5: #8fd0f7;
- --c6: #a3abb8; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
- font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1280px; margin: 0 auto; padding: 28px 16px 40px; }
-h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.02em; margin: 0; }
-h2 { font-size: 17px; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 12px; }
-h2 small { color: var(--soft); font-size: 13px; font-weight: 400; letter-spacing: 0; }
-h1, h2, .chips li, .legend, .sub, footer { overflow-wrap: anywhere; }
-section { margin-top: 32px; }
-.sub { color: var(--soft); margin: 6px 0 0; }
-.card, .scroll, figure { background: var(--card); border: 1px solid var(--line);
- border-radius: 12px; }
-.card { padding: 20px; margin-top: 24px; }
-.best { display: flex; flex-wrap: wrap; gap: 16px 48px; justify-content: space-between; }
-.best .what { flex: 1 1 260px; min-width: 0; }
-.best h2 { font-size: 20px; margin: 2px 0 10px; }
-.label, .score span { color: var(--soft); font-size: 13px; margin: 0; }
-.scores { display: flex; gap: 32px; align-items: center; }
-.score b { display: block; font-size: 32px; line-height: 1.15; letter-spacing: -0.02em;
- font-weight: 650; font-variant-numeric: tabular-nums; }
-.chips { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0; }
-.chips li { border: 1px solid var(--line); border-radius: 6px; padding: 1px 8px; font-size: 13px;
- color: var(--soft); }
-.chips b { color: var(--ink); font-weight: 600; }
-.scroll { overflow-x: auto; max-width: 100%; }
-table { border-collapse: separate; border-spacing: 0; font-size: 14px; min-width: 100%;
- font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 12px; text-align: left; white-space: nowrap; font-weight: 400; }
-thead th { color: var(--soft); font-size: 12.5px; line-height: 1.3; vertical-align: bottom;
- white-space: normal; }
-.js thead th.n, .js thead th[data-k] { cursor: pointer; }
-tbody th, tbody td { border-top: 1px solid var(--line); }
-thead th:first-child, tbody th { position: sticky; left: 0; background: var(--card); z-index: 1; }
-tbody th div { position: relative; width: max-content; max-width: min(40vw, 340px);
- white-space: normal; overflow-wrap: anywhere; line-height: 1.35; padding-left: 26px; }
-tbody th .swatch { position: absolute; left: 0; top: 6px; }
-.n { text-align: right; }
-tr.won th, tr.won td { font-weight: 650; }
-td.s i { font-style: normal; display: inline-block; width: 1.4em; color: var(--soft); }
-td.finished i { color: var(--good); } td.failed, td.failed i { color: var(--bad); }
-th[aria-sort]::after { content: " ↓"; } th[aria-sort=ascending]::after { content: " ↑"; }
-.legend { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 12px; }
-button { font: inherit; font-size: 13px; line-height: 1.4; color: inherit; background: var(--card);
- border: 1px solid var(--line); border-radius: 8px; padding: 5px 10px; text-align: left;
- cursor: pointer; max-width: 100%; }
-button[aria-pressed=false] { opacity: 0.45; text-decoration: line-through; }
-:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
-.grid { display: grid; gap: 16px;
- grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
-figure { margin: 0; padding: 14px 10px 8px 12px; min-width: 0; }
-figcaption { display: flex; flex-wrap: wrap; gap: 0 10px; min-height: 24px; font-size: 14px;
- justify-content: space-between; padding: 0 4px 6px; overflow-wrap: anywhere; }
-figcaption b { font-weight: 600; } output { color: var(--soft); font-size: 13px;
- font-variant-numeric: tabular-nums; }
-.plot { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
-.plot text { font-size: 11.5px; fill: var(--soft); text-anchor: end; }
-.plot text.x { text-anchor: middle; }
-.rule { stroke: var(--line); stroke-width: 1; fill: none; }
-polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round;
- stroke-linecap: round; opacity: 0.85; } polyline.top { stroke-width: 2.8; opacity: 1; }
-.plot circle { fill: var(--c); } .plot circle.mark { display: none; fill: none;
- stroke: var(--ink); stroke-width: 1.5; }
-.swatch { margin-right: 8px; vertical-align: middle; flex: none; }
-.swatch path { stroke: var(--c); stroke-width: 3; fill: none; }
-.strip circle { fill: var(--c); opacity: 0.55; }
-.strip path:not(.rule) { stroke: var(--c); stroke-width: 3; stroke-linecap: round; }
-.strip { display: block; }
-.d1 { stroke-dasharray: 6 4; } .d2 { stroke-dasharray: 1.5 4; }
-circle.d1, circle.d2 { stroke-dasharray: none; }
-.c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
-.c4 { --c: var(--c4); } .c5 { --c: var(--c5); } .c6 { --c: var(--c6); }
-.off { display: none; } .dim [data-g]:not(.lit) { opacity: 0.12; }
-footer { margin-top: 36px; color: var(--soft); font-size: 13px; max-width: 75ch; }
-footer p { margin: 0 0 8px; }
-@media (min-width: 700px) { main { padding: 48px 32px 64px; } h1 { font-size: 34px; }
- .score b { font-size: 40px; } .card { padding: 24px 28px; } }
-"""
-
-_SCRIPT = """
-const all = (what, inside = document) => [...inside.querySelectorAll(what)];
-document.body.classList.add("js");
-for (const button of all("button[data-g]")) {
-  const mine = all(`.plot [data-g="${button.dataset.g}"]`);
-  button.onclick = () => {
-    const on = button.getAttribute("aria-pressed") !== "true";
-    button.setAttribute("aria-pressed", on);
-    mine.forEach((each) => each.classList.toggle("off", !on));
-  };
-  button.onpointerenter = (event) => {
-    if (event.pointerType !== "mouse") return;
-    all(".plot").forEach((plot) => plot.classList.add("dim"));
-    mine.forEach((each) => each.classList.add("lit"));
-  };
-  button.onpointerleave = () => {
-    all(".plot").forEach((plot) => plot.classList.remove("dim"));
-    mine.forEach((each) => each.classList.remove("lit"));
-  };
-}
-for (const plot of all(".plot")) {
-  const mark = plot.querySelector(".mark");
-  const told = plot.parentElement.querySelector("output");
-  plot.onpointermove = plot.onpointerdown = (event) => {
-    const box = plot.getBoundingClientRect();
-    const scale = plot.viewBox.baseVal.width / box.width;
-    const x = (event.clientX - box.left) * scale, y = (event.clientY - box.top) * scale;
-    let best = null;
-    for (const line of all("polyline:not(.off)", plot)) {
-      [...line.points].forEach((point, i) => {
-        const far = Math.hypot(2 * (point.x - x), point.y - y);
-        if (!best || far < best.far) best = { far, point, line, i };
-      });
-    }
-    if (!best) return;
-    const [step, value] = best.line.dataset.p.split(" ")[best.i].split(":");
-    told.textContent = `${best.line.dataset.n}, step ${step}: ${value}`;
-    mark.setAttribute("cx", best.point.x);
-    mark.setAttribute("cy", best.point.y);
-    mark.style.display = "inline";
-  };
-  plot.onpointerleave = () => { mark.style.display = "none"; told.textContent = ""; };
-}
-const value = (row, i) => {
-  const told = row.cells[i].textContent.trim();
-  return row.cells[i].className === "n" ? (parseFloat(told) || -Infinity) : told;
-};
-for (const table of all("table")) {
-  const heads = all("thead th", table);
-  heads.forEach((head, i) => {
-    head.dataset.k = i;
-    head.onclick = () => {
-      const down = head.getAttribute("aria-sort") !== "descending";
-      heads.forEach((each) => each.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const rows = all("tbody tr", table);
-      rows.sort((a, b) => {
-        const [p, q] = [value(a, i), value(b, i)];
-        return (p < q ? 1 : p > q ? -1 : 0) * (down ? 1 : -1);
-      });
-      table.tBodies[0].append(...rows);
-    };
-  });
-}
-"""

@@ -1,7 +1,7 @@
-"""Runs side by side: folders in, one HTML page and one Markdown table out.
+"""Runs side by side: what can be said of several, as plain text, numbers and a Markdown table.
 
 What compared.py reads of a folder is a Run; what can be said of several is a Report, of plain text
-and numbers. page.py draws it.
+and numbers. page.py draws it, and writes both.
 """
 
 import dataclasses
@@ -12,10 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from etils import epath
-
-from vit_jax.errors import UserError
-from vit_jax.launch.compared import Run, lower_is_better, read_runs
+from vit_jax.launch.compared import Run, lower_is_better
 
 logger = logging.getLogger(__name__)
 
@@ -72,36 +69,6 @@ class Report:
     best: Run | None
     varied: list[str]
     common: dict[str, Any]
-
-
-def write_report(folders: Sequence[str], out: str | None = None) -> str:
-    """Writes the page of some run folders or sweeps to `out`, and its table beside it.
-
-    Args:
-      out: FILE.html; left out, it is report.html in the first folder.
-
-    Returns:
-      The table, in Markdown.
-
-    Raises:
-      UserError: a folder is neither a run's nor a sweep's, or nothing in them can be read.
-    """
-    from vit_jax.checkpoints.store import write_atomically
-    from vit_jax.launch.page import html_page
-
-    path = epath.Path(out or os.path.join(folders[0], "report.html"))
-    if path.suffix != ".html":
-        raise UserError(f"--out is {out}; expected FILE.html, beside which FILE.md is written")
-    report = compare(read_runs(folders), title(folders))
-    text = markdown(report)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, html_page(report))
-        write_atomically(path.with_suffix(".md"), text)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise UserError(f"{path} cannot be written: name a file by --out=FILE.html") from None
-    logger.info("%s", path)
-    return text
 
 
 def title(folders: Sequence[str]) -> str:

@@ -145,8 +145,7 @@ def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:
       UserError: a folder holds a run of another config.
     """
     from vit_jax.checkpoints.store import Store
-    from vit_jax.training.config import differences
-    from vit_jax.training.evaluate import read_config
+    from vit_jax.training.config import differences, read_config
     from vit_jax.training.metrics import last_values
 
     recorded = {result.name: result for result in _read(root)}

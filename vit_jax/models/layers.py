@@ -1,141 +1,22 @@
 """The layers of a Vision Transformer; parameters float32, computation in `config.dtype`."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError
 from vit_jax.models import positions
 from vit_jax.models.attention import attend, attention_weights, backend_of, padding
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
 from vit_jax.models.linear import linear, split_linear
-
-CAPTURES = ("patches", "tokens", "attention", "encoded", "pooled", "pre_logits")
-
-
-class Captures:
-    """Collects the intermediates that a caller asked for by name; the others cost nothing."""
-
-    def __init__(self, names: Iterable[str] = ()):
-        self.names = frozenset((names,) if isinstance(names, str) else names)
-        self.values: dict[str, Array] = {}
-        for name in self.names - set(CAPTURES):
-            raise UserError(f"nothing named {name!r} to capture; {nearest(name, CAPTURES)}")
-
-    def __call__(self, name: str, value: Callable[[], Array]) -> None:
-        """Keeps `value()` under `name` if it was asked for."""
-        if name in self.names:
-            self.values[name] = value()
-
-
-@runtime_checkable
-class Layout(Protocol):
-    """Puts things in their places on a mesh of devices, of which a model knows nothing else."""
-
-    def params(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Takes the parameters of one block as they are kept; returns them as they are used."""
-
-    def activations(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Returns what flows from block to block, in its place."""
-
-
-# What costs next to nothing to compute anew beside the memory that keeping it takes, and what a
-# layout gathered for one block. Scanned, a block of Ti/16 keeps 15 MB of 8 images instead of 51.
-_CHEAP = frozenset(
-    "add sub mul div neg max min square integer_pow one_minus_square select_n tanh erf erfc "
-    "logistic convert_element_type reshape broadcast_in_dim squeeze expand_dims transpose slice "
-    "split concatenate pad copy sharding_constraint linear_call".split()
-)
-
-
-def _costly(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Keeps products, sums and exponentials; what is element by element is computed anew.
-
-    So is a function with a derivative of its own, which keeps what it needs, unless it multiplies.
-    """
-    inside = _inside(primitive, params)
-    if inside is not None:
-        return any(each.primitive.name == "dot_general" for each in inside)
-    return primitive.name not in _CHEAP
-
-
-def _products(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Keeps what kernels were multiplied with and convolved with."""
-    inside = _inside(primitive, params)
-    if inside is not None:
-        return any(_products(each.primitive, **each.params) for each in inside)
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or dots(primitive, *args, **params)
-
-
-def _inside(primitive: Any, params: dict[str, Any]) -> list[Any] | None:
-    """The equations of a function with a derivative of its own; None of anything else."""
-    jaxpr = params.get("call_jaxpr")
-    own = primitive.name.startswith("custom_vjp_call") and jaxpr is not None
-    return jaxpr.eqns if own else None
-
-
-_REMAT = {
-    "none": _costly,
-    "dots": _products,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def run_block(
-    body: Callable[..., tuple[Array, Any]],
-    x: Float[Array, "b ..."],
-    params: dict[str, Any],
-    config: ModelConfig,
-    layout: Layout | None,
-    *,
-    depth: int | None = None,
-) -> tuple[Float[Array, "b ..."], Any]:
-    """Runs `body(x, params, index)` once, or `depth` times over the slices of stacked parameters.
-
-    Each time with its parameters where `layout` has them, and for the way back as `config.remat`
-    says. Returns the last x, and what the body returns beside it, stacked along the depth.
-    """
-
-    def step(x, inputs):
-        params, index = inputs
-        if layout is not None:
-            params, x = layout.params(params), layout.activations(x)
-        return body(x, params, index)
-
-    scan = depth is not None and scanned(config.scan, depth)
-    if scan or config.remat != "none" or layout is not None:  # else XLA sees all and can choose
-        step = jax.checkpoint(step, policy=_REMAT[config.remat], prevent_cse=not scan)
-    if depth is None:
-        return step(x, (params, 0))
-    if scan:
-        return jax.lax.scan(step, x, (params, jnp.arange(depth)))
-    # Split, whose gradient is one concatenation: that of an index is a sum of padded arrays.
-    slices = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * depth), params)
-    beside = []
-    for index in range(depth):
-        own = jax.tree.map(lambda _, parts: parts[index][0], params, slices)  # noqa: B023
-        x, values = step(x, (own, index))
-        beside.append(values)
-    return x, jax.tree.map(lambda *values: jnp.stack(values), *beside)
-
-
-def scanned(scan: bool | None, depth: int) -> bool:
-    """Whether blocks are run by `lax.scan`; None leaves it to the device.
-
-    A loop lets XLA see across blocks, and takes it longer to compile: so on GPUs, up to 24 blocks
-    are looped over. XLA's CPU backend computes a loop's residual stream again and again (see
-    experiments/benchmarks), and for TPUs a loop compiles for minutes.
-    """
-    return not (target() == "gpu" and depth <= 24) if scan is None else scan
+from vit_jax.models.stack import Captures, split_key
 
 
 def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
@@ -159,11 +40,6 @@ def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
     raise UserError(
         f"images of shape {images.shape} do not fit a model made for (b, {h}, {w}, {c}): {hint}"
     )
-
-
-def split_key(key: Key[Array, ""] | None, n: int) -> list[Key[Array, ""] | None]:
-    """Splits a key into n; no key gives n times None, which means deterministic everywhere."""
-    return [None] * n if key is None else list(jax.random.split(key, n))
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -222,27 +98,6 @@ class PatchEmbed(nnx.Module):
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         x = x.reshape(-1, gh * gw, config.width)
         return x + self.bias[...].astype(dtype) if config.patch_bias else x
-
-
-class Corruption(NamedTuple):
-    """What is done to the patches of each image before the blocks (paper, section 4.6).
-
-    Attributes:
-      where: the patches that are corrupted, and so to be predicted.
-      source: of which patch of the image each one has the embedding; most have their own.
-      masked: which have a learned [mask] embedding instead.
-    """
-
-    where: Int[Array, "b m"]
-    source: Int[Array, "b n"]
-    masked: Bool[Array, "b n"]
-
-    def apply(
-        self, x: Float[Array, "b n d"], mask_token: Float[Array | np.ndarray, "1 1 d"]
-    ) -> Float[Array, "b n d"]:
-        """Corrupts patch embeddings."""
-        x = jnp.take_along_axis(x, self.source[..., None], axis=1)
-        return jnp.where(self.masked[..., None], mask_token.astype(x.dtype), x)
 
 
 class Attention(nnx.Module):

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, ResNetConfig
-from vit_jax.models.layers import Captures, Layout, check_images, run_block, zero_head
+from vit_jax.models.layers import check_images, zero_head
+from vit_jax.models.stack import Captures, Layout, run_block
 
 CAPTURES = ("encoded", "pooled", "pre_logits")
 
@@ -80,7 +81,7 @@ def run(
     layout: Layout | None,
     depth: int | None = None,
 ) -> Float[Array, "b ..."]:
-    """Runs `forward(x, **modules)`, once or `depth` times, by `layers.run_block`.
+    """Runs `forward(x, **modules)`, once or `depth` times, by `stack.run_block`.
 
     Kernels are standardised before, where they are kept: on a mesh each device does its share of
     them, for all units, and the results are what is gathered.

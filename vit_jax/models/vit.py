@@ -2,18 +2,39 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vit_jax.compiler import target
 from vit_jax.models import attention, elementwise, layers, positions, resnet
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
-from vit_jax.models.layers import Corruption, Layout
+from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
+
+
+class Corruption(NamedTuple):
+    """What is done to the patches of each image before the blocks (paper, section 4.6).
+
+    Attributes:
+      where: the patches that are corrupted, and so to be predicted.
+      source: of which patch of the image each one has the embedding; most have their own.
+      masked: which have a learned [mask] embedding instead.
+    """
+
+    where: Int[Array, "b m"]
+    source: Int[Array, "b n"]
+    masked: Bool[Array, "b n"]
+
+    def apply(
+        self, x: Float[Array, "b n d"], mask_token: Float[Array | np.ndarray, "1 1 d"]
+    ) -> Float[Array, "b n d"]:
+        """Corrupts patch embeddings."""
+        x = jnp.take_along_axis(x, self.source[..., None], axis=1)
+        return jnp.where(self.masked[..., None], mask_token.astype(x.dtype), x)
 
 
 class ViT(nnx.Module):
@@ -88,9 +109,9 @@ class ViT(nnx.Module):
         Raises:
           UserError: the images have another size or number of channels.
         """
-        config, captures = self.config, layers.Captures(capture)
+        config, captures = self.config, Captures(capture)
         layers.check_images(images, config)
-        embedding_key, block_key = layers.split_key(key, 2)
+        embedding_key, block_key = split_key(key, 2)
 
         x = images if config.resnet is None else self.resnet(images, layout)  # [b h w c]
         with jax.named_scope("patches"):
@@ -114,7 +135,7 @@ class ViT(nnx.Module):
     def classified(
         self,
         x: Float[Array, "b n d"],
-        captures: layers.Captures,
+        captures: Captures,
         corruption: Corruption | None = None,
     ) -> Float[Array, "b *k"]:
         """Logits of what the blocks made of the tokens; or predictions of corrupted patches."""
@@ -197,7 +218,7 @@ class ViT(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         key: Key[Array, ""] | None,
-        captures: layers.Captures,
+        captures: Captures,
         layout: Layout | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, as one scanned body or as a loop over slices of the same parameters."""
@@ -215,11 +236,11 @@ class ViT(nnx.Module):
         # Where kernels are split among devices, what is folded into them would be moved. All blocks
         # at once, but for a scan, which would be given them all.
         fold = target() == "gpu" and layout is None
-        at_once = not layers.scanned(self.config.scan, depth)
+        at_once = not scanned(self.config.scan, depth)
 
         def body(x, params, index):
             params = folded(params) if fold and not at_once else params
-            block, inner = nnx.merge(graphdef, params), layers.Captures(captures.names)
+            block, inner = nnx.merge(graphdef, params), Captures(captures.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
                 x = x + pad(added.astype(x.dtype))
@@ -236,7 +257,7 @@ class ViT(nnx.Module):
         stacked = nnx.to_pure_dict(stacked)
         if fold and at_once:
             stacked = jax.vmap(folded)(stacked)
-        x, captured = layers.run_block(body, pad(x), stacked, self.config, layout, depth=depth)
+        x, captured = run_block(body, pad(x), stacked, self.config, layout, depth=depth)
         captures.values.update(captured)
         return x[:, :length]
 

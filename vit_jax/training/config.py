@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from vit_jax.data.pipeline import DataConfig
@@ -21,16 +22,8 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import (
     CHOICES,
     FAMILIES,
-    ModelConfig,
-    ViTConfig,
-    check_fields,
     pair,
-    variant,
-    variant_fields,
-    variant_kind,
 )
-from vit_jax.models.posembed import RESIZE_METHODS
-from vit_jax.models.resnet import STYLES
 from vit_jax.training import masking
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import OBJECTIVES, Augment
@@ -186,99 +179,6 @@ class Config:
         for name, value in (("data.train", self.data.train), ("optim", self.optim)):
             if value is None:
                 raise UserError(f"{name} is not set: this config can evaluate, but not train")
-
-    def steps(self, num_examples: int | None) -> int:
-        """The length of the run, where the training split has `num_examples` (None: endless)."""
-        examples = self.total_examples
-        if self.total_steps is not None:
-            steps = self.total_steps
-        elif self.total_epochs is not None:
-            if num_examples is None:
-                raise UserError(
-                    f"{self.data.train.source} is endless, so that there are no epochs: set "
-                    "total_steps or total_examples instead of total_epochs"
-                )
-            steps = round(self.total_epochs * num_examples / self.batch_size)
-        else:
-            steps = round(examples / self.batch_size)
-        if steps < 1:
-            raise UserError(self._too_short(steps, num_examples))
-        return steps
-
-    def _too_short(self, steps: int, num_examples: int | None) -> str:
-        """Says why the run comes to no step."""
-        name = next(name for name in DURATIONS if getattr(self, name) is not None)
-        value, batch = getattr(self, name), self.batch_size
-        if name == "total_steps" or value <= 0:
-            return f"{name} is {value}; it must be above 0"
-        told = f"{name}={value:g} in batches of batch_size={batch} comes to {steps} steps"
-        if name == "total_epochs" and batch > num_examples:
-            told = f"batch_size is {batch}, but data.train has {num_examples} examples: {told}"
-        return f"{told}; lower batch_size, or set total_steps"
-
-    def model_config(
-        self, base: ModelConfig | None, num_classes: int, keep_head: bool = False
-    ) -> ModelConfig:
-        """The model: `base` (the checkpoint's, where there is one) with what `model` says.
-
-        Unless the checkpoint's head is kept, its hidden layer goes too.
-
-        Raises:
-          UserError: `model` names no variant, says what such a model does not have, or has
-            another ResNet than `base`, or one where that has none.
-        """
-        fields = dict(self.model)
-        name = fields.pop("variant", None)
-        method, head = fields.pop("position_resize", None), fields.pop("head", "fresh")
-        for key, value, known in (
-            ("head", head, ("fresh", "keep")),
-            ("position_resize", method, RESIZE_METHODS),
-        ):
-            if value is not None and value not in known:
-                raise UserError(f"model.{key} is {value!r}; {nearest(value, known)}")
-        fields.setdefault("num_classes", num_classes)
-        fields["dtype"] = self.precision
-        if base is not None and not keep_head:
-            base = base.with_fresh_head(num_classes)
-        if base is not None:
-            is_vit = isinstance(base, ViTConfig)
-            old, wanted = _network(is_vit, base.resnet, base.resnet_style), is_vit
-            if name is not None:
-                sizes = {"resnet": None, **variant_fields(name)}
-                fields, wanted = {**sizes, **fields}, variant_kind(sizes) is ViTConfig
-            units, style = (fields.get(f, getattr(base, f)) for f in ("resnet", "resnet_style"))
-            if (new := _network(wanted, units, style)) != old:
-                raise UserError(
-                    f"the model is to be {new}, but the checkpoint of init_from is {old}: leave "
-                    "model.variant and model.resnet out, or start from such a model"
-                )
-            check_fields(type(base), fields)
-            return self._predicting(dataclasses.replace(base, **fields))
-        if name is None:
-            raise UserError("model.variant is not set: name one such as B/16, or an init_from")
-        return self._predicting(variant(name, **fields))
-
-    def _predicting(self, model: ModelConfig) -> ModelConfig:
-        """The model with what the objective has it predict of patches."""
-        given, wanted = self.model.get("patch_outputs"), 0
-        if self.objective in masking.OBJECTIVES:
-            wanted = masking.patch_outputs(self.objective, model)
-        if given not in (None, wanted):
-            raise UserError(
-                f"model.patch_outputs is {given}, but objective {self.objective} needs {wanted}: "
-                "leave it out"
-            )
-        return dataclasses.replace(model, patch_outputs=wanted) if wanted else model
-
-
-def _network(is_vit: bool, units: Any, style: Any) -> str:
-    """What a checkpoint and a model that starts from it have to agree in, in words."""
-    if units is None:
-        return "a ViT without a ResNet" if is_vit else "a ResNet of no units"
-    normed = "pre" if style in STYLES and STYLES[style].preact else "post"
-    units = tuple(units) if isinstance(units, list) else units
-    resnet = f"a {normed}-activation ResNet of {units} units"
-    return f"a ViT on {resnet}" if is_vit else resnet
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -527,6 +427,17 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; raises a UserError for keys or values that are not a config's."""
     return unpack(Config, json.loads(text))
+
+
+def read_config(workdir: epath.PathLike) -> Config:
+    """The config that a run folder was trained with."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} is no run folder: it has no config.json")
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or of another version: {error}") from None
 
 
 def flat(config: Config) -> dict[str, Any]:

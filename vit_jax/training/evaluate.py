@@ -21,7 +21,7 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training import masking, multilabel
-from vit_jax.training.config import Config, differences, from_json, overridden
+from vit_jax.training.config import Config, differences, overridden, read_config
 from vit_jax.training.datasets import DataSets, elsewhere
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
@@ -352,17 +352,6 @@ def _open(data: DataSets, where: str, split: Split, masks: bool) -> Source:
             said = "has masks for labels, which only an evaluator of type segmentation reads"
         raise UserError(f"{where}: {split.source} {said}")
     return source
-
-
-def read_config(workdir: epath.PathLike) -> Config:
-    """The config that a run folder was trained with."""
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise UserError(f"{workdir} is no run folder: it has no config.json")
-    try:
-        return from_json(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged or of another version: {error}") from None
 
 
 def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict[str, int | float]:

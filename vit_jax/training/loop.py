@@ -16,14 +16,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vit_jax import distributed
-from vit_jax.checkpoints.card import ModelCard
-from vit_jax.checkpoints.load import open_together, place
+from vit_jax.checkpoints.load import place
 from vit_jax.checkpoints.store import Store, lock, write_atomically
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError
-from vit_jax.training.config import Config, differences, to_json
+from vit_jax.training.config import Config, read_config, to_json
 from vit_jax.training.datasets import DataSets, elsewhere
-from vit_jax.training.evaluate import Evaluation, read_config
+from vit_jax.training.evaluate import Evaluation
 from vit_jax.training.metrics import (
     Diverged,
     Recorder,
@@ -34,7 +33,8 @@ from vit_jax.training.metrics import (
     record_corrupt,
     record_start,
 )
-from vit_jax.training.program import make_program, new_card, run_steps, train_reader
+from vit_jax.training.plan import Plan, plan_run
+from vit_jax.training.program import make_program
 from vit_jax.training.sharding import (
     check_batch,
     local_rows,
@@ -138,25 +138,18 @@ def _run(
         config, moved = elsewhere(read_config(workdir), config)
         data = DataSets.of_run(workdir, moved)
     source = distributed.each("data", lambda: data.open("data.train", config.data.train))
-    total_steps = run_steps(config, source)
     mesh = make_mesh(config.mesh)
     distributed.meet()
     check_batch(config.batch_size, config.optim.accumulate, mesh)
-
-    card, params = _start(config, workdir, data, resume_step, mesh)
+    plan = plan_run(config, workdir, source, resume_step)
+    card, total_steps = plan.card, plan.total_steps
     if card.labels:
         source = data.with_labels("data.train", config.data.train, card.labels)
-    program = make_program(
-        config,
-        card.config,
-        card.preprocess,
-        total_steps,
-        mesh,
-        multi_label=card.multi_label,
-    )
+    params = _starting_params(plan, mesh)
+    program = make_program(plan, mesh)
     for parameter in unsplit(program.state.params, mesh):
         logger.info("%s", parameter)
-    read = train_reader(config, card, source)
+    read = plan.reader(source)
     evaluation = distributed.each("evaluation", lambda: Evaluation(config, card, mesh, data))
     distributed.first("same images", lambda: data.check_held_out(config))
     for line in data.summary():
@@ -231,56 +224,22 @@ def _run(
     return distributed.first("results", lambda: last_values(workdir))
 
 
-def _start(
-    config: Config, workdir: epath.Path, data: DataSets, resume_step: int | None, mesh: Mesh
-) -> tuple[ModelCard, Any | None]:
-    """Decides where the run starts; returns what its weights mean and, if not fresh, them.
-
-    In this order:
-      1. resume: this folder holds a whole checkpoint, and the config still says the same;
-      2. fine-tune: `init_from` names another model; its head is made anew (paper, B.1.1), its
-         position embeddings are resized (section 3.2), its preprocessing is inherited;
-      3. scratch.
-    """
-    source = data.opened["data.train"]
-    if resume_step is not None:
-        changed = differences(read_config(workdir), config)
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run of another config ({'; '.join(changed)}): give its own "
-                "values to resume it, or name another --workdir"
-            )
-        card = ModelCard.read(workdir)
-        if card.fingerprint != source.fingerprint:
-            raise UserError(
-                f"the data of {config.data.train.source} changed since {workdir} began "
-                f"(fingerprint {card.fingerprint} -> {source.fingerprint}): restore it, or name "
-                "another --workdir"
-            )
-        return card, None
-
-    opened = None if config.init_from is None else open_together(config.init_from)
-    card, keep_head = new_card(
-        config,
-        source.label_names,
-        source.fingerprint,
-        opened and opened.card,
-        multi_label=getattr(source, "multi_label", False),
-    )
-    if opened is None:
-        return card, None
+def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
+    """The parameters that a fine-tuned model starts from, fitted to it; None for other runs."""
+    if plan.init is None:
+        return None
     params, lines = place(
-        opened,
-        card.config,
-        head="keep" if keep_head else "fresh",
-        method=card.position_resize,
-        seed=config.seed,
+        plan.init,
+        plan.card.config,
+        head="keep" if plan.keep_head else "fresh",
+        method=plan.card.position_resize,
+        seed=plan.config.seed,
         shardings=functools.partial(placement, mesh=mesh),
     )
-    logger.info("starting from %s: %d parameters", opened.facts["file"], len(lines))
+    logger.info("starting from %s: %d parameters", plan.init.facts["file"], len(lines))
     for line in lines:
         logger.info("  %-32s %s", line.name, line.fate)
-    return card, params
+    return params
 
 
 def on_device(

@@ -29,7 +29,7 @@ def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
 def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> Model:
     """The model with these parameters; with a `layout`, those of the blocks stay as they are kept.
 
-    Each block, and each unit of a ResNet, asks for its own when it runs (see `layers.run_block`).
+    Each block, and each unit of a ResNet, asks for its own when it runs (see `stack.run_block`).
     """
     if layout is not None:
         later = {name: value for name, value in params.items() if name in ("blocks", "resnet")}

@@ -1,0 +1,313 @@
+"""The plan of a run: what it trains, on what, for how long, and from where. Decided here, once.
+
+It comes from a config, the training data, and the checkpoint that the run starts from. From here on
+everything flows one way: config -> plan -> program (the compiled step) -> loop. `preflight` and
+`data` make the same plan without running it. No weights are read, and nothing is allocated.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sized
+from typing import Any
+
+from etils import epath
+
+from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.families import fitted_preprocess
+from vit_jax.checkpoints.load import Opened, open_together
+from vit_jax.data import classes
+from vit_jax.data.pipeline import BatchReader
+from vit_jax.data.sources import Source
+from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError, nearest
+from vit_jax.models.config import (
+    ModelConfig,
+    ViTConfig,
+    check_fields,
+    variant,
+    variant_fields,
+    variant_kind,
+)
+from vit_jax.models.posembed import RESIZE_METHODS
+from vit_jax.models.resnet import STYLES
+from vit_jax.training import masking
+from vit_jax.training.config import DURATIONS, Config, differences, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a plan takes from the training data.
+
+    `examples` is None where the data is endless. `multi_label` and `masks` are as for `Source`.
+    """
+
+    labels: tuple[str, ...]
+    fingerprint: str = ""
+    examples: int | None = None
+    multi_label: bool = False
+    masks: bool = False
+
+    @classmethod
+    def of(cls, source: Source) -> "TrainingData":
+        return cls(
+            source.label_names,
+            source.fingerprint,
+            len(source) if isinstance(source, Sized) else None,
+            getattr(source, "multi_label", False),
+            getattr(source, "masks", False),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, decided.
+
+    Attributes:
+      card: the model, how its images are preprocessed, and its classes.
+      examples: of the training data; None where it is endless.
+      resume_step: the checkpoint that the run goes on from, if any.
+      init: the model that a new run starts from, if any.
+      keep_head: whether the head of `init` is kept.
+    """
+
+    config: Config
+    card: ModelCard
+    examples: int | None = None
+    resume_step: int | None = None
+    init: Opened | None = None
+    keep_head: bool = False
+
+    @property
+    def total_steps(self) -> int:
+        """The length of the run in steps. Raises a UserError as `count_steps`."""
+        return count_steps(self.config, self.examples)
+
+    def with_model(self, model: ModelConfig) -> "Plan":
+        """The same run of another model."""
+        return dataclasses.replace(self, card=dataclasses.replace(self.card, config=model))
+
+    def reader(self, source: Source) -> BatchReader:
+        """What reads the batches of the training data, which has the classes of `card`."""
+        config = self.config
+        return BatchReader.of(
+            source,
+            config.data.train,
+            self.card.preprocess,
+            seed=config.seed,
+            on_corrupt=config.data.on_corrupt,
+        )
+
+
+def plan_run(
+    config: Config, workdir: epath.PathLike, source: Source, resume_step: int | None
+) -> Plan:
+    """Plans a run in a folder, which starts from, in this order:
+
+    1. resume: the folder holds a whole checkpoint, and the config still says the same;
+    2. fine-tune: `init_from` names another model; its head is replaced (paper, B.1.1), its position
+       embeddings are resized (section 3.2), its preprocessing is inherited;
+    3. scratch.
+
+    Raises:
+      UserError: the folder holds a run of another config or of other data; or as `make_plan`.
+    """
+    data = TrainingData.of(source)
+    if resume_step is None:
+        init = None if config.init_from is None else open_together(config.init_from)
+        return make_plan(config, data, init)
+    changed = differences(read_config(workdir), config)
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}): give its own "
+            "values to resume it, or name another --workdir"
+        )
+    card = ModelCard.read(workdir)
+    if card.fingerprint != data.fingerprint:
+        raise UserError(
+            f"the data of {config.data.train.source} changed since {workdir} began (fingerprint "
+            f"{card.fingerprint} -> {data.fingerprint}): restore it, or name another --workdir"
+        )
+    return Plan(config, card, data.examples, resume_step)
+
+
+def make_plan(config: Config, data: TrainingData, init: Opened | None = None) -> Plan:
+    """Plans a new run on `data`, from scratch or from `init`.
+
+    With masked patch prediction the model has no classes; else they are those of the data, by the
+    names that data.train.classes gives them, or those of the head that is kept.
+
+    Raises:
+      UserError: the model does not fit the data, the objective or `init`.
+    """
+    _check_labels(config, data)
+    base = init and init.card
+    labels, keep_head = _labels(config, data, base)
+    model = model_config(config, base and base.config, len(labels), keep_head)
+    if model.num_classes != len(labels):
+        masked = config.objective in masking.OBJECTIVES
+        what = f"objective {config.objective}" if masked else config.data.train.source
+        raise UserError(
+            f"model.num_classes is {model.num_classes}, but {what} has {len(labels)} classes: "
+            "leave model.num_classes out"
+        )
+    card = ModelCard(
+        model,
+        _preprocess(config, base, model),
+        labels,
+        data.fingerprint,
+        config.objective,
+        config.model.get("position_resize") or (base.position_resize if base else "zoom"),
+        multi_label=data.multi_label and bool(labels),
+    )
+    return Plan(config, card, data.examples, init=init, keep_head=keep_head)
+
+
+def _check_labels(config: Config, data: TrainingData) -> None:
+    """Raises a UserError where the objective does not learn from such labels."""
+    if config.data.train is None:
+        return
+    name = f"data.train.source {config.data.train.source}"
+    if data.masks:
+        raise UserError(
+            f"{name} has masks for labels, and models learn labels of whole images: masks go with "
+            "the evaluator type segmentation"
+        )
+    if data.multi_label and config.objective == "softmax":
+        raise UserError(
+            f"{name} has several labels an image, of which objective softmax would choose one: set "
+            "--config.objective=sigmoid"
+        )
+
+
+def _labels(
+    config: Config, data: TrainingData, base: ModelCard | None
+) -> tuple[tuple[str, ...], bool]:
+    """The model's classes, and whether the head of `base` is kept."""
+    keep_head = base is not None and config.model.get("head") == "keep"
+    if config.objective in masking.OBJECTIVES:
+        # A patch head that was trained for one target says nothing of another.
+        return (), keep_head and not base.labels and base.objective == config.objective
+    train, keep_head = config.data.train, keep_head and bool(base.labels)
+    try:
+        if keep_head:
+            classes.match(data.labels, base.labels, train.classes)
+            return base.labels, True
+        return classes.renamed(data.labels, train.classes)[1], False
+    except UserError as error:
+        kept = " (model.head=keep)" if keep_head else ""
+        raise UserError(f"data.train ({train.source}){kept}: {error}") from None
+
+
+def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> Preprocess:
+    """How images become the model's input; what `predict` does with one is what evaluation does."""
+    if base:
+        preprocess = fitted_preprocess(base.preprocess, model)
+    else:
+        preprocess = Preprocess(model.image_size, model.in_channels)
+    evaluated = config.data.val or config.data.test or config.data.train
+    return evaluated.preprocess(preprocess)
+
+
+def model_config(
+    config: Config, base: ModelConfig | None, num_classes: int, keep_head: bool = False
+) -> ModelConfig:
+    """The model: `base` (the checkpoint's, where there is one) with what the config says.
+
+    Unless the checkpoint's head is kept, its hidden layer goes too.
+
+    Raises:
+      UserError: the config names no variant, says what such a model does not have, or has another
+        ResNet than `base`, or one where that has none.
+    """
+    fields = dict(config.model)
+    name = fields.pop("variant", None)
+    method, head = fields.pop("position_resize", None), fields.pop("head", "fresh")
+    for key, value, known in (
+        ("head", head, ("fresh", "keep")),
+        ("position_resize", method, RESIZE_METHODS),
+    ):
+        if value is not None and value not in known:
+            raise UserError(f"model.{key} is {value!r}; {nearest(value, known)}")
+    fields.setdefault("num_classes", num_classes)
+    fields["dtype"] = config.precision
+    if base is None:
+        if name is None:
+            raise UserError("model.variant is not set: name one such as B/16, or an init_from")
+        model = variant(name, **fields)
+    else:
+        base = base if keep_head else base.with_fresh_head(num_classes)
+        model = _changed(base, name, fields)
+    return _with_patch_outputs(config, model)
+
+
+def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> ModelConfig:
+    """The checkpoint's model with other fields; its ResNet, if any, stays the same."""
+    is_vit = isinstance(base, ViTConfig)
+    old, wanted = _network(is_vit, base.resnet, base.resnet_style), is_vit
+    if name is not None:
+        sizes = {"resnet": None, **variant_fields(name)}
+        fields, wanted = {**sizes, **fields}, variant_kind(sizes) is ViTConfig
+    units, style = (fields.get(f, getattr(base, f)) for f in ("resnet", "resnet_style"))
+    if (new := _network(wanted, units, style)) != old:
+        raise UserError(
+            f"the model is to be {new}, but the checkpoint of init_from is {old}: leave "
+            "model.variant and model.resnet out, or start from such a model"
+        )
+    check_fields(type(base), fields)
+    return dataclasses.replace(base, **fields)
+
+
+def _network(is_vit: bool, units: Any, style: Any) -> str:
+    """What a checkpoint and a model that starts from it must agree in, in words."""
+    if units is None:
+        return "a ViT without a ResNet" if is_vit else "a ResNet of no units"
+    normed = "pre" if style in STYLES and STYLES[style].preact else "post"
+    units = tuple(units) if isinstance(units, list) else units
+    resnet = f"a {normed}-activation ResNet of {units} units"
+    return f"a ViT on {resnet}" if is_vit else resnet
+
+
+def _with_patch_outputs(config: Config, model: ModelConfig) -> ModelConfig:
+    """The model with what the objective makes it predict of each patch."""
+    given, wanted = config.model.get("patch_outputs"), 0
+    if config.objective in masking.OBJECTIVES:
+        wanted = masking.patch_outputs(config.objective, model)
+    if given not in (None, wanted):
+        raise UserError(
+            f"model.patch_outputs is {given}, but objective {config.objective} needs {wanted}: "
+            "leave it out"
+        )
+    return dataclasses.replace(model, patch_outputs=wanted) if wanted else model
+
+
+def count_steps(config: Config, num_examples: int | None) -> int:
+    """The length of a run whose training split has `num_examples` (None: endless).
+
+    Raises:
+      UserError: there are no epochs of endless data, or the run comes to no step.
+    """
+    if config.total_steps is not None:
+        steps = config.total_steps
+    elif config.total_epochs is not None:
+        if num_examples is None:
+            raise UserError(
+                f"{config.data.train.source} is endless, so that there are no epochs: set "
+                "total_steps or total_examples instead of total_epochs"
+            )
+        steps = round(config.total_epochs * num_examples / config.batch_size)
+    else:
+        steps = round(config.total_examples / config.batch_size)
+    if steps < 1:
+        raise UserError(_too_short(config, steps, num_examples))
+    return steps
+
+
+def _too_short(config: Config, steps: int, num_examples: int | None) -> str:
+    """Says why the run comes to no step."""
+    name = next(name for name in DURATIONS if getattr(config, name) is not None)
+    value, batch = getattr(config, name), config.batch_size
+    if name == "total_steps" or value <= 0:
+        return f"{name} is {value}; it must be above 0"
+    told = f"{name}={value:g} in batches of batch_size={batch} comes to {steps} steps"
+    if name == "total_epochs" and batch > num_examples:
+        told = f"batch_size is {batch}, but data.train has {num_examples} examples: {told}"
+    return f"{told}; lower batch_size, or set total_steps"
