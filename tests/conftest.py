@@ -107,7 +107,19 @@ def untrained():
 
 def pytest_collection_modifyitems(items):
     """The longest go first, so that no worker is left alone with them at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_resume.py", "test_distributed.py"))
+    long = ("test_distributed.py", "test_resume.py", "test_evidence.py", "test_sharding.py")
+    items.sort(key=lambda item: (*long, item.path.name).index(item.path.name))
+
+
+def fails(capsys, *argv):
+    """Runs a command that is a user's mistake; returns its one line."""
+    from vit_jax.__main__ import main
+
+    assert main([str(arg) for arg in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
+    return captured.err
 
 
 def fake_mesh(platform):

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import DIGITS, ROOT, TINY
+from conftest import DIGITS, ROOT, TINY, fails
 
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
@@ -14,16 +14,6 @@ from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
 from vit_jax.training.config import load_config
 from vit_jax.training.plan import model_config
-
-
-def fails(capsys, *argv):
-    """Runs a command that is a user's mistake; returns its one line."""
-    assert main([str(arg) for arg in argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
-    return captured.err
-
 
 MISTAKES = {
     "misspelt key": (["--config.optim.learning_rat=1"], r"unknown config key .*optim"),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import DIGITS, ROOT
+from conftest import DIGITS, ROOT, fails
 from etils import epath
 
 import vit_jax
@@ -31,15 +31,6 @@ from vit_jax.training import optim
 from vit_jax.training.config import Config, differences, keys, load_config, unpack
 from vit_jax.training.objectives import OBJECTIVES
 from vit_jax.training.plan import count_steps, model_config
-
-
-def fails(capsys, *argv):
-    """Runs a command that is a user's mistake; returns its one line."""
-    assert main([str(arg) for arg in argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.fixture(scope="module")
@@ -407,20 +398,23 @@ def test_a_platform_that_is_not_here_is_named(monkeypatch):
 # The shell. --------------------------------------------------------------------------------------
 
 
-def test_names_that_are_no_text_and_readers_that_go_away(model, tmp_path):
+def test_names_that_are_no_text(model, tmp_path, capfdbinary, monkeypatch):
     name = os.fsencode(tmp_path) + b"/caf\xe9 \xc3\xbc.png"
     PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", name)
-    shell = '$0 -m vit_jax predict --model="$1" --topk=1 "$2"; '
-    shell += '$0 -m vit_jax inspect "$1" | true; echo "${PIPESTATUS[0]}"'
-    ran = subprocess.run(
-        ["bash", "-c", shell, sys.executable, str(model), name],
-        capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
-    )  # fmt: skip
-    assert ran.stderr == b""
-    line, status = ran.stdout.decode().splitlines()
-    assert os.fsencode(json.loads(line)["file"]) == name
-    assert status == "141"
+    strict = open(os.dup(1), "w", encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", strict)
+    with strict:
+        assert main(["predict", f"--model={model}", "--topk=1", os.fsdecode(name)]) == 0
+    told = capfdbinary.readouterr()
+    assert told.err == b"" and os.fsencode(json.loads(told.out)["file"]) == name
+
+
+def test_a_reader_that_goes_away(model):
+    shell = '$0 -m vit_jax inspect "$1" | true; echo "${PIPESTATUS[0]}"'
+    command = ["bash", "-c", shell, sys.executable, str(model)]
+    ran = subprocess.run(command, capture_output=True, cwd=ROOT)
+    assert (ran.stdout, ran.stderr) == (b"141\n", b"")
 
 
 @pytest.mark.parametrize("encoding, line", [("utf-8", '"ü"'), ("ascii", r'"\u00fc"')])
