@@ -329,10 +329,7 @@ def test_printed_commands_are_plain_and_in_order(folder, capsys):
     assert not folder.root.exists()
     words = shlex.split(lines[2])
     assert words[1:5] == ["-m", "vit_jax", "train", f"--config={DIGITS}"]
-    assert words[5:] == [
-        f"--workdir={folder.root}/c",
-        f"--config.init_from={folder.root}/a",
-    ]
+    assert words[5:] == [f"--workdir={folder.root}/c", f"--config.init_from={folder.root}/a"]
     assert [line.split(f"--workdir={folder.root}/")[1][0] for line in lines] == list("abcd")
 
 

@@ -148,10 +148,7 @@ AUGMENTS = {
 
 @pytest.mark.parametrize(
     "name, mesh, accumulate",
-    [
-        ("mixup", ONE, 4),
-        ("both", make_mesh(MeshConfig(data=1, fsdp=8)), 2),
-    ],
+    [("mixup", ONE, 4), ("both", make_mesh(MeshConfig(data=1, fsdp=8)), 2)],
     ids=["micro-batches", "fsdp and micro-batches"],
 )
 def test_mesh_and_micro_batches_do_not_change_what_is_mixed(name, mesh, accumulate):

@@ -33,10 +33,7 @@ COSINE = [LR / 2 * (1 + math.cos(math.pi * k / 80)) for k in (20, 40, 80)]
     [
         (dict(schedule="constant"), {0: LR, 57: LR, 100: LR}),
         (dict(schedule="linear"), {0: LR, 25: 0.75 * LR, 90: 0.1 * LR, 100: 0.0}),
-        (
-            dict(schedule="cosine"),
-            {0: LR, 25: LR / 2 * (1 + math.sqrt(0.5)), 50: LR / 2, 100: 0.0},
-        ),
+        (dict(schedule="cosine"), {0: LR, 25: LR / 2 * (1 + math.sqrt(0.5)), 50: LR / 2, 100: 0.0}),
         (dict(schedule="rsqrt", timescale=9.0), {0: LR, 27: LR / 2, 72: LR / 3}),
         (dict(schedule="rsqrt"), {0: LR, 100: LR / math.sqrt(1.01)}),
         # Twenty steps of warm-up, as a number and as a share.
