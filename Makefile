@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 # Large arrays in large pages: on a CPU worth a tenth (experiments/benchmarks).
 train seeds evidence: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train evidence test test-extras test-slow test-parity test-gpu-compile seeds lint clean
+.PHONY: train evidence test test-extras test-slow test-faults test-parity test-gpu-compile seeds lint clean
 train: $(VENV)/.train
 	$(BIN)/python experiments/digits/run.py --runs=$(RUNS)
 
@@ -36,6 +36,11 @@ test-extras: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# What the tests would miss: each fault of tests/faults.toml is made in a copy, and its tests must fail.
+# One alone: make test-faults FAULTS="--only=launch:".
+test-faults: $(VENV)/.test
+	$(BIN)/python tests/faults.py $(FAULTS)
 
 test-parity: $(PARITY)/.parity
 	$(PARITY)/bin/python -m pytest tests/parity

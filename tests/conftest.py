@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import pathlib
 import sys
+import types
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -24,9 +26,33 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later have no such
 EIGHT = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = f"{EIGHT} {os.environ.get('XLA_FLAGS', '')}"
 
-from jaxtyping import install_import_hook  # noqa: E402
+import jaxtyping  # noqa: E402
 
-install_import_hook("vit_jax", "beartype.beartype")
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _checked(*, typechecker):
+    """`jaxtyped`, whose wrapper is slow, where a signature has shapes; else the types alone.
+
+    Functions inside of others are wrapped anew each time that those are called.
+    """
+
+    def decorate(found):
+        if not isinstance(found, types.FunctionType) or "jaxtyping." in repr(found.__annotations__):
+            return _jaxtyped(typechecker=typechecker)(found)
+        checked = typechecker(found)
+
+        @functools.wraps(found)
+        def call(*args, **kwargs):
+            return (found if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _checked
+jaxtyping.install_import_hook("vit_jax", "beartype.beartype")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -71,7 +97,7 @@ def whole_arrays():
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A finished run folder of the tiny digits config, and what training returned."""
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
     from vit_jax.training.loop import train
 
     workdir = tmp_path_factory.mktemp("run") / "pretrain"
@@ -126,3 +152,14 @@ def fails(capsys, *argv):
 def fake_mesh(platform):
     """Stands for a mesh of one device in name only, to trace for what is not here."""
     return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))
+
+
+def fails(capsys, *argv):
+    """Runs a command that is a user's mistake; returns its one line."""
+    from vit_jax.__main__ import main
+
+    assert main([str(arg) for arg in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
+    return captured.err

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from vit_jax.__main__ import COMMANDS
 from vit_jax.flags import make_parser
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 _MARK = re.compile(r"<!-- needs: (.+) -->")

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import shutil
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -12,7 +14,7 @@ from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
 from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.plan import model_config
 
 MISTAKES = {
@@ -108,26 +110,21 @@ def test_a_workdir_is_one_runs_at_a_time(capsys, tiny_run):
     assert "is in use by process" in err
 
 
-def test_a_changed_data_set_does_not_resume(capsys, tmp_path, untrained):
-    file = tmp_path / "data.npz"
+def test_a_changed_data_set_does_not_resume(capsys, tiny_run, tmp_path):
     images = np.arange(64 * 8 * 8, dtype=np.uint8).reshape(64, 8, 8)
-    labels = np.arange(64) % 4
-    np.savez(file, train_images=images, train_labels=labels)
-    config = tmp_path / "config.py"
-    config.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config():\n"
-        "    split = dict(source='arrays:" + str(file) + "', split='train')\n"
-        "    return ConfigDict(dict(batch_size=16, total_steps=2, data=dict(train=split),\n"
-        "        model=dict(variant='mu/4', image_size=(8, 8), in_channels=1),\n"
-        "        optim=dict(lr=1e-3)))\n"
-    )
-    train = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-    assert main(train) == 0
-    capsys.readouterr()
-    images[3, 2, 1] ^= 1
-    np.savez(file, train_images=images, train_labels=labels)
-    assert "changed since" in fails(capsys, *train)
+    found = []
+    for flipped in (0, 0, 1):
+        images[3, 2, 1] ^= flipped
+        np.savez(tmp_path / "data.npz", train_images=images, train_labels=np.arange(64) % 4)
+        found.append(open_source(f"arrays:{tmp_path / 'data.npz'}", "train").fingerprint)
+    assert found[0] == found[1] != found[2]
+
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    card = json.loads((run / "model" / "model.json").read_text())
+    assert card["fingerprint"] == open_source("digits", "train").fingerprint
+    (run / "model" / "model.json").write_text(json.dumps({**card, "fingerprint": found[0]}))
+    err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={run}", *TINY)
+    assert "the data of digits changed since" in err
 
 
 def test_evaluate_prints_what_training_printed(capsys, tiny_run):
@@ -156,8 +153,9 @@ def test_predict_names_the_classes_of_png_files(capsys, tiny_run, tmp_path):
     import vit_jax
 
     vit = vit_jax.load(tiny_run[0])
+    model = jax.jit(vit.model)
     for line, image in zip(lines, source.images, strict=False):
-        logits = np.asarray(vit.model(vit.preprocess(image)[None])[0], np.float64)
+        logits = np.asarray(model(vit.preprocess(image)[None])[0], np.float64)
         probabilities = np.exp(logits) / np.exp(logits).sum()
         best = np.argsort(-probabilities)[:3]
         assert [name for name, _ in line["labels"]] == [str(i) for i in best]
@@ -220,9 +218,9 @@ def test_from_a_folder_of_jpegs_to_a_prediction(photos, tmp_path, capsys):
     flags = [f"--config={IMAGES},folder:{photos}", f"--workdir={run}", *SMALL]
     (photos / "train" / "blue" / "0.jpg").write_bytes(b"no image")
 
-    err = fails(capsys, "train", *flags, "--config.total_steps=30")
+    err = fails(capsys, "train", *flags, "--config.total_steps=20")
     assert "photos/train/blue/0.jpg is no readable image" in err
-    skip = ["--config.total_steps=30", "--config.data.on_corrupt=skip"]
+    skip = ["--config.total_steps=20", "--config.data.on_corrupt=skip"]
     assert main(["train", *flags[:1], f"--workdir={tmp_path / 'skip'}", *flags[2:], *skip]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["val/accuracy"] == 1.0 and results["val/corrupt"] == 0
@@ -253,7 +251,7 @@ def test_what_prepare_wrote_trains_like_the_folder(photos, tmp_path, capsys):
     for source in (f"folder:{photos}", told["source"]):
         run = tmp_path / source.partition(":")[0]
         flags = [f"--config={IMAGES},{source}", f"--workdir={run}", *SMALL]
-        assert main(["train", *flags, "--config.total_steps=4"]) == 0
+        assert main(["train", *flags, "--config.total_steps=20"]) == 0  # as above: one program
         results.append(json.loads(capsys.readouterr().out))
     for name in ("train/loss", "val/loss", "val/accuracy"):
         assert results[0][name] == results[1][name]

@@ -42,7 +42,8 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import VARIANTS, ViTConfig
 from vit_jax.models.vit import structure
-from vit_jax.training.config import MODEL_KEYS, Config, load_config, unpack
+from vit_jax.training.config import MODEL_KEYS, Config, unpack
+from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluators import EVALUATORS, Evaluator
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics

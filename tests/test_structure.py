@@ -92,7 +92,8 @@ def test_every_field_of_the_config_is_read_by_something():
 
 
 def test_every_field_of_a_model_can_be_set_by_a_flag():
-    from vit_jax.training.config import MODEL_KEYS, load_config
+    from vit_jax.training.config import MODEL_KEYS
+    from vit_jax.training.config_file import load_config
 
     examples = {str: ("x", "x"), int: ("7", 7), float: ("0.5", 0.5), bool: ("true", True)}
     examples |= {tuple: ("(8, 8)", (8, 8))}

@@ -26,7 +26,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     join(args, preemptible=True)
     from vit_jax.analysis.plots import curves
     from vit_jax.training import loop
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
 
     results = loop.train(load_config(args.config, overrides), args.workdir)
     if distributed.is_lead():
@@ -37,7 +37,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluates a run, or any model on the splits of a config."""
     join(args, preemptible=False)
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
     from vit_jax.training.evaluate import evaluate_own, evaluate_run
 
     if args.workdir and not args.config and not args.model:
@@ -98,8 +98,8 @@ def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
 
     With --pictures it draws what they have learnt instead, and what they attend to in images.
     """
-    from vit_jax.checkpoints.load import inspect as inspect_file
     from vit_jax.checkpoints.load import load
+    from vit_jax.checkpoints.opened import inspect as inspect_file
 
     known = fields(args.known)
     if args.pictures is None:
@@ -132,7 +132,7 @@ def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 def data(args: argparse.Namespace, overrides: list[str]) -> None:
     """Says what a source is understood to be: splits, classes, sizes, duplicates, what is amiss."""
     from vit_jax.analysis.data import data
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
 
     if (args.spec is None) == (args.config is None) or (overrides and not args.config):
         raise UserError("give a SPEC such as folder:/data/pets, or --config=FILE.py")
@@ -147,7 +147,7 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Says what a run will need, before anything is spent; exit code 2 if it does not fit."""
     from vit_jax.analysis.preflight import preflight
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
 
     for line in preflight(load_config(args.config, overrides), args.topology):
         print(line, flush=True)

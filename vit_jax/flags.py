@@ -51,7 +51,8 @@ SLURM = {
 def fields(pairs: list[str]) -> dict[str, object]:
     """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of the config."""
     from vit_jax.models.config import FAMILIES, pair
-    from vit_jax.training.config import MODEL_KEYS, SIDES, read_value
+    from vit_jax.training.config import MODEL_KEYS, SIDES
+    from vit_jax.training.config_file import read_value
 
     kinds = {
         field.name: MODEL_KEYS.get(field.name, str)

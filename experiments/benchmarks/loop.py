@@ -36,7 +36,8 @@ from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 from vit_jax.models.config import CHOICES, variant
-from vit_jax.training.config import Config, load_config
+from vit_jax.training.config import Config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.plan import TrainingData, make_plan

@@ -27,7 +27,7 @@ STEPS = 20
 def measure(runs, folder):
     """mIoU and pixel accuracy for each model and size; draws the picture with the first run."""
     import vit_jax
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
     from vit_jax.training.evaluate import evaluate_run
 
     config = load_config(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -11,7 +12,7 @@ from vit_jax.__main__ import main
 from vit_jax.analysis import chips, cost, preflight
 from vit_jax.errors import UserError
 from vit_jax.models.config import variant
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.sharding import make_mesh
 
 
@@ -124,3 +125,20 @@ def test_a_topology_needs_libtpu(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'vit_jax\[tpu\]'"):
         chips.topology_devices("v5e:4x4")
+
+
+def test_the_peak_has_two_more_batches_and_aliases_once(monkeypatch):
+    config = load_config(DIGITS, TINY)
+    plan, _, _ = preflight.open_plan(config)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    sizes = dict(
+        zip((f"{name}_size_in_bytes" for name in names), (1, 20, 300, 4000, 50000), strict=True)
+    )
+    compiled = Mock(as_text=lambda: "", memory_analysis=lambda: Mock(**sizes))
+    step = Mock()
+    step.trace.return_value.lower.return_value.compile.return_value = compiled
+    program = dataclasses.replace(preflight.make_program(plan, mesh), step=step)
+    monkeypatch.setattr(preflight, "make_program", lambda *_: program)
+    batch = 32 * (8 * 8 + 4 + 1)  # pixels, label and mask of an image
+    assert preflight.rehearse(plan, mesh).peak_bytes == 53721 + 2 * batch

@@ -303,7 +303,7 @@ def test_every_scope_is_set_somewhere():
     from conftest import DIGITS, TINY
 
     from vit_jax.analysis import preflight
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
     from vit_jax.training.sharding import make_mesh
 
     config = load_config(DIGITS, [*TINY, "--config.augment.mixup=0.2"])

@@ -205,9 +205,9 @@ EXAMPLES = {
         a_resnet("timm", "model.", "timm", "timm_v2", rank=3),
         a_hybrid("google paper"),
         a_hybrid("google opt/target", "opt/target/", rank=4),
-        a_hybrid("google linen gap", units=(1, 1, 2)),
+        a_hybrid("google linen gap", units=(1, 1, 2), rank=2),
         a_hybrid("google paper", units=()),
         a_hybrid("timm plain"),
-        a_hybrid("timm plain", units=()),
+        a_hybrid("timm plain", units=(), rank=3),
     ]
 }

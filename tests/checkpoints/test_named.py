@@ -4,10 +4,11 @@ import json
 
 import dialects
 import pytest
+from test_dialects import refused, run_folder
 
 import vit_jax
 from vit_jax.__main__ import main
-from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.errors import UserError
 
 EXAMPLES = dialects.examples()
@@ -23,63 +24,51 @@ def named(example, path, **changes):
     return path
 
 
-@pytest.mark.parametrize(
-    "example, changes, said",
-    [
-        (
-            TIMM,
-            {"architecture": "vit_pe_core_tiny_patch16_384"},
-            "known name is 'vit_tiny_patch16_384'. If its",
-        ),
-        (TIMM, {"architecture": "vit_base_patch16_rpn_224"}, "known name is 'vit_base_patch16_"),
+def test_a_name_that_is_not_known_is_refused(tmp_path):
+    tiny, rpn = "vit_pe_core_tiny_patch16_384", "vit_base_patch16_rpn_224"
+    for example, changes, said in [
+        (TIMM, {"architecture": tiny}, "known name is 'vit_tiny_patch16_384'. If its"),
+        (TIMM, {"architecture": rpn}, "known name is 'vit_base_patch16_"),
         (TIMM, {"architecture": "my_net"}, "no keys). If its code computes"),
         (TIMM, {"architecture": None, "model_type": "evil"}, "names the architecture 'evil'"),
         (VIT, {"architectures": ["ViTModell"]}, "known name is 'ViTModel'"),
         (VIT, {"architectures": None, "model_type": "beit"}, "names the architecture 'beit'"),
         (VIT, {"model_type": "dinov3_vit"}, "names the architecture 'dinov3_vit'"),
         (VIT, {"architectures": None, "model_type": None, "architecture": "x"}, "'x'"),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_a_name_that_is_not_known_is_refused(example, changes, said, tmp_path):
-    path = named(example, tmp_path, **changes)
-    with pytest.raises(UserError, match="which is not known to compute") as error:
-        open_model(path)
-    assert said in str(error.value) and str(path) in str(error.value)
-    # Said by the user, it is read as that one.
-    known = "vit_base_patch16_224" if example is TIMM else "ViTModel"
-    opened = open_model(path, architecture=known)
-    assert opened.card.config == open_model(example.write(tmp_path)).card.config
-    assert "architecture" not in opened.assumed
+    ]:
+        path = named(example, tmp_path / example.name, **changes)
+        with pytest.raises(UserError, match="which is not known to compute") as error:
+            open_model(path)
+        assert said in str(error.value) and str(path) in str(error.value)
+        # Said by the user, it is read as that one.
+        known = "vit_base_patch16_224" if example is TIMM else "ViTModel"
+        opened = open_model(path, architecture=known)
+        assert opened.card.config == open_model(named(example, path)).card.config
+        assert "architecture" not in opened.assumed
 
 
 def test_the_user_must_name_one_that_is_known(tmp_path):
-    path = TIMM.write(tmp_path / "timm")
+    path, base = TIMM.write(tmp_path / "timm"), "vit_base_patch16_224"
     for name in ("ViTModel", "vit_base_patch16_rpn_224"):
-        with pytest.raises(UserError, match=f"architecture {name!r} is none of timm that is known"):
-            vit_jax.load(path, architecture=name)
-    with pytest.raises(UserError, match=r"none of transformers that is known; such as 'ViTModel'"):
-        vit_jax.load(VIT.write(tmp_path / "hf"), architecture="vit_base_patch16_224")
+        refused(f"architecture {name!r} is none of timm that is known", path, architecture=name)
+    message = r"none of transformers that is known; such as 'ViTModel'"
+    refused(message, VIT.write(tmp_path / "hf"), architecture=base)
     paper = EXAMPLES["google paper"].write(tmp_path / "google")
-    with pytest.raises(UserError, match=r"no use for architecture=.*google's code alone decides"):
-        vit_jax.load(paper, architecture="vit_base_patch16_224")
+    message = r"no use for architecture=.*google's code alone decides"
+    refused(message, paper, architecture=base)
     vit_jax.save(vit_jax.load(path), tmp_path / "ours.safetensors", format="timm")
-    with pytest.raises(UserError, match=r"no use for architecture=.*its own card says"):
-        vit_jax.load(tmp_path / "ours.safetensors", architecture="vit_base_patch16_224")
-
-
-def test_a_run_folder_says_itself_what_it_is(tiny_run):
-    with pytest.raises(UserError, match="says itself what architecture is"):
-        vit_jax.load(tiny_run[0], architecture="ViTModel")
+    message = r"no use for architecture=.*its own card says"
+    refused(message, tmp_path / "ours.safetensors", architecture=base)
+    run, _ = run_folder(tmp_path / "run")
+    refused("says itself what architecture is", run, architecture="ViTModel")
 
 
 def test_what_no_key_shows_is_said_of_a_bare_file(tmp_path):
-    for name, bare in {"timm plain": True, "timm folder": False, "hf vit": False}.items():
+    bare = {"timm plain": True, "timm folder": False, "hf vit": False, "google paper": False}
+    for name, said in bare.items():
         example = EXAMPLES[name]
         opened = open_model(example.write(tmp_path / name), **example.known)
-        assert ("architecture" in opened.assumed) == bare
-    example = EXAMPLES["google paper"]
-    assert "architecture" not in open_model(example.write(tmp_path / "google")).assumed
+        assert ("architecture" in opened.assumed) == said
     example = EXAMPLES["timm plain"]
     path = example.write(tmp_path / "named")
     opened = open_model(path, **example.known, architecture="vit_base_patch16_clip_quickgelu_224")
@@ -97,11 +86,10 @@ def test_arguments_that_no_key_shows(tmp_path):
     args = TIMM.files["config.json"].get("model_args", {})
     for name in ("norm_layer", "block_fn", "attn_layer", "rope_type"):
         path = named(TIMM, tmp_path, model_args={**args, name: "other"})
-        with pytest.raises(UserError, match=f"model_args {name}='other' may change"):
-            open_model(path)
+        refused(f"model_args {name}='other' may change", path)
     open_model(named(TIMM, tmp_path, model_args={**args, "norm_layer": None}))
-    with pytest.raises(UserError, match="pooler_act 'gelu'; expected 'tanh'"):
-        open_model(named(VIT, tmp_path / "hf", pooler_act="gelu"))
+    path = named(VIT, tmp_path / "hf", pooler_act="gelu")
+    refused("pooler_act 'gelu'; expected 'tanh'", path)
 
 
 def test_the_command_line_says_it_too(tmp_path, capsys):

@@ -2,18 +2,17 @@
 
 import hashlib
 import math
-import time
 
 import numpy as np
 import PIL.Image
 import PIL.ImageEnhance
 import PIL.ImageOps
 import pytest
+from made import refused
 
 from vit_jax.data import augment
 from vit_jax.data.augment import OPS, RandAugment, RandomErasing
 from vit_jax.data.transforms import Preprocess
-from vit_jax.errors import UserError
 
 
 def picture(h=24, w=31):
@@ -60,31 +59,32 @@ PINS = {
 }
 
 
-@pytest.mark.parametrize("name, argument", [(name, a) for name in PINS for a in PINS[name]])
-def test_operations_have_the_pixels_of_tensorflow(name, argument):
+@pytest.mark.parametrize("name", PINS)
+def test_operations_have_the_pixels_of_tensorflow(name):
     image, operation = picture(), getattr(augment, name)
-    found = operation(image, argument)
-    assert hashlib.sha256(found.tobytes()).hexdigest()[:8] == PINS[name][argument]
-    np.testing.assert_array_equal(image, picture())  # and are given back another image
-    cut = np.concatenate([image, image], 1)[:, ::2]  # what crops and flips give: a view
-    np.testing.assert_array_equal(operation(cut, argument), operation(cut.copy(), argument))
-    grey = image[..., 1:2]
-    as_colour = operation(np.repeat(grey, 3, axis=2), argument)
-    np.testing.assert_array_equal(operation(grey, argument), as_colour[..., :1])
+    for argument, pin in PINS[name].items():
+        found = operation(image, argument)
+        assert hashlib.sha256(found.tobytes()).hexdigest()[:8] == pin, argument
+        np.testing.assert_array_equal(image, picture())  # and are given back another image
+        cut = np.concatenate([image, image], 1)[:, ::2]  # what crops and flips give: a view
+        np.testing.assert_array_equal(operation(cut, argument), operation(cut.copy(), argument))
+        grey = image[..., 1:2]
+        as_colour = operation(np.repeat(grey, 3, axis=2), argument)
+        np.testing.assert_array_equal(operation(grey, argument), as_colour[..., :1])
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 1), (40, 1, 3), (70, 35, 3)])
-def test_any_shape_and_a_constant_image_pass(shape):
-    image = np.full(shape, 77, np.uint8)
-    for operation, argument, _ in OPS.values():
-        value = argument(10)
-        value = (value, 0, 0) if operation is augment.cutout else value
-        assert operation(image, value).shape == shape
-    for operation in (augment.autocontrast, augment.equalize, lambda i: augment.color(i, 1.9)):
-        np.testing.assert_array_equal(operation(image), image)
+def test_any_shape_and_a_constant_image_pass():
+    for shape in [(1, 1, 3), (2, 5, 1), (40, 1, 3), (70, 35, 3)]:
+        image = np.full(shape, 77, np.uint8)
+        for operation, argument, _ in OPS.values():
+            value = argument(10)
+            value = (value, 0, 0) if operation is augment.cutout else value
+            assert operation(image, value).shape == shape
+        for operation in (augment.autocontrast, augment.equalize, lambda i: augment.color(i, 1.9)):
+            np.testing.assert_array_equal(operation(image), image)
 
 
-def test_table_operations_are_pillows():
+def test_table_operations_are_pillows_and_enhancements_but_for_its_rounding():
     image = picture()
     pillow = PIL.Image.fromarray(image)
     names = [("equalize", ()), ("invert", ())]
@@ -96,17 +96,13 @@ def test_table_operations_are_pillows():
     # Pillow stretches in float64 here, TensorFlow in float32: the rounding down may differ.
     stretched = np.asarray(PIL.ImageOps.autocontrast(pillow)).astype(int)
     assert np.abs(augment.autocontrast(image) - stretched).max() <= 1
-
-
-@pytest.mark.parametrize("factor", [0.1, 0.55, 1.0, 1.45, 1.9, 2.8])
-@pytest.mark.parametrize("name", ["Color", "Brightness", "Sharpness"])
-def test_enhancements_are_pillows_but_for_its_rounding(name, factor):
-    """Pillow rounds luminance and smoothed pixels, where TensorFlow rounds them down."""
-    image = picture()
-    found = OPS[name][0](image, factor).astype(int)
-    enhancer = getattr(PIL.ImageEnhance, name)(PIL.Image.fromarray(image))
-    most = 0 if name == "Brightness" or factor == 1 else math.ceil(abs(factor - 1))
-    assert np.abs(found - np.asarray(enhancer.enhance(factor))).max() <= most
+    # Pillow rounds luminance and smoothed pixels, where TensorFlow rounds them down.
+    for name in ("Color", "Brightness", "Sharpness"):
+        for factor in (0.1, 0.55, 1.0, 1.45, 1.9, 2.8):
+            expected = np.asarray(getattr(PIL.ImageEnhance, name)(pillow).enhance(factor))
+            most = 0 if name == "Brightness" or factor == 1 else math.ceil(abs(factor - 1))
+            found = OPS[name][0](image, factor).astype(int)
+            assert np.abs(found - expected).max() <= most, (name, factor)
 
 
 def test_contrast_blends_with_what_the_size_gives():
@@ -154,27 +150,26 @@ def chi_square(counts):
 
 
 def test_operations_and_signs_are_drawn_evenly(monkeypatch):
-    seen = {name: [] for name in OPS}
+    seen, n = {name: [] for name in OPS}, 3200
 
     def record(name):
         return lambda image, value: (seen[name].append(value), image)[1]
 
     spies = {name: (record(name), *rest) for name, (_, *rest) in OPS.items()}
     monkeypatch.setattr(augment, "OPS", spies)
-    RandAugment(6400, 15)(picture(), np.random.default_rng(0))
-    assert sum(map(len, seen.values())) == 6400
+    RandAugment(n, 15)(picture(), np.random.default_rng(0))
+    assert sum(map(len, seen.values())) == n
     assert chi_square([len(values) for values in seen.values()]) < 37.7  # 1 in 1000, of 15
     for name, values in seen.items():
-        expected = ARGUMENTS[name][3]
         if name in SIGNED:
-            assert 0.4 < np.mean(np.array(values) > 0) < 0.6  # 4 standard deviations
+            assert 0.36 < np.mean(np.array(values) > 0) < 0.64  # 4 standard deviations
             values = [abs(value) for value in values]
-        assert values == [pytest.approx(expected)] * len(values)
+        assert values == [pytest.approx(ARGUMENTS[name][3])] * len(values)
 
 
 def test_cutout_is_centred_anywhere(monkeypatch):
     monkeypatch.setattr(augment, "OPS", {"Cutout": OPS["Cutout"]})
-    image, random, n = np.zeros((10, 12, 3), np.uint8), np.random.default_rng(0), 2000
+    image, random, n = np.zeros((10, 12, 3), np.uint8), np.random.default_rng(0), 1000
     shares = sum(RandAugment(1, 1)(image, random)[..., 0] == 128 for _ in range(n)) / n
     rows, columns = ((np.abs(np.arange(s)[:, None] - np.arange(s) + 0.5) < 4) for s in (10, 12))
     expected = np.outer(rows.mean(1), columns.mean(1))  # those of -4 to +3 around the centre
@@ -204,15 +199,6 @@ def test_rand_augment_depends_on_nothing_but_the_generator():
     assert grey.shape == (24, 31, 1)
 
 
-def test_speed_is_printed():
-    image, random = picture(224, 224), np.random.default_rng(0)
-    for transform in (RandAugment(2, 15), RandomErasing(1.0)):
-        start = time.perf_counter()
-        for _ in range(100):
-            transform(image, random)
-        print(f"{transform}: {(time.perf_counter() - start) * 1e4:.0f} us at 224 x 224")
-
-
 def boxes(n, h=100, w=100, **settings):
     """(top, left, height, width) of n random boxes, None where there is none."""
     image, random, found = np.full((h, w, 1), 7, np.uint8), np.random.default_rng(0), []
@@ -225,25 +211,22 @@ def boxes(n, h=100, w=100, **settings):
     return found
 
 
-def test_the_mean_is_that_of_the_settings():
+def test_a_quarter_is_erased_and_none_or_all_if_so_asked():
+    assert 0.195 < np.mean([box is not None for box in boxes(1000, 16, 16)]) < 0.305  # 4 s.d.
+    assert set(boxes(100, 16, 16, probability=0.0)) == {None}
+    assert None not in boxes(300, 60, 80, probability=1.0)
+    assert boxes(1, 8, 8, probability=1.0, area=(1.0, 1.0)) == [None]  # no box is small enough
     image, random = np.zeros((9, 9, 3), np.uint8), np.random.default_rng(0)
     found = RandomErasing(1.0, fill="mean", mean=(0.2, 0.4, 1.5))(image, random)
     assert set(map(tuple, found.reshape(-1, 3).tolist())) == {(0, 0, 0), (51, 102, 255)}
 
 
-def test_a_quarter_is_erased_and_none_or_all_if_so_asked():
-    assert 0.218 < np.mean([box is not None for box in boxes(3000, 16, 16)]) < 0.282  # 4 s.d.
-    assert set(boxes(100, 16, 16, probability=0.0)) == {None}
-    assert None not in boxes(300, 60, 80, probability=1.0)
-    assert boxes(1, 8, 8, probability=1.0, area=(1.0, 1.0)) == [None]  # no box is small enough
-
-
 def test_boxes_are_spread_over_their_ranges():
-    box = np.array(boxes(2000, probability=1.0))
+    box = np.array(boxes(1000, probability=1.0))
     share, ratio = box[:, 2] * box[:, 3] / 1e4, box[:, 2] / box[:, 3]
     assert 0.018 < share.min() < 0.025 and 0.32 < share.max() < 0.34
     assert 0.28 < ratio.min() < 0.32 and 3.1 < ratio.max() < 3.5
-    box = np.array(boxes(2000, probability=1.0, area=(0.05, 0.25)))  # all of which fit
+    box = np.array(boxes(1000, probability=1.0, area=(0.05, 0.25)))  # all of which fit
     share, ratio = box[:, 2] * box[:, 3] / 1e4, box[:, 2] / box[:, 3]
     room = 101 - box[:, 2:]
     place = (box[:, :2] + np.random.default_rng(1).random(room.shape)) / room
@@ -258,7 +241,7 @@ def test_noise_is_that_of_normalised_pixels():
     noise = erase(image, np.random.default_rng(0))[20:-20, 20:-20]
     assert not image.any()
     values = Preprocess((260, 260)).normalise(noise)
-    clipped = np.random.default_rng(1).standard_normal(10**6).clip(-1, 1)
+    clipped = np.random.default_rng(1).standard_normal(10**5).clip(-1, 1)
     assert abs(values.mean()) < 0.01 and abs(values.std() - clipped.std()) < 0.01
     for end in (0, 255):
         assert 0.15 < (noise == end).mean() < 0.17
@@ -272,23 +255,25 @@ def test_noise_is_that_of_normalised_pixels():
     np.testing.assert_allclose(noise.std(0), std, rtol=0.02)
 
 
-@pytest.mark.parametrize(
-    "make, sentence",
-    [
-        (lambda: RandAugment(layers=-1), "rand_augment.layers is -1; expected a whole number"),
-        (lambda: RandAugment(magnitude=-3), "rand_augment.magnitude is -3"),
-        (lambda: RandomErasing(1.5), "random_erasing.probability is 1.5; expected a number from 0"),
-        (lambda: RandomErasing(math.nan), "random_erasing.probability is nan"),
-        (lambda: RandomErasing(area=(0.5, 0.2)), r"random_erasing.area is \(0.5, 0.2\)"),
-        (lambda: RandomErasing(area=(0.5, 1.2)), "0 < low <= high <= 1"),
-        (lambda: RandomErasing(ratio=(0.0, 1.0)), "random_erasing.ratio"),
-        (lambda: RandomErasing(ratio=(1.0, math.inf)), "random_erasing.ratio"),
-        (lambda: RandomErasing(fill="grey"), "random_erasing.fill is 'grey'; expected 'noise' or"),
-        (lambda: RandomErasing(mean=math.inf), "random_erasing.mean is inf"),
-        (lambda: RandomErasing(std=(0.1, -0.1, 0.1)), "random_erasing.std"),
-        (lambda: boxes(1, mean=(0.1, 0.1, 0.1)), "random_erasing.mean .* expected 1 or 1 numbers"),
-    ],
-)
-def test_wrong_settings_are_named(make, sentence):
-    with pytest.raises(UserError, match=sentence):
-        make()
+def test_wrong_settings_are_named():
+    expected = "random_erasing.mean .* expected 1 or 1 numbers"
+    cases = [
+        (RandAugment, dict(layers=-1), "rand_augment.layers is -1; expected a whole number"),
+        (RandAugment, dict(magnitude=-3), "rand_augment.magnitude is -3"),
+        (RandomErasing, dict(probability=1.5), "random_erasing.probability is 1.5; expected a num"),
+        (RandomErasing, dict(probability=math.nan), "random_erasing.probability is nan"),
+        (RandomErasing, dict(area=(0.5, 0.2)), r"random_erasing.area is \(0.5, 0.2\)"),
+        (RandomErasing, dict(area=(0.5, 1.2)), "0 < low <= high <= 1"),
+        (RandomErasing, dict(ratio=(0.0, 1.0)), "random_erasing.ratio"),
+        (RandomErasing, dict(ratio=(1.0, math.inf)), "random_erasing.ratio"),
+        (RandomErasing, dict(fill="grey"), "random_erasing.fill is 'grey'; expected 'noise' or"),
+        (RandomErasing, dict(mean=math.inf), "random_erasing.mean is inf"),
+        (RandomErasing, dict(std=(0.1, -0.1, 0.1)), "random_erasing.std"),
+        (boxes, dict(n=1, mean=(0.1, 0.1, 0.1)), expected),
+    ]
+    refused(lambda make, fields: make(**fields), cases)
+
+
+def test_boxes_of_a_high_ratio_are_high():
+    box = np.array(boxes(20, probability=1.0, area=(0.05, 0.25), ratio=(2.0, 3.0)))
+    assert (box[:, 2] > 1.5 * box[:, 3]).all()

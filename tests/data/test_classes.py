@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from made import refused, written
 
 from vit_jax.data.classes import Relabelled, match, renamed, with_labels
 from vit_jax.data.forms.arrays import ArraySource
@@ -19,9 +20,8 @@ def source_of(names):
     return ArraySource(np.zeros((len(names), 2, 2, 1), np.uint8), labels, tuple(names))
 
 
-@pytest.mark.parametrize(
-    "names, labels, classes, rule",
-    [
+def test_a_class_is_the_one_that_is_called_so():
+    for names, labels, classes, rule in [
         (("cat", "ant"), ("ant", "bee", "cat"), (2, 0), "by name"),
         # The words, in whatever order the folders sort.
         (("goldfish", "great_white_shark", "tench"), SHARKS, (1, 2, 0), "first of several"),
@@ -37,12 +37,11 @@ def source_of(names):
         (("n02085620-Chihuahua",), ("dog", "Chihuahua"), (1,), "WordNet"),
         (("great white shark", "tench"), ("n01440764", "n01484850"), (1, 0), "WordNet"),
         (("e\u0301clair",), ("\xe9clair", "cake"), (0,), "but for case"),
-    ],
-)
-def test_a_class_is_the_one_that_is_called_so(names, labels, classes, rule):
-    matched = match(names, labels)
-    assert matched.classes == (tuple(map(int, names)) if classes is None else classes)
-    assert rule in matched.rule and f"{names[0]} is {labels[matched.classes[0]]}" in str(matched)
+    ]:
+        matched = match(names, labels)
+        assert matched.classes == (tuple(map(int, names)) if classes is None else classes)
+        said = f"{names[0]} is {labels[matched.classes[0]]}"
+        assert rule in matched.rule and said in str(matched)
 
 
 def test_all_of_imagenets_ids_are_all_of_its_words():
@@ -57,9 +56,8 @@ def test_all_of_imagenets_ids_are_all_of_its_words():
         match(("crane",), theirs)
 
 
-@pytest.mark.parametrize(
-    "names, labels, message",
-    [
+def test_what_no_name_decides_is_refused():
+    cases = [
         (("x", "y"), ("ant", "bee"), "the model knows no 'x', 'y', but 'ant', 'bee'.*in_order"),
         (("fish, gold",), ("fish, silver", "x"), "knows no 'fish, gold'"),
         (("ant", "dog"), ("ant", "bee"), "the model knows no 'dog'"),
@@ -71,11 +69,8 @@ def test_all_of_imagenets_ids_are_all_of_its_words():
         (("Cat", "cat"), ("cat", "dog"), "'Cat' and 'cat'|'cat' and 'Cat'"),
         (("crane", "x"), ("x", "crane", "crane"), "knows no 'crane'"),
         (("maillot", "maillot"), ("maillot", "x"), "would both be"),
-    ],
-)
-def test_what_no_name_decides_is_refused(names, labels, message):
-    with pytest.raises(UserError, match=message):
-        match(names, labels)
+    ]
+    refused(match, cases)
 
 
 def test_in_order_is_for_those_who_say_so():
@@ -86,47 +81,31 @@ def test_in_order_is_for_those_who_say_so():
         renamed(("x", "y"), "in_order")
 
 
-@pytest.mark.parametrize(
-    "text, names, order",
-    [
+def test_a_file_says_which_is_which(tmp_path, monkeypatch):
+    file, labels = tmp_path / "classes.csv", ("cat", "ant", "bee", "x", "y")
+    for text, names, order in [
         ("x,bee\ny,ant\n", ("bee", "ant"), ("bee", "ant")),
         ("bee,x\nant,y\nbee,z\n", ("bee", "ant"), ("bee", "ant")),  # the other way round
         ("x,bee\ny,bee\n", ("bee", "bee"), ("bee",)),  # two classes are one
         ("y\nx\nz\n", ("x", "y"), ("y", "x", "z")),
-    ],
-)
-def test_a_file_says_which_is_which(tmp_path, text, names, order):
-    (file := tmp_path / "classes.csv").write_text(text)
-    assert renamed(("x", "y"), str(file)) == (names, order)
-    labels = ("cat", "ant", "bee", "x", "y")
-    assert match(("x", "y"), labels, str(file)).classes == tuple(map(labels.index, names))
-
-
-def test_a_list_names_the_classes_of_data_that_has_numbers(tmp_path, monkeypatch):
-    (file := tmp_path / "classes.txt").write_text("cat\ndog\nemu\n")
+    ]:
+        assert renamed(("x", "y"), written(file, text)) == (names, order)
+        assert match(("x", "y"), labels, str(file)).classes == tuple(map(labels.index, names))
+    # A list names the classes of data that has numbers.
+    written(file, "cat\ndog\nemu\n")
     assert renamed(("0", "2"), str(file)) == (("cat", "emu"), ("cat", "dog", "emu"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert match(("0", "2"), ("emu", "cat"), "~/classes.txt").classes == (1, 0)
-    with pytest.raises(UserError, match=r"one column.*called 'x', 'y': expected two columns"):
-        renamed(("x", "y"), str(file))
-    with pytest.raises(UserError, match="expected two columns"):
-        renamed(("0", "3"), str(file))
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
+    assert match(("0", "2"), ("emu", "cat"), "~/classes.csv").classes == (1, 0)
+    cases = [(("x", "y"), r"one column.*called 'x', 'y': expected two columns")]
+    refused(lambda n: renamed(n, str(file)), [*cases, (("0", "3"), "expected two columns")])
+    cases = [
         ("x,bee\n", "says nothing of the data's class 'y'"),
         ("x,y\ny,z\nz,x\n", "in both columns"),
         ("x,bee\ny,ant\nx,ant\n", "'x' twice"),
         ("x\nx\ny\n", "names a class twice"),
         ("x,bee\ny,dodo\n", "knows no 'dodo'"),
-    ],
-)
-def test_files_that_do_not_fit(tmp_path, text, message):
-    (file := tmp_path / "classes.csv").write_text(text)
-    with pytest.raises(UserError, match=message):
-        match(("x", "y"), ("ant", "bee"), str(file))
+    ]
+    refused(lambda text: match(("x", "y"), ("ant", "bee"), written(file, text)), cases)
 
 
 def test_a_source_has_the_models_classes():

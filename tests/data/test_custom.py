@@ -3,11 +3,10 @@
 import inspect
 import json
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from made import refused
 
 from vit_jax.data.forms import custom
 from vit_jax.data.forms.files import percentile
@@ -93,18 +92,14 @@ def own(tmp_path):
     return tmp_path / "own.py"
 
 
-def test_a_source_of_ones_own_goes_to_other_processes(own):
+def test_a_source_is_pickled_as_its_name_and_called_again(own):
+    """What worker processes do, in tests of the pipeline."""
     source = open_source(f"python:{own}:own", "train")
     assert len(source) == 3 and source[2]["label"] == 0 and source.fingerprint == "1"
-    (own.parent / "it").write_bytes(pickle.dumps(source))
-    code = (
-        "import pickle, sys; s = pickle.load(open(sys.argv[1], 'rb'));"
-        "print(len(s), s.label_names, s[1]['image'].max(), s[1]['label'])"
-    )
-    command = [sys.executable, "-c", code, str(own.parent / "it")]
-    done = subprocess.run(command, capture_output=True)
-    assert done.stdout.decode().split() == ["3", "('a',", "'b')", "1", "1"], done.stderr
-    changed = pickle.loads(pickle.dumps(source).replace(b"\x8c\x011", b"\x8c\x012"))
+    data = pickle.dumps(source)
+    copy = pickle.loads(data)
+    assert "inner" not in vars(copy) and copy[1]["image"].max() == copy[1]["label"] == 1
+    changed = pickle.loads(data.replace(b"\x8c\x011", b"\x8c\x012"))
     with pytest.raises(UserError, match="another fingerprint in another process: '1', not '2'"):
         changed[0]
 
@@ -123,9 +118,8 @@ def test_the_other_forms(own, monkeypatch):
     assert named.fingerprint == listed.fingerprint and len(named) == 2
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
+def test_what_is_no_source_is_refused(own):
+    cases = [
         ("own.py:no_names", "label_names is None; expected the names"),
         ("own.py:no_print", "fingerprint is None; expected text that changes when"),
         ("own.py:twice", "has a class twice"),
@@ -139,13 +133,7 @@ def test_the_other_forms(own, monkeypatch):
         ("own.py:onw", "no function 'onw'; did you mean 'own'"),
         ("own.py", "expected MODULE:FUNCTION or FILE.py:FUNCTION"),
         ("other.py:own", "there is no file '.*other.py'"),
-    ],
-)
-def test_what_is_no_source_is_refused(own, name, message):
-    with pytest.raises(UserError, match=message):
-        open_source(f"python:{own.parent / name}", "train")
-
-
-def test_a_module_that_is_not_there_is_named():
+    ]
+    refused(lambda name: open_source(f"python:{own.parent / name}", "train"), cases)
     with pytest.raises(UserError, match=r"No module named 'nowhere'; a file .* \./nowhere\.py:f"):
         open_source("python:nowhere:f", "train")

@@ -9,6 +9,7 @@ import types
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made import refused
 
 from vit_jax.data.forms import hub
 from vit_jax.data.images import BadImage
@@ -104,32 +105,27 @@ def test_fingerprints_are_of_the_contents_alone(pets, tmp_path_factory):
     assert len({first, half, open_source(f"hf-data:{moved}", "train").fingerprint}) == 3
 
 
-CASES = {
-    "names of the card": ("", {"card": CARD}, ["dog", "cat", "dog"]),
-    "a column of its own name": ("", {"label": "species", "x": [5, 6, 7]}, ["0", "1", "0"]),
-    "text": ("", {"labels": ["pug", "ox", "pug"]}, ["pug", "ox", "pug"]),
-    "numbers by value": ("", {"labels": [10, 9, 10]}, ["10", "9", "10"]),
-    "lists": (
-        "",
-        {"labels": [[1, 0], [], [1]], "features": {"label": {"feature": CLASSES}}},
-        [["dog", "cat"], [], ["cat"]],
-    ),
-    "lists of text": ("", {"labels": [["a", "b"], [], ["a"]]}, [["a", "b"], [], ["a"]]),
-    "label said": (",label=fine", {"label": "coarse", "fine": ["x", "y", "z"]}, ["x", "y", "z"]),
-    "image said": (",image=image", {"mask": [b"1", b"2", b"3"]}, ["0", "1", "0"]),
-}
+LISTS = {"labels": [[1, 0], [], [1]], "features": {"label": {"feature": CLASSES}}}
+CASES = [
+    ("", {"card": CARD}, ["dog", "cat", "dog"]),
+    ("", {"label": "species", "x": [5, 6, 7]}, ["0", "1", "0"]),
+    ("", {"labels": ["pug", "ox", "pug"]}, ["pug", "ox", "pug"]),
+    ("", {"labels": [10, 9, 10]}, ["10", "9", "10"]),
+    ("", LISTS, [["dog", "cat"], [], ["cat"]]),
+    ("", {"labels": [["a", "b"], [], ["a"]]}, [["a", "b"], [], ["a"]]),
+    (",label=fine", {"label": "coarse", "fine": ["x", "y", "z"]}, ["x", "y", "z"]),
+    (",image=image", {"mask": [b"1", b"2", b"3"]}, ["0", "1", "0"]),
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_columns_and_classes(tmp_path, case):
-    options, fields, expected = CASES[case]
-    fields = dict(fields)
-    if told_card := fields.pop("card", None):
-        card(tmp_path, told_card)
-    labels = fields.pop("labels", [0, 1, 0])
-    shard(tmp_path / "train/0000.parquet", range(3), labels, **fields)
-    source = open_source(f"hf-data:{tmp_path}{options}", "train")
-    assert told(source) == list(enumerate(expected))
+def test_columns_and_classes(tmp_path):
+    for number, (options, fields, expected) in enumerate(CASES):
+        fields, here = {"labels": [0, 1, 0], "card": {}, **fields}, tmp_path / f"{number}"
+        told_card, labels = fields.pop("card"), fields.pop("labels")
+        shard(here / "train/0000.parquet", range(3), labels, **fields)
+        card(here, told_card)
+        source = open_source(f"hf-data:{here}{options}", "train")
+        assert told(source) == list(enumerate(expected)), fields
 
 
 def test_all_splits_count_the_same_classes(tmp_path):
@@ -164,36 +160,33 @@ def test_configs_of_folders_and_of_the_card(tmp_path):
 
 
 def test_what_is_not_sure_is_refused(tmp_path):
-    file = tmp_path / "train.parquet"
-    spec = f"hf-data:{tmp_path}"
-    both = {"fine_label": CLASSES, "coarse_label": CLASSES}
+    file, spec = tmp_path / "train.parquet", f"hf-data:{tmp_path}"
+    both = dict.fromkeys(("fine_label", "coarse_label"), CLASSES)
+    two = dict(label="coarse_label", fine_label=[1], features=both)
+    same = {"label": {**CLASSES, "names": ["a", "a"]}}
     cases = [
-        (
-            dict(label="coarse_label", fine_label=[1], features=both),
-            "surely the labels .*say label",
-        ),
+        (two, "surely the labels .*say label"),
         (dict(label="caption"), "no column is surely the labels .caption."),
         (dict(mask=[b"x"]), "images in columns image, mask: say image=COLUMN"),
         (dict(labels=pa.array([None], pa.int64())), "row 0 has no label in column 'label'"),
         (dict(labels=[-1]), "a label is -1"),
         (dict(labels=[-1], features={"label": CLASSES}), "no labels in split 'train': all are -1"),
         (dict(labels=[3], features={"label": CLASSES}), "a label is 3, but 'label' has 3 classes"),
-        (dict(features={"label": {**CLASSES, "names": ["a", "a"]}}), "two classes one name"),
+        (dict(features=same), "two classes one name"),
         (dict(features={"label": CLASSES}, card=CARD), "give column 'label' different class names"),
     ]
-    for fields, message in cases:
-        card(tmp_path, fields.pop("card", {}))
-        shard(file, [0], fields.pop("labels", [0]), **fields)
-        with pytest.raises(UserError, match=message):
-            open_source(spec, "train")
+
+    def opened(fields):
+        fields = {"labels": [0], "card": {}, **fields}
+        card(tmp_path, fields.pop("card"))
+        shard(file, [0], fields.pop("labels"), **fields)
+        open_source(spec, "train")
+
+    refused(opened, cases)
     card(tmp_path, {})
-    for data, message in (
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS has not fetched"),
-        (b"PAR1", "cannot be read"),
-    ):
-        file.write_bytes(data)
-        with pytest.raises(UserError, match=message):
-            open_source(spec, "train")
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    cases = [(pointer, "Git LFS has not fetched"), ("PAR1", "cannot be read")]
+    refused(lambda data: (file.write_text(data), open_source(spec, "train")), cases)
     file.unlink()
     with pytest.raises(UserError, match=r"no Parquet files; .*refs/convert/parquet"):
         open_source(spec, "train")

@@ -4,6 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
+from made import refused
 
 from vit_jax.data.forms.idx import idx_splits
 from vit_jax.data.sources import open_source
@@ -68,33 +69,30 @@ def test_colour_and_packed_beside_unpacked(tmp_path):
 IMAGE = "train-images-idx3-ubyte"
 
 
-@pytest.mark.parametrize(
-    "name, data, message",
-    [
-        (IMAGE, idx(IMAGES)[:-1], "has 29 bytes behind its header, which says .5, 2, 3."),
-        (IMAGE, idx(IMAGES) + b"x", "has 31 bytes behind"),
-        (IMAGE, idx(IMAGES)[:9], "cut off in its header"),
+def test_damaged_files_are_refused(tmp_path):
+    whole = idx(IMAGES)
+    cases = [
+        (IMAGE, whole[:-1], "has 29 bytes behind its header, which says .5, 2, 3."),
+        (IMAGE, whole + b"x", "has 31 bytes behind"),
+        (IMAGE, whole[:9], "cut off in its header"),
         (IMAGE, b"", "begins with nothing"),
         (IMAGE, idx(IMAGES[0, 0]), "begins with 00 00 08 01; expected 00 00 08 03"),
-        (IMAGE, b"\0\0\x0d" + idx(IMAGES)[3:], "begins with 00 00 0d 03"),
-        (IMAGE, idx(IMAGES), "has 5 images, but .* 3 labels"),
-        (IMAGE, gzip.compress(idx(IMAGES), mtime=0)[:-9], "cannot be read"),
-        (IMAGE, None, "has no images or labels beside it"),
-        ("train-images.idx3-ubyte", idx(IMAGES), "two files of one kind"),
-        ("nothing", None, "no split 'val'"),
-    ],
-)
-def test_damaged_files_are_refused(tmp_path, name, data, message):
-    mnist(tmp_path)
-    if data is not None:
-        (tmp_path / name).write_bytes(data)
-    else:
-        (tmp_path / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=message):
-        open_source(f"idx:{tmp_path}", "val" if name == "nothing" else "train")
+        (IMAGE, b"\0\0\x0d" + whole[3:], "begins with 00 00 0d 03"),
+        (IMAGE, whole, "has 5 images, but .* 3 labels"),
+        (IMAGE, gzip.compress(whole, mtime=0)[:-9], "cannot be read"),
+        ("train-images.idx3-ubyte", whole, "two files of one kind"),
+    ]
 
+    def opened(name, data):
+        (mnist(tmp_path) / name).write_bytes(data)
+        open_source(f"idx:{tmp_path}", "train")
 
-def test_places_without_such_files_are_refused(tmp_path):
-    for path, message in ((tmp_path, "no files such as"), (tmp_path / "a/b", "no such folder")):
-        with pytest.raises(UserError, match=message):
-            open_source(f"idx:{path}", "train")
+    refused(opened, cases)
+    (tmp_path / "train-images.idx3-ubyte").unlink()
+    with pytest.raises(UserError, match="no split 'val'"):
+        open_source(f"idx:{tmp_path}", "val")
+    (tmp_path / IMAGE).unlink()
+    (tmp_path / "empty").mkdir()
+    cases = [("", "has no images or labels beside it"), ("empty", "no files such as")]
+    cases += [("a/b", "no such folder")]
+    refused(lambda path: open_source(f"idx:{tmp_path / path}", "train"), cases)

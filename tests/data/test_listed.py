@@ -4,8 +4,8 @@ import logging
 import pickle
 
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
+from made import refused, tree, written
 
 from vit_jax.data.forms.listed import table_splits
 from vit_jax.data.sources import open_source
@@ -15,18 +15,8 @@ from vit_jax.errors import UserError
 @pytest.fixture
 def here(tmp_path):
     """Files a.jpg, b.jpg, ... of the bytes of their names, some in folders."""
-    for name in ("a.jpg", "b.jpg", "c.png", "x/a.jpg", "x/d.JPEG", "x/e.jpg", "x/e.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    return tmp_path
-
-
-def written(path, content):
-    if isinstance(content, pa.Table):
-        pyarrow.parquet.write_table(content, path)
-    else:
-        path.write_text(content)
-    return str(path)
+    names = ("a.jpg", "b.jpg", "c.png", "x/a.jpg", "x/d.JPEG", "x/e.jpg", "x/e.png")
+    return tree(tmp_path, {name: name.encode() for name in names})
 
 
 def told(source):
@@ -45,61 +35,40 @@ def told(source):
 
 ONE = [("a.jpg", "cat"), ("x/d.JPEG", "dog")]
 SOME = [("a.jpg", ("cat", "dog")), ("b.jpg", ()), ("c.png", ("dog",))]
-CASES = {
-    "paths": ("file_name,label\na.jpg,cat\nx/d.JPEG,dog\n", "", ONE),
-    "no header": ("a.jpg,cat\nx/d.JPEG,dog\n", "", ONE),
-    "a list of Caffe's": ("a.jpg 0\nx/d.JPEG 1\n", "", [("a.jpg", "0"), ("x/d.JPEG", "1")]),
-    "a header of no known words": ("bild;art\na.jpg;cat\nx/d.JPEG;dog\n", "", ONE),
-    "its columns said": ("bild;art;n\na.jpg;cat;1\nx/d.JPEG;dog;2\n", ",image=bild,label=art", ONE),
-    "numbers of columns": ("a.jpg;cat;1\nx/d.JPEG;dog;2\n", ",label=2", ONE),
-    "stems and a root": (
-        "id,breed\na,cat\nd,dog\n",
-        ",root=ROOT/x",
-        [("a.jpg", "cat"), ("d.JPEG", "dog")],
-    ),
-    "from Windows": ("image,label\n.\\a.jpg,cat\nx\\d.JPEG,dog\n", "", ONE),
-    "parquet": (
-        pa.table({"path": ["a.jpg", "c.png"], "label": [1.0, 12.0], "b": [b"", b""]}),
-        "",
-        [("a.jpg", "1"), ("c.png", "12")],
-    ),
-    "jsonl": ('{"file_name": "a.jpg", "label": 3}\n', "", [("a.jpg", "3")]),
-    "lists": (
-        pa.table({"path": ["a.jpg", "b.jpg", "c.png"], "tags": [["dog", "cat"], [], ["dog"]]}),
-        ",labels=tags",
-        SOME,
-    ),
-    "bars": ("image,tags\na.jpg,cat|dog\nb.jpg,\nc.png,dog\n", ",labels=tags", SOME),
-    "spaces": ("image,tags\na.jpg,cat dog\nb.jpg,\nc.png,dog\n", ",labels=tags", SOME),
-    "bars said": (
-        "image,tags\na.jpg,No Finding|b\n",
-        ",labels=tags,separator=|",
-        [("a.jpg", ("No Finding", "b"))],
-    ),
-    "indicators": ("image,cat,dog\na.jpg,1,1.0\nb.jpg,0,0.0\nc.png,0,1.0\n", ",labels=*", SOME),
-    "named indicators": (
-        "image,n,cat,dog\na.jpg,7,1,1\nb.jpg,8,0,0\nc.png,9,0,1\n",
-        ",labels=cat+dog",
-        SOME,
-    ),
-    "an object of JSON": ('{"a.jpg": "cat", "x/d.JPEG": "dog"}', "", ONE),
-    "measures said": (
-        "image,score\na.jpg,0.5\nb.jpg,-1\n",
-        ",label=score",
-        [("a.jpg", "0.5"), ("b.jpg", "-1")],
-    ),
-    "bars in a name, said": ("image,label\na.jpg,x|y\n", ",label=label", [("a.jpg", "x|y")]),
-    "twice": ("a.jpg,cat\nx/d.JPEG,dog\na.jpg,cat\n", "", ONE),
-}
+ROOTED = [("a.jpg", "cat"), ("d.JPEG", "dog")]
+NUMBERS = pa.table({"path": ["a.jpg", "c.png"], "label": [1.0, 12.0], "b": [b"", b""]})
+TAGS = pa.table({"path": ["a.jpg", "b.jpg", "c.png"], "tags": [["dog", "cat"], [], ["dog"]]})
+FINDING, SEPARATED = "image,tags\na.jpg,No Finding|b\n", ",labels=tags,separator=|"
+NAMED = "image,n,cat,dog\na.jpg,7,1,1\nb.jpg,8,0,0\nc.png,9,0,1\n"
+CASES = [
+    ("file_name,label\na.jpg,cat\nx/d.JPEG,dog\n", "", ONE),
+    ("a.jpg,cat\nx/d.JPEG,dog\n", "", ONE),
+    ("a.jpg 0\nx/d.JPEG 1\n", "", [("a.jpg", "0"), ("x/d.JPEG", "1")]),  # a list of Caffe's
+    ("bild;art\na.jpg;cat\nx/d.JPEG;dog\n", "", ONE),
+    ("bild;art;n\na.jpg;cat;1\nx/d.JPEG;dog;2\n", ",image=bild,label=art", ONE),
+    ("a.jpg;cat;1\nx/d.JPEG;dog;2\n", ",label=2", ONE),
+    ("id,breed\na,cat\nd,dog\n", ",root=ROOT/x", ROOTED),
+    ("image,label\n.\\a.jpg,cat\nx\\d.JPEG,dog\n", "", ONE),  # from Windows
+    (NUMBERS, "", [("a.jpg", "1"), ("c.png", "12")]),
+    ('{"file_name": "a.jpg", "label": 3}\n', "", [("a.jpg", "3")]),
+    (TAGS, ",labels=tags", SOME),
+    ("image,tags\na.jpg,cat|dog\nb.jpg,\nc.png,dog\n", ",labels=tags", SOME),
+    ("image,tags\na.jpg,cat dog\nb.jpg,\nc.png,dog\n", ",labels=tags", SOME),
+    (FINDING, SEPARATED, [("a.jpg", ("No Finding", "b"))]),
+    ("image,cat,dog\na.jpg,1,1.0\nb.jpg,0,0.0\nc.png,0,1.0\n", ",labels=*", SOME),
+    (NAMED, ",labels=cat+dog", SOME),
+    ('{"a.jpg": "cat", "x/d.JPEG": "dog"}', "", ONE),
+    ("image,score\na.jpg,0.5\nb.jpg,-1\n", ",label=score", [("a.jpg", "0.5"), ("b.jpg", "-1")]),
+    ("image,label\na.jpg,x|y\n", ",label=label", [("a.jpg", "x|y")]),
+    ("a.jpg,cat\nx/d.JPEG,dog\na.jpg,cat\n", "", ONE),  # twice
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_a_table_lists(here, case):
-    content, options, expected = CASES[case]
-    path = written(here / "list", content)
-    source = open_source(f"table:{path}{options.replace('ROOT', str(here))}", "all")
-    assert told(source) == expected
-    assert told(pickle.loads(pickle.dumps(source))) == expected
+def test_what_a_table_lists(here):
+    for content, options, expected in CASES:
+        path = written(here / "list", content)
+        source = open_source(f"table:{path}{options.replace('ROOT', str(here))}", "all")
+        assert told(source) == told(pickle.loads(pickle.dumps(source))) == expected, content
 
 
 SPLITS = "image,label,split\na.jpg,2,train\nb.jpg,10,train\nc.png,2,val\nx/a.jpg,7,val\n"
@@ -138,58 +107,49 @@ def test_fingerprints_are_of_the_contents_alone(here, tmp_path_factory):
     assert len({first, changed, open_source(spec, "train").fingerprint}) == 3
 
 
-@pytest.mark.parametrize(
-    "content, options, message",
-    [
-        ("image,label\na.jpg,cat\n", "", "no column of splits, so that 'train' is unknown"),
+def test_what_is_not_sure_is_refused(here):
+    lists = pa.table({"path": ["a.jpg"], "tags": [["x"]]})
+    ids, other = (
+        "1 a.jpg\n2 b.jpg\n3 c.png\n4 x/a.jpg\n5 x/e.jpg\n",
+        "'1' has another text for each",
+    )
+    cases = [
         (
             "image,label\na.jpg,cat\nz.jpg,dog\ny.jpg,dog\n",
-            "/all",
-            r"line 3: there is no file '.*z\.jpg', and 1 others are missing",
+            "",
+            r"line 3: .*'.*z\.jpg', and 1 others",
         ),
-        ("image,label\nz.jpg,cat\n", "/all", r"line 2: there is no file '.*z\.jpg'"),
-        ("image,label\nz,cat\n", "/all", "no column has files of .* say image=COLUMN, or root"),
-        ("image,label\nx/e,cat\n", "/all", "'x/e' may be 'e.jpg' or 'e.png'"),
-        ("image,label\na.jpg,cat\nb.jpg,\n", "/all", r"line 3: 'b\.jpg' has no label"),
-        ("image,label\na.jpg,cat\na.jpg,dog\n", "/all", "line 3: 'a.jpg' is 'dog', but 'cat' in"),
-        ("one,two,label\na.jpg,b.jpg,cat\n", "/all", "several columns with files .'one', 'two'."),
-        ("image,sex,age\na.jpg,m,3\n", "/all", "2 columns that may be labels .'sex', 'age'."),
-        ("image,label\na.jpg,cat\n", ",lable=x/all", "has an option 'lable'; did you mean 'label"),
-        ("image,label\na.jpg,cat\n", ",label=x,labels=y/all", "not both"),
-        ("image,label\na.jpg,cat\n", ",label=x/all", "has no column 'x'"),
-        ("image,label,split\na.jpg,cat,\nb.jpg,cat,val\n", "/all", "line 2 is in no split"),
-        ("image,tags\na.jpg,a|b c\n", ",labels=tags/all", r"Say separator=\| or space"),
-        ("image,tags\na.jpg,'x,y'\n".replace("'", '"'), ",labels=tags/all", "Say separator=comma"),
-        (
-            "image,a,b\na.jpg,1,-1\n",
-            ",labels=*/all",
-            "line 2: column 'b' has '-1'; expected 0 or 1",
-        ),
-        ("image,target\na.jpg,0.25\nb.jpg,1\n", "/all", "'target' has numbers such as '0.25': if"),
-        ("image;score\na.jpg;0,25\nb.jpg;1,5\n", "/all", "has numbers such as '0,25'"),
-        ("image,label\na.jpg,-1\nb.jpg,1\n", "/all", "has numbers such as '-1'"),
-        ("image,label\na.jpg,cat|dog\nb.jpg,cat\n", "/all", "'cat|dog' .*,labels=label reads them"),
-        (
-            "image,tags\na.jpg,haze primary\nb.jpg,haze\n",
-            "/all",
-            "several labels, such as 'haze pr",
-        ),
-        (
-            "1 a.jpg\n2 b.jpg\n3 c.png\n4 x/a.jpg\n5 x/e.jpg\n",
-            "/all",
-            "'1' has another text for each image, such as '1'.* as in .*list,label=1",
-        ),
-        ("image,label\na.jpg,01\nb.jpg,1\n", "/all", "'01' and '1' one class, or two"),
-        ("image,label\nx/a.jpg,0\nx//a.jpg,1\n", "/all", "'x/a.jpg' is '1', but '0' in line 2"),
-        (pa.table({"image": [b"x"], "label": [1]}), "/all", "use hf-data:"),
-        (pa.table({"path": ["a.jpg"], "tags": [["x"]]}), "/all", "say labels=tags"),
-        (pa.table({"path": ["a.jpg"], "tags": [["x"]]}), ",label=tags/all", "say labels=tags"),
-    ],
-)
-def test_what_is_not_sure_is_refused(here, content, options, message):
-    options, _, split = options.partition("/")
-    with pytest.raises(UserError, match=message):
-        open_source(f"table:{written(here / 'list', content)}{options}", split or "train")
+        ("image,label\nz.jpg,cat\n", "", r"line 2: there is no file '.*z\.jpg'"),
+        ("image,label\nz,cat\n", "", "no column has files of .* say image=COLUMN, or root"),
+        ("image,label\nx/e,cat\n", "", "'x/e' may be 'e.jpg' or 'e.png'"),
+        ("image,label\na.jpg,cat\nb.jpg,\n", "", r"line 3: 'b\.jpg' has no label"),
+        ("image,label\na.jpg,cat\na.jpg,dog\n", "", "line 3: 'a.jpg' is 'dog', but 'cat' in"),
+        ("one,two,label\na.jpg,b.jpg,cat\n", "", "several columns with files .'one', 'two'."),
+        ("image,sex,age\na.jpg,m,3\n", "", "2 columns that may be labels .'sex', 'age'."),
+        ("image,label\na.jpg,cat\n", ",lable=x", "has an option 'lable'; did you mean 'label"),
+        ("image,label\na.jpg,cat\n", ",label=x,labels=y", "not both"),
+        ("image,label\na.jpg,cat\n", ",label=x", "has no column 'x'"),
+        ("image,label,split\na.jpg,cat,\nb.jpg,cat,val\n", "", "line 2 is in no split"),
+        ("image,tags\na.jpg,a|b c\n", ",labels=tags", r"Say separator=\| or space"),
+        ('image,tags\na.jpg,"x,y"\n', ",labels=tags", "Say separator=comma"),
+        ("image,a,b\na.jpg,1,-1\n", ",labels=*", "line 2: column 'b' has '-1'; expected 0 or 1"),
+        ("image,target\na.jpg,0.25\nb.jpg,1\n", "", "'target' has numbers such as '0.25': if"),
+        ("image;score\na.jpg;0,25\nb.jpg;1,5\n", "", "has numbers such as '0,25'"),
+        ("image,label\na.jpg,-1\nb.jpg,1\n", "", "has numbers such as '-1'"),
+        ("image,label\na.jpg,cat|dog\nb.jpg,cat\n", "", "'cat|dog' .*,labels=label reads them"),
+        ("image,tags\na.jpg,haze primary\nb.jpg,haze\n", "", "several labels, such as 'haze pr"),
+        (ids, "", f"{other} image, such as '1'.* as in .*list,label=1"),
+        ("image,label\na.jpg,01\nb.jpg,1\n", "", "'01' and '1' one class, or two"),
+        ("image,label\nx/a.jpg,0\nx//a.jpg,1\n", "", "'x/a.jpg' is '1', but '0' in line 2"),
+        (pa.table({"image": [b"x"], "label": [1]}), "", "use hf-data:"),
+        (lists, "", "say labels=tags"),
+        (lists, ",label=tags", "say labels=tags"),
+    ]
+    file = here / "list"
+    refused(lambda it, more: open_source(f"table:{written(file, it)}{more}", "all"), cases)
+    written(file, "image,label\na.jpg,cat\n")
+    with pytest.raises(UserError, match="no column of splits, so that 'train' is unknown"):
+        open_source(f"table:{file}", "train")
 
 
 def test_a_header_that_is_taken_for_one_is_said(here, caplog):

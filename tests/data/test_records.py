@@ -4,6 +4,7 @@
 TFRecord files: twelve JPEGs of three classes, in the order of their paths (`disable_shuffling`).
 """
 
+import functools
 import gzip
 import json
 import pickle
@@ -12,15 +13,18 @@ import struct
 import sys
 from pathlib import Path
 
+import fake_tfds
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import tensorflow_datasets
+from made import refused, tree
+from tensorflow_datasets.core import features
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vit_jax.data.classes import Matched, Relabelled, with_labels
 from vit_jax.data.forms import examples, records
+from vit_jax.data.forms.records import RecordSource
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source
@@ -31,7 +35,8 @@ TFRECORD = Path(__file__).parent / "files" / "tfds" / "pets" / "1.0.0"
 CLASSES = ("Abyssinian", "Chat égyptien", "Maine Coon")
 
 
-def written():
+@functools.cache
+def stored():
     """(label, name, JPEG) of every example, read with protobuf's own parser."""
     found = []
     for path in sorted(TFRECORD.glob("*.tfrecord-*")):
@@ -53,63 +58,27 @@ def no_tensorflow(monkeypatch, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.fixture
-def as_folder(tmp_path):
-    for label, name, image in written():
-        path = tmp_path / "pets" / CLASSES[label] / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image)
-    return tmp_path / "pets"
+@pytest.fixture(scope="module")
+def array_record(tmp_path_factory):
+    """The same images, as TFDS writes ArrayRecord."""
+    kinds = {"image": features.Image(), "label": features.ClassLabel(names=CLASSES)}
+    splits = {"train": (12, lambda i: {"image": stored()[i][2], "label": stored()[i][0]})}
+    pair = ("image", "label")
+    folder = tmp_path_factory.mktemp("tfds")
+    return fake_tfds.write(folder, "pets", "1.0.0", kinds, splits, pair).data_dir
 
 
-class Pets(tensorflow_datasets.core.GeneratorBasedBuilder):
-    """The same images, for TFDS to write as ArrayRecord."""
-
-    VERSION = tensorflow_datasets.core.Version("1.0.0")
-    folder = None
-
-    def _info(self):
-        features = tensorflow_datasets.features
-        return tensorflow_datasets.core.DatasetInfo(
-            builder=self,
-            features=features.FeaturesDict(
-                {"image": features.Image(), "label": features.ClassLabel(names=CLASSES)}
-            ),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        paths = sorted(self.folder.glob("*/*.jpg"))
-        for number, path in enumerate(paths):
-            yield number, {"image": str(path), "label": path.parent.name}
-
-
-@pytest.fixture
-def array_record(as_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pets, "folder", as_folder)
-    builder = Pets(data_dir=tmp_path / "tfds", file_format="array_record")
-    builder.download_and_prepare()
-    return Path(builder.data_dir)
-
-
-def test_one_set_of_images_in_four_forms_gives_the_same_batches(as_folder, array_record, tmp_path):
+def test_one_set_of_images_in_four_forms_gives_the_same_batches(array_record, tmp_path):
+    files = {f"{CLASSES[label]}/{name}": image for label, name, image in stored()}
+    as_folder = tree(tmp_path / "pets", files)
     prepare(str(as_folder), str(tmp_path / "shards"), shard_examples=5)
-    specs = {
-        f"folder:{as_folder}": "all",
-        f"tfds:{TFRECORD}": "train",
-        f"tfds:{array_record}": "train",
-        f"records:{tmp_path / 'shards'}": "train",
-    }
+    specs = [f"tfds:{TFRECORD}", f"tfds:{array_record}", f"records:{tmp_path / 'shards'}"]
     found = []
-    for spec, split in specs.items():
-        source = open_source(spec, split)
+    for spec in (f"folder:{as_folder}", *specs):
+        source = open_source(spec, "all" if spec.startswith("folder") else "train")
         assert source.label_names == CLASSES
         assert [(e["label"], e["image"]) for e in map(source.__getitem__, range(12))] == [
-            (label, image) for label, _, image in written()
+            (label, image) for label, _, image in stored()
         ]
         read = BatchReader(source, Preprocess((9, 8)), 5, InceptionCrop(), flip=True)
         with train_batches(read, 8, start_step=1, stop_step=4) as batches:
@@ -122,62 +91,54 @@ def test_one_set_of_images_in_four_forms_gives_the_same_batches(as_folder, array
     assert len(found[0]) == 5 and found[0][0]["image"].std() > 10
 
 
-@pytest.mark.parametrize("form", ["tfrecord", "array_record"])
-@pytest.mark.parametrize(
-    "split, rows",
-    [
+def test_a_slice_of_a_split_is_what_tfds_says(array_record):
+    for split, rows in [
         ("train[:50%]", range(6)),
         ("train[25%:]", range(3, 12)),
         ("train[5:7]", range(5, 7)),
         ("train[-2:]", range(10, 12)),
         ("train[:3]+train[9:]", (0, 1, 2, 9, 10, 11)),
-    ],
-)
-def test_a_slice_of_a_split_is_what_tfds_says(form, split, rows, request):
-    path = TFRECORD if form == "tfrecord" else request.getfixturevalue("array_record")
-    source = open_source(f"tfds:{path}", split)
-    expected = [written()[row][2] for row in rows]
-    assert [source[i]["image"] for i in range(len(source))] == expected
-    assert source.fingerprint != open_source(f"tfds:{path}", "train").fingerprint
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy[1]["image"] == expected[1] and copy.fingerprint == source.fingerprint
+    ]:
+        for path in (TFRECORD, array_record):
+            source = open_source(f"tfds:{path}", split)
+            expected = [stored()[row][2] for row in rows]
+            assert [source[i]["image"] for i in range(len(source))] == expected
+            assert source.fingerprint != open_source(f"tfds:{path}", "train").fingerprint
+            copy = pickle.loads(pickle.dumps(source))
+            assert copy[1]["image"] == expected[1] and copy.fingerprint == source.fingerprint
 
 
-def test_a_data_set_is_found_by_its_name(monkeypatch):
+def test_a_data_set_is_found_by_its_name_and_names_its_examples(monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(TFRECORD.parents[1]))
     for spec in ("tfds:pets", "tfds:pets:1.0.0", f"tfds:{TFRECORD.parent}"):
         assert open_source(spec, "train")[7]["label"] == 1
-
-
-def test_the_name_of_an_example_says_where_it_is():
     name = open_source(f"tfds:{TFRECORD}", "train")[5]["name"]
     assert name.startswith("tfds:") and name.endswith("example 5 (1.jpg)")
 
 
-def test_the_index_of_a_tfrecord_file_is_made_once(tmp_path, monkeypatch):
-    open_source(f"tfds:{TFRECORD}", "train")
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2
-    monkeypatch.setattr(records, "_scan", None)  # not called again
-    assert open_source(f"tfds:{TFRECORD}", "train")[0]["image"] == written()[0][2]
+def test_the_index_of_a_tfrecord_file_is_made_once(tmp_path, monkeypatch, caplog):
+    def image(row):
+        return open_source(f"tfds:{TFRECORD}", "train")[row]["image"]
 
-
-@pytest.mark.parametrize("content", [b"", b"no array", "float", "short"])
-def test_a_damaged_index_is_made_again(tmp_path, content):
-    open_source(f"tfds:{TFRECORD}", "train")
-    for path in (tmp_path / "cache").rglob("*.npy"):
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            starts = np.load(path)
-            np.save(path, starts * 1.0 if content == "float" else starts[:-1])
-    assert open_source(f"tfds:{TFRECORD}", "train")[11]["image"] == written()[11][2]
-
-
-def test_no_folder_for_the_index_is_no_mistake(monkeypatch, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
+    assert image(0) == stored()[0][2]
+    indices = list((tmp_path / "cache").rglob("*.npy"))
+    assert len(indices) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_scan", None)  # not called again
+        assert image(0) == stored()[0][2]
+    for damage in (  # it is made again
+        lambda path, starts: path.write_bytes(b""),
+        lambda path, starts: path.write_bytes(b"no array"),
+        lambda path, starts: np.save(path, starts * 1.0),
+        lambda path, starts: np.save(path, starts[:-1]),
+    ):
+        for path in indices:
+            damage(path, np.load(path))
+        assert image(11) == stored()[11][2]
+    assert "is not kept" not in caplog.text
+    (tmp_path / "file").write_text("")  # no folder for it is no mistake
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(open_source(f"tfds:{TFRECORD}", "train")) == 12
-    assert "is not kept" in caplog.text
+    assert image(11) == stored()[11][2] and "is not kept" in caplog.text
 
 
 @pytest.fixture
@@ -186,40 +147,27 @@ def copy(tmp_path):
     return tmp_path / "pets" / "1.0.0"
 
 
-def test_a_tfrecord_file_that_is_cut_off_or_compressed_is_refused(copy):
+def test_what_is_no_whole_set_of_use_is_refused(copy):
+    def change(**fields):
+        path = copy / "dataset_info.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
     path = next(copy.glob("*-00001-*"))
     whole = path.read_bytes()
-    for data in (whole[:-7], whole + b"1234", gzip.compress(whole)):
-        path.write_bytes(data)
-        with pytest.raises(UserError, match="-00001-of-00002 is cut off, or no uncompressed"):
-            open_source(f"tfds:{copy}", "train")
-
-
-def test_records_that_the_metadata_does_not_know_of_are_refused(copy):
-    path = next(copy.glob("*-00001-*"))
-    data = path.read_bytes()
-    path.write_bytes(data[: struct.unpack("<Q", data[:8])[0] + 16])  # one record of six
-    with pytest.raises(UserError, match=r"has 7 records where its dataset_info.json says 12"):
-        open_source(f"tfds:{copy}", "train")
-
-
-def change(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def test_formats_and_features_that_do_not_serve_are_refused(copy):
-    change(copy / "dataset_info.json", fileFormat="parquet")
+    one = whole[: struct.unpack("<Q", whole[:8])[0] + 16]  # record of six
+    cut = "-00001-of-00002 is cut off, or no uncompressed"
+    cases = [(data, cut) for data in (whole[:-7], whole + b"1234", gzip.compress(whole))]
+    cases += [(one, "has 7 records where its dataset_info.json says 12")]
+    refused(lambda data: (path.write_bytes(data), open_source(f"tfds:{copy}", "train")), cases)
+    change(fileFormat="parquet")
     with pytest.raises(UserError, match=r"is in parquet, which .* file_format='array_record'"):
         open_source(f"tfds:{copy}", "train")
-    change(copy / "dataset_info.json", fileFormat="tfrecord")
+    change(fileFormat="tfrecord", supervisedKeys=None)
     features = json.loads((copy / "features.json").read_text())
     del features["featuresDict"]["features"]["label"]
-    change(copy / "dataset_info.json", supervisedKeys=None)
     (copy / "features.json").write_text(json.dumps(features))
-    with pytest.raises(
-        UserError,
-        match=r"features (file_name, image|image, file_name); expected an image and a label",
-    ):
+    message = "features (file_name, image|image, file_name); expected an image and a label"
+    with pytest.raises(UserError, match=message):
         open_source(f"tfds:{copy}", "train")
 
 
@@ -230,8 +178,8 @@ def test_a_label_out_of_range_stops_with_the_example(copy):
     (copy / "label.labels.txt").write_text("a\nb\n")
     read = BatchReader(open_source(f"tfds:{copy}", "train"), Preprocess((8, 8)))
     message = r"example (8|9|10|11) \(\d.jpg\) has the label 2, but there are 2 class names"
-    with pytest.raises(UserError, match=message), eval_batches(read, 4) as batches:
-        list(batches)
+    with pytest.raises(UserError, match=message):
+        read(np.arange(12), np.arange(12))
 
 
 def test_a_record_that_is_no_example_is_a_bad_image(copy):
@@ -240,65 +188,46 @@ def test_a_record_that_is_no_example_is_a_bad_image(copy):
     data[12:40] = b"\xff" * 28
     path.write_bytes(data)
     read = BatchReader(open_source(f"tfds:{copy}", "train"), Preprocess((8, 8)), on_corrupt="skip")
-    with eval_batches(read, 12) as batches:
-        (batch,) = batches
+    batch = read(np.arange(12), np.arange(12))
     assert batch["corrupt"].tolist() == [True] + 11 * [False]
     assert batch["mask"].tolist() == [False] + 11 * [True]
 
 
-@pytest.mark.parametrize(
-    "spec, split, message",
-    [
+def test_what_is_not_there_is_named():
+    cases = [
         ("tfds:no_such_set", "train", "TFDS finds no prepared data set of that name"),
         ("tfds:/no/such/folder", "train", "there is no such folder"),
         (f"tfds:{TFRECORD}", "tarin", r"no split 'tarin'; did you mean 'train'\?"),
         (f"tfds:{TFRECORD}", "train[:x%]", "no split 'train"),
         (f"records:{TFRECORD}", "train", "has no split 'train'.*prepare"),
         ("records:/no/such/folder", "train", "has no split 'train'.*prepare"),
-    ],
-)
-def test_what_is_not_there_is_named(spec, split, message):
-    with pytest.raises(UserError, match=message):
-        open_source(spec, split)
+    ]
+    refused(open_source, cases)
 
 
-class Real(tensorflow_datasets.core.GeneratorBasedBuilder):
+LABELS = ((2,), (0, 1), (), (2, 0, 1), (1,))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
     """Images with one label and with any number of them: the features of imagenet2012_real."""
+    label = features.ClassLabel
+    kinds = {
+        "image": features.Image(encoding_format="jpeg"),
+        "original_label": label(names=CLASSES),
+        "real_label": features.Sequence(label(names=CLASSES)),
+        "file_name": features.Text(),
+        "boxes": features.Sequence({"kind": label(num_classes=2)}),
+    }
 
-    VERSION = tensorflow_datasets.core.Version("1.0.0")
-    labels = ((2,), (0, 1), (), (2, 0, 1), (1,))
+    def example(i):
+        _, name, image = stored()[i]
+        labels = {"original_label": i % 3, "real_label": LABELS[i]}
+        return {"image": image, "file_name": name, "boxes": [{"kind": 1}] * i, **labels}
 
-    def _info(self):
-        features, label = tensorflow_datasets.features, tensorflow_datasets.features.ClassLabel
-        kinds = {
-            "image": features.Image(encoding_format="jpeg"),
-            "original_label": label(names=CLASSES),
-            "real_label": features.Sequence(label(names=CLASSES)),
-            "file_name": features.Text(),
-            "boxes": features.Sequence({"kind": label(num_classes=2)}),
-        }
-        return tensorflow_datasets.core.DatasetInfo(
-            builder=self,
-            features=features.FeaturesDict(kinds),
-            supervised_keys=("image", "real_label"),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"validation": self._generate_examples()}
-
-    def _generate_examples(self):
-        for number, labels in enumerate(self.labels):
-            _, name, image = written()[number]
-            example = {"image": image, "file_name": name, "boxes": [{"kind": 1}] * number}
-            yield number, {**example, "original_label": number % 3, "real_label": labels}
-
-
-@pytest.fixture
-def real(tmp_path):
-    builder = Real(data_dir=tmp_path / "tfds", file_format="array_record")
-    builder.download_and_prepare()
-    return f"tfds:{builder.data_dir}"
+    folder, splits = tmp_path_factory.mktemp("tfds"), {"validation": (5, example)}
+    pair = ("image", "real_label")
+    return f"tfds:{fake_tfds.write(folder, 'real', '1.0.0', kinds, splits, pair).data_dir}"
 
 
 def test_a_feature_may_be_chosen_as_the_label(real):
@@ -307,10 +236,10 @@ def test_a_feature_may_be_chosen_as_the_label(real):
         open_source(f"{real},label={key}", "validation") for key in ("original_label", "real_label")
     )
     assert [each.multi_label for each in (plain, one, several)] == [False, False, True]
-    for index, labels in enumerate(Real.labels):
+    for index, labels in enumerate(LABELS):
         assert plain[index]["label"] == one[index]["label"] == index % 3
         assert several[index]["label"] == labels
-        assert plain[index]["image"] == several[index]["image"] == written()[index][2]
+        assert plain[index]["image"] == several[index]["image"] == stored()[index][2]
     assert plain.label_names == one.label_names == several.label_names == CLASSES
     assert len({each.fingerprint for each in (plain, one, several)}) == 3
     copy = pickle.loads(pickle.dumps(several))
@@ -343,9 +272,8 @@ def test_fingerprints_do_not_change():
     assert chosen.fingerprint != splits["train"] and chosen[7]["label"] == 1
 
 
-@pytest.mark.parametrize(
-    "option, message",
-    [
+def test_a_label_or_an_option_that_is_not_there_is_named(real):
+    cases = [
         ("label=real_lable", r"has no class label 'real_lable'; did you mean 'real_label'\?"),
         ("label=image", "has no class label 'image'; known: original_label, real_label"),
         ("label=boxes", "has no class label 'boxes'; known: original_label, real_label"),
@@ -353,97 +281,135 @@ def test_fingerprints_do_not_change():
         ("label=", "has no class label ''; known: original_label, real_label"),
         ("lable=real_label", r"has no option 'lable'; did you mean 'label'\?"),
         ("split=train", "has no option 'split'; known: label"),
-    ],
+    ]
+    refused(lambda option: open_source(f"{real},{option}", "validation"), cases)
+
+
+# --------------------------------------------------------------------------------------- examples
+
+Example = tf_example_pb2.Example
+SETTINGS = hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=40)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+NAME = st.text("a/é猫😀\0", max_size=20)  # of all characters, it makes a table first
+
+
+def varint(value):
+    value %= 2**64
+    return (bytes([value & 127 | 128]) + varint(value >> 7)) if value > 127 else bytes([value])
+
+
+def field(number, data):
+    """A field of bytes, or, of an int, of a number."""
+    if isinstance(data, int):
+        return varint(number << 3) + varint(data)
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def list_of(kind, values, packed):
+    """A feature's values, numbers packed or one by one."""
+    if kind == 0:
+        return field(1, b"".join(field(1, each) for each in values))
+    if packed:
+        data = struct.pack(f"<{len(values)}f", *values) if kind == 1 else map(varint, values)
+        return field(kind + 1, field(1, data if kind == 1 else b"".join(data)))
+    one = [lambda v: b"\x0d" + struct.pack("<f", v), lambda v: b"\x08" + varint(v)][kind - 1]
+    return field(kind + 1, b"".join(map(one, values)))
+
+
+VALUES = [st.binary(max_size=200), st.floats(width=32), INT64]
+FEATURES = st.lists(
+    st.tuples(NAME, st.sampled_from(range(3)), st.booleans(), st.booleans()).flatmap(
+        lambda told: st.tuples(st.just(told), st.lists(VALUES[told[1]], max_size=4))
+    ),
+    max_size=5,
 )
-def test_a_label_or_an_option_that_is_not_there_is_named(real, option, message):
-    with pytest.raises(UserError, match=message):
-        open_source(f"{real},{option}", "validation")
 
 
-def number(value):
-    """A varint, written as the format has it."""
-    value, out = value % 2**64, b""
-    while value > 127:
-        value, out = value >> 7, out + bytes([value % 128 + 128])
-    return out + bytes([value])
+@SETTINGS
+@hypothesis.given(FEATURES, st.booleans(), st.data())
+def test_examples_are_read_as_protobuf_does(entries, empty, data):
+    """Features in any order, name or value first, one twice, one without values."""
+    wire = field(1, field(1, b"empty") + field(2, b"")) if empty else b""
+    for (name, kind, packed, name_last), values in entries:
+        parts = [field(1, name.encode()), field(2, list_of(kind, values, packed))]
+        wire += field(1, b"".join(reversed(parts) if name_last else parts))
+    wire = field(1, wire)
+    first = {}
+    for name, feature in Example.FromString(wire).features.feature.items():
+        kind = feature.WhichOneof("kind")
+        values = list(getattr(feature, kind).value) if kind else []
+        found = examples.feature_values(wire, name)
+        assert np.array_equal(found, values, equal_nan=kind == "float_list")
+        assert [type(one) for one in found] == [type(one) for one in values]
+        first[name] = values[0] if values and kind != "float_list" else None
+    assert examples.parse_example(wire) == first
+    assert examples.feature_values(wire, "none of them") == []
+    # A damaged one is said to be, or gives other values.
+    cut = data.draw(st.integers(0, len(wire)))
+    broken = bytearray(wire[:cut])
+    for _ in range(data.draw(st.integers(0, 2)) if broken else 0):
+        broken[data.draw(st.integers(0, cut - 1))] = data.draw(st.integers(0, 255))
+    for name in first:
+        try:
+            assert isinstance(examples.feature_values(bytes(broken), name), list)
+        except ValueError:
+            pass
 
 
-def message(field, data):
-    return number(field * 8 + 2) + number(len(data)) + data
+@SETTINGS
+@hypothesis.given(st.dictionaries(NAME, st.binary(max_size=300) | INT64, max_size=6))
+def test_an_example_is_written_as_protobuf_would(features):
+    wire, entries = examples.write_example(features), b""
+    assert examples.parse_example(wire) == features
+    for name in sorted(features):
+        one, value = type(Example().features)(), features[name]
+        kind = "bytes_list" if isinstance(value, bytes) else "int64_list"
+        getattr(one.feature[name], kind).value.append(value)
+        entries += one.SerializeToString()
+    assert wire == field(1, entries)
 
 
-LISTS = {
-    "bytes_list": st.lists(st.binary(max_size=9), max_size=4),
-    "float_list": st.lists(st.floats(width=32), max_size=9),
-    "int64_list": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9),
-}
-FEATURES = st.dictionaries(
-    st.text(max_size=3),
-    st.sampled_from(list(LISTS)).flatmap(lambda kind: st.tuples(st.just(kind), LISTS[kind])),
-    max_size=4,
+def test_a_list_that_is_damaged_is_refused():
+    message = r"tf\.train\.Example|multiple of element size"
+    for data in (
+        field(1, field(1, field(1, b"a") + field(2, field(3, field(1, b"\x01\xff"))))),
+        field(1, field(1, field(1, b"a") + field(2, field(2, field(1, b"123"))))),
+        field(1, field(1, field(1, b"a") + field(2, field(3, b"\x08\xff")))),
+        field(1, field(1, field(1, b"a") + field(2, 5))),
+        field(1, field(1, field(1, 5) + field(2, b""))),
+        field(1, b"\x0a\x7f"),
+        field(1, 5),
+    ):
+        with pytest.raises(ValueError, match=message):
+            examples.feature_values(data, "a")
+
+
+SOUND = examples.write_example({"image": stored()[0][2], "label": 1, "name": "ñ.jpg".encode()})
+DEEP = field(1, field(1, field(2, field(1, field(1, 1)))))
+DAMAGED = [field(1, 1), field(1, field(1, 1)), field(1, field(1, field(1, 1)))]
+DAMAGED += [field(1, field(1, field(2, data))) for data in (1, b"\xff")]
+DAMAGED += [DEEP, b"\xff" * 12]
+
+
+@SETTINGS
+@hypothesis.given(
+    st.binary(max_size=60)
+    | st.integers(0, len(SOUND)).map(lambda n: SOUND[:n])
+    | st.tuples(st.integers(0, len(SOUND) - 1), st.integers(1, 255)).map(
+        lambda at: SOUND[: at[0]] + bytes([SOUND[at[0]] ^ at[1]]) + SOUND[at[0] + 1 :]
+    )
 )
+def test_garbage_is_a_bad_image_and_no_bug(data):
+    source = RecordSource([data], records.FEATURES, "here", ("a",), "")
+    try:
+        example = source[0]
+    except UserError as error:
+        assert str(error).startswith("here, example 0")
+    else:
+        assert isinstance(example["image"], bytes) and isinstance(example["label"], int)
 
 
-def unpacked(features):
-    """The message with each number of a list as a field of its own."""
-    entries = b""
-    for name, (kind, values) in features.items():
-        field, one = {
-            "bytes_list": (1, lambda value: message(1, value)),
-            "float_list": (2, lambda value: bytes([8 + 5]) + struct.pack("<f", value)),
-            "int64_list": (3, lambda value: bytes([8]) + number(value)),
-        }[kind]
-        values = message(field, b"".join(map(one, values)))
-        entries += message(1, message(1, name.encode()) + message(2, values))
-    return message(1, entries)
-
-
-@hypothesis.settings(deadline=None)
-@hypothesis.given(FEATURES, st.data())
-def test_all_values_of_a_feature_are_those_that_protobuf_reads(features, data):
-    example = tf_example_pb2.Example()
-    for name, (kind, values) in features.items():
-        example.features.feature[name].ClearField("kind")
-        getattr(example.features.feature[name], kind).value.extend(values)
-    packed = example.SerializeToString()
-    for record in (packed, unpacked(features)):
-        parsed = tf_example_pb2.Example.FromString(record).features.feature
-        assert set(parsed) == set(features)
-        for name in features:
-            (_, values), *_ = [(k.name, v.value) for k, v in parsed[name].ListFields()] or [
-                ("", [])
-            ]
-            found = examples.feature_values(record, name)
-            assert np.array_equal(found, values, equal_nan=features[name][0] == "float_list")
-            assert [type(one) for one in found] == [type(one) for one in values]
-            first = examples.parse_example(record)[name]
-            if features[name][0] != "float_list":
-                assert first == (found[0] if found else None)
-        assert examples.feature_values(record, "none of them") == []
-        # A damaged one is said to be, or gives other values.
-        cut = data.draw(st.integers(0, len(record)))
-        broken = bytearray(record[:cut])
-        for _ in range(data.draw(st.integers(0, 2)) if broken else 0):
-            broken[data.draw(st.integers(0, cut - 1))] = data.draw(st.integers(0, 255))
-        for name in features:
-            try:
-                assert isinstance(examples.feature_values(bytes(broken), name), list)
-            except ValueError:
-                pass
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        message(1, message(1, message(1, b"a") + message(2, message(3, message(1, b"\x01\xff"))))),
-        message(1, message(1, message(1, b"a") + message(2, message(2, message(1, b"123"))))),
-        message(1, message(1, message(1, b"a") + message(2, message(3, b"\x08\xff")))),
-        message(1, message(1, message(1, b"a") + bytes([16, 5]))),
-        message(1, message(1, bytes([8, 5]) + message(2, b""))),
-        message(1, b"\x0a\x7f"),
-        bytes([8, 5]),
-    ],
-)
-def test_a_list_that_is_damaged_is_refused(data):
-    with pytest.raises(ValueError, match=r"tf\.train\.Example|multiple of element size"):
-        examples.feature_values(data, "a")
+for damaged in DAMAGED:
+    test_garbage_is_a_bad_image_and_no_bug = hypothesis.example(damaged)(
+        test_garbage_is_a_bad_image_and_no_bug
+    )

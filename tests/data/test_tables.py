@@ -3,26 +3,16 @@
 import json
 
 import pyarrow as pa
-import pyarrow.parquet
-import pytest
+from made import refused, written
 
 from vit_jax.data.forms.cells import read_table
 from vit_jax.data.forms.tables import options, read_classes, read_labels, read_pairs, sorted_names
-from vit_jax.errors import UserError
 
 PLAIN = [("i0", "cat"), ("i1", "dog")]
 
 
 def lines(rows, delimiter=",", end="\n"):
     return "".join(delimiter.join(row) + end for row in rows)
-
-
-def written(path, content):
-    if isinstance(content, pa.Table):
-        pyarrow.parquet.write_table(content, path)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
 
 
 HEADED = [("image", "label"), *PLAIN]
@@ -57,70 +47,52 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("form", TABLES)
-@pytest.mark.parametrize("names", [["i1.jpg", "i0.jpg"], ["t/a/i1.jpg", "t/b/i0.jpg"]])
-def test_labels_go_to_their_images(tmp_path, form, names):
-    path = written(tmp_path / "table", TABLES[form])
-    assert read_labels(path, names) == ["dog", "cat"]
+def test_labels_go_to_their_images(tmp_path):
+    for form, content in TABLES.items():
+        path = written(tmp_path / "table", content)
+        for names in (["i1.jpg", "i0.jpg"], ["t/a/i1.jpg", "t/b/i0.jpg"]):
+            assert read_labels(path, names) == ["dog", "cat"], form
 
 
-CASES = {
-    "a list in the order of names": ("cat\ndog\n", ["b.jpg", "a.jpg"], ["dog", "cat"]),
-    "a list of several words": (
-        "big cat\nsea lion\nbig cat\n",
-        ["a", "b", "c"],
-        ["big cat", "sea lion", "big cat"],
-    ),
-    "a quoted list": ('"tench, Tinca tinca"\n"cock"\n', ["a", "b"], ["tench, Tinca tinca", "cock"]),
-    "names with spaces": (
-        "my a.jpg big cat\nmy b.jpg dog\n",
-        ["my b.jpg", "my a.jpg"],
-        ["dog", "big cat"],
-    ),
-    "pandas numbers": ("image,label\na,1.0\nb,3.0\n", ["b", "a"], ["3", "1"]),
-    "a chosen column": ("list,label=2", ["A_1.jpg", "B_1.jpg"], ["1", "2"]),
-    "a column by name": ("named,label=breed", ["a.jpg"], ["pug"]),
-    "a column by name, header unsure": ("unsure,label=zwei", ["a.jpg", "b.jpg"], ["x", "y"]),
-    "same file names": ("a/1.jpg,cat\nb/1.jpg,dog\n", ["b/1.jpg", "a/1.jpg"], ["dog", "cat"]),
-    "below a shared folder": ("a/1,cat\nb/1,dog\n", ["x/b/1.png", "x/a/1.png"], ["dog", "cat"]),
-    "boxes": (
-        "ImageId,PredictionString\nv_2,n03995372 85 1 499 272 n03995372 1 2 3 4 \n"
-        "v_1,n01440764 0 0 9 9\n",
-        ["v_1.JPEG", "v_2.JPEG"],
-        ["n01440764", "n03995372"],
-    ),
-    "a file name twice, elsewhere": (
-        "a/1.jpg,cat\nb/2.jpg,dog\nc/1.jpg,ox\n",
-        ["a/1.jpg", "b/2.jpg"],
-        ["cat", "dog"],
-    ),
-    "labels that are other images' names": (
-        "image,label\n1.jpg,2\n2.jpg,1\n",
-        ["1.jpg", "2.jpg"],
-        ["2", "1"],
-    ),
-}
+BOXES = (
+    "ImageId,PredictionString\nv_2,n03995372 85 1 49 2 n03995372 1 2 3 4 \nv_1,n01440764 0 0 9 9\n"
+)
 FILES = {
     "list": "A_1 1 1 9\nB_1 2 1 9\n",
     "named": "id,breed,age\na,pug,3\n",
     "unsure": "eins,zwei,drei\na,x,1\nb,y,2\n",
 }
+# What a file has, the images' names, and their labels.
+CASES = [
+    ("cat\ndog\n", "b.jpg a.jpg", "dog cat"),  # a list in the order of names
+    ("big cat\nsea lion\nbig cat\n", "a b c", "big cat;sea lion;big cat"),
+    ('"tench, Tinca tinca"\n"cock"\n', "a b", "tench, Tinca tinca;cock"),
+    ("my a.jpg big cat\nmy b.jpg dog\n", "my b.jpg;my a.jpg", "dog;big cat"),
+    ("image,label\na,1.0\nb,3.0\n", "b a", "3 1"),  # the numbers of pandas
+    ("list,label=2", "A_1.jpg B_1.jpg", "1 2"),
+    ("named,label=breed", "a.jpg", "pug"),
+    ("unsure,label=zwei", "a.jpg b.jpg", "x y"),
+    ("a/1.jpg,cat\nb/1.jpg,dog\n", "b/1.jpg a/1.jpg", "dog cat"),
+    ("a/1,cat\nb/1,dog\n", "x/b/1.png x/a/1.png", "dog cat"),
+    (BOXES, "v_1.JPEG v_2.JPEG", "n01440764 n03995372"),
+    ("a/1.jpg,cat\nb/2.jpg,dog\nc/1.jpg,ox\n", "a/1.jpg b/2.jpg", "cat dog"),
+    ("image,label\n1.jpg,2\n2.jpg,1\n", "1.jpg 2.jpg", "2 1"),  # labels that are others' names
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_labels_of_these(tmp_path, case):
-    content, names, expected = CASES[case]
-    name, _, option = content.partition(",")
-    if name in FILES:
-        path = written(tmp_path / name, FILES[name]) + f",{option}"
-    else:
-        path = written(tmp_path / "labels.csv", content)
-    assert read_labels(path, names) == expected
+def test_labels_of_these(tmp_path):
+    for content, *lists in CASES:
+        names, expected = (each.split(";" if ";" in each else " ") for each in lists)
+        name, _, option = content.partition(",")
+        path = written(tmp_path / "labels.csv", FILES.get(name, content))
+        found = read_labels(f"{path},{option}" if name in FILES else path, names)
+        assert found == expected, content
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
+def test_labels_that_are_not_sure_are_refused(tmp_path):
+    several = "i,PredictionString\na,n00000001 1 2 3 4 n00000002 1 2 3 4\nb,n00000001 1 2 3 4\n"
+    twice, again = "x/a.jpg,cat\ny/a.jpg,dog\nb.jpg,dog\n", "line 2: 'y/a.jpg' is 'dog', but 'cat'"
+    cases = [
         ("a,cat\nb\nc,dog\n", "1 cells in line 2, by commas, but 2 in others"),
         ("a,cat;x\nb,dog;x\n", "commas as well as semicolons"),
         ('a,"cat\nb,dog\n', "commas do not divide"),
@@ -129,85 +101,59 @@ def test_labels_of_these(tmp_path, case):
         ("a.jpg cat\ndog\n", "'dog' names no image and class"),
         ("a,cat\n", "says nothing of 1 images, such as 'b.jpg'"),
         ("a.png,cat\nb.jpg,dog\n", r"says nothing of 1 images, such as 'a.jpg' .column '1' names"),
-        (
-            "x/a.jpg,cat\ny/a.jpg,dog\nb.jpg,dog\n",
-            "line 2: 'y/a.jpg' is 'dog', but 'cat' in line 1",
-        ),
+        (twice, f"{again} in line 1"),
         ("a,cat\nb,\n", "line 2: 'b' has no label"),
         ("a,cat\nb,dog\na,ox\n", "line 3: 'a' is 'ox', but 'cat' in line 1"),
         ("image,sex,age\na,m,1\nb,f,2\n", r"2 columns that may be labels .*,label=sex"),
         ("image,label,class\na,m,1\nb,f,2\n", "3 columns|2 columns that may be labels"),
         ("image\na\nb\n", "no column names|no column of labels|has 3 labels"),
         ("a,b\nb,a\n", "both name the images, differently"),
-        (
-            "i,PredictionString\na,n00000001 1 2 3 4 n00000002 1 2 3 4\nb,n00000001 1 2 3 4\n",
-            "line 2 has boxes of several classes",
-        ),
+        (several, "line 2 has boxes of several classes"),
         ("label,label,image\n1,2,a\n1,2,b\n", "two columns 'label'"),
         (b"a,caf\xe9\nb,x\n", "is no file of labels in UTF-8"),
         (b"a\0,\0c\0", "it is no text"),
         (b"PAR1abcdPAR1", "is no file of labels"),
         ("[1, 2]", "expected a JSON object"),
         ('{"image": "a", "image": "b"}', "'image' twice"),
-    ],
-)
-def test_labels_that_are_not_sure_are_refused(tmp_path, content, message):
-    path = written(tmp_path / "labels.csv", content)
-    with pytest.raises(UserError, match=message):
-        read_labels(path, ["a.jpg", "b.jpg"])
-
-
-def test_options_of_labels_are_checked(tmp_path):
-    path = written(tmp_path / "l,x=1.csv", "image,label\na,cat\n")
+    ]
+    file = tmp_path / "l,x=1.csv"
+    refused(lambda it: read_labels(written(file, it), ["a.jpg", "b.jpg"]), cases)
+    path = written(file, "image,label\na,cat\n")
     assert read_labels(path, ["a.jpg"]) == ["cat"]
-    for option, message in {
-        "lable=x": "did you mean 'label'",
-        "label=lable": "did you mean 'label'",
-        "label=a,label=b": "label= once",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            read_labels(f"{path},{option}", ["a.jpg"])
+    cases = [(option, "did you mean 'label'") for option in ("lable=x", "label=lable")]
+    cases += [("label=a,label=b", "label= once")]
+    refused(lambda option: read_labels(f"{path},{option}", ["a.jpg"]), cases)
     assert options("~/x,root=y", ("root",))[0].startswith("/")
 
 
 WNIDS = ("n01440764", "n01443537")
-LISTS = {
-    "a class a line": ("dog\ncat\n", ("dog", "cat")),
-    "names with commas": ("tench, Tinca\ncat\ndog\n", ("tench, Tinca", "cat", "dog")),
-    "one comma each": ("dog, hound\ncat, puss\n", ("dog, hound", "cat, puss")),
-    "index,name": ("1,cat\n0,dog\n", ("dog", "cat")),
-    "name,index from 1": ("cat,2\ndog,1\n", ("dog", "cat")),
-    "header": ("index,name\n0,dog\n1,cat\n", ("dog", "cat")),
-    "header of one": ("class\ndog\ncat\n", ("dog", "cat")),
-    "synsets": (f"{WNIDS[0]} tench, Tinca tinca\n{WNIDS[1]} goldfish\n", WNIDS),
-    "words.txt": (
-        f"{WNIDS[0]}\ttench, Tinca\n{WNIDS[1]}\tgoldfish\n",
-        ("tench, Tinca", "goldfish"),
-    ),
-    "class_index.json": (
-        json.dumps({"1": [WNIDS[1], "goldfish"], "0": [WNIDS[0], "tench"]}),
-        WNIDS,
-    ),
-    "json list": ('["dog", "cat"]', ("dog", "cat")),
-    "json name: index": ('{"cat": 1, "dog": 0}', ("dog", "cat")),
-    "json index: name": ('{"1": "cat", "0": "dog"}', ("dog", "cat")),
-    "numbers and names": ("1,cat\n0,dog\n", ("0", "1")),
-    "decomposed": ("e\u0301pagneul\ncat\n", ("\u00e9pagneul", "cat")),
-    "parquet": (pa.table({"i": [1, 0], "n": ["cat", "dog"]}), ("dog", "cat")),
-}
+WORDS = f"{WNIDS[0]}\ttench, Tinca\n{WNIDS[1]}\tgoldfish\n"
+INDEX = json.dumps({"1": [WNIDS[1], "goldfish"], "0": [WNIDS[0], "tench"]})
+LISTS = [
+    ("dog\ncat\n", ("dog", "cat")),
+    ("tench, Tinca\ncat\ndog\n", ("tench, Tinca", "cat", "dog")),
+    ("dog, hound\ncat, puss\n", ("dog, hound", "cat, puss")),  # one comma each
+    ("1,cat\n0,dog\n", ("dog", "cat")),
+    ("cat,2\ndog,1\n", ("dog", "cat")),
+    ("index,name\n0,dog\n1,cat\n", ("dog", "cat")),
+    ("class\ndog\ncat\n", ("dog", "cat")),
+    (f"{WNIDS[0]} tench, Tinca tinca\n{WNIDS[1]} goldfish\n", WNIDS),  # synsets
+    (WORDS, ("tench, Tinca", "goldfish")),
+    (INDEX, WNIDS),
+    ('["dog", "cat"]', ("dog", "cat")),
+    ('{"cat": 1, "dog": 0}', ("dog", "cat")),
+    ('{"1": "cat", "0": "dog"}', ("dog", "cat")),
+    ("1,cat\n0,dog\n", ("0", "1")),  # numbers and names
+    ("e\u0301pagneul\ncat\n", ("\u00e9pagneul", "cat")),  # decomposed
+    (pa.table({"i": [1, 0], "n": ["cat", "dog"]}), ("dog", "cat")),
+]
 
 
-@pytest.mark.parametrize("form", LISTS)
-def test_classes_are_in_their_order(tmp_path, form):
-    content, expected = LISTS[form]
-    path = written(tmp_path / "classes", content)
-    found = sorted(expected)[-2:]
-    assert read_classes(path, found) == expected
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
+def test_classes_are_in_their_order(tmp_path):
+    path = tmp_path / "classes"
+    for content, expected in LISTS:
+        assert read_classes(written(path, content), sorted(expected)[-2:]) == expected, content
+    cases = [
         ("0,dog\n2,cat\n", "the numbers of its 2 classes are not 0 to 1, nor 1 to 2"),
         ("0,dog\n1,ox\n", "no column with all classes of the data in it: .*not such as 'cat'"),
         ("dog\ncat\ndog\n", "names a class twice"),
@@ -215,16 +161,12 @@ def test_classes_are_in_their_order(tmp_path, form):
         ("cat,0,1\ndog,1,0\n", "two columns of numbers"),
         ('{"a": {"b": 1}}', "expected a JSON list of names"),
         ("", "is no file of class names: it is empty"),
-    ],
-)
-def test_classes_that_are_not_sure_are_refused(tmp_path, content, message):
-    with pytest.raises(UserError, match=message):
-        read_classes(written(tmp_path / "classes.csv", content), ["cat", "dog"])
+    ]
+    refused(lambda content: read_classes(written(path, content), ["cat", "dog"]), cases)
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
+def test_pairs(tmp_path):
+    for content, expected in [
         ("cat\ndog\n", [("cat",), ("dog",)]),
         ("0,cat\n1,dog\n", [("0", "cat"), ("1", "dog")]),
         ("from\tto\nname\tx\n", [("from", "to"), ("name", "x")]),
@@ -233,10 +175,8 @@ def test_classes_that_are_not_sure_are_refused(tmp_path, content, message):
         ("tench, Tinca\ncat, puss\n", [("tench, Tinca",), ("cat, puss",)]),
         ('{"1": ["b", "cat"], "0": ["a", "dog"]}', [("a", "dog"), ("b", "cat")]),
         ('{"tabby": "cat"}', [("tabby", "cat")]),
-    ],
-)
-def test_pairs(tmp_path, content, expected):
-    assert read_pairs(written(tmp_path / "pairs", content)) == expected
+    ]:
+        assert read_pairs(written(tmp_path / "pairs", content)) == expected, content
 
 
 def test_tables_say_where_a_row_is(tmp_path):

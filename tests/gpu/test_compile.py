@@ -18,7 +18,7 @@ from vit_jax.analysis.hlo import parse
 from vit_jax.analysis.roofline import Roofline, read_kernels
 from vit_jax.errors import UserError
 from vit_jax.models.config import variant
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.sharding import make_mesh
 
 if importlib.util.find_spec("jax_cuda13_plugin") is None:

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from vit_jax.__main__ import COMMANDS
 from vit_jax.flags import make_parser
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 
 FOLDER = ROOT / "experiments" / "launch"
 SKYPILOT = sorted(path.name for path in FOLDER.glob("skypilot_*.yaml"))

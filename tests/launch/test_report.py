@@ -18,7 +18,8 @@ from vit_jax.errors import UserError
 from vit_jax.launch.compared import device_hours, read_runs
 from vit_jax.launch.page import html_page, thinned, ticks, write_report
 from vit_jax.launch.report import compare, escape, group_table, run_table
-from vit_jax.training.config import load_config, to_json
+from vit_jax.training.config import to_json
+from vit_jax.training.config_file import load_config
 
 
 def config_json(*flags):

@@ -26,7 +26,9 @@ from vit_jax.launch.launchers import Local, Print, make_launcher, shares
 from vit_jax.launch.progress import Progress
 from vit_jax.launch.run import Result, failures, read_results, run_sweep
 from vit_jax.launch.sweep import load_sweep, point_config
-from vit_jax.training.config import load_config, read_config, to_json
+from vit_jax.training.config import to_json
+from vit_jax.training.config_file import load_config
+from vit_jax.training.evaluate import read_config
 from vit_jax.training.metrics import TIMING_KEYS, last_values
 
 FAKE = pathlib.Path(__file__).with_name("fake_train.py")
@@ -329,7 +331,10 @@ def test_printed_commands_are_plain_and_in_order(folder, capsys):
     assert not folder.root.exists()
     words = shlex.split(lines[2])
     assert words[1:5] == ["-m", "vit_jax", "train", f"--config={DIGITS}"]
-    assert words[5:] == [f"--workdir={folder.root}/c", f"--config.init_from={folder.root}/a"]
+    assert words[5:] == [
+        f"--workdir={folder.root}/c",
+        f"--config.init_from={folder.root}/a",
+    ]
     assert [line.split(f"--workdir={folder.root}/")[1][0] for line in lines] == list("abcd")
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 import vit_jax
 from vit_jax.errors import UserError
+from vit_jax.models import layers
 from vit_jax.models.config import ViTConfig, variant
 from vit_jax.models.stack import CAPTURES
 from vit_jax.models.vit import ViT, init_params, structure
@@ -595,3 +596,35 @@ def test_importing_loads_nothing_heavy_and_touches_no_device():
 def test_an_unknown_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'craete'"):
         vit_jax.craete  # noqa: B018
+
+
+def test_a_mean_is_over_the_patches_alone():
+    config = ViTConfig(**{**TINY, "pool": "gap", "class_token": True, "registers": 2})
+    _, captured = run(
+        config, random_params(shapes(config)[1]), random_images(config), capture=CAPTURES
+    )
+    assert config.num_prefix_tokens == 3 and not config.norm_after_pool
+    mean = captured["encoded"][:, 3:].mean(axis=1)
+    np.testing.assert_allclose(captured["pooled"], mean, atol=1e-5)
+
+
+def test_two_heads_are_averaged():
+    config = ViTConfig(**{**TINY, "distillation": "head"})
+    params = random_params(shapes(config)[1])
+    logits, captured = run(config, params, random_images(config), capture=("encoded",))
+    each = [
+        captured["encoded"][:, i] @ params[name]["kernel"] + params[name]["bias"]
+        for i, name in enumerate(("head", "head_dist"))
+    ]
+    np.testing.assert_allclose(logits, (each[0] + each[1]) / 2, atol=1e-4)
+
+
+def test_the_first_half_of_swiglu_is_the_gate():
+    config = ViTConfig(**{**TINY, "mlp": "swiglu"})
+    mlp = layers.Mlp(config, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(1, 3, config.width)).astype(np.float32)
+    gate, value = np.split(x @ mlp.fc1.kernel[...] + mlp.fc1.bias[...], 2, axis=-1)
+    y = gate / (1 + np.exp(-gate)) * value
+    np.testing.assert_allclose(
+        mlp(jnp.asarray(x)), y @ mlp.fc2.kernel[...] + mlp.fc2.bias[...], atol=1e-5
+    )

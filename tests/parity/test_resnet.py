@@ -36,7 +36,7 @@ from parity.references import (
 )
 from parity.timm_cases import Case
 from vit_jax.checkpoints.convert import shapes_of
-from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.checkpoints.sidecars import timm_files
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError

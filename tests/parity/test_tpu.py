@@ -10,7 +10,7 @@ import pytest
 from vit_jax.analysis import chips, preflight
 from vit_jax.analysis.collectives import by_kind
 from vit_jax.errors import UserError
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.sharding import make_mesh
 
 PRETRAIN = Path(__file__).parents[2] / "configs" / "pretrain.py"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from conftest import DIGITS, TINY
 
-from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.opened import open_model
+from vit_jax.data.config import Split
 from vit_jax.data.forms.arrays import digits
 from vit_jax.data.images import encode
-from vit_jax.data.pipeline import Split
 from vit_jax.errors import UserError
-from vit_jax.training.config import EvalConfig, load_config, unpack
+from vit_jax.training.config import EvalConfig, unpack
+from vit_jax.training.config_file import load_config
 from vit_jax.training.datasets import DataSets
 from vit_jax.training.evaluate import Evaluation, evaluate_own, evaluate_run
 from vit_jax.training.evaluators import Knn, Probe

@@ -12,7 +12,7 @@ import pytest
 from conftest import DIGITS, TINY
 
 from vit_jax.training import loop
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.metrics import Recorder
 
 STEPS = 23

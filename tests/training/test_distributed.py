@@ -184,7 +184,8 @@ PARTS = """
 import json, sys, jax, numpy as np
 from jax.sharding import AxisType, Mesh
 from vit_jax import distributed
-from vit_jax.data.pipeline import BatchReader, Split, train_batches
+from vit_jax.data.config import Split
+from vit_jax.data.pipeline import BatchReader, train_batches
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError

@@ -15,12 +15,14 @@ from conftest import DIGITS, TINY
 
 import vit_jax
 from vit_jax.__main__ import main
-from vit_jax.checkpoints.load import open_model, place
-from vit_jax.data.pipeline import Split
+from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.opened import open_model
+from vit_jax.data.config import Split
 from vit_jax.data.sources import open_source
 from vit_jax.models.vit import structure
 from vit_jax.training import evaluate, evaluators
-from vit_jax.training.config import from_json, load_config, to_json
+from vit_jax.training.config import from_json, to_json
+from vit_jax.training.config_file import load_config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe

@@ -15,12 +15,13 @@ from flax.traverse_util import flatten_dict
 from processes import SIGTERM, die_at
 
 import vit_jax
-from vit_jax.checkpoints.load import read_model
+from vit_jax.checkpoints.opened import read_model
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import Stopped, UserError
 from vit_jax.training import loop
-from vit_jax.training.config import load_config, read_config
+from vit_jax.training.config import read_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
@@ -192,18 +193,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_objective_smoothing_precision_and_seed_reach_the_run(tmp_path, monkeypatch):
     """In bfloat16, with parameters in float32."""
-    seeds, make_state, batches = [], loop.make_state, loop.train_batches
+    seeds = []
+    for name in ("make_state", "train_reader"):
+        call = getattr(loop, name)
 
-    def note_state(*args, **kwargs):
-        seeds.append(kwargs["seed"])
-        return make_state(*args, **kwargs)
+        def note(*args, call=call, **kwargs):
+            seeds.append(kwargs["seed"] if "seed" in kwargs else args[0].seed)
+            return call(*args, **kwargs)
 
-    def note_batches(read, *args, **kwargs):
-        seeds.append(read.seed)
-        return batches(read, *args, **kwargs)
-
-    monkeypatch.setattr(loop, "make_state", note_state)
-    monkeypatch.setattr(loop, "train_batches", note_batches)
+        monkeypatch.setattr(loop, name, note)
     flags = ["--config.objective=sigmoid", "--config.augment.label_smoothing=0.1"]
     flags += ["--config.precision=bfloat16", "--config.seed=7", "--config.optim.lr=0"]
     train(config_of(*flags, "--config.total_steps=3"), tmp_path)

@@ -16,14 +16,15 @@ import vit_jax
 from vit_jax.analysis.cost import flops_per_image
 from vit_jax.analysis.preflight import open_plan
 from vit_jax.checkpoints import card as records
-from vit_jax.checkpoints.load import open_model, place, read_model
+from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.stack import Captures
 from vit_jax.models.vit import Corruption, init_params, structure
 from vit_jax.training import masking, objectives
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.evaluators import Classification, Knn
 from vit_jax.training.loop import train
@@ -597,3 +598,10 @@ def test_the_recipe_is_the_papers():
     for wrong in ("B/16,jft,small,pixels", "fractals,large", "R50x1,imagenet", "B/16,imagenet,v2"):
         with pytest.raises(UserError, match="argument"):
             load_config(f"{ROOT}/configs/masked.py:{wrong}")
+
+
+def test_of_two_patches_each_is_replaced_by_the_other():
+    keys = jax.random.split(jax.random.key(1), 4000)
+    found = jit(masking.draw_corruption, static_argnums=1)(keys, 2)
+    replaced = (np.asarray(found.source) != np.arange(2)).sum()
+    assert abs(replaced - 400) < 4.5 * np.sqrt(4000 * 0.1 * 0.9)

@@ -11,7 +11,8 @@ from etils import epath
 
 from vit_jax import distributed
 from vit_jax.errors import UserError
-from vit_jax.training.config import differences, from_json, load_config, to_json
+from vit_jax.training.config import differences, from_json, to_json
+from vit_jax.training.config_file import load_config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import Recorder, read_metrics, read_starts, record_start
 

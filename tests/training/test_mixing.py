@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.integrate
 import scipy.stats
@@ -14,10 +15,11 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.vit import structure
-from vit_jax.training.objectives import Augment, draw_mixing, mix_images
+from vit_jax.training import steps
+from vit_jax.training.objectives import OBJECTIVES, Augment, draw_mixing, mix_images
 from vit_jax.training.optim import OptimConfig, make_optimizer
 from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
-from vit_jax.training.state import abstract_state, make_state
+from vit_jax.training.state import TrainState, abstract_state, make_state
 from vit_jax.training.steps import make_train_step
 
 SIZE = (12, 20)
@@ -183,3 +185,27 @@ def test_no_device_sees_all_images():
 def test_settings_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         Augment(**fields)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_labels_are_mixed_as_their_images_are(kind, monkeypatch):
+    """Each image is full in the channel of its label: mixed, its means are what it should be."""
+    monkeypatch.setitem(OBJECTIVES, "apart", lambda found, wanted: jnp.abs(found - wanted).sum(-1))
+    monkeypatch.setattr(steps, "merged", lambda *_: lambda x, **_: x.mean(axis=(1, 2)))
+    batch = {
+        "image": np.uint8(255)
+        * np.eye(5, dtype=np.uint8)[:, None, None].repeat(12, 1).repeat(20, 2),
+        "label": np.arange(5, dtype=np.int32),
+        "mask": np.ones(5, bool),
+    }
+    step = make_train_step(
+        structure(CONFIG)[0],
+        optax.identity(),
+        lambda step: 1e-2,
+        Preprocess(SIZE, in_channels=5, mean=0.0, std=1.0),
+        num_classes=5,
+        objective="apart",
+        augment=Augment(**{kind: 1.0}, per_image=True),
+    )
+    state = TrainState(jnp.int32(0), {"unused": jnp.zeros(2)}, (), None)
+    assert float(step(state, jax.tree.map(jnp.asarray, batch))[1]["loss"]) < 1e-5

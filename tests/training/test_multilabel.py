@@ -19,15 +19,17 @@ from test_resume import logged
 
 import vit_jax
 from vit_jax.analysis.preflight import open_plan
-from vit_jax.checkpoints.load import open_model, place, read_model
+from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data import sources
-from vit_jax.data.pipeline import BatchReader, Split, train_batches
+from vit_jax.data.config import Split
+from vit_jax.data.pipeline import BatchReader, train_batches
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.launch.page import write_report
 from vit_jax.models.vit import structure
 from vit_jax.training import multilabel
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import Evaluation, evaluate_run
 from vit_jax.training.evaluators import Classification, Knn
 from vit_jax.training.loop import train

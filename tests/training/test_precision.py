@@ -8,7 +8,7 @@ import pytest
 from conftest import DIGITS, TINY
 
 from vit_jax.data.sources import open_source
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.plan import TrainingData, make_plan
 from vit_jax.training.program import make_program
 from vit_jax.training.sharding import make_mesh, to_devices

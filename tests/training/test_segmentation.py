@@ -14,13 +14,14 @@ from sklearn.metrics import jaccard_score
 
 import vit_jax
 from vit_jax.__main__ import main
-from vit_jax.checkpoints.load import open_model, place
-from vit_jax.data.pipeline import Split
+from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.opened import open_model
+from vit_jax.data.config import Split
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
 from vit_jax.training import evaluate, evaluators
 from vit_jax.training import segmentation as module
-from vit_jax.training.config import load_config
+from vit_jax.training.config_file import load_config
 from vit_jax.training.segmentation import (
     Dense,
     count,

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from vit_jax.checkpoints.card import ModelCard
-from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.data import describe, pictures
 from vit_jax.data.classes import match
-from vit_jax.data.pipeline import BatchReader, Split
+from vit_jax.data.config import Split
+from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.config import Config

@@ -21,7 +21,7 @@ from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
 from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
 from vit_jax.analysis.roofline import Roofline, read_kernels, tell
-from vit_jax.checkpoints.load import open_model
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError

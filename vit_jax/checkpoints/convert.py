@@ -59,21 +59,7 @@ class Foreign:
     def read(self, name: str) -> Float32[np.ndarray, "..."]:
         """Reads one of our parameters, by its path "blocks/mlp/fc1/kernel"."""
         found, out = self.found[name], _pages(self.shapes[name])
-        row, scratch = found.row, threading.local()
-
-        def read(block, into):
-            keys = row.keys(found.prefix, block)
-            shapes = [self.weights.shapes[key] for key in keys]
-            if row.plain:
-                self.weights.read(keys[0], into.reshape(shapes[0]))
-                return
-            joint = getattr(scratch, "joint", None)  # one for each thread
-            if joint is None:
-                joint = scratch.joint = _pages(row.joined(shapes))
-            for key, piece in zip(keys, row.pieces(joint), strict=True):
-                self.weights.read(key, piece)
-            row.read(joint, into)
-
+        row, read = found.row, functools.partial(self._read_block, found, threading.local())
         if row.per_block:
             # Reading, checksums and transposes all let go of the interpreter's lock.
             with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
@@ -87,6 +73,21 @@ class Foreign:
             read(0, out)
         return out
 
+    def _read_block(self, found: Found, scratch: Any, block: int, into: np.ndarray) -> None:
+        """Reads the arrays of one block into `into`; `scratch` keeps a buffer for each thread."""
+        row = found.row
+        keys = row.keys(found.prefix, block)
+        shapes = [self.weights.shapes[key] for key in keys]
+        if row.plain:
+            self.weights.read(keys[0], into.reshape(shapes[0]))
+            return
+        joint = getattr(scratch, "joint", None)
+        if joint is None:
+            joint = scratch.joint = _pages(row.joined(shapes))
+        for key, piece in zip(keys, row.pieces(joint), strict=True):
+            self.weights.read(key, piece)
+        row.read(joint, into)
+
 
 def _pages(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
     """An uninitialised array in pages of its own.
@@ -99,7 +100,7 @@ def _pages(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
     return np.frombuffer(memory, np.float32).reshape(shape)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=128)
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model, by its path."""
     return {k: v.shape for k, v in flatten_dict(structure(config)[1], sep="/").items()}

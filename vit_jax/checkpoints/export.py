@@ -15,7 +15,8 @@ from vit_jax.checkpoints import sidecars
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_text, write_weights
-from vit_jax.checkpoints.load import Loaded, facts
+from vit_jax.checkpoints.load import Loaded
+from vit_jax.checkpoints.opened import facts
 from vit_jax.checkpoints.rows import Dialect, Row
 from vit_jax.checkpoints.tables import (
     BIG_VISION,

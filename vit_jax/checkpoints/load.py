@@ -1,14 +1,12 @@
 """`vit_jax.load`: from a path to a model, its preprocessing and its label names.
 
-Where the weights are from is decided once, in `open_model`: a run folder of ours (its newest
-checkpoint, of that the running average) or a file of any code base that `convert` knows. What then
-becomes of them is decided once too, in `fitted`: kept, resized, made anew or dropped.
+opened.py says what is at the path, fit.py what each parameter becomes.
 """
 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,20 +14,17 @@ import numpy as np
 import PIL.Image
 from etils import epath
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax import distributed
 from vit_jax.checkpoints import families
-from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
-from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
-from vit_jax.checkpoints.published import fetch
-from vit_jax.checkpoints.store import Store
+from vit_jax.checkpoints.card import ModelCard, Report
+from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models import posembed, positions
-from vit_jax.models.config import ModelConfig, ResNetConfig, check_fields, pair
-from vit_jax.models.vit import Model, init_params, structure
+from vit_jax.models import posembed
+from vit_jax.models.config import ModelConfig, check_fields, pair
+from vit_jax.models.vit import Model, structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,290 +188,3 @@ def load(
         card.position_resize,
         card.multi_label,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A model on disk, before it is read.
-
-    Attributes:
-      card: what its weights mean.
-      shapes: of its parameters, by their paths.
-      read: path of a parameter -> float32 array.
-      sources: what each parameter is called in the file.
-      leftover: keys of the file that are no part of the model, and their shapes.
-    """
-
-    card: ModelCard
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
-    sources: Mapping[str, str]
-    facts: Mapping[str, str]
-    assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    leftover: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    step: int | None = None
-
-    def dropped(self, config: ModelConfig) -> list[Line]:
-        """What a model of `config` does not take."""
-        kept = shapes_of(config)
-        lines = [
-            Line(name, shape, "dropped", self.sources[name])
-            for name, shape in self.shapes.items()
-            if name not in kept
-        ]
-        return lines + [Line(key, shape, "left over", key) for key, shape in self.leftover.items()]
-
-
-def open_model(
-    path: epath.PathLike,
-    *,
-    file_size: tuple[int, int] | None = None,
-    architecture: str | None = None,
-    **known: Any,
-) -> Opened:
-    """Finds out what is at `path` and accounts for every key of it; reads no weights yet.
-
-    Args:
-      file_size: the (h, w) in pixels of a file that does not say it and whose grid is no square.
-      architecture: as `load` has it.
-      known: fields of the config that the caller knows better than the file.
-
-    Raises:
-      UserError: as `load`.
-    """
-    path = os.path.expanduser(path)
-    local = fetch(path)
-    if not epath.Path(local).exists():
-        raise UserError(f"there is no {os.fspath(path)!r} to load a model from")
-    if (epath.Path(local) / "model" / "model.json").exists():
-        told = known if architecture is None else {**known, "architecture": architecture}
-        return _open_run(epath.Path(local), **told)
-    foreign = read_foreign(local, file_size=file_size, architecture=architecture, **known)
-    weights, config, assumed = foreign.weights, foreign.config, dict(foreign.assumed)
-    if weights.card:
-        try:
-            told = {"config": dataclasses.asdict(config), "family": family_of(config)}
-            told = {**weights.card, **told}
-            card = ModelCard.from_json(told)
-        except BROKEN as error:
-            raise UserError(f"the card of {local} is damaged: {error!r}") from None
-    else:
-        told = (weights.config, weights.preprocessor)
-        card = ModelCard(
-            config,
-            families.read_preprocess(foreign.dialect, config, *told, assumed),
-            families.read_labels(config, weights.config, assumed),
-            position_resize=families.position_resize(foreign.dialect, config),
-        )
-    return Opened(
-        card,
-        foreign.shapes,
-        foreign.read,
-        {name: source for name, _, source in accounted(foreign)},
-        facts(f"{foreign.dialect}, {local}", config),
-        {name: f"{getattr(config, name, '')} {why}".strip() for name, why in assumed.items()},
-        {key: weights.shapes[key] for key in foreign.leftover},
-    )
-
-
-def inspect(path: epath.PathLike, **known: Any) -> Report:
-    """Accounts for every key of whatever `load` takes, without loading it.
-
-    Raises:
-      UserError: as `load`.
-    """
-    opened = open_model(path, **known)
-    lines = [
-        Line(name, shape, "as it is", opened.sources[name]) for name, shape in opened.shapes.items()
-    ]
-    lines += opened.dropped(opened.card.config)
-    told = dict(opened.facts)
-    pre, labels = opened.card.preprocess, opened.card.labels
-    told["preprocessing"] = (
-        f"{pre.resize} {pre.resize_dtype}, {pre.aspect}, crop {pre.crop:.4g}, mean {pre.mean}, "
-        f"std {pre.std}"
-    )
-    told["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
-    return Report(tuple(lines), told, opened.assumed)
-
-
-def facts(origin: str, config: ModelConfig) -> dict[str, str]:
-    """What a model is, in words, by what it is a word for."""
-    total = sum(int(np.prod(shape)) for shape in shapes_of(config).values())
-    image = "{}x{} pixels of {} channels".format(*config.image_size, config.in_channels)
-    known = {"file": origin, "variant": f"{families.variant_name(config)}, {total:,} parameters"}
-    resnet = f"{config.resnet} units, width {config.resnet_width}, style {config.resnet_style}"
-    if isinstance(config, ResNetConfig):
-        return {**known, "ResNet": resnet, "image": image, "head": f"{config.num_classes} classes"}
-    if config.resnet is not None:
-        known["ResNet"] = resnet
-    tokens = {
-        "class token": config.has_class_token,
-        "distillation token": config.distillation != "none",
-        f"{config.registers} registers": config.registers,
-    }
-    if config.patch_outputs:
-        known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
-    with_rows = f", {config.num_position_prefix} with positions"
-    prefix = ", ".join(name for name, there in tokens.items() if there)
-    where = "" if config.position_at == "input" else f", at {config.position_at}"
-    return {
-        **known,
-        "sizes": f"width {config.width}, depth {config.depth}, MLP {config.mlp_dim} "
-        f"({config.mlp}), {config.num_heads} heads",
-        "image": image,
-        "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
-        "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
-        "positions": config.position + where,
-        "pooling": config.pool + (", then LayerNorm" if config.norm_after_pool else ""),
-        "GELU": f"{config.gelu}, LayerNorm eps {config.layernorm_eps:g}",
-        "head": f"{config.num_classes} classes"
-        + (f", hidden tanh of {config.representation_size}" if config.representation_size else ""),
-    }
-
-
-def _open_run(workdir: epath.Path, **known: Any) -> Opened:
-    """A run folder: its newest whole checkpoint, and of that the running average, if any."""
-    if known:
-        raise UserError(f"{workdir} is a run folder, which says itself what {min(known)} is")
-    card = ModelCard.read(workdir)
-    store = Store(workdir)
-    while True:
-        step = store.newest()
-        if step is None:
-            raise UserError(f"{workdir} holds no checkpoint yet: the run has not saved one")
-        try:
-            weights = "ema" if "ema" in store.names(step) else "params"
-            target = {weights: structure(card.config)[1]}
-            params = flatten_dict(store.restore(step, target)[weights], sep="/")
-            break
-        except (OSError, ValueError):
-            if step in store.steps():
-                raise
-            # The run that is still training has replaced it meanwhile: there is a newer one.
-    return Opened(
-        card,
-        {name: value.shape for name, value in params.items()},
-        params.pop,  # each is let go of once it is on its device
-        {name: f"{weights}/{name}" for name in params},
-        facts(f"run folder, {workdir}, step {step}", card.config),
-        step=step,
-    )
-
-
-def open_together(path: epath.PathLike) -> Opened:
-    """`open_model` on every process of a run, which must all find the same (collective)."""
-    opened = distributed.each("open", lambda: open_model(path))
-    steps = distributed.gather("opened", f"{opened.step} of {shapes_of(opened.card.config)}")
-    if len(set(steps)) > 1:
-        raise UserError(
-            f"{os.fspath(path)}: the processes see different models there; is it being trained? "
-            "Wait for its end, and name a path that all hosts share"
-        )
-    return opened
-
-
-def read_model(path: epath.PathLike) -> tuple[ModelCard, dict[str, Any], int | None]:
-    """Reads a model into its card, its parameters as NumPy arrays, and their step."""
-    opened = open_model(path)
-    params = {name: opened.read(name) for name in list(opened.shapes)}
-    return opened.card, unflatten_dict(params, sep="/"), opened.step
-
-
-def place(
-    opened: Opened,
-    config: ModelConfig,
-    *,
-    head: str = "keep",
-    method: str = "zoom",
-    seed: int = 0,
-    shardings: Callable[[Any], Any] | None = None,
-) -> tuple[dict[str, Any], tuple[Line, ...]]:
-    """Reads a model, fits it to `config` (see `fitted`) and puts it on its devices, one by one.
-
-    Returns:
-      Parameters as a nested dict of arrays, and what became of each and of what was dropped.
-    """
-    places = flatten_dict(shardings(structure(config)[1]), sep="/") if shardings else {}
-    params, lines = {}, []
-    for value, line in fitted(opened, config, head=head, method=method, seed=seed):
-        lines.append(line)
-        if line.name in places:
-            params[line.name] = jax.make_array_from_callback(
-                value.shape, places[line.name], lambda index, value=value: value[index]
-            )
-        else:
-            params[line.name] = jax.device_put(value)
-    return unflatten_dict(params, sep="/"), (*lines, *opened.dropped(config))
-
-
-def fitted(
-    opened: Opened, new: ModelConfig, *, head: str = "keep", method: str = "zoom", seed: int = 0
-) -> Iterator[tuple[np.ndarray, Line]]:
-    """Fits parameters to another resolution, patch, stem or head, one after another.
-
-    Args:
-      head: `fresh` drops the head, and the hidden layer before it, for a zero linear layer
-        (paper, B.1.1); `keep` keeps both where the classes agree. So it is with a `patch_head`.
-      method: how position embeddings are resized (see `posembed.resize`; paper, section 3.2).
-      seed: of parameters that the old model does not have.
-
-    Raises:
-      UserError: a parameter that is none of these has another shape.
-    """
-    old, expected = opened.card.config, shapes_of(new)
-    replaced = (
-        ("head", "pre_logits/", "patch_head/") if head == "fresh" or _heads_differ(old, new) else ()
-    )
-    fresh = [n for n in expected if n not in opened.shapes or n.startswith(replaced)]
-    made = _fresh(new, fresh, seed)
-    for name, shape in expected.items():
-        if name in made:
-            yield made.pop(name), Line(name, shape, "fresh")
-            continue
-        value, fate = opened.read(name), "kept"
-        if name == "patch_embed/kernel":
-            value, fate = _fit_stem(value, new.patch_channels, new.patch_size)
-        elif name == "resnet/conv_root/kernel":
-            value, fate = _fit_stem(value, new.in_channels, value.shape[:2])
-        elif name.endswith(positions.NAMES):
-            value, fate = positions.fitted(name, value, old, new, method)
-        if value.shape != shape:
-            raise UserError(
-                f"parameter {name} is {list(value.shape)} in the checkpoint and {list(shape)} in "
-                "the model: only image_size, patch_size, in_channels and the head may change"
-            )
-        yield value, Line(name, shape, fate, opened.sources[name])
-
-
-def _fit_stem(kernel: np.ndarray, channels: int, patch: tuple[int, ...]) -> tuple[np.ndarray, str]:
-    (*old_patch, old_channels, _), fates = kernel.shape, []
-    if old_channels != channels:
-        kernel = posembed.adapt_channels(kernel, channels)
-        fates.append(f"{old_channels} -> {channels} channels")
-    if tuple(old_patch) != patch:
-        kernel = posembed.resample_patches(kernel, patch)
-        fates.append("resampled {}x{} -> {}x{}".format(*old_patch, *patch))
-    return kernel, ", ".join(fates) or "kept"
-
-
-def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.ndarray]:
-    """New parameters by their paths; a head alone, which starts at zero, compiles nothing."""
-    if all(name.startswith("head") for name in names):
-        shapes = shapes_of(config)
-        fills = {name: config.head_bias if name.endswith("bias") else 0.0 for name in names}
-        return {name: np.full(shapes[name], fill, np.float32) for name, fill in fills.items()}
-
-    def some():
-        params = flatten_dict(init_params(config, seed), sep="/")
-        return {name: params[name] for name in names}
-
-    return jax.device_get(jax.jit(some)())
-
-
-def _heads_differ(old: ModelConfig, new: ModelConfig) -> bool:
-    def sizes(config):
-        beside = (getattr(config, name, None) for name in ("representation_size", "patch_outputs"))
-        return config.num_classes, *beside
-
-    return sizes(old) != sizes(new)

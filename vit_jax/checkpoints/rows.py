@@ -8,6 +8,7 @@ A name that starts with / does not take the dialect's prefix.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -137,6 +138,7 @@ class Row:
         return len(self.theirs) > 1 and self.layout.startswith("t ")
 
 
+@functools.cache
 def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
     """`(t h) d -> d t h` -> [[t h] [d]], [[d] [t] [h]]; an axis of 1 is an empty group."""
 

@@ -12,9 +12,10 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from vit_jax.data.config import Split
 from vit_jax.data.describe import said, spread
 from vit_jax.data.images import read_image
-from vit_jax.data.pipeline import BatchReader, Split
+from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Preprocess
 from vit_jax.errors import UserError

@@ -234,6 +234,6 @@ def _find_config(config: str, sweep_file: str) -> str:
 
 def point_config(point: Point, folder: Callable[[str], str]) -> Any:
     """The Config of a point, where `folder` says the run folder of a point that it names."""
-    from vit_jax.training.config import load_config
+    from vit_jax.training.config_file import load_config
 
     return load_config(point.config, point.flags(folder))

@@ -301,7 +301,7 @@ def structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     return graphdef, jax.tree.map(lambda leaf: leaf, shapes)  # the caller's own dict
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=128)
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     model = nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)

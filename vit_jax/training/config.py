@@ -1,28 +1,22 @@
 """A config file's fields, typed: every key is known, or the nearest known one is named."""
 
-import contextlib
 import dataclasses
-import importlib.util
 import json
 import logging
-import os
-import re
-import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_collections
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import (
     CHOICES,
     FAMILIES,
-    pair,
 )
 from vit_jax.training import masking
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
@@ -42,7 +36,7 @@ RESUMABLE = (
 RESUMABLE += ("log", "eval", "checkpoint")
 
 
-def _not_none(kind: Any) -> Any:
+def not_none(kind: Any) -> Any:
     """Takes `X | None` to X."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
@@ -53,7 +47,7 @@ def _not_none(kind: Any) -> Any:
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
     field.name: tuple
     if field.name in ("image_size", "patch_size", "resnet")
-    else _not_none(field.type)
+    else not_none(field.type)
     for kind in FAMILIES.values()
     for field in dataclasses.fields(kind)
     if field.name != "dtype"
@@ -181,149 +175,7 @@ class Config:
                 raise UserError(f"{name} is not set: this config can evaluate, but not train")
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file and applies `--config.KEY=VALUE` flags to it.
-
-    Args:
-      spec: `FILE.py` or `FILE.py:ARGUMENT`; the file has get_config, which the argument goes to.
-      overrides: flags for any key of the config, whether the file mentions it or not. None takes
-        back what the file says. A flag that sets a duration clears the file's.
-
-    Raises:
-      UserError: no such file or key, a value of another type, or a config that is not consistent.
-    """
-    return overridden(_run_config_file(spec), overrides)
-
-
-def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
-    """The config of nested dicts that flags are applied to, which are as for `load_config`."""
-    given = _given(overrides)
-    keys = dict(_keys(Config, config))
-    for name, text in given.items():
-        section = text == "None" and any(key.startswith(f"{name}.") for key in keys)
-        if name not in keys and not section:
-            # --workdir, too, is looked for among the keys.
-            near = nearest(name, [*keys, "--workdir"])
-            raise UserError(f"unknown config key in --config.{name}={text}; {near}")
-        *parents, last = name.split(".")
-        inside = config
-        for parent in parents:
-            if inside.get(parent) is None:
-                inside[parent] = {}
-            inside = inside[parent]
-            if not isinstance(inside, dict):
-                raise UserError(f"config {parent} is {inside!r}; expected a section with keys")
-        inside[last] = None if text == "None" else read_value(name, text, keys[name])
-        if name in SIDES and text != "None":
-            pair(inside[last], last)
-    if any(name in DURATIONS for name in given):
-        for name in set(DURATIONS) - set(given):
-            config[name] = None
-    return unpack(Config, config)
-
-
-def _given(overrides: Sequence[str]) -> dict[str, str]:
-    """The flags' values by their keys, as texts; of a key that is given again, the last."""
-    found: dict[str, str] = {}
-    for flag in overrides:
-        name, _, text = flag.removeprefix("--config.").partition("=")
-        if found.get(name, text) != text:
-            logger.info("--config.%s=%s counts, not the %s before it", name, text, found[name])
-        found[name] = text
-    for name, text in found.items():
-        for other in found:
-            if text == "None" and other.startswith(f"{name}."):
-                raise UserError(
-                    f"--config.{name}=None and --config.{other}={found[other]} exclude each other"
-                )
-    return found
-
-
-_EXPECTED = {int: "a whole number", float: "a number", bool: "True or False"}
-_TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-
-
-def read_value(name: str, text: str, kind: Any) -> Any:
-    """Reads what a flag says as the type `kind`; a tuple is "(0.3, 0.6)", "0.3,0.6" or "64x96".
-
-    Raises:
-      UserError: it is of another type.
-    """
-    kind = _not_none(kind)
-    kind = typing.get_origin(kind) or kind
-    if kind is tuple:
-        return _items(text)
-    if kind not in _EXPECTED:
-        return text
-    try:
-        if kind is bool:
-            return _TRUTH[text.strip().lower()]
-        number = float(text)  # "1e6" is a whole number, too
-        return number if kind is float else int(text) if _is_digits(text) else _whole(number)
-    except (KeyError, ValueError, OverflowError):
-        raise UserError(f"{name} is {text!r}; expected {_EXPECTED[kind]}") from None
-
-
-def _is_digits(text: str) -> bool:
-    return text.strip().lstrip("+-").isdecimal()
-
-
-def _whole(number: float) -> int:
-    if number != int(number) or abs(number) > 2**53:
-        raise ValueError
-    return int(number)
-
-
-def _items(text: str) -> tuple[int | float | str, ...]:
-    text = text.strip()
-    if text[:1] + text[-1:] in ("()", "[]"):
-        text = text[1:-1]
-    if re.fullmatch(r"\d+(x\d+)+", text):
-        text = text.replace("x", ",")
-    return tuple(_item(each.strip()) for each in text.split(",") if each.strip())
-
-
-def _item(text: str) -> int | float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if quoted else text
-
-
-def _run_config_file(spec: str) -> dict[str, Any]:
-    path, _, argument = os.path.expanduser(spec).partition(":")
-    if not os.path.isfile(path) or not path.endswith(".py"):
-        raise UserError(f"there is no config file {path!r} (--config={spec}); expected FILE.py")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
-    with _importable(os.path.dirname(os.path.abspath(path))):
-        module.__spec__.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{path} is no config file: it has no function get_config")
-        try:
-            config = module.get_config(argument) if argument else module.get_config()
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{spec}: {error}") from None
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"{path} is no config file: get_config returns no ConfigDict")
-    return config.to_dict()
-
-
-@contextlib.contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Config files may import one another; of two folders, each its own."""
-    sys.path.insert(0, folder)
-    before = set(sys.modules)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-        for name in set(sys.modules) - before:
-            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
-                del sys.modules[name]
-
-
-def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def typed_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key that a config may have, the evaluators' that `values` names among them: its type.
 
     Only `values` of another form than a config's, which `unpack` refuses, have fewer.
@@ -331,7 +183,7 @@ def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]
     values = values if isinstance(values, dict) else {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        inner, name = _not_none(hints[field.name]), f"{prefix}{field.name}"
+        inner, name = not_none(hints[field.name]), f"{prefix}{field.name}"
         here = values.get(field.name)
         if name == "model":
             yield from ((f"model.{key}", value_type) for key, value_type in MODEL_KEYS.items())
@@ -339,16 +191,16 @@ def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]
             for key, section in here.items() if isinstance(here, dict) else ():
                 if isinstance(section, dict):
                     evaluator = evaluator_kind(key, section.get("type"))
-                    yield from _keys(evaluator, section, f"{name}.{key}.")
+                    yield from typed_keys(evaluator, section, f"{name}.{key}.")
         elif dataclasses.is_dataclass(inner):
-            yield from _keys(inner, here, f"{name}.")
+            yield from typed_keys(inner, here, f"{name}.")
         else:
             yield name, inner
 
 
 def keys() -> list[str]:
     """The names of all keys of a config, but those of evaluators: "optim.lr"."""
-    return [name for name, _ in _keys(Config, {})]
+    return [name for name, _ in typed_keys(Config, {})]
 
 
 def unpack(kind: Any, value: Any, path: str = "") -> Any:
@@ -362,7 +214,7 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         value = value.to_dict()
     if value is None:
         return None
-    kind = _not_none(kind)
+    kind = not_none(kind)
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):

@@ -14,14 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import distributed
 from vit_jax.checkpoints.card import ModelCard
-from vit_jax.checkpoints.load import open_together, place
+from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.opened import open_together
 from vit_jax.compiler import compiler_options
-from vit_jax.data.pipeline import BatchReader, Split, eval_batches
+from vit_jax.data.config import Split
+from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models.vit import structure
 from vit_jax.training import masking, multilabel
-from vit_jax.training.config import Config, differences, overridden, read_config
+from vit_jax.training.config import Config, differences, read_config
+from vit_jax.training.config_file import overridden
 from vit_jax.training.datasets import DataSets, elsewhere
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due

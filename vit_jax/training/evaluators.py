@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from vit_jax.data.config import AUGMENTATIONS, Split
 from vit_jax.data.forms.vtab import TASKS
-from vit_jax.data.pipeline import AUGMENTATIONS, Split
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe
 from vit_jax.training.segmentation import Dense, segmentation

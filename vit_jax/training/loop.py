@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vit_jax import distributed
-from vit_jax.checkpoints.load import place
+from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.store import Store, lock, write_atomically
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError

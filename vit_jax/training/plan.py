@@ -13,7 +13,7 @@ from etils import epath
 
 from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.families import fitted_preprocess
-from vit_jax.checkpoints.load import Opened, open_together
+from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source

@@ -54,6 +54,14 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
 _DIGITS_HELD_OUT = {"test": 0.2, "val": 0.1}
 
 
+@functools.cache
+def _digits() -> Any:
+    """What scikit-learn reads out of a text file, which takes longer than all the rest."""
+    from sklearn.datasets import load_digits
+
+    return load_digits()
+
+
 def digits(argument: str, split: str) -> ArraySource:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey; splits `train`, `val` and `test`.
 
@@ -61,7 +69,7 @@ def digits(argument: str, split: str) -> ArraySource:
     generator, whose stream is frozen.
     """
     try:
-        from sklearn.datasets import load_digits
+        bunch = _digits()
     except ImportError:
         raise UserError(
             "the source digits needs scikit-learn, which ships the images: pip install "
@@ -70,7 +78,6 @@ def digits(argument: str, split: str) -> ArraySource:
     if argument:
         raise UserError(f"the source digits takes no argument, found digits:{argument}")
     check_split("digits", split, ("train", "val", "test"))
-    bunch = load_digits()
     random = np.random.RandomState(0)
     chosen = []
     for label in range(10):

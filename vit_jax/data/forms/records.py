@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from grain.experimental import index_shuffle
 from jaxtyping import Int32, Int64, UInt64
 
 from vit_jax.data.forms.examples import feature_values, parse_example
@@ -358,6 +357,9 @@ class _Share:
 
     def place(self, index: int) -> int:
         """Which record of all it is."""
+        # Grain imports jax, which takes a second: it is for those who shuffle.
+        from grain.experimental import index_shuffle
+
         last = len(self.records) - 1
         return index_shuffle(self.start + index, max_index=last, seed=0, rounds=4) if last else 0
 

@@ -1,0 +1,118 @@
+"""Weights of one model fitted to another: kept, resized, replaced or dropped.
+
+Decided once, in `fitted`, for a resolution, a patch size, a stem and a head.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vit_jax.checkpoints.card import Line
+from vit_jax.checkpoints.convert import shapes_of
+from vit_jax.checkpoints.opened import Opened
+from vit_jax.errors import UserError
+from vit_jax.models import posembed, positions
+from vit_jax.models.config import ModelConfig
+from vit_jax.models.vit import init_params, structure
+
+
+def place(
+    opened: Opened,
+    config: ModelConfig,
+    *,
+    head: str = "keep",
+    method: str = "zoom",
+    seed: int = 0,
+    shardings: Callable[[Any], Any] | None = None,
+) -> tuple[dict[str, Any], tuple[Line, ...]]:
+    """Reads a model, fits it to `config` (see `fitted`) and puts it on its devices, one by one.
+
+    Returns:
+      Parameters as a nested dict of arrays, and what became of each and of what was dropped.
+    """
+    places = flatten_dict(shardings(structure(config)[1]), sep="/") if shardings else {}
+    params, lines = {}, []
+    for value, line in fitted(opened, config, head=head, method=method, seed=seed):
+        lines.append(line)
+        if line.name in places:
+            params[line.name] = jax.make_array_from_callback(
+                value.shape, places[line.name], lambda index, value=value: value[index]
+            )
+        else:
+            params[line.name] = jax.device_put(value)
+    return unflatten_dict(params, sep="/"), (*lines, *opened.dropped(config))
+
+
+def fitted(
+    opened: Opened, new: ModelConfig, *, head: str = "keep", method: str = "zoom", seed: int = 0
+) -> Iterator[tuple[np.ndarray, Line]]:
+    """Fits parameters to another resolution, patch, stem or head, one after another.
+
+    Args:
+      head: `fresh` drops the head, and the hidden layer before it, for a zero linear layer
+        (paper, B.1.1); `keep` keeps both where the classes agree. So it is with a `patch_head`.
+      method: how position embeddings are resized (see `posembed.resize`; paper, section 3.2).
+      seed: of parameters that the old model does not have.
+
+    Raises:
+      UserError: a parameter that is none of these has another shape.
+    """
+    old, expected = opened.card.config, shapes_of(new)
+    replaced = (
+        ("head", "pre_logits/", "patch_head/") if head == "fresh" or _heads_differ(old, new) else ()
+    )
+    fresh = [n for n in expected if n not in opened.shapes or n.startswith(replaced)]
+    made = _fresh(new, fresh, seed)
+    for name, shape in expected.items():
+        if name in made:
+            yield made.pop(name), Line(name, shape, "fresh")
+            continue
+        value, fate = opened.read(name), "kept"
+        if name == "patch_embed/kernel":
+            value, fate = _fit_stem(value, new.patch_channels, new.patch_size)
+        elif name == "resnet/conv_root/kernel":
+            value, fate = _fit_stem(value, new.in_channels, value.shape[:2])
+        elif name.endswith(positions.NAMES):
+            value, fate = positions.fitted(name, value, old, new, method)
+        if value.shape != shape:
+            raise UserError(
+                f"parameter {name} is {list(value.shape)} in the checkpoint and {list(shape)} in "
+                "the model: only image_size, patch_size, in_channels and the head may change"
+            )
+        yield value, Line(name, shape, fate, opened.sources[name])
+
+
+def _fit_stem(kernel: np.ndarray, channels: int, patch: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    (*old_patch, old_channels, _), fates = kernel.shape, []
+    if old_channels != channels:
+        kernel = posembed.adapt_channels(kernel, channels)
+        fates.append(f"{old_channels} -> {channels} channels")
+    if tuple(old_patch) != patch:
+        kernel = posembed.resample_patches(kernel, patch)
+        fates.append("resampled {}x{} -> {}x{}".format(*old_patch, *patch))
+    return kernel, ", ".join(fates) or "kept"
+
+
+def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.ndarray]:
+    """New parameters by their paths; a head alone, which starts at zero, compiles nothing."""
+    if all(name.startswith("head") for name in names):
+        shapes = shapes_of(config)
+        fills = {name: config.head_bias if name.endswith("bias") else 0.0 for name in names}
+        return {name: np.full(shapes[name], fill, np.float32) for name, fill in fills.items()}
+
+    def some():
+        params = flatten_dict(init_params(config, seed), sep="/")
+        return {name: params[name] for name in names}
+
+    return jax.device_get(jax.jit(some)())
+
+
+def _heads_differ(old: ModelConfig, new: ModelConfig) -> bool:
+    def sizes(config):
+        beside = (getattr(config, name, None) for name in ("representation_size", "patch_outputs"))
+        return config.num_classes, *beside
+
+    return sizes(old) != sizes(new)

@@ -1,0 +1,105 @@
+"""The `data` section of a config: its splits, and how they are read."""
+
+import dataclasses
+
+from vit_jax.data.augment import RandAugment, RandomErasing
+from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
+from vit_jax.errors import UserError, nearest
+
+_ON_CORRUPT = ("stop", "skip")
+AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of the `data` section: where its examples come from, what is done to them.
+
+    Attributes:
+      source: such as "digits" or "folder:PATH" (see sources.py).
+      split: the source's own name of the split.
+      classes: what its classes are called, where their names do not say it: a file (see
+        `classes.renamed`), or "in_order": as the model's, one after the other.
+      resize, resize_dtype, aspect, crop: how images are brought to the model's size (see
+        `Preprocess`); None is as the model is evaluated.
+      jpeg, exif: how image files are decoded (see `images.decode`); None is as for the model.
+      inception_crop: cuts a random box out of the image, which `resize` then brings to size.
+      random_crop: cuts the model's size out of the resized image anywhere, not from its centre:
+        aspect="keep" and crop=0.875 make it 224 out of a shorter side of 256.
+      affine: a random affine map of every training image.
+      flip: whether to mirror half of them.
+      rand_augment: changes colours and geometry further (see augment.py).
+      erasing: the share of images that get a box of noise (see `augment.RandomErasing`).
+    """
+
+    source: str
+    split: str
+    classes: str | None = None
+    resize: str | None = None
+    resize_dtype: str | None = None
+    aspect: str | None = None
+    crop: float | None = None
+    jpeg: str | None = None
+    exif: bool | None = None
+    inception_crop: InceptionCrop | None = None
+    random_crop: bool = False
+    affine: RandomAffine | None = None
+    flip: bool = False
+    rand_augment: RandAugment | None = None
+    erasing: float = 0.0
+
+    def __post_init__(self):
+        RandomErasing(self.erasing)  # raises where it is no probability
+        if self.inception_crop and self.random_crop:
+            raise UserError("data: inception_crop and random_crop exclude each other")
+
+    def preprocess(self, base: Preprocess, image_size: tuple[int, int] | None = None) -> Preprocess:
+        """`base` as this split uses it: with its own resize rule, at another image size."""
+        changes = {
+            "resize": self.resize,
+            "resize_dtype": self.resize_dtype,
+            "aspect": self.aspect,
+            "crop": self.crop,
+            "jpeg": self.jpeg,
+            "exif": self.exif,
+            "image_size": image_size,
+        }
+        given = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(base, **given)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The `data` section.
+
+    Attributes:
+      workers: processes that read ahead; with 0, threads of this process do.
+      threads: how many of them; None is one for each core that this process may use.
+      on_corrupt: what an image that cannot be read does: "stop" the run, or "skip": the next one
+        of the source takes its place in training, and none in evaluation. It is named once, by each
+        process that meets it. `train/corrupt` is how many images there were so far that could not
+        be read, each counted once; `val/corrupt` how many were left out.
+      same_images: whether what is measured may be what is trained on.
+    """
+
+    train: Split | None = None
+    val: Split | None = None
+    test: Split | None = None
+    workers: int = 0
+    threads: int | None = None
+    on_corrupt: str = "stop"
+    same_images: bool = False
+
+    def __post_init__(self):
+        if self.workers < 0 or (self.threads is not None and self.threads < 1):
+            raise UserError(
+                f"data.workers is {self.workers} and data.threads {self.threads}; expected at "
+                "least 0 and 1"
+            )
+        if self.on_corrupt not in _ON_CORRUPT:
+            raise UserError(
+                f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, _ON_CORRUPT)}"
+            )
+        for name, split in {"val": self.val, "test": self.test}.items():
+            for key in AUGMENTATIONS:
+                if split and getattr(split, key):
+                    raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")

@@ -1,0 +1,161 @@
+"""A config file and the flags beside it, read into a `Config`."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+
+from vit_jax.errors import UserError, nearest
+from vit_jax.models.config import pair
+from vit_jax.training.config import DURATIONS, SIDES, Config, not_none, typed_keys, unpack
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file and applies `--config.KEY=VALUE` flags to it.
+
+    Args:
+      spec: `FILE.py` or `FILE.py:ARGUMENT`; the file has get_config, which the argument goes to.
+      overrides: flags for any key of the config, whether the file mentions it or not. None takes
+        back what the file says. A flag that sets a duration clears the file's.
+
+    Raises:
+      UserError: no such file or key, a value of another type, or a config that is not consistent.
+    """
+    return overridden(_run_config_file(spec), overrides)
+
+
+def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of nested dicts that flags are applied to, which are as for `load_config`."""
+    given = _given(overrides)
+    keys = dict(typed_keys(Config, config))
+    for name, text in given.items():
+        section = text == "None" and any(key.startswith(f"{name}.") for key in keys)
+        if name not in keys and not section:
+            # --workdir, too, is looked for among the keys.
+            near = nearest(name, [*keys, "--workdir"])
+            raise UserError(f"unknown config key in --config.{name}={text}; {near}")
+        *parents, last = name.split(".")
+        inside = config
+        for parent in parents:
+            if inside.get(parent) is None:
+                inside[parent] = {}
+            inside = inside[parent]
+            if not isinstance(inside, dict):
+                raise UserError(f"config {parent} is {inside!r}; expected a section with keys")
+        inside[last] = None if text == "None" else read_value(name, text, keys[name])
+        if name in SIDES and text != "None":
+            pair(inside[last], last)
+    if any(name in DURATIONS for name in given):
+        for name in set(DURATIONS) - set(given):
+            config[name] = None
+    return unpack(Config, config)
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    """The flags' values by their keys, as texts; of a key that is given again, the last."""
+    found: dict[str, str] = {}
+    for flag in overrides:
+        name, _, text = flag.removeprefix("--config.").partition("=")
+        if found.get(name, text) != text:
+            logger.info("--config.%s=%s counts, not the %s before it", name, text, found[name])
+        found[name] = text
+    for name, text in found.items():
+        for other in found:
+            if text == "None" and other.startswith(f"{name}."):
+                raise UserError(
+                    f"--config.{name}=None and --config.{other}={found[other]} exclude each other"
+                )
+    return found
+
+
+_EXPECTED = {int: "a whole number", float: "a number", bool: "True or False"}
+_TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def read_value(name: str, text: str, kind: Any) -> Any:
+    """Reads what a flag says as the type `kind`; a tuple is "(0.3, 0.6)", "0.3,0.6" or "64x96".
+
+    Raises:
+      UserError: it is of another type.
+    """
+    kind = not_none(kind)
+    kind = typing.get_origin(kind) or kind
+    if kind is tuple:
+        return _items(text)
+    if kind not in _EXPECTED:
+        return text
+    try:
+        if kind is bool:
+            return _TRUTH[text.strip().lower()]
+        number = float(text)  # "1e6" is a whole number, too
+        return number if kind is float else int(text) if _is_digits(text) else _whole(number)
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f"{name} is {text!r}; expected {_EXPECTED[kind]}") from None
+
+
+def _is_digits(text: str) -> bool:
+    return text.strip().lstrip("+-").isdecimal()
+
+
+def _whole(number: float) -> int:
+    if number != int(number) or abs(number) > 2**53:
+        raise ValueError
+    return int(number)
+
+
+def _items(text: str) -> tuple[int | float | str, ...]:
+    text = text.strip()
+    if text[:1] + text[-1:] in ("()", "[]"):
+        text = text[1:-1]
+    if re.fullmatch(r"\d+(x\d+)+", text):
+        text = text.replace("x", ",")
+    return tuple(_item(each.strip()) for each in text.split(",") if each.strip())
+
+
+def _item(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def _run_config_file(spec: str) -> dict[str, Any]:
+    path, _, argument = os.path.expanduser(spec).partition(":")
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        raise UserError(f"there is no config file {path!r} (--config={spec}); expected FILE.py")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
+    with _importable(os.path.dirname(os.path.abspath(path))):
+        module.__spec__.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} is no config file: it has no function get_config")
+        try:
+            config = module.get_config(argument) if argument else module.get_config()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{spec}: {error}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path} is no config file: get_config returns no ConfigDict")
+    return config.to_dict()
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Config files may import one another; of two folders, each its own."""
+    sys.path.insert(0, folder)
+    before = set(sys.modules)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
+                del sys.modules[name]
