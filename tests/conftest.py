@@ -138,17 +138,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (*long, item.path.name).index(item.path.name))
 
 
-def fails(capsys, *argv):
-    """Runs a command that is a user's mistake; returns its one line."""
-    from vit_jax.__main__ import main
-
-    assert main([str(arg) for arg in argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
-    return captured.err
-
-
 def fake_mesh(platform):
     """Stands for a mesh of one device in name only, to trace for what is not here."""
     return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))
