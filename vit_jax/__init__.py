@@ -1,10 +1,10 @@
-"""The Vision Transformer in JAX and Flax: train, fine-tune, evaluate, load in a notebook."""
+"""Vision Transformers in JAX and Flax: train, fine-tune, evaluate, load in a notebook."""
 
 import importlib
 
 __version__ = "0.1.0"
 
-# Public names and where they live, imported at first use: `import vit_jax` touches no device.
+# Public names and their modules, imported at first use: `import vit_jax` touches no device.
 _PUBLIC = {
     "VARIANTS": "vit_jax.models.config",
     "ResNet": "vit_jax.models.resnet",

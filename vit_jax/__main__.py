@@ -1,9 +1,9 @@
-"""`python -m vit_jax COMMAND`: flags in, one function called, a sentence and an exit code out.
+"""The command line, `python -m vit_jax COMMAND`.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
-the run is gone or never came (starting again goes on), 130 Ctrl-C, 141 nobody reads what is
-printed (as in `inspect X | head`), 143 stopped by SIGTERM after saving. Where there are several
-processes, all end with the same one.
+the run was lost or did not start (starting again resumes), 130 Ctrl-C, 141 nobody reads the output
+(as in `inspect X | head`), 143 stopped by SIGTERM after saving. With several processes, all end
+with the same one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from vit_jax.flags import SLURM, fields, parse
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Trains a model, or goes on with a run that was stopped."""
+    """Trains a model, or resumes a run that was stopped."""
     join(args, preemptible=True)
     from vit_jax.analysis.plots import curves
     from vit_jax.training import loop
@@ -51,7 +51,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def join(args: argparse.Namespace, *, preemptible: bool) -> None:
-    """Joins the other processes, of which only the first shows its messages."""
+    """Joins the processes of a run, of which only the first shows its messages."""
     distributed.connect(
         args.coordinator,
         args.processes,
@@ -64,7 +64,7 @@ def join(args: argparse.Namespace, *, preemptible: bool) -> None:
 
 
 def predict(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Names the likeliest classes of image files, one JSON object a line."""
+    """Predicts the top classes of image files, one JSON object a line."""
     from vit_jax.checkpoints.load import load
 
     loaded = load(args.model)
@@ -73,7 +73,7 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def as_json(value: object) -> str:
-    """One line of JSON, in which only what stdout cannot take is escaped, such as "\\udce9"."""
+    """Formats a value as one line of JSON; escapes only what stdout cannot encode, as "\\udce9"."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -83,7 +83,7 @@ def as_json(value: object) -> str:
 
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Writes a model under the names of another code base."""
+    """Converts a model to the format of another code base."""
     from vit_jax.checkpoints.export import save
     from vit_jax.checkpoints.load import load
 
@@ -94,9 +94,9 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Says what a file of weights is: every key, what maps where, what it could not know.
+    """Reports on a weight file: the model, and where each key goes.
 
-    With --pictures it draws what they have learnt instead, and what they attend to in images.
+    With --pictures it plots what the model has learnt instead, and its attention on images.
     """
     from vit_jax.checkpoints.load import load
     from vit_jax.checkpoints.opened import inspect as inspect_file
@@ -114,7 +114,7 @@ def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Turns a folder, archives or any source of images into shards that are read by index."""
+    """Converts a folder, archives or any image source to shards with random access."""
     from vit_jax.data.prepare import Conversion, prepare
 
     options = ("split", "part", "labels", "classes", "examples", "shard_examples", "threads")
@@ -130,7 +130,7 @@ def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def data(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Says what a source is understood to be: splits, classes, sizes, duplicates, what is amiss."""
+    """Reports on a data source: splits, classes, sizes, duplicates, problems."""
     from vit_jax.analysis.data import data
     from vit_jax.training.config_file import load_config
 
@@ -145,7 +145,7 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Says what a run will need, before anything is spent; exit code 2 if it does not fit."""
+    """Reports the memory and time that a run will need; exit code 2 if it does not fit."""
     from vit_jax.analysis.preflight import preflight
     from vit_jax.training.config_file import load_config
 
@@ -154,7 +154,7 @@ def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Runs every point of a sweep file, or goes on with a sweep that was stopped."""
+    """Runs every point of a sweep file, or resumes a sweep that was stopped."""
     from vit_jax.launch.launchers import make_launcher
     from vit_jax.launch.run import failures, run_sweep
     from vit_jax.launch.sweep import load_sweep
@@ -167,7 +167,7 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def report(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Compares runs: one HTML page, and one Markdown table beside it and on the screen."""
+    """Compares runs: an HTML page, and a Markdown table next to it and on the screen."""
     from vit_jax.launch.page import write_report
 
     print(write_report(args.folders, args.out), end="")
@@ -191,7 +191,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Runs a command and returns its exit code."""
     code, message, has_config = 0, "", False
     try:
         args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads stdout any more; then nothing is written there from now on."""
+    """Whether stdout's reader has gone; if so, redirects stdout to /dev/null."""
     try:
         file = sys.stdout.fileno()
     except (AttributeError, io.UnsupportedOperation):  # there is none, or it is no file
@@ -238,12 +238,12 @@ def _reader_left() -> bool:
 
 
 def set_up_screen() -> None:
-    """Shows our own messages, plainly."""
+    """Configures logging: our messages as plain text, no noise from libraries."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("vit_jax").setLevel(logging.INFO)
-    # Orbax's threads narrate a failed save at length; the store raises it, as one sentence.
+    # Orbax's threads log a failed save at length; the store raises it as one sentence.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None

@@ -1,8 +1,7 @@
-"""What a program is compiled for, and what XLA is asked for beyond its defaults: one table.
+"""The devices that programs are compiled for, and non-default XLA options, in one table.
 
-An option is here because it was measured to pay, those of GPUs by what the compiled program reads,
-writes and launches (see experiments/benchmarks/README.md). What the environment's XLA_FLAGS says of
-an option goes before the table.
+Each option was measured to pay off; those for GPUs by what the compiled program reads, writes and
+launches (see experiments/benchmarks/README.md). XLA_FLAGS in the environment takes precedence.
 """
 
 import contextvars
@@ -19,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 # Platform -> option -> value. Options are XLA's flags without the dashes.
 OPTIONS = {
-    # Sums and maxima by YNNPACK, which vectorises them; matrix products, which XLA gives to YNNPACK
-    # too by default, by Eigen, which runs several at once.
+    # Reductions by YNNPACK, which vectorises them; matrix products, also YNNPACK's by default, by
+    # Eigen, which runs several at once.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
-    # Products by cuBLASLt, which adds biases and residuals and computes GELU as it writes; XLA's
-    # Triton products would leave all of these to other kernels. Slices of stacked parameters in one
-    # kernel, not beside each product that reads one. Small Q, K and V as three products too.
+    # Products by cuBLASLt, which fuses biases, residuals and GELU; XLA's Triton products would
+    # leave these to other kernels. Slices of stacked parameters in one kernel, not next to each
+    # product that reads one. Small Q, K and V as three products, too.
     "gpu": {
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_enable_dynamic_slice_fusion": False,
@@ -38,11 +37,11 @@ _target: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=
 def compiler_options(
     mesh: Mesh | None = None, *, deterministic: bool = False
 ) -> dict[str, str | bool | int]:
-    """Returns what to give to `jax.jit` as `compiler_options`.
+    """Returns the `compiler_options` for `jax.jit`.
 
     Args:
-      mesh: of the devices that are compiled for; by default, where JAX runs.
-      deterministic: whether a GPU is to repeat itself bit for bit, which costs speed.
+      mesh: of the devices to compile for; by default those where JAX runs.
+      deterministic: whether GPU results are bitwise reproducible, at a cost in speed.
     """
     device = _one_of(mesh)
     platform = device.platform
@@ -56,19 +55,19 @@ def compiler_options(
 
 
 def target() -> str:
-    """The platform that a program is being traced for: that of `traced_for`, or where JAX runs."""
+    """The platform that is traced for: that of `traced_for`, or JAX's default backend."""
     device = _target.get()
     return jax.default_backend() if device is None else device.platform
 
 
 def target_device() -> Any:
-    """A device of those that a program is being traced for."""
+    """A device of the kind that is traced for."""
     device = _target.get()
     return _one_of(None) if device is None else device
 
 
 def _one_of(mesh: Mesh | None) -> Any:
-    """A device to try things on: one of this process, where the mesh has any."""
+    """A device for trial compilation, local if the mesh has a local one."""
     local = jax.local_devices()
     if mesh is None:
         return local[0]
@@ -76,7 +75,7 @@ def _one_of(mesh: Mesh | None) -> Any:
 
 
 def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function, for the devices of `mesh`: programs are compiled without them."""
+    """Wraps a function to be traced for the devices of `mesh`, which need not exist here."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
@@ -91,7 +90,7 @@ def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _known(device: Any, name: str, value: str | bool | int) -> bool:
-    """Whether the XLA that compiles for a device has the option: experimental ones come and go."""
+    """Whether a device's XLA has the option: experimental ones come and go."""
     place = NamedSharding(Mesh([device], "x"), PartitionSpec())
     try:
         jax.jit(lambda: 0, out_shardings=place, compiler_options={name: value}).lower().compile()

@@ -1,14 +1,14 @@
-"""Several processes that run one program: how they join, keep in step, and end together.
+"""Multi-process runs: how processes join, synchronise, and end together.
 
 With one process everything here is free. Functions marked "collective" must be called by every
-process, with the same name, and by each in the same order for one name; no other may wait for one.
+process with the same name, and by all in the same order for one name; they cannot be nested.
 
 What JAX does by itself when a process is lost (0.10 to 0.12): a CPU collective (gloo) raises within
-milliseconds, one on a GPU or TPU may hang; the coordinator notices a missing heartbeat only after
-its timeout, and then, as when it is itself gone or out of reach at the start, C++ aborts every
-process with a stack trace, before Python can speak (a callback for it exists, but cannot be called
-from Python). So each process tells the others through the coordinator that it is alive, or why it
-ends; ours speaks before C++ does, but where the coordinator's own process dies.
+milliseconds, one on a GPU or TPU may hang. The coordinator notices a missing heartbeat only after
+its timeout. Then, or if the coordinator itself is lost or unreachable at the start, C++ aborts
+every process with a stack trace, before Python can react (there is a callback, but it cannot be
+called from Python). So each process tells the others through the coordinator that it is alive, or
+why it ends. Our message precedes the abort, unless the coordinator's own process is lost.
 """
 
 import collections
@@ -40,25 +40,25 @@ _turns: collections.Counter[str] = collections.Counter()
 
 
 def _runtime() -> Any:
-    # Private: JAX has no public way to send a text to other processes, or to ask who it is without
-    # touching a device.
+    # Private: JAX has no public way to send text to other processes, or to get this process's index
+    # without touching a device.
     from jax._src import distributed
 
     return distributed.global_state
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return _runtime().num_processes
 
 
 def index() -> int:
-    """Which of them this is, from 0."""
+    """The index of this process, from 0."""
     return _runtime().process_id
 
 
 def is_lead() -> bool:
-    """Whether this is the process that writes logs and answers for the run folder."""
+    """Whether this is process 0, which writes logs and holds the run folder's lock."""
     return index() == 0
 
 
@@ -70,19 +70,19 @@ def connect(
     join_timeout: int = JOIN_TIMEOUT,
     preemptible: bool = True,
 ) -> None:
-    """Joins the other processes, if there are any; to be called before a device is touched.
+    """Joins the other processes, if any; to be called before a device is touched.
 
-    Without arguments JAX finds out itself whether this is a TPU pod, GKE, Slurm or Open MPI, and
-    otherwise nothing happens. A process that is not joined within `join_timeout` seconds ends with
-    a sentence and the exit code LOST.
+    Without arguments JAX detects TPU pods, GKE, Slurm and Open MPI; elsewhere nothing happens. A
+    process that has not joined within `join_timeout` seconds ends with a message and the exit code
+    LOST.
 
     Args:
       coordinator: HOST:PORT of process 0, with `processes` and `process_id`, or none of them;
-        `processes=1` by itself runs alone, whatever JAX would find.
-      preemptible: whether SIGTERM does no more than make `preempted` true on every process.
+        `processes=1` by itself runs alone, whatever JAX would detect.
+      preemptible: whether SIGTERM only makes `preempted` true, on every process.
 
     Raises:
-      UserError: some of the three, or numbers that do not fit; process 0 cannot listen.
+      UserError: only some of the three, or inconsistent numbers; process 0 cannot listen.
     """
     import jax
 
@@ -101,7 +101,7 @@ def connect(
     jax.config.update("jax_enable_preemption_service", preemptible)
     timeout = float(os.environ.get("VIT_JAX_PEER_TIMEOUT", PEER_TIMEOUT))
     _speak_at_abort()
-    # JAX would abort at its own timeout, so that ours comes first.
+    # JAX would abort at its own timeout, so ours comes first.
     timer = threading.Timer(join_timeout, _never_joined, (address, n, i, join_timeout))
     timer.daemon = True
     timer.start()
@@ -126,8 +126,8 @@ def connect(
 
 
 def _detect(timeout: int) -> tuple[str | None, int | None, int | None, Any]:
-    """What JAX knows of the cluster that this process is in: address, processes, id, devices."""
-    # Private: `initialize` detects too, but it would make a process that is alone listen on a port.
+    """The cluster that JAX detects: coordinator address, process count, process id, devices."""
+    # Private: `initialize` also detects it, but makes even a single process listen on a port.
     from jax._src.clusters import ClusterEnv
 
     try:
@@ -186,8 +186,8 @@ def meet() -> None:
         return
     mine = jax.local_devices()
     if mine[0].platform == "cpu":
-        # There only process 0 ever finds a program in the cache, and what it then starts waits no
-        # more than 30 s, fixed in C++, for the others, who are still compiling.
+        # On CPUs only process 0 ever finds a program in the cache, and what it then starts waits at
+        # most 30 s, fixed in C++, for the others, which are still compiling.
         jax.config.update("jax_enable_compilation_cache", False)
     devices = f"{len(mine)} x {mine[0].device_kind}, ids {', '.join(str(d.id) for d in mine)}"
     lines = gather("table", f"{socket.gethostname()}, pid {os.getpid()}, {devices}")
@@ -197,7 +197,7 @@ def meet() -> None:
 
 
 def gather(name: str, value: str) -> list[str]:
-    """Returns every process's text, in their order. Collective; touches no device."""
+    """Returns every process's text, in process order. Collective; touches no device."""
     if count() == 1:
         return [value]
     client, turn = _runtime().client, _turns[name]
@@ -211,7 +211,7 @@ def gather(name: str, value: str) -> list[str]:
 
 
 def first(name: str, make: Callable[[], T]) -> T:
-    """Runs `make` on process 0 alone; all get its value (of JSON), or its UserError. Collective."""
+    """Runs `make` on process 0; all get its JSON-like value, or its UserError. Collective."""
     if count() == 1:
         return make()
     value, error = None, None
@@ -229,7 +229,7 @@ def first(name: str, make: Callable[[], T]) -> T:
 def each(name: str, make: Callable[[], T]) -> T:
     """Runs `make` on every process; all raise the UserError that any of them raised. Collective.
 
-    `make` must not be collective itself: who raised would not come.
+    `make` must not be collective itself, as a process that raises would not take part.
     """
     if count() == 1:
         return make()
@@ -247,10 +247,10 @@ def each(name: str, make: Callable[[], T]) -> T:
 
 
 def preempted(step: int) -> bool:
-    """Whether SIGTERM came to any process and all are to save `step` and stop.
+    """Whether any process got SIGTERM, and all have to save `step` and stop.
 
-    To be called by every process after each step; it does not wait for the others. From then on
-    another SIGTERM ends the process at once.
+    To be called by every process after each step; it does not wait for the others. After it has
+    returned True, another SIGTERM ends the process at once.
     """
     from jax.experimental import multihost_utils
 
@@ -272,13 +272,13 @@ _ending = threading.Lock()
 
 
 def alone() -> bool:
-    """Whether no other process would miss this one."""
+    """Whether this process runs without others, or has left them."""
     return _watch is None
 
 
 @contextlib.contextmanager
 def advising(advice: Callable[[], str]) -> Iterator[None]:
-    """While inside, `advice()` says what to do when a process is lost."""
+    """Context in which `advice()` is what to tell the user when a process is lost."""
     global _advice
     before, _advice = _advice, advice
     try:
@@ -288,9 +288,9 @@ def advising(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def leave(code: int, message: str = "") -> None:
-    """Says `message`, and ends all processes with `code`, wherever they are; alone, only says it.
+    """Prints `message`, and ends all processes with `code`; a single process only prints.
 
-    With the code 0 or 143 nothing is ended: then every process arrives here by itself.
+    With the code 0 or 143 nothing is ended, as every process gets here by itself.
     """
     if _watch is not None and code not in (0, 143):
         _watch.leave(code, message)
@@ -301,9 +301,9 @@ def leave(code: int, message: str = "") -> None:
 
 
 def explain(error: BaseException) -> None:
-    """Ends this process with a sentence if `error` is what a lost process causes in another.
+    """Ends this process with a message if `error` is a consequence of another process's loss.
 
-    A collective operation may fail long before it is known which process is gone, so this waits
+    A collective operation may fail long before it is known which process was lost, so this waits
     for the watch to find out.
     """
     causes = ("Gloo", "NCCL", "coordination", "Connection", "Socket", "UNAVAILABLE", "heartbeat")
@@ -317,7 +317,7 @@ def explain(error: BaseException) -> None:
 
 
 class _Watch:
-    """Tells the others that this process is alive, and ends it when one of them has ended.
+    """Heartbeat thread: tells the others that this process is alive, and ends it when one is lost.
 
     A process counts as lost when its mark has not changed for 0.8 of `timeout` seconds, or, once a
     collective operation has failed, for a quarter of it.
@@ -332,14 +332,14 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Lets this process go without anyone missing it."""
+        """Stops the heartbeat, so that the others do not count this process as lost."""
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(Exception):
             self._mark("left")
 
     def leave(self, code: int, message: str) -> NoReturn:
-        """Ends this process, and by its mark the others; process 0, which holds them, goes last."""
+        """Ends this process and, through its mark, the others; process 0, the coordinator, last."""
         _ending.acquire()  # only one thread speaks, and none goes on
         message = message or f"process {index()} was interrupted"
         with contextlib.suppress(Exception):
@@ -390,7 +390,7 @@ class _Watch:
                     f"error: process {who} of {count()} is gone (no sign of life for {limit:.0f} "
                     f"s); {_advice()}",
                 )
-            # No event ends this sleep but `stop`: who hurries must not take the others for late.
+            # Only `stop` interrupts this sleep: looking early would make the others seem late.
             self._stopped.wait(self._period)
 
 
@@ -401,9 +401,9 @@ def _end(code: int, sentence: str) -> NoReturn:
 
 
 def _speak_at_abort() -> None:
-    """Adds a sentence to what C++ says when it ends this process, and our exit code.
+    """Adds a message and our exit code when C++ aborts this process.
 
-    The function runs in whichever C++ thread aborts; a handler of Python's own would never run.
+    The handler runs in whichever C++ thread aborts, where one of Python's would never run.
     """
 
     def aborted(_: int) -> None:

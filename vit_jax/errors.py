@@ -1,4 +1,4 @@
-"""What is no bug of ours: the user can mend it, or wanted it so."""
+"""Errors that are not bugs: the user's mistakes, and stops on request."""
 
 import errno
 import os
@@ -10,10 +10,10 @@ __all__ = ["Stopped", "UserError", "nearest", "sentence"]
 
 
 class UserError(ValueError):
-    """What was found, what was expected and what to do, in one sentence.
+    """An error that the user can fix: what was found, what was expected and what to do.
 
-    The command line prints it without a traceback and ends with exit code 2. Names out of files
-    are part of it, so that what a terminal would obey is written out.
+    The command line prints it without a traceback and ends with exit code 2. Control characters are
+    escaped, as messages may contain names from files.
     """
 
     def __init__(self, message: str):
@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """SIGTERM came (or, to a sweep, SIGINT); all has been saved, and the same command goes on."""
+    """SIGTERM came (or SIGINT, to a sweep); all is saved, and the same command resumes."""
 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -36,10 +36,10 @@ _DRIVER = (
 
 
 def sentence(error: BaseException, has_config: bool) -> str | None:
-    """What the user can do about an error that the machine caused; None where it is a bug of ours.
+    """Explains an error caused by the machine in one sentence; None if it is a bug of ours.
 
     Args:
-      has_config: whether the command runs what a config says, so that its keys can be changed.
+      has_config: whether the command has a config, so that the advice can name its keys.
     """
     text = str(error)
     if isinstance(error, OSError) and error.errno in _DISK:
@@ -71,7 +71,7 @@ def _brief(text: str) -> str:
 
 
 def _no_platform(error: BaseException) -> bool:
-    """Whether JAX says by an assertion without words that what JAX_PLATFORMS names is not here."""
+    """Whether this is JAX's empty assertion for a platform in JAX_PLATFORMS that is missing."""
     if not (isinstance(error, AssertionError) and not str(error) and _platforms()):
         return False
     import jax

@@ -1,4 +1,4 @@
-"""The flags of `python -m vit_jax COMMAND`: which there are, of what types; others are refused."""
+"""Command line flags of `python -m vit_jax COMMAND`; unknown flags are refused."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from vit_jax.errors import UserError, nearest
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of a flag that is a whole number from `least` to `most`."""
+    """A flag type: an integer from `least` to `most`."""
 
     def read(text: str) -> int:
         value = int(text) if re.fullmatch(r"[+-]?\d+", text.strip()) else None
@@ -27,7 +27,7 @@ def number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def path(text: str) -> str:
-    """The type of a flag that is a path; a shell does not expand the ~ of --workdir=~/x."""
+    """A flag type: a path, with ~ expanded, which a shell does not do in --workdir=~/x."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return os.path.expanduser(text)
@@ -49,7 +49,7 @@ SLURM = {
 
 
 def fields(pairs: list[str]) -> dict[str, object]:
-    """Reads NAME=VALUE pairs, of what a file does not say itself, as fields of the config."""
+    """Parses NAME=VALUE pairs, for what a file does not say, as fields of the model's config."""
     from vit_jax.models.config import FAMILIES, pair
     from vit_jax.training.config import MODEL_KEYS, SIDES
     from vit_jax.training.config_file import read_value
@@ -73,9 +73,9 @@ def fields(pairs: list[str]) -> dict[str, object]:
 
 
 class Command(argparse.ArgumentParser):
-    """The flags of a command, which may stand anywhere among its images; mistakes are UserErrors.
+    """A parser that accepts flags anywhere among images, and raises UserErrors.
 
-    A flag is written out: one that begins another's name is not taken for it.
+    Flags cannot be abbreviated.
     """
 
     def __init__(self, **options):
@@ -95,7 +95,7 @@ class Command(argparse.ArgumentParser):
         return namespace, rest
 
     def _check(self, args):
-        """Raises for the first flag that is unknown, before argparse misses a required one."""
+        """Raises for the first unknown flag, before argparse complains of a missing one."""
         overrides = self.get_default("takes_overrides")
         for flag in args:
             name = flag.partition("=")[0]
@@ -116,7 +116,7 @@ class Command(argparse.ArgumentParser):
 
 
 class Last(argparse.Action):
-    """Keeps a flag's value; where it is given again, the last counts, and that is said."""
+    """Stores a flag's value; if a flag is repeated, the last counts, with a warning."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         before = vars(self).setdefault("given", values)
@@ -129,7 +129,7 @@ class Last(argparse.Action):
 
 
 def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
-    """The commands, each with its function; `--config.KEY=VALUE` is left to the config."""
+    """Builds the parser of all commands; `--config.KEY=VALUE` flags are left over."""
     parser = argparse.ArgumentParser(
         prog="python -m vit_jax", description=vit_jax.__doc__.split("\n")[0]
     )
@@ -277,7 +277,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
 
 
 def add_hosts(command: argparse.ArgumentParser) -> None:
-    """The flags of a program of several processes."""
+    """Adds the flags of multi-process programs."""
     group = command.add_argument_group(
         "several processes", "needed only where JAX does not find them itself"
     )
@@ -298,11 +298,11 @@ def add_hosts(command: argparse.ArgumentParser) -> None:
 def parse(
     argv: list[str], functions: Mapping[str, Callable[..., None]]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags of a command, with `function`, and those of its config.
+    """Parses a command line: returns the flags, with `function`, and the config's flags.
 
     Raises:
       UserError: no such command, flag or value.
-      SystemExit: --help or --version was asked for, or nothing at all.
+      SystemExit: with --help, --version or no arguments.
     """
     parser = make_parser(functions)
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))

@@ -1,4 +1,4 @@
-"""What a name that is not known may have meant: its case, the field's synonyms, its spelling."""
+"""Suggestions for unknown names: by case, synonyms of the field, and spelling."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 _FEW = 6  # names that one sentence may suggest
 _MANY = 40  # of names with dots, those are no longer listed one by one
 
-# What is called otherwise elsewhere: our name -> the names it has there. Case, "-" and "_" do not
-# matter. Only names that are known where the question comes up are suggested.
+# Synonyms: our name -> its names elsewhere. Case, "-" and "_" do not matter. Only names that are
+# valid where the question comes up are suggested.
 KEYS = {
     "batch_size": "batch bs train_batch_size global_batch_size",
     "total_epochs": "epochs epoch num_epochs n_epochs max_epochs num_train_epochs",
@@ -176,9 +176,9 @@ for _ours, _theirs in (pair for t in (KEYS, FLAGS, COMMANDS, VALUES) for pair in
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence that names what `name` may have meant, out of `known`.
+    """Returns the end of an error message that suggests what `name` may have meant, from `known`.
 
-    Names may be those of flags ("--topk"), or keys of a config ("optim.lr").
+    Names may be flags ("--topk"), or keys of a config ("optim.lr").
     """
     known = sorted({str(k) for k in known})
     found = [] if name in ("", "None") else [repr(k) for k in meant(str(name), known)]
@@ -194,7 +194,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: list[str]) -> list[str]:
-    """Those of `known` that `name` may stand for, at most a few; the surest reading alone."""
+    """Those of `known` that `name` may stand for, at most a few; only the most likely reading."""
     plain = {k: _plain(k) for k in known}
     wanted = _plain(name)
     section, _, last = wanted.rpartition(".")
@@ -228,10 +228,10 @@ def meant(name: str, known: list[str]) -> list[str]:
 
 
 def _ours_for(word: str, plain: dict[str, str]) -> list[str]:
-    """What is known here of what `word`, squashed, means elsewhere."""
+    """Names known here that are synonyms of `word` (squashed)."""
     found = []
     for ours in _MEANT.get(word, ()):
-        # Where keys of one section are known, they are known without its name.
+        # If all known keys are of one section, they are known without its name.
         found += [k for k, p in plain.items() if ours in (k, p) or ours == f"model.{p}"]
     return list(dict.fromkeys(found))[:_FEW]
 

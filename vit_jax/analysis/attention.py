@@ -1,7 +1,7 @@
-"""What a trained model has learnt, in numbers: the paper's section 4.5, appendices D.7 and D.8.
+"""Analysis of a trained model as in the paper's section 4.5 and appendices D.7 and D.8.
 
-plots.py draws them. Weights alone say what the filters look like and which positions are alike;
-what attention does is seen on images (`inspect_attention`).
+plots.py draws the results. Filters and position embeddings need only the weights; attention is
+measured on images (`inspect_attention`).
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ Weights = Float[Array | np.ndarray, "depth b heads n n"]
 
 
 def embedding_filters(model: Model) -> Float[np.ndarray, "p q c d"]:
-    """The filters that see pixels: of a ViT its patch embedding.
+    """The filters that are applied to pixels: in a ViT, the patch embedding.
 
-    The patches of a hybrid are of features: of that, and of a ResNet, they are those of the 7x7
-    root, standardised as they are used.
+    In a hybrid, whose patches are cut from features, and in a ResNet, they are the kernel of the
+    7x7 root after weight standardisation.
     """
     if model.config.resnet is None:
         return np.asarray(model.patch_embed.kernel[...])
@@ -43,11 +43,11 @@ def filter_components(
 ) -> Float[np.ndarray, "n p q c"]:
     """The principal components of d filters (Figure 7, left), by decreasing variance.
 
-    The filters are the samples, and their mean is subtracted. Each component has length 1, and the
-    sign that makes its largest value positive, as its own sign means nothing.
+    The filters are the samples, and their mean is subtracted. Each component has length 1, and its
+    sign, which is arbitrary, is chosen to make the largest value positive.
 
     Args:
-      count: how many; there are no more than values in a filter, or d - 1.
+      count: how many, at most the number of values in a filter, or d - 1.
     """
     samples = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T  # [d pqc]
     count = min(count, samples.shape[0] - 1, samples.shape[1])
@@ -61,12 +61,12 @@ def filter_components(
 def position_similarity(model: Model) -> Float[np.ndarray, "gh gw gh gw"]:
     """Cosine similarity of each patch's position embedding to all others (Figure 7, centre).
 
-    Rows of prefix tokens are left out, and of two tables, one an axis, it is what they make
-    together. Where each layer has its own, it is the first layer's. [i, j, k, l] compares row i,
-    column j with row k, column l; an embedding of zeros is like none.
+    Prefix tokens are left out, and 2D tables are combined first. If each layer has its own
+    embeddings, the first layer's are used. [i, j, k, l] compares row i, column j with row k,
+    column l; the similarity of an all-zero embedding is 0.
 
     Raises:
-      UserError: the model has no position embeddings, or none of places.
+      UserError: the model has no position embeddings, or only relative ones.
     """
     config = model.config
     if isinstance(config, ResNetConfig):
@@ -93,12 +93,12 @@ def attention_distance(
     num_prefix_tokens: int,
     patch_pixels: tuple[int, int],
 ) -> Float[Array, "depth heads"]:
-    """How far attention reaches, in pixels (Figure 7, right; appendix D.7).
+    """Mean attention distance in pixels (Figure 7, right; appendix D.7).
 
     The distance from the centre of the query's patch to that of the key's, weighted by attention,
-    on average over images and query patches. Prefix tokens have no place: neither their queries
-    nor the attention paid to them count, and what remains of a query is divided by its sum (where
-    nothing remains, the distance is 0).
+    averaged over images and query patches. Prefix tokens have no position: they are left out as
+    queries and as keys, and a query's remaining weights are renormalised (if none remain, the
+    distance is 0).
 
     Args:
       grid: patches (down, across).
@@ -115,10 +115,10 @@ def attention_distance(
 def attention_maps(
     weights: Weights, grid: tuple[int, int], num_prefix_tokens: int, from_class_token: bool
 ) -> Float[Array, "depth b heads gh gw"]:
-    """What the output's token attends to, in each layer and head: shares of 1.
+    """Attention weights from the output token to the patches, in each layer and head.
 
-    The output is the class token, or else the mean of the patches (pooling `gap` and `map`). What
-    goes to prefix tokens is left out, so that a map may sum to less than 1.
+    The output is the class token, or else the mean of the patches (pooling `gap` and `map`).
+    Prefix tokens are left out as keys, so a map may sum to less than 1.
     """
     output = _output(weights.shape[-1], num_prefix_tokens, from_class_token)
     maps = jnp.einsum("q,lbhqk->lbhk", output, weights, precision="highest")
@@ -128,21 +128,21 @@ def attention_maps(
 def rollout(
     weights: Weights, grid: tuple[int, int], num_prefix_tokens: int, from_class_token: bool
 ) -> Float[Array, "b gh gw"]:
-    """Where the output is from, through all layers (Figure 6; appendix D.8; arXiv 2005.00928).
+    """Attention rollout: attention to the patches through all layers (Figure 6; appendix D.8).
 
-    Attention is averaged over heads, mixed half and half with the identity, for the residual, and
-    multiplied through the layers. Of the product, this is the output's row (see `attention_maps`).
+    As in arXiv 2005.00928, attention is averaged over heads, averaged with the identity, for the
+    residual, and multiplied through the layers. Returns the output's row (see `attention_maps`).
     """
     share = _output(weights.shape[-1], num_prefix_tokens, from_class_token)
     share = jnp.broadcast_to(share, (weights.shape[1], weights.shape[-1]))  # [b n]
-    # From the last layer down, it takes vectors alone.
+    # From the last layer backwards, only vectors are multiplied.
     for layer in weights.mean(axis=2)[::-1]:
         share = (share + jnp.einsum("bq,bqk->bk", share, layer, precision="highest")) / 2
     return share[:, num_prefix_tokens:].reshape(-1, *grid)
 
 
 def _output(n: int, num_prefix_tokens: int, from_class_token: bool) -> Float[np.ndarray, "n"]:
-    """The output as a weighted sum of the n tokens."""
+    """The output's weights on the n tokens."""
     weights = np.zeros(n, np.float32)
     if from_class_token:
         weights[0] = 1
@@ -154,7 +154,7 @@ def _output(n: int, num_prefix_tokens: int, from_class_token: bool) -> Float[np.
 def overlay(
     image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh gw"]
 ) -> Float[np.ndarray, "h w c"]:
-    """An image, darkened where attention is low (Figure 6).
+    """Darkens an image where attention is low (Figure 6).
 
     The map is resized bilinearly to the image and divided by its maximum.
     """
@@ -164,13 +164,13 @@ def overlay(
 
 @dataclasses.dataclass(frozen=True)
 class Inspected:
-    """What attention does on some images.
+    """Attention statistics of some images.
 
     Attributes:
-      images: as the model saw them, resized and cut, before normalisation: from 0 to 1.
-      distance: how far each head reaches, in pixels (see `attention_distance`).
-      maps: what the output attends to, in each layer and head (see `attention_maps`).
-      rollout: the same through all layers (see `rollout`).
+      images: as the model saw them, resized and cropped, before normalisation: in [0, 1].
+      distance: mean attention distance of each head in pixels (see `attention_distance`).
+      maps: attention of the output, in each layer and head (see `attention_maps`).
+      rollout: attention of the output through all layers (see `rollout`).
     """
 
     images: Float[np.ndarray, "b h w c"]
@@ -180,10 +180,10 @@ class Inspected:
 
 
 def inspect_attention(vit: Loaded, images: Iterable[Any]) -> Inspected:
-    """Runs a model on images and sums up its attention weights, a few images at a time.
+    """Runs a model on images, a few at a time, and summarises its attention weights.
 
     Args:
-      vit: what `vit_jax.load` returns.
+      vit: the result of `vit_jax.load`.
       images: anything that `vit.preprocess` takes.
 
     Raises:
@@ -213,7 +213,7 @@ def _sums(model: Model, images: Float[Array, "b h w c"]) -> tuple[Array, Array, 
     config = model.config
     weights = model(images, capture="attention")[1]["attention"]
     grid, prefix = config.grid, config.num_prefix_tokens
-    # A class token that the head does not read (MAE, pooled by the mean) is not the output.
+    # A class token that the head does not read (MAE with mean pooling) is not the output.
     tokens = (grid, prefix, "token" in config.pool)
     return (
         attention_distance(weights, grid, prefix, config.patch_pixels),

@@ -1,4 +1,4 @@
-"""Devices that are not there: what they can do, and how XLA is told to compile for them."""
+"""Accelerator specifications, and compiling for devices that this machine does not have."""
 
 import dataclasses
 import importlib.util
@@ -15,15 +15,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of device.
+    """Specifications of a type of device.
 
     Attributes:
       memory: bytes.
-      peak: dense bfloat16 products in FLOP/s, by the data sheet.
-      bandwidth: of its memory in bytes/s, by the data sheet.
-      products: FLOP/s that large products reach; 80% of the peak where that was not measured.
-      copies: bytes/s that large copies reach; 90% of the bandwidth where that was not measured.
-      launch: seconds that starting a kernel costs.
+      peak: dense bfloat16 matrix products in FLOP/s, by the data sheet.
+      bandwidth: memory bandwidth in bytes/s, by the data sheet.
+      products: achievable FLOP/s of large products; 80% of the peak if not measured.
+      copies: achievable bytes/s of large copies; 90% of the bandwidth if not measured.
+      launch: seconds to launch a kernel.
     """
 
     memory: int
@@ -38,7 +38,7 @@ class Chip:
         object.__setattr__(self, "copies", self.copies or 0.9 * self.bandwidth)
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s that large products of arrays of this dtype, as XLA calls it, reach."""
+        """Achievable FLOP/s of large products in a dtype, given by XLA's name."""
         return self.products * {"f32": 0.5, "f64": 0.05}.get(dtype, 1.0)
 
 
@@ -56,7 +56,7 @@ CHIPS = {
     "NVIDIA B200": Chip(178 * GIB, 2250e12, 7.672e12, launch=2e-6),
 }
 
-# What XLA wants to know of a GPU, from its own descriptions (openxla/xla,
+# XLA's GPU parameters, from its own descriptions (openxla/xla,
 # xla/backends/gpu/target_config/specs). Those of one generation share most.
 _SHARED = dict(
     threads_per_block_limit=1024, threads_per_warp=32, threads_per_core_limit=2048,
@@ -73,7 +73,7 @@ _HOPPER = dict(
     shared_memory_per_core=233472, shared_memory_per_block_optin=232448,
 )  # fmt: skip
 _BLACKWELL = _HOPPER | dict(core_count=148, clock_rate_ghz=1.965, l2_cache_size=132644864)
-# Name in a topology -> kind, major version of its compute capability, what XLA wants to know.
+# Name in a topology -> kind, major version of the compute capability, XLA's parameters.
 GPUS = {
     "a100-40": ("NVIDIA A100-SXM4-40GB", 8, _AMPERE | dict(
         device_memory_size=42331013120, memory_bandwidth=1555200000000)),
@@ -89,7 +89,7 @@ GPUS = {
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a topology, for which programs compile on a machine that has none.
+    """Returns the devices of a topology; programs can be compiled for them without having them.
 
     TPUs as v5e:4x4 or v5p:8x8x4, two slices as v5p:4x4x4*2; GPUs as h100:8, two nodes of eight as
     h200:2x8.
@@ -135,7 +135,7 @@ def _gpus(name: str, kind: str) -> list[Any]:
 
 
 def target_config(kind: str) -> str:
-    """A GPU as XLA is told of it: a GpuTargetConfigProto as text."""
+    """XLA's description of a GPU: a GpuTargetConfigProto as text."""
     name, major, facts = GPUS[kind]
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     described = "\n".join(f"  {key}: {value}" for key, value in (_SHARED | facts).items())
@@ -155,7 +155,7 @@ def _tpus(name: str) -> list[Any]:
             "--topology needs the compiler for TPUs, which runs anywhere: pip install "
             "'vit_jax[tpu]'"
         )
-    # Or libtpu looks for a TPU of this machine, at length, and lets no other process use it.
+    # Otherwise libtpu spends long looking for a local TPU, and locks it.
     for variable, value in (
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ("TPU_SKIP_MDS_QUERY", "1"),

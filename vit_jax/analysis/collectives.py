@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its HLO text."""
+"""Communication between devices in a compiled program, read from its HLO text."""
 
 import dataclasses
 import re
@@ -11,13 +11,13 @@ _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "a
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program.
+    """One collective operation of a program.
 
     Attributes:
       kind: all-gather, reduce-scatter, all-reduce, collective-permute or all-to-all.
-      group: devices that take part together.
+      group: number of devices in each group.
       times: how often a step runs it.
-      bytes: what each device sends each time, with the ring algorithms that move the least.
+      bytes: sent by each device each time, with bandwidth-optimal ring algorithms.
     """
 
     kind: str
@@ -27,11 +27,11 @@ class Collective:
 
 
 def read_collectives(hlo: str) -> list[Collective]:
-    """Returns the collectives of a program's HLO text, `compiled.as_text()`, loops unrolled.
+    """Returns the collectives in a program's HLO text, `compiled.as_text()`, with loops unrolled.
 
-    What hides a collective on TPU is looked through: a fusion of an all-reduce with the slice that
-    follows is a reduce-scatter; parts of one that runs beside other work share its channel; a
-    product that is summed around a ring is a loop of permutes.
+    TPU-specific forms are recognised: an all-reduce fused with the following slice is a
+    reduce-scatter; the parts of an asynchronous collective share its channel; a product summed
+    around a ring is a loop of permutes.
 
     Raises:
       ValueError: the groups of a collective cannot be read.
@@ -65,7 +65,7 @@ def read_collectives(hlo: str) -> list[Collective]:
 
 
 def _collective(kind: str, given: Iterable[Array], each: Instruction, times: int) -> Collective:
-    """A collective by the arrays that each device gives: what it gets is written variously."""
+    """Builds a collective from each device's input arrays: result shapes are written variously."""
     total = sum(bytes_of(array.dtype) * array.size for array in given)
     if kind == "collective-permute":
         return Collective(kind, 2, times, float(total))
@@ -75,7 +75,7 @@ def _collective(kind: str, given: Iterable[Array], each: Instruction, times: int
 
 
 def _group(rest: str) -> int:
-    """Devices of a group, of any of the forms in which XLA writes them."""
+    """Parses the size of a device group, in any of the forms that XLA writes."""
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
@@ -91,7 +91,7 @@ def _group(rest: str) -> int:
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[str, tuple[int, float]]:
-    """Returns kind -> (how many a step, bytes that each device sends a step)."""
+    """Sums up collectives: kind -> (how many a step, bytes that each device sends a step)."""
     totals: dict[str, tuple[int, float]] = {}
     for each in collectives:
         count, size = totals.get(each.kind, (0, 0.0))

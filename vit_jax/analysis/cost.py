@@ -1,4 +1,4 @@
-"""What a step costs at the least, by hand: operations, and bytes between devices."""
+"""Analytic lower bounds of a step's cost: FLOPs, and bytes sent between devices."""
 
 import math
 
@@ -12,10 +12,9 @@ from vit_jax.training.program import Program
 
 
 def flops_per_image(model: ModelConfig) -> int:
-    """Floating-point operations of one image's forward pass: its products.
+    """FLOPs of the forward pass of one image, in its matrix products and convolutions.
 
-    A multiplication and its addition count as 2. Norms, softmax, GELU and the optimiser are left
-    out, as is usual.
+    A multiply-add counts as 2. Norms, softmax, GELU and the optimiser are left out, as is usual.
     """
     macs = 0 if model.resnet is None else _resnet_macs(model)
     if isinstance(model, ResNetConfig):
@@ -24,7 +23,7 @@ def flops_per_image(model: ModelConfig) -> int:
 
 
 def _resnet_macs(model: ModelConfig) -> int:
-    """Those of a ResNet up to its feature map: of the 7x7 root and the units' 1x1, 3x3 and 1x1."""
+    """Multiply-adds of a ResNet up to its feature map: 7x7 root, and units of 1x1, 3x3 and 1x1."""
     width = model.resnet_width
     h, w = (math.ceil(side / 2) for side in model.image_size)
     macs = h * w * 49 * model.in_channels * width
@@ -63,7 +62,7 @@ def _vit_macs(vit: ViTConfig) -> int:
 
 
 def _attention_macs(vit: ViTConfig) -> int:
-    """Those of one block that have no kernel: scores, then the weighted sum of the values."""
+    """Multiply-adds of a block's products without a kernel: scores, weighted sum of values."""
     macs = 2 * vit.num_tokens**2 * vit.width
     if vit.position == "relative":  # the queries of patches times the embeddings of all offsets
         patches = math.prod(vit.grid)
@@ -72,9 +71,10 @@ def _attention_macs(vit: ViTConfig) -> int:
 
 
 def step_flops(config: Config, model: ModelConfig) -> int:
-    """FLOPs of a training step: forward, twice as many backward, and what `remat` repeats.
+    """FLOPs of a training step: forward, backward (twice the forward), and `remat` recomputation.
 
-    Each product has two of its size on the way back (what reads the image has one, counted as two).
+    The backward pass has two products of the same size for each product (the one that reads the
+    image has only one, but is counted as two).
     """
     forward, attention = flops_per_image(model), 0
     if isinstance(model, ViTConfig):
@@ -84,12 +84,12 @@ def step_flops(config: Config, model: ModelConfig) -> int:
 
 
 def least_traffic(program: Program, config: Config, model: ModelConfig) -> float:
-    """Bytes that each device sends a step at the least, with parameters where they are.
+    """Lower bound of the bytes that each device sends in a step, with the mesh's sharding.
 
-    Per micro-batch every split parameter is gathered twice, on the way there and back, and its
-    gradient is scattered once, all in the dtype of the computation; shards are summed over `data`,
-    and what is not split over all devices. Along `tensor`, each block's two sums of activations,
-    there and back.
+    In each micro-batch every `fsdp`-sharded parameter is gathered twice, for the forward and the
+    backward pass, and its gradient is reduce-scattered once, all in the compute dtype; gradient
+    shards are summed over `data`, and unsharded gradients over all devices. Along `tensor`, each
+    block sums activations twice in the forward and twice in the backward pass.
     """
     data, fsdp, tensor = (program.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     size, total = jnp.dtype(model.dtype).itemsize, 0.0

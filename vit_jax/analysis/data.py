@@ -1,4 +1,4 @@
-"""What data is understood to be, before a model is trained on it: the command `data`."""
+"""Data checks before training, for the command `data`: how a source will be read and used."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,13 +27,13 @@ def data(
 
     Args:
       spec: such as "folder:/data/pets", or a path; None with a config.
-      split: one of them alone, by its name in the source, or in the config ("val").
-      model: what `load` takes, whose classes those of the splits are to be.
-      folder: where contact sheets are to be drawn, if at all.
+      split: only this split, by its name in the source, or in the config ("val").
+      model: path for `load`, of a model whose classes the splits should have.
+      folder: where to write contact sheets; None for none.
 
     Raises:
-      UserError: a split that cannot be opened, after what there is to say of the others; or a
-        class that is none of the model's.
+      UserError: a split that cannot be opened, after the lines on the others; or a class that the
+        model does not have.
     """
     specs, splits = {}, {}
     if config is None:
@@ -76,7 +76,7 @@ def data(
 
 
 def _card(config: Config, train: Source) -> ModelCard:
-    """The model that a config would train."""
+    """The card of the model that a config would train."""
     init = None if config.init_from is None else open_model(config.init_from)
     return make_plan(config, TrainingData.of(train), init).card
 
@@ -88,7 +88,7 @@ def _reader(
     card: ModelCard | None,
     config: Config | None,
 ) -> tuple[Any, str]:
-    """What reads batches of a split: as the config says, else as a model, else as is usual."""
+    """Returns a batch reader of a split: as in the config, else for the model, else the default."""
     if card is None:
         return pictures.default_reader(source)
     if split is None or config is None:

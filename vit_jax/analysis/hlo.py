@@ -1,4 +1,4 @@
-"""A compiled program as XLA writes it, `compiled.as_text()`: computations, instructions, loops."""
+"""Parser of XLA's HLO text, `compiled.as_text()`: computations, instructions, loops."""
 
 import dataclasses
 import functools
@@ -22,20 +22,20 @@ def bytes_of(dtype: str) -> float:
     return (_BITS[dtype] if dtype in _BITS else int(match[1])) / 8
 
 
-# Attributes that name computations which run.
+# Attributes with the names of computations that are run.
 CALLS = ("calls", "to_apply", "branch_computations", "true_computation", "false_computation")
 CALLS += ("called_computations",)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](\{[^}]*\})?")
 _NAMES = re.compile(r"%([\w.-]+)")
-# A layout in a TPU's fast memory: in tiles, as all of them; a GPU calls another memory S(1).
+# A layout in a TPU's fast memory; TPU layouts have tiles, while on a GPU S(1) is something else.
 _FAST = re.compile(r"\{[^}]*T\([^}]*S\(1\)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result."""
+    """An array in an instruction's result."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """What it results in; several arrays where that is a tuple."""
+        """The result's arrays; several if it is a tuple."""
         return tuple(
             Array(dtype, tuple(int(n) for n in dims.split(",") if n), bool(_FAST.match(layout)))
             for dtype, dims, layout in _ARRAY.findall(self.shape)
@@ -73,7 +73,7 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
-        """The names of the instructions that it reads."""
+        """The names of the operands."""
         depth = 1
         for end, character in enumerate(self.rest):
             depth += (character in "({") - (character in ")}")
@@ -82,26 +82,26 @@ class Instruction:
         return tuple(_NAMES.findall(self.rest))
 
     def called(self, *keys: str) -> list[str]:
-        """The computations that it names under one of these attributes."""
+        """The computations named by any of these attributes."""
         pattern = rf"\b(?:{'|'.join(keys)})=(?:\{{([^}}]*)\}}|(%[\w.-]+))"
         found = re.findall(pattern, self.rest)
         return [name for several, one in found for name in _NAMES.findall(several or one)]
 
     @property
     def number(self) -> int | None:
-        """What is in a parameter's or a constant's parentheses, where that is a whole number."""
+        """The integer in a parameter's or constant's parentheses, if it is one."""
         text = self.rest.partition(")")[0]
         return int(text) if re.fullmatch(r"-?\d+", text) else None
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a regular expression in what follows the operands."""
+        """The first group of a regular expression in the text after the operands."""
         match = re.search(pattern, self.rest)
         return match and match[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """The computations of a program by their names, and which one it starts with."""
+    """A program: its computations by name, and its entry computation."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -114,15 +114,15 @@ class Module:
         }
 
     def find(self, computation: str, name: str) -> Instruction | None:
-        """An instruction of a computation by its name."""
+        """Looks up an instruction of a computation by its name."""
         return self._named[computation].get(name)
 
     def root(self, computation: str) -> Instruction:
-        """What a computation results in."""
+        """The root instruction, whose result is the computation's."""
         return next(each for each in self.computations[computation] if each.root)
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a `while` runs, where it counts from zero up to a constant; else None."""
+        """The trip count of a `while` that counts from zero to a constant; else None."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         (body,), (condition,) = loop.called("body"), loop.called("condition")
@@ -145,9 +145,9 @@ class Module:
     def launched(
         self, name: str | None = None, times: int = 1, known: bool = True
     ) -> Iterator[tuple[str, Instruction, int, bool]]:
-        """Yields (computation, instruction, times a step, whether that is known).
+        """Yields (computation, instruction, times a step, whether that count is known).
 
-        Loops, calls and all branches of conditionals are entered; a loop of unknown length once.
+        Enters loops, calls and all branches of conditionals; loops of unknown length count once.
         """
         name = self.entry if name is None else name
         for each in self.computations.get(name, ()):
@@ -162,7 +162,7 @@ class Module:
 
 
 def parse(hlo: str) -> Module:
-    """Reads a program's text."""
+    """Parses a program's HLO text."""
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
     for line in hlo.splitlines():

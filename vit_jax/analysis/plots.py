@@ -1,4 +1,4 @@
-"""Pictures; matplotlib comes with the `plot` extra."""
+"""Plots, with matplotlib from the `plot` extra."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ _TILES = 16  # to a side of the picture of positions; of larger grids some are l
 
 
 def curves(workdir: str | os.PathLike) -> Path | None:
-    """Draws a run's loss and accuracy into WORKDIR/curves.png; None where matplotlib is missing."""
+    """Plots a run's loss and accuracy to WORKDIR/curves.png; None if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -53,13 +53,13 @@ def curves(workdir: str | os.PathLike) -> Path | None:
 def pictures(
     vit: Loaded, folder: str | os.PathLike, images: Sequence[str | os.PathLike] = ()
 ) -> tuple[list[Path], list[str]]:
-    """Draws what a model has learnt: filters.png and positions.png, and, of images, attention.
+    """Plots a model's filters.png and positions.png, and with images, its attention.
 
-    That is attention_distance.png and, for each image file NAME.jpg, attention_NAME.png (layer by
-    layer and head by head) and rollout_NAME.png (through all of them).
+    These are attention_distance.png and, for each image file NAME.jpg, attention_NAME.png (by layer
+    and head) and rollout_NAME.png (through all layers).
 
     Returns:
-      The paths written, and a sentence on each picture that there cannot be.
+      The paths written, and a sentence on each plot that this model cannot have.
 
     Raises:
       UserError: no matplotlib, an image that cannot be read, or a folder that is a file.
@@ -91,7 +91,7 @@ def pictures(
 
 
 def _names(paths: Iterable[str | os.PathLike]) -> list[str]:
-    """The files' names without folder and suffix, numbered where two are alike."""
+    """The files' names without folder and suffix, numbered if two are the same."""
     names: list[str] = []
     for path in paths:
         stem = name = Path(path).stem
@@ -104,9 +104,10 @@ def _names(paths: Iterable[str | os.PathLike]) -> list[str]:
 
 
 def filters(components: Float[np.ndarray, "n p q c"]) -> Any:
-    """Principal components of the filters that see pixels (Figure 7, left), as a Figure.
+    """Plots the principal components of the first layer's filters (Figure 7, left).
 
-    Each is scaled by its largest value; zero is grey. Of channels other than RGB, it is the mean.
+    Each is scaled by its largest value; zero is grey. If the channels are not RGB, their mean is
+    shown.
     """
     count = len(components)
     columns = min(7, count)
@@ -122,7 +123,7 @@ def filters(components: Float[np.ndarray, "n p q c"]) -> Any:
 
 
 def positions(similarity: Float[np.ndarray, "gh gw gh gw"]) -> Any:
-    """Similarity of position embeddings (Figure 7, centre), as a Figure: a grid of grids.
+    """Plots the similarity of position embeddings (Figure 7, centre): a grid of grids.
 
     The tile in row i and column j compares the patch there with all patches.
     """
@@ -151,9 +152,9 @@ def positions(similarity: Float[np.ndarray, "gh gw gh gw"]) -> Any:
 
 
 def distances(distance: Float[np.ndarray, "depth heads"], config: ViTConfig) -> Any:
-    """How far each head reaches, by depth (Figure 7, right), as a Figure; one dot a head.
+    """Plots the attention distance of each head by depth (Figure 7, right); one dot a head.
 
-    The dashed line is where a head would be that attends to all patches alike.
+    The dashed line is the distance of a head with uniform attention.
     """
     depth, heads = distance.shape
     n = config.grid[0] * config.grid[1]
@@ -178,7 +179,7 @@ def distances(distance: Float[np.ndarray, "depth heads"], config: ViTConfig) -> 
 
 
 def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh gw"]) -> Any:
-    """An image, the same darkened where attention is low (Figure 6), and the map, as a Figure."""
+    """Plots an image, the image darkened where attention is low (Figure 6), and the map."""
     h, w, _ = image.shape
     figure = _figure(9.0, min(max(2.7 * h / w, 1), 8) + 0.5)
     left, middle, right = figure.subplots(1, 3)
@@ -199,11 +200,11 @@ def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh
 def attended_by_heads(
     image: Float[np.ndarray, "h w c"], maps: Float[np.ndarray, "depth heads gh gw"]
 ) -> Any:
-    """What the output attends to by layer and head (appendix D.8), as a Figure: rows are layers.
+    """Plots the output's attention by layer (rows) and head (appendix D.8).
 
-    Each panel is the image in grey under the map in colour, divided by its maximum: attention may
-    be on so few patches that nothing else could be seen of the image darkened. Of deep models and
-    many heads they are spread evenly, from the first to the last.
+    Each panel shows the map in colour, divided by its maximum, over the image in grey: attention
+    may be on so few patches that a darkened image would be black. For deep models and many heads,
+    evenly spaced ones are shown, including the first and the last.
     """
     (depth, heads), (h, w, _) = maps.shape[:2], image.shape
     layers, columns = (
@@ -231,9 +232,9 @@ def segmented(
     masks: Int[np.ndarray, "n h w"],
     predictions: Int[np.ndarray, "n h w"],
 ) -> Any:
-    """Images above their true masks and those found, as a Figure; class 0 is black.
+    """Plots images above their true and predicted masks; class 0 is black.
 
-    Pixels are uint8, or of 0 to 1.
+    Pixels are uint8, or in [0, 1].
     """
     images = images / 255 if images.dtype == np.uint8 else images
     n, h, w, _ = images.shape
@@ -252,7 +253,7 @@ def segmented(
 
 
 def _classes(count: int) -> Float[np.ndarray, "{count} 3"]:
-    """A colour for each class: black, then hues around the circle, no two neighbours alike."""
+    """A colour for each class: black, then hues around the circle, neighbours well apart."""
     from matplotlib.colors import hsv_to_rgb
 
     index = np.arange(count)
@@ -263,7 +264,7 @@ def _classes(count: int) -> Float[np.ndarray, "{count} 3"]:
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty Figure, in inches, which needs no screen."""
+    """An empty Figure, with its size in inches, that needs no display."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -274,7 +275,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _show(axes: Any, image: Float[np.ndarray, "h w c"]) -> None:
-    """Draws pixels of 0 to 1 as they are: RGB, or else the mean of the channels in grey."""
+    """Draws pixels in [0, 1] as they are: RGB, or else the mean of the channels in grey."""
     if image.shape[-1] != 3:
         image = image.mean(axis=-1)
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -282,6 +283,6 @@ def _show(axes: Any, image: Float[np.ndarray, "h w c"]) -> None:
 
 
 def _bare(axes: Any) -> None:
-    """Nothing around a picture but a thin line, against the white of the page."""
+    """Removes ticks and leaves only a thin frame, against the white of the page."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(linewidth=0.5, color="grey")

@@ -1,6 +1,7 @@
-"""What a run will need, before anything is spent: its real training step, compiled and read.
+"""Preflight: compiles the training step without running it, and reports memory, time and traffic.
 
-With a topology the step is compiled by the real compiler of TPUs or GPUs, on a machine without.
+With a topology, the step is compiled by the real compiler for TPUs or GPUs that this machine does
+not have.
 """
 
 import contextlib
@@ -38,16 +39,16 @@ _SECONDS_OF_DATA = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """A training step, compiled but not run; bytes are those of one device.
+    """A training step, compiled but not run; bytes are per device.
 
     Attributes:
-      state_bytes: parameters, optimiser state and averages.
-      peak_bytes: the most that is in use at once; None where the compiler refused.
-      limit_bytes: what the device has, None where that is not known.
-      collectives: what moves between devices in a step.
-      least_bytes: what the mesh needs at the least (see `least_traffic`).
-      fused_attention: calls of cuDNN's attention; None where the compiler refused.
-      roofline: how long a device takes at the least, None for kinds that are not in CHIPS.
+      state_bytes: parameters, optimiser state and EMA.
+      peak_bytes: peak memory; None if compiling failed.
+      limit_bytes: the device's memory, None if unknown.
+      collectives: communication between devices in a step.
+      least_bytes: the lower bound of that for the mesh (see `least_traffic`).
+      fused_attention: calls of cuDNN's attention; None if compiling failed.
+      roofline: lower bound of the step's time, None for kinds that are not in CHIPS.
     """
 
     program: Program
@@ -81,8 +82,8 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
             raise
         return Rehearsal(program, state_bytes, None, limit)
     memory = compiled.memory_analysis()
-    # All temporaries are one block, taken as a whole, whatever of it is in use at a time; and two
-    # more batches are on their way (see loop.on_device).
+    # All temporaries are one block, which is allocated as a whole; two more batches are being
+    # prefetched (see loop.on_device).
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -105,7 +106,7 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that each device holds of a tree of shapes with shardings."""
+    """Bytes on each device for a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -113,9 +114,9 @@ def shard_bytes(tree: Any) -> int:
 
 
 def memory_limit(device: Any) -> int | None:
-    """Bytes that a device has; for those of a CPU, their share of this machine's memory.
+    """Memory of a device in bytes; for a CPU device, its share of this machine's memory.
 
-    Of a GPU that is not there, the share that JAX takes of its memory by default.
+    For a GPU of a topology, the share of its memory that JAX allocates by default.
     """
     if device.platform == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -133,13 +134,14 @@ def memory_limit(device: Any) -> int | None:
 
 
 def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
-    """Yields the report of a config line by line, as it is found out.
+    """Yields the lines of a config's preflight report, as they are computed.
 
     Args:
-      topology: what to compile for (see `topology_devices`); None is the devices at hand.
+      topology: the devices to compile for (see `topology_devices`); None for this machine's.
 
     Raises:
-      UserError: the config cannot train, or it does not fit; then with the change that does.
+      UserError: the config cannot train, or does not fit into memory; the message then suggests a
+        change that does.
     """
     config.check_trains()
     devices = topology_devices(topology) if topology else jax.devices()
@@ -207,10 +209,10 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
 def smaller(
     config: Config, vit: ModelConfig, rehearsal: Rehearsal
 ) -> Iterator[tuple[str, Config, str]]:
-    """Yields flags, the config with them, and its `remat`: the smaller changes first.
+    """Yields changes that save memory, smallest first: flags, the changed config, its `remat`.
 
-    Those come first that change one thing, and that a little: halves of the micro-batch, less to
-    keep for the way back, twice the devices along `fsdp` (out of those along `data`).
+    Changes of one thing by little come first: halving the micro-batch, more rematerialisation,
+    doubling the devices along `fsdp` (at the expense of `data`).
     """
     mesh, limit = rehearsal.program.mesh, rehearsal.limit_bytes or math.inf
     remats = CHOICES["remat"][CHOICES["remat"].index(vit.remat) :]
@@ -236,12 +238,12 @@ def smaller(
 
 
 def _size_of_change(steps: tuple[int, int, int]) -> tuple[int, int, list[int]]:
-    """How many things change, how much, and how late in the order of their costs."""
+    """Sort key of a change: how many things change, by how much, cheapest things first."""
     return sum(n > 0 for n in steps), sum(steps), [-n for n in steps]
 
 
 def roofline_lines(roofline: Roofline) -> Iterator[str]:
-    """What a device is busy with, and the kernels that take it the longest."""
+    """Yields lines on where a step's time goes, and its slowest kernels."""
     yield _line(
         "kernels",
         f"{roofline.launches:,}, {roofline.bytes / 1e9:,.1f} GB read and written, "
@@ -258,7 +260,7 @@ def roofline_lines(roofline: Roofline) -> Iterator[str]:
 
 
 def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:
-    """FLOP/s that the devices at hand do together, and how that is known."""
+    """Total FLOP/s of this machine's devices, and how it was determined."""
     hidden = vit.mlp_dim if isinstance(vit, ViTConfig) else vit.width
     tokens, inner = 2048, jnp.ones((vit.width, hidden), vit.dtype)
     x = jnp.ones((tokens, vit.width), vit.dtype)
@@ -269,7 +271,7 @@ def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:
         product(x, inner).block_until_ready()
         best = min(best, time.perf_counter() - began)
     rate = 2 * tokens * vit.width * hidden / best
-    # The devices of a CPU share its cores, and so the rate.
+    # CPU devices share the cores, and so the rate.
     together = rate if devices[0].platform == "cpu" else rate * len(devices)
     return (
         together,
@@ -278,9 +280,9 @@ def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:
 
 
 def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
-    """The plan, the data and, where that cannot be opened, why not.
+    """Returns the plan, the data and, if that cannot be opened, the reason.
 
-    Without its data a run is planned for as many classes as model.num_classes says.
+    Without its data, a run is planned with model.num_classes classes.
     """
     init = None if config.init_from is None else open_model(config.init_from)
     try:
@@ -299,7 +301,7 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
 
 
 def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> str:
-    """Reads training batches as one host would, for some seconds."""
+    """Measures for some seconds how fast one host reads training batches."""
     read, data = plan.reader(source), plan.config.data
     size = max(min(rows, 256), 1)
     options = dict(workers=data.workers, threads=data.threads)

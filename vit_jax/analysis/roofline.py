@@ -1,9 +1,9 @@
-"""How long a compiled program takes at the least: each kernel by its products and its bytes.
+"""Roofline model of a compiled program: a lower bound of its time, kernel by kernel.
 
-A kernel takes as long as the slower of two: its products at the rate that large ones reach, or what
-it reads and writes at the memory's. Where a device could do better than the program, that shows: as
-kernels that only move arrays. What is not known here is how well a kernel will be written: on GPUs
-XLA chooses among several when it has one to try them on. So this is a bound, not a measurement.
+A kernel takes as long as the slower of two: its products at the rate of large ones, or its reads
+and writes at the memory's bandwidth. Inefficiencies of the program itself show up as kernels that
+only move arrays. How well a kernel is implemented is not known, as XLA autotunes on a real GPU. So
+this is a bound, not a measurement.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ import numpy as np
 from vit_jax.analysis.chips import Chip
 from vit_jax.analysis.hlo import Array, Instruction, Module, parse
 
-# What does not run on the device: names for what is there.
+# Instructions that launch nothing: they only name existing data.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier "
     "partition-id replica-id async-update".split()
 )
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-")
-# What reads no more of its operand than it results in, one element for each.
+# Instructions that read one element of the operand for each of the result.
 _ELEMENTWISE = frozenset(
     "bitcast reshape transpose convert copy negate multiply add subtract divide maximum minimum "
     "tanh exponential rsqrt sqrt select compare tuple".split()
 )
 _SLICES = ("slice", "dynamic-slice", "gather")
 
-# Scope of an instruction's `op_name` -> part of the model, the first that fits: the innermost come
-# first. The scopes are set where the model and the step are written (`jax.named_scope`).
+# Scope of an instruction's `op_name` -> part of the model; the first match counts, so the innermost
+# come first. Scopes are set by `jax.named_scope` in the model and the step.
 PARTS = {
     "optimizer": "optimiser",
     "mixing": "mixing",
@@ -48,18 +48,18 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch of a step, or several alike in a loop.
+    """One kernel launch of a step, or several equal ones in a loop.
 
     Attributes:
-      name: the instruction's.
-      op_name: where it comes from in the Python program, as JAX tells XLA.
+      name: of the instruction.
+      op_name: its origin in the Python program, as recorded by JAX.
       times: how often a step runs it.
-      products: its products' FLOPs by the dtype of what is multiplied.
-      read: bytes that it reads, each array once, and only what it uses of it.
-      written: bytes that it writes.
-      arrays: what it reads and writes, as text.
-      known: whether that is all: not of custom calls that are not known, nor how often in loops of
-        unknown length and in branches.
+      products: FLOPs of its matrix products, by the dtype of the operands.
+      read: bytes read, each array once, and only the elements used.
+      written: bytes written.
+      arrays: its inputs and outputs, as text.
+      known: whether the figures are complete: not for unknown custom calls, in loops of unknown
+        length, or in branches.
     """
 
     name: str
@@ -91,14 +91,14 @@ class Kernel:
         return "forward" if forward else "update"
 
     def seconds(self, chip: Chip) -> float:
-        """Of all its runs in a step."""
+        """Time of all its runs in a step."""
         products = sum(flops / chip.rate(dtype) for dtype, flops in self.products)
         return self.times * (max(products, self.bytes / chip.copies) + chip.launch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """A program's kernels, and how long a chip takes for them."""
+    """The kernels of a program, and the time that a chip takes for them."""
 
     kernels: tuple[Kernel, ...]
     chip: Chip
@@ -121,23 +121,23 @@ class Roofline:
 
     @property
     def unknown(self) -> int:
-        """How many kernels there is more to than is counted."""
+        """Number of kernels with incomplete figures."""
         return sum(not kernel.known for kernel in self.kernels)
 
     @property
     def ceiling(self) -> float:
-        """The share of the rate that large products in bfloat16 reach."""
+        """Upper bound of the utilisation: FLOP/s over the rate of large bfloat16 products."""
         return self.flops / self.chip.products / self.seconds
 
     def by(self, key: Callable[[Kernel], str]) -> dict[str, float]:
-        """Seconds by what `key` says of a kernel, the most first."""
+        """Seconds by `key(kernel)`, largest first."""
         sums: dict[str, float] = {}
         for kernel in self.kernels:
             sums[key(kernel)] = sums.get(key(kernel), 0.0) + kernel.seconds(self.chip)
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
     def dearest(self, count: int = 5) -> list[tuple[Kernel, int, float]]:
-        """Kernels that take the most, those alike as one: (one of them, how many, seconds)."""
+        """The slowest kernels, with equal ones merged: (one of them, how many, seconds)."""
         alike: dict[tuple, list[Kernel]] = {}
         for kernel in self.kernels:
             alike.setdefault((kernel.part, kernel.direction, kernel.arrays), []).append(kernel)
@@ -149,21 +149,21 @@ class Roofline:
 
 
 def tell(kernel: Kernel, count: int, seconds: float) -> str:
-    """One of the dearest, as a line."""
+    """Formats one of the slowest kernels as a line."""
     where = f"{kernel.part}, {kernel.direction}"
     return f"{seconds * 1e3:.3g} ms, {count} x {where}: {kernel.arrays}"
 
 
 def part_of(op_name: str) -> str:
-    """The part of the model that an instruction is of, by the scopes in its name."""
+    """The part of the model that an instruction belongs to, by the scopes in its name."""
     words = set(re.findall(r"\w+", op_name))
     return next((part for scope, part in PARTS.items() if scope in words), "other")
 
 
 def read_kernels(hlo: str) -> list[Kernel]:
-    """Returns what a step of a program launches, from its HLO text, `compiled.as_text()`.
+    """Returns the kernels that a step launches, from a program's HLO text, `compiled.as_text()`.
 
-    What moves between devices is left out: see `read_collectives`.
+    Communication between devices is left out: see `read_collectives`.
     """
     module = parse(hlo)
     kernels = []
@@ -192,7 +192,7 @@ def read_kernels(hlo: str) -> list[Kernel]:
 
 
 def _results(each: Instruction) -> tuple[Array, ...]:
-    """What an instruction results in, without the room that cuBLAS and cuDNN work in."""
+    """The result arrays of an instruction, without the workspace of cuBLAS and cuDNN."""
     *results, last = each.arrays
     works = re.search(r'custom_call_target="__cu(blas|dnn)\$', each.rest)
     if works and results and last.dtype in ("s8", "u8") and len(last.shape) == 1:
@@ -201,7 +201,7 @@ def _results(each: Instruction) -> tuple[Array, ...]:
 
 
 def _list(arrays: Iterable[Array]) -> str:
-    """The large ones by name, and of how many each there are."""
+    """Lists the large arrays, with counts."""
     counts: dict[str, int] = {}
     for array in arrays:
         if array.size >= 2**16:
@@ -210,7 +210,7 @@ def _list(arrays: Iterable[Array]) -> str:
 
 
 def _op_name(module: Module, each: Instruction) -> str:
-    """Its own; that of what is fused in it where it has none, or none of a known part."""
+    """The instruction's op_name, or that of a fused one if it has none or none of a known part."""
     own = each.attribute(r'op_name="([^"]*)"') or ""
     if part_of(own) != "other":
         return own
@@ -251,7 +251,7 @@ def _traffic(module: Module, computation: str, each: Instruction) -> tuple[float
 
 
 def _used(module: Module, computation: str) -> Callable[[str], float]:
-    """Returns instruction -> the share of its elements that the computation uses."""
+    """Returns a function: instruction -> fraction of its elements that the computation uses."""
     users: dict[str, list[tuple[Instruction, int]]] = {}
     for each in module.computations[computation]:
         for place, name in enumerate(each.operands):
@@ -286,7 +286,7 @@ def _used(module: Module, computation: str) -> Callable[[str], float]:
 
 
 def _written(module: Module, computation: str) -> float:
-    """Bytes that a fusion writes; of what it updates in place, the part that changes."""
+    """Bytes that a fusion writes; for in-place updates, only the updated part."""
     root = module.root(computation)
     ends = [root] if root.op != "tuple" else [module.find(computation, n) for n in root.operands]
     total = 0.0
@@ -301,7 +301,7 @@ def _written(module: Module, computation: str) -> float:
 
 
 def _products(module: Module, computation: str, each: Instruction) -> dict[str, float]:
-    """FLOPs of an instruction's products, and of those fused in it, by what they multiply."""
+    """FLOPs of an instruction's products, including fused ones, by operand dtype."""
     sources = [module.find(computation, name) for name in each.operands]
     sums: dict[str, float] = {}
     target = each.attribute(r'custom_call_target="([^"]*)"') or ""
@@ -330,7 +330,7 @@ def _products(module: Module, computation: str, each: Instruction) -> dict[str, 
 
 
 def _convolution(target: str, labels: str, sources: list[Instruction], each: Instruction) -> float:
-    """FLOPs of a convolution, of which TPU programs write products too: without what is padding."""
+    """FLOPs of a convolution, without padding; TPU programs also write products as convolutions."""
     x, kernel, y = sources[0].arrays[0], sources[1].arrays[0], each.arrays[0]
     if target.endswith("BackwardFilter"):  # (x, dy) -> dk
         kernel, y = y, kernel
@@ -355,7 +355,7 @@ def _convolution(target: str, labels: str, sources: list[Instruction], each: Ins
 def _valid(
     x: int, kernel: int, y: int, pad: int, stride: int, dilate_x: int, dilate_kernel: int
 ) -> int:
-    """How many pairs of an output's and a kernel's place along an axis meet an element of x."""
+    """Number of (output, kernel) positions along an axis that meet an element of x, not padding."""
     place = np.arange(y)[:, None] * stride + np.arange(kernel) * dilate_kernel - pad
     return int(((place >= 0) & (place < x * dilate_x) & (place % dilate_x == 0)).sum())
 

@@ -1,8 +1,8 @@
-"""Architectures that are known to compute what we do, by the names that config files give them.
+"""Names of the timm and transformers architectures that our models are known to reproduce.
 
-Keys show what has weights. Rotary positions, the scale of attention, activations, where a norm
-stands or what is pooled may have none, so that a name decides: these are compared with the code
-that they are of (tests/parity), and any other is refused.
+The keys of a file show every layer with weights. They may not show rotary positions, the scale of
+attention, activations, where a norm is or what is pooled, so the architecture's name decides. Those
+listed here are compared with the original code (tests/parity); any other is refused.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 from vit_jax.errors import UserError, nearest
 
-# Of timm 1.0.31, without the tag of the pretrained weights.
+# timm 1.0.31, without the tags of pretrained weights.
 TIMM = frozenset(
     """
     deit3_base_patch16_224 deit3_base_patch16_384 deit3_huge_patch14_224 deit3_large_patch16_224
@@ -71,7 +71,7 @@ TIMM = frozenset(
     vit_xsmall_patch16_clip_224
     """.split()
 )
-# Of transformers 5.23: model_type -> classes.
+# transformers 5.23: model_type -> classes.
 HF = {
     "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
     "deit": (
@@ -91,7 +91,7 @@ HF = {
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
 }
-# Arguments of timm's models that weights show, or that change nothing of what is computed.
+# Arguments of timm's models that show in the weights, or do not change the function.
 TIMM_ARGS = frozenset(
     """
     img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias qk_norm
@@ -107,7 +107,7 @@ UNNAMED = (
 
 
 def current(name: str) -> str:
-    """A name of timm's without the tag of its weights, and as it is spelt since timm 0.9."""
+    """A timm model name without the tag of its weights, in the spelling since timm 0.9."""
     name = name.split(".")[0]
     name = re.sub(r"_(224|384)_clip_laion2b$", r"_clip_\1", name)
     name = re.sub(r"_(in21k|in21ft1k|dino|sam)$", "", name)
@@ -117,15 +117,15 @@ def current(name: str) -> str:
 
 
 def named(dialect: str, config: Mapping[str, Any], told: str | None = None) -> str | None:
-    """The architecture of weights under timm's or Hugging Face's names, None where none is named.
+    """Returns the architecture name of timm or Hugging Face weights, None if there is none.
 
     Args:
       dialect: "timm" or "hf".
-      config: what config.json says.
-      told: what the user says, which counts more.
+      config: the contents of config.json.
+      told: the name that the user gave, which takes precedence.
 
     Raises:
-      UserError: it is none that is known.
+      UserError: the architecture is not a known one.
     """
     timm, hf = config.get("architecture"), _of_hugging_face(config)
     if told is not None:
@@ -146,7 +146,7 @@ def named(dialect: str, config: Mapping[str, Any], told: str | None = None) -> s
 
 
 def _of_hugging_face(config: Mapping[str, Any]) -> list[Any]:
-    """What a config.json of transformers says that its model is, the class first."""
+    """Architecture names in a config.json of transformers: the class first, then model types."""
     found = config.get("architectures") or []
     if not isinstance(found, (list, tuple)):
         return [found]

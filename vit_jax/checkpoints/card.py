@@ -1,4 +1,4 @@
-"""What is written beside weights, and what is said of them: `ModelCard` and `Report`."""
+"""`ModelCard`, the metadata saved with weights, and `Report`, how a model was loaded."""
 
 import dataclasses
 import json
@@ -14,13 +14,13 @@ from vit_jax.models import posembed
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
 
 OBJECTIVES = ("softmax", "sigmoid", "masked_colour", "masked_small", "masked_pixels")
-# What JSON of anybody's may make the reading of a card raise.
+# Errors that malformed JSON may raise while a card is read.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _FAMILY_NAMES = {kind: name for name, kind in FAMILIES.items()}
 
 
 def typed_config(fields: Mapping[str, Any], family: Any = "vit") -> ModelConfig:
-    """A config of what JSON or a user has, each value in the type that its field must have.
+    """Builds a config from JSON or a user's values, converting each value to its field's type.
 
     Raises:
       UserError: an unknown field, a value of another type, or sizes that do not fit together.
@@ -34,7 +34,7 @@ def typed_config(fields: Mapping[str, Any], family: Any = "vit") -> ModelConfig:
 
 
 def family_of(config: ModelConfig) -> str:
-    """The name of a config's class in a card."""
+    """The name under which a card stores the class of a config."""
     return _FAMILY_NAMES[type(config)]
 
 
@@ -57,7 +57,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
 
 
 def numbers(values: Any) -> Any:
-    """One number or several of JSON, as floats. Raises a TypeError for anything else."""
+    """Converts a JSON number, or nested lists of them, to floats; raises TypeError otherwise."""
     if isinstance(values, (list, tuple)):
         return tuple(numbers(value) for value in values)
     if type(values) not in (int, float):
@@ -66,7 +66,7 @@ def numbers(values: Any) -> Any:
 
 
 class Line(NamedTuple):
-    """What became of one array: its path in our model, or its key in the file, if dropped."""
+    """How one array was treated; `name` is our parameter, or the file's key if it was dropped."""
 
     name: str
     shape: tuple[int, ...]
@@ -76,12 +76,12 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Where a model came from; printed, it is a table.
+    """How a model was loaded or saved; `print` shows it as a table.
 
     Attributes:
-      lines: one for each parameter, then one for each key that was left over.
-      facts: what the file is: dialect, variant, grid, prefix tokens, pooling, GELU, ...
-      assumed: what the file could not tell, and what was taken instead, and why.
+      lines: one for each parameter, then one for each unused key of the file.
+      facts: about the model: dialect, variant, grid, prefix tokens, pooling, GELU, ...
+      assumed: what the file does not say, with the value assumed and why.
     """
 
     lines: tuple[Line, ...]
@@ -103,10 +103,10 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What weights mean: the model, its preprocessing, the names of its classes.
+    """Metadata of weights: the model's config, preprocessing and class names.
 
     `position_resize` is how the family resizes position embeddings (see models/posembed.py).
-    `multi_label` is whether it was trained on images of several labels, or none.
+    `multi_label` is whether it was trained on images with any number of labels.
     """
 
     config: ModelConfig
@@ -118,7 +118,7 @@ class ModelCard:
     multi_label: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values. Grid and prefix tokens stand in it for other readers."""
+        """Converts to plain values; adds grid and prefix tokens for other readers."""
         told = {"family": family_of(self.config)}
         if isinstance(self.config, ViTConfig):
             told |= {
@@ -129,7 +129,7 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, card: Mapping[str, Any]) -> "ModelCard":
-        """Raises one of `BROKEN` for what is no such card."""
+        """Reads a card from JSON; raises one of `BROKEN` if it is not a valid card."""
         config = typed_config(card["config"], card.get("family", "vit"))
         labels = card["labels"]
         if not isinstance(labels, (list, tuple)) or not all(isinstance(x, str) for x in labels):

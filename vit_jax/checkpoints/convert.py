@@ -1,7 +1,7 @@
-"""Weights of other code bases to ours: recognise, infer, check every key, rearrange.
+"""Converts weights of other code bases to ours: detect the format, infer the model, check all keys.
 
-A file travels as: names and shapes -> dialect -> rows of its table -> ViTConfig -> the shapes that
-such a model must have, compared one by one -> arrays, one parameter at a time.
+The steps: names and shapes -> dialect (the code base's naming scheme) -> rows of its table ->
+ViTConfig -> expected shapes, compared one by one -> arrays, one parameter at a time.
 """
 
 import concurrent.futures
@@ -35,14 +35,14 @@ _KINDS = {"vit": "a ViT", "resnet": "a ResNet"}
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """The weights of a file, under our names.
+    """The weights of another code base's file, under our names.
 
     Attributes:
-      dialect: whose names the file has.
+      dialect: the naming scheme of the file.
       config: the model.
       found: where each of our parameters is in the file.
-      leftover: keys that are no part of the model.
-      assumed: fields that the file does not say, and why they are as they are.
+      leftover: keys that are not part of the model.
+      assumed: config fields that the file does not say, and why their values were chosen.
     """
 
     weights: Weights
@@ -57,11 +57,11 @@ class Foreign:
         return shapes_of(self.config)
 
     def read(self, name: str) -> Float32[np.ndarray, "..."]:
-        """Reads one of our parameters, by its path "blocks/mlp/fc1/kernel"."""
+        """Reads one parameter by our path, such as "blocks/mlp/fc1/kernel"."""
         found, out = self.found[name], _pages(self.shapes[name])
         row, read = found.row, functools.partial(self._read_block, found, threading.local())
         if row.per_block:
-            # Reading, checksums and transposes all let go of the interpreter's lock.
+            # Reading, checksums and transposes all release the GIL.
             with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
                 list(pool.map(read, range(len(out)), out))
         elif row.in_stack and not row.plain:  # stacked in the file too
@@ -74,7 +74,7 @@ class Foreign:
         return out
 
     def _read_block(self, found: Found, scratch: Any, block: int, into: np.ndarray) -> None:
-        """Reads the arrays of one block into `into`; `scratch` keeps a buffer for each thread."""
+        """Reads the arrays of one block into `into`; `scratch` holds one buffer a thread."""
         row = found.row
         keys = row.keys(found.prefix, block)
         shapes = [self.weights.shapes[key] for key in keys]
@@ -90,10 +90,10 @@ class Foreign:
 
 
 def _pages(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-    """An uninitialised array in pages of its own.
+    """Allocates an uninitialised, page-aligned array.
 
-    JAX takes it over on a CPU without a copy, which needs 64-byte alignment. Where NumPy asks for
-    huge pages, filling them for the first time took 0.4 to 5 s for 1.2 GB, these 0.5 to 0.9.
+    On a CPU, JAX uses it without a copy, which needs 64-byte alignment. First-time filling of
+    1.2 GB took 0.5 to 0.9 s, but 0.4 to 5 s with NumPy, which asks for huge pages.
     """
     size = 4 * math.prod(shape)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -112,17 +112,18 @@ def read_foreign(
     architecture: str | None = None,
     **known: Any,
 ) -> Foreign:
-    """Opens a file of weights and accounts for each of its keys; reads no array yet.
+    """Opens a weight file and accounts for each of its keys; reads no array yet.
 
     Args:
-      file_size: the (h, w) in pixels of a file that does not say it and whose grid is no square.
-      architecture: the model that it is of, by timm's or transformers' name, in place of what the
-        config.json beside it says.
-      known: fields of the config that the caller knows better than the file.
+      file_size: the image size (h, w) in pixels, needed if the file does not say it and its
+        position grid is not square.
+      architecture: the name of the model in timm or transformers, overriding the config.json
+        next to the file.
+      known: config fields given by the caller, which override the file.
 
     Raises:
-      UserError: the file is damaged, of no dialect that is known, or of no such model: a key is
-        missing, has another shape, or is one too many.
+      UserError: the file is damaged, in no known dialect, or does not match a model: a key is
+        missing, superfluous or has another shape.
     """
     return interpret(open_weights(path), file_size, architecture, **known)
 
@@ -133,7 +134,7 @@ def interpret(
     architecture: str | None = None,
     **known: Any,
 ) -> Foreign:
-    """`read_foreign`, of a file that is open."""
+    """`read_foreign` for an open file."""
     if not weights.shapes:
         raise UserError(f"{weights.path} holds no arrays")
     for name in known:
@@ -210,7 +211,7 @@ def _recognise(weights: Weights) -> tuple[Dialect, str]:
 
 
 def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
-    """Chooses, for each of our parameters that the file has, the spelling that it is under."""
+    """Finds the row, among alternative spellings, for each of our parameters in the file."""
     depths: dict[str, int] = {}
     for key in weights.shapes:  # how many blocks there are, whatever of them is there
         for match in re.finditer(r"\d+", key):
@@ -240,7 +241,7 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
 def _checked(
     weights: Weights, dialect: Dialect, found: Mapping[str, Found], config: ModelConfig
 ) -> dict[str, Found]:
-    """Every parameter of the model with its place in the file; raises for what does not fit."""
+    """Checks that exactly the model's parameters are found, in their shapes; raises otherwise."""
     checked: dict[str, Found] = {}
     for ours, shape in shapes_of(config).items():
         each = found.get(ours)
@@ -280,6 +281,6 @@ def _checked(
 
 
 def accounted(foreign: Foreign) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Each of our parameters: its path, its shape, and its names in the file."""
+    """Yields the path, the shape and the file's names of each of our parameters."""
     for name, shape in foreign.shapes.items():
         yield name, shape, foreign.found[name].label()

@@ -1,4 +1,4 @@
-"""`vit_jax.save`: our weights to those of other code bases, checked that they read back."""
+"""`vit_jax.save`: exports weights to other code bases' formats, and checks that they read back."""
 
 import dataclasses
 import json
@@ -39,12 +39,12 @@ from vit_jax.models.resnet import STYLES
 from vit_jax.models.vit import Model
 
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
-# Names that a user gives to a file.
+# Endings of files: a path with one of them is not a folder.
 _NO_FOLDERS = {
     *(".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".keras", ".onnx"),
     *(".msgpack", ".gguf", ".tflite", ".pb", ".pt2", ".npy", ".tar", ".zip", ".gz", ".json"),
 }
-# What no format says of the weights themselves: only a config beside them does.
+# Fields that weights do not show in any format, only a config next to them does.
 _SAID_ELSEWHERE = (
     *("gelu", "layernorm_eps", "layer_scale", "dropout", "drop_path", "head_bias", "dtype"),
     *("attention", "scan", "remat", "resnet_style"),
@@ -52,7 +52,7 @@ _SAID_ELSEWHERE = (
 
 
 def choose(format: str, config: ModelConfig) -> Dialect:
-    """The table that a model is written by."""
+    """Returns the dialect to write a model in."""
     if format not in FORMATS:
         raise UserError(f"format {format!r}: {nearest(format, FORMATS)}")
     if format == "vit_jax":
@@ -78,17 +78,17 @@ def choose(format: str, config: ModelConfig) -> Dialect:
 def to_names(
     params: Mapping[str, Any], config: ModelConfig, format: str
 ) -> tuple[dict[str, np.ndarray], ModelConfig, dict[str, str]]:
-    """Renames and rearranges parameters as a dialect has them.
+    """Renames and rearranges parameters into a code base's format.
 
     Args:
       params: arrays by our paths, "blocks/mlp/fc1/kernel".
 
     Returns:
-      Arrays by their names; the config that reads them back, where prefix tokens and positions
-      had to be put otherwise without changing the function; and what was done, by what to.
+      Arrays by the format's names; the config that reads them back, which may store prefix tokens
+      and positions differently for the same function; and notes on such changes, by parameter.
 
     Raises:
-      UserError: the dialect cannot hold the model.
+      UserError: the format cannot hold the model.
     """
     dialect = choose(format, config)
     params, notes = {name: np.asarray(value) for name, value in params.items()}, {}
@@ -113,7 +113,7 @@ def to_names(
 
 
 def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
-    """Fields that a file could say, but that the code base's own models do not have."""
+    """Yields config fields (with values) that the code base's own models do not support."""
     head = config.num_classes > 0
     allowed: dict[str, tuple[Any, ...]] = {}
     if dialect.name in ("big_vision", "hf"):
@@ -162,7 +162,7 @@ def _written_row(dialect: Dialect, ours: str, config: ModelConfig) -> Row | None
 
 
 def _written_prefix(dialect: Dialect, config: ModelConfig) -> str:
-    """Hugging Face puts the encoder of a classifier under the name of its family."""
+    """Prefix of written names; Hugging Face puts a classifier's encoder under its family's name."""
     if dialect.name != "hf":
         return dialect.prefixes[0]
     if not config.num_classes:
@@ -177,10 +177,10 @@ def _written_prefix(dialect: Dialect, config: ModelConfig) -> str:
 def _respell(
     params: dict[str, np.ndarray], config: ViTConfig, dialect: Dialect
 ) -> tuple[dict[str, np.ndarray], ViTConfig, dict[str, str]]:
-    """Writes out positions, and moves them between prefix tokens and their own rows, as needed.
+    """Converts positions to the form of the dialect: learned tables, rows for prefix tokens.
 
-    x + p is the same whether p has a row of its own or is part of the token; a token without a
-    row has one of zeros.
+    A prefix token's position can be a row of the table or be added to the token itself; x + p is
+    the same. A token without a row gets one of zeros where the dialect needs it.
     """
     done: list[str] = []
     if config.position == "sincos2d" and dialect in (GOOGLE, TIMM, HF_VIT, HF_DINOV2, HF_SIGLIP):
@@ -227,7 +227,7 @@ def _respell(
 
 
 def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: Dialect) -> None:
-    """Raises unless the names and shapes alone lead back to the same model."""
+    """Raises unless the same model can be inferred from the names and shapes."""
     if dialect.name == "vit_jax":
         return
     weights = Weights(f"a file of {dialect.name}")
@@ -256,7 +256,7 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
 
 
 def caveats(config: ModelConfig, format: str) -> dict[str, str]:
-    """What a reader of the format takes for granted and this model has otherwise."""
+    """Settings in which the model differs from the defaults that readers of the format assume."""
     found, dialect = {}, choose(format, config)
     mine, theirs = config.resnet_style, dialect.resnet_style
     if format != "vit_jax" and config.resnet is not None and mine != theirs:
@@ -274,7 +274,7 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
 
 
 def _check_folder(path: str) -> None:
-    """Raises where a folder holds something else than a model to be replaced."""
+    """Raises if a folder holds anything but a model that may be overwritten."""
     there = sorted(os.listdir(path)) if os.path.isdir(path) else []
     there = [name for name in there if not name.startswith(".")]
     if there and not {"model.safetensors", "model.safetensors.index.json"} & set(there):
@@ -285,22 +285,22 @@ def _check_folder(path: str) -> None:
 
 
 def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") -> Report:
-    """Writes a model under the names of a code base, and what it means beside it.
+    """Saves a model in the format of a code base, with its metadata.
 
     Args:
-      vit: what `load` returned, or a bare model, whose preprocessing is then `Preprocess`'s own and
-        whose classes are called by their numbers.
-      path: FILE.npz for google and big_vision (its card in FILE.json), FILE.safetensors for the
-        others (in its header), or, for timm and hf, a folder that they load as it is:
+      vit: the result of `load`, or a bare model, which is saved with the default `Preprocess` and
+        with numbers as class names.
+      path: FILE.npz for google and big_vision (metadata in FILE.json), FILE.safetensors for the
+        others (metadata in its header), or, for timm and hf, a folder that they can load:
         model.safetensors and the config files that they expect.
       format: google, big_vision, timm, hf, or vit_jax, which holds every model.
 
     Returns:
-      What each parameter became, and under `assumed` what another reader has to know.
+      A report on each parameter, with what other readers need to know under `assumed`.
 
     Raises:
-      UserError: the format cannot hold the model, the path is not of its kind, or a folder that
-        holds other things than weights.
+      UserError: the format cannot hold the model, the path does not fit the format, or it is a
+        folder that holds other things than weights.
     """
     path = os.path.expanduser(path)
     if isinstance(vit, Model):

@@ -1,7 +1,7 @@
-"""What the names of weights do not say: activation, epsilon, heads, preprocessing, label names.
+"""Settings that weights do not show: activation, epsilon, heads, preprocessing, label names.
 
-Each code base keeps it elsewhere: timm and Hugging Face in the config.json of a folder, Google in
-its code alone. Read here, and where it is nowhere, assumed here; sidecars.py writes it.
+timm and Hugging Face store them in the config.json of a folder, Google's code bases only in their
+code. This module reads them, or falls back to each family's defaults; sidecars.py writes them.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ _HF_GELU = {
     "gelu_fast": "tanh",
     "quick_gelu": "quick",
 }
-# The sizes that only SigLIP 2 has; the others are named alike and compute erf.
+# Sizes that only SigLIP 2 has; SigLIP's other models have the same names and compute erf.
 _TIMM_TANH = re.compile(r"giantopt|(base_patch32|so400m_patch16)_siglip|large\w*_siglip\w*_512")
 _TIMM_GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
-# PIL.Image.Resampling, and what comes nearest to those that we do not have.
+# PIL.Image.Resampling, with the nearest match for methods that we do not have.
 _RESAMPLE = {2: "bilinear_antialias", 3: "bicubic_antialias"}
 _NEAREST_RESAMPLE = {
     0: ("nearest", "bilinear_antialias"),
@@ -47,20 +47,20 @@ _NEAREST_RESAMPLE = {
     5: ("hamming", "bilinear_antialias"),
 }
 _TIMM_RESIZE = {"bicubic": "bicubic_antialias", "bilinear": "bilinear_antialias"}
-# Heads of models that were pre-trained on more than ImageNet-1k.
+# Class counts of models that were pre-trained on more than ImageNet-1k.
 _MANY = {21841: "ImageNet-21k", 21843: "ImageNet-21k", 11821: "ImageNet-12k"}
 _MANY |= {11221: "ImageNet-21k-P", 10450: "ImageNet-21k-P"}
 _TIMM_NEAREST = {name: method for name, method in _NEAREST_RESAMPLE.values()}
 
 
 def hints(dialect: Dialect, config: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:
-    """What a config.json says of a ViTConfig or ResNetConfig; {} where there is none.
+    """Returns the ViTConfig or ResNetConfig fields in a config.json, {} if there is none.
 
     Args:
-      architecture: what `architectures.named` returns.
+      architecture: the result of `architectures.named`.
 
     Raises:
-      UserError: it says something that no plain ViT has, or a value of another type.
+      UserError: a setting that our models do not support, or a value of another type.
     """
     if not config and architecture is None:
         return {}
@@ -103,7 +103,7 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
     told = {**config, **(config.get("model_args") or {})}
     for arg, value in (config.get("model_args") or {}).items():
-        # None, False and "" are what timm has where nothing is said.
+        # None, False and "" are timm's unset values.
         if arg not in architectures.TIMM_ARGS and value not in (None, False, ""):
             raise UserError(
                 f"config.json: model_args {arg}={value!r} may change what is computed, and no key "
@@ -150,7 +150,7 @@ def position_resize(dialect: str, vit: ModelConfig) -> str:
 
 
 def default_heads(width: int, mlp: str) -> int | None:
-    """Heads of the known models of a width; 64 channels each elsewhere, None if it is unclear."""
+    """Number of heads of the known models with this width; else width / 64, or None if unclear."""
     known = {v["width"]: v["num_heads"] for v in VARIANTS.values() if "width" in v}
     if width == 1536:
         return 24 if mlp == "swiglu" else 16  # DINOv2's giant, SigLIP 2's
@@ -160,7 +160,7 @@ def default_heads(width: int, mlp: str) -> int | None:
 
 
 def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, float]:
-    """The activation and LayerNorm epsilon of a code base's models, from what is known of one."""
+    """Default activation and LayerNorm epsilon of a code base's models, given the known fields."""
     if dialect == "timm":
         return "erf", 1e-5 if fields.get("pre_norm") else 1e-6
     if dialect == "hf":
@@ -173,7 +173,7 @@ def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, floa
 
 
 def fitted_preprocess(preprocess: Preprocess, vit: ModelConfig) -> Preprocess:
-    """The preprocessing at a model's size and channels; other channels share the means' mean."""
+    """Sets the model's size and channels; for other channel counts, means and stds are averaged."""
     changes: dict[str, Any] = {"image_size": vit.image_size}
     if preprocess.in_channels != vit.in_channels:
         changes["in_channels"] = vit.in_channels
@@ -188,10 +188,10 @@ def read_preprocess(
     preprocessor: Mapping[str, Any],
     assumed: dict[str, str],
 ) -> Preprocess:
-    """The evaluation preprocessing of a family; what is guessed is noted in `assumed`.
+    """Returns the evaluation preprocessing of a family; adds guesses to `assumed`.
 
     Raises:
-      UserError: a file says something of it that cannot be done, or of another type.
+      UserError: a setting that we do not support, or of another type.
     """
     base = {"image_size": vit.image_size, "in_channels": vit.in_channels}
     try:
@@ -213,7 +213,7 @@ def read_preprocess(
 
 
 def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
-    """Where no file says it: the preprocessing in the code of each family."""
+    """Default preprocessing in each family's code, used if no file says it."""
     if dialect == "google":  # vit_jax/input_pipeline.py; for ResNets, big_transfer's
         return {"resize": "bilinear", "resize_dtype": "float32", "jpeg": "fast", **HALF}
     if dialect == "big_vision":  # resize(S)|value_range(-1, 1)
@@ -292,10 +292,10 @@ def _hf_preprocess(cfg: Mapping[str, Any], assumed: dict[str, str]) -> dict[str,
 def read_labels(
     vit: ModelConfig, config: Mapping[str, Any], assumed: dict[str, str]
 ) -> tuple[str, ...]:
-    """The names of the classes: all that config.json has, or none of them.
+    """Class names from config.json: all of them or none.
 
-    Where it says nothing of them they are ImageNet's for 1,000, and numbers for others; where it
-    does not fit the head, numbers. `assumed` says so.
+    Without names in the file, 1,000 classes get ImageNet's and others get numbers; names that do
+    not match the head's size are replaced by numbers. `assumed` notes it.
     """
     count = vit.num_classes
     if not count:
@@ -337,7 +337,7 @@ def read_labels(
 
 
 def variant_name(config: ModelConfig) -> str:
-    """The published variant that has these sizes, such as "B/16" or "R50x1", or "custom"."""
+    """The name of the variant with these sizes, such as "B/16" or "R50x1", or "custom"."""
     for name, sizes in VARIANTS.items():
         fields = {"resnet": None, **sizes}
         if variant_kind(sizes) is type(config) and all(

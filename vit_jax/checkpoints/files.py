@@ -1,7 +1,7 @@
-"""Weight files as they come from outside, read without trusting them.
+"""Reads and writes weight files; files are untrusted input.
 
-A file is opened by what it contains, whatever its name. Names, shapes and types are known, and
-checked against the size of the file, before anything is allocated; nothing is ever unpickled.
+The format is detected from the contents, not from the name. Names, shapes and types are checked
+against the size of the file before anything is allocated; nothing is ever unpickled.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from vit_jax.errors import UserError, nearest
 WEIGHTS = (".npz", ".safetensors")
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-# Weights hardly compress; a file that unpacks to more than this is made to fill the memory.
+# Weights hardly compress: a file with a higher ratio is a zip bomb.
 _MOST_UNPACKED, _UNPACKED_ANYWAY = 20, 64 << 20
 _LONGEST_HEADER = 12_000  # NumPy itself reads no .npy header longer than 10,000 bytes
 _BROKEN = (
@@ -70,7 +70,7 @@ _FOLDERS = {
     "manifest.ocdbt": "an Orbax checkpoint, without the run folder that says what it is of",
     "checksums.json": "one checkpoint of a run folder: name the run folder, two above it",
 }
-# By what a zip holds, where it is no .npz.
+# Zip archives other than .npz, by a member's name.
 _ZIPS = {
     "model.weights.h5": _ENDINGS[".keras"],
     "archive_format": _ENDINGS[".pt2"],
@@ -81,13 +81,13 @@ _ZIPS = {
 
 
 class Weights:
-    """Named arrays in one or several files.
+    """Named arrays in one or several files, read on demand.
 
     Attributes:
       shapes: of every array, by its name in the file.
       dtypes: their names, such as "bfloat16".
-      card: what `vit_jax.save` wrote beside them, {} for files of others.
-      stale: whether such a card is there, but of other weights.
+      card: the metadata that `vit_jax.save` wrote with them, {} for other files.
+      stale: whether there is such metadata, but it belongs to other weights.
       config, preprocessor: the config.json and preprocessor_config.json of the folder, {} if none.
     """
 
@@ -108,7 +108,7 @@ class Weights:
         dtype: str,
         place: "Span | Callable[[], np.ndarray] | None" = None,
     ) -> None:
-        """Registers an array and where it is, or what reads it."""
+        """Registers an array with its place in a file, or a function that reads it."""
         if name in self.shapes:
             raise UserError(f"{self.path}: there are two arrays named {name!r}")
         self.shapes[name], self.dtypes[name] = tuple(map(int, shape)), dtype
@@ -118,10 +118,10 @@ class Weights:
     def read(
         self, name: str, out: Float32[np.ndarray, "..."] | None = None
     ) -> Float32[np.ndarray, "..."]:
-        """Reads one array, from now on in float32, straight into a contiguous `out` if given.
+        """Reads one array as float32, directly into a contiguous `out` if given.
 
         Raises:
-          UserError: its type holds no real numbers, or the file is damaged.
+          UserError: its type is not real numbers, or the file is damaged.
         """
         shape, dtype, place = self.shapes[name], self.dtypes[name], self._places[name]
         if dtype not in _FLOATS:
@@ -141,7 +141,7 @@ class Weights:
         return out
 
     def renamed(self, rename: Callable[[str], str]) -> "Weights":
-        """The same arrays under other names."""
+        """Returns the same arrays under other names."""
         other = copy.copy(self)
         other.shapes, other.dtypes, other._places = {}, {}, {}
         for name, shape in self.shapes.items():
@@ -150,7 +150,7 @@ class Weights:
         return other
 
     def missing(self, key: str, shape: tuple[int, ...] | None = None) -> UserError:
-        """The error to raise where a key is not in the file; it names the one most like it."""
+        """Returns the error for a missing key, with the most similar key of the file."""
         of = f" of shape {list(shape)}" if shape is not None else ""
         near = nearest(key, self.shapes)
         hint = f"; {near}" if near.endswith("?") else ""
@@ -159,9 +159,9 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where the plain bytes of an array are in an open file.
+    """The byte range of an uncompressed array in an open file.
 
-    `crc` is their checksum, if the file has one, going on from `crc_before`.
+    `crc` is the expected checksum, if the file has one, continued from `crc_before`.
     """
 
     file: io.BufferedReader
@@ -170,11 +170,11 @@ class Span:
     crc_before: int = 0
 
     def read(self, out: np.ndarray) -> Shaped[np.ndarray, "..."]:
-        """Fills a contiguous array. Other threads may read the same file meanwhile.
+        """Fills a contiguous array. Threads may read the same file concurrently.
 
         Raises:
-          EOFError: the file ends before.
-          ValueError: the checksum is another one.
+          EOFError: the file is too short.
+          ValueError: the checksum does not match.
         """
         buffer, done = memoryview(out.reshape(-1).view(np.uint8)), 0
         while done < len(buffer):
@@ -189,7 +189,7 @@ class Span:
 
 @contextlib.contextmanager
 def reading(path: str, what: str = "") -> Iterator[None]:
-    """Turns whatever a damaged file makes a reader raise into one sentence."""
+    """Context that turns any error of reading a damaged file into a UserError."""
     try:
         yield
     except UserError:
@@ -203,11 +203,11 @@ def reading(path: str, what: str = "") -> Iterator[None]:
 
 
 def open_weights(path: str) -> Weights:
-    """Opens an .npz or .safetensors file, or a folder that holds one as Hugging Face lays it out.
+    """Opens an .npz or .safetensors file, or a folder with one in Hugging Face's layout.
 
     Raises:
-      UserError: there is no such thing, it is damaged, of a kind that can run code when it is
-        loaded, or claims to be larger than it can be.
+      UserError: no such file, or it is damaged, of a type that can run code when loaded, or
+        claims to be larger than it can be.
     """
     weights = Weights(path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -272,7 +272,7 @@ def _open(weights: Weights, path: str) -> None:
     with reading(path):
         with open(path, "rb") as file:
             start = file.read(512)
-        # A safetensors file starts with the length of its JSON, which may look like anything.
+        # A safetensors file starts with the length of its JSON, which can be any bytes.
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path):
             _open_safetensors(weights, path)
         elif start.startswith(b"PK"):
@@ -294,9 +294,9 @@ def _open(weights: Weights, path: str) -> None:
 
 
 def _kind(start: bytes, ending: str) -> str | None:
-    """What a file is that is not read here, by its first bytes, or, where those are open, its name.
+    """Names an unsupported file type by its first bytes, or by the file name's ending.
 
-    A name says it only of what has no mark of its own.
+    The ending counts only for types without magic bytes.
     """
     for mark, kind in _MARKS.items():
         if start.startswith(mark):
@@ -364,20 +364,20 @@ def _open_npz(weights: Weights, path: str) -> None:
             if info.compress_type == zipfile.ZIP_STORED and not fortran and dtype.isnative:
                 begin = _member_start(file, info) + header
                 place = Span(file, begin, info.CRC, zlib.crc32(raw[:header]))
-        # NumPy does not know bfloat16 and saves it as two bytes of nothing in particular.
+        # NumPy does not know bfloat16 and saves it as 2-byte void.
         kind = "bfloat16" if dtype == np.dtype("V2") else dtype.name
         weights.add(name, shape, kind, place)
 
 
 def _fingerprint(path: str) -> str:
-    """Of the names and checksums that an .npz lists at its end: cheap, however large it is."""
+    """A checksum of the names and checksums in an .npz directory: fast for any file size."""
     with reading(path), zipfile.ZipFile(path) as archive:
         members = sorted((info.filename, info.CRC) for info in archive.infolist())
     return hashlib.sha256(repr(members).encode()).hexdigest()
 
 
 def _member_start(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-    """Where the content of a member starts: behind its local header and two texts."""
+    """The offset of a member's data, after its local header, name and extra field."""
     local = os.pread(file.fileno(), 30, info.header_offset)
     name, extra = struct.unpack("<HH", local[26:30])
     return info.header_offset + 30 + name + extra
@@ -405,10 +405,10 @@ def _open_safetensors(weights: Weights, path: str) -> None:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Reads a small JSON object, {} where there is no such file.
+    """Reads a small JSON object, {} if there is no such file.
 
     Raises:
-      UserError: it is no JSON object.
+      UserError: it is not a JSON object.
     """
     if not os.path.exists(path):
         return {}
@@ -423,9 +423,9 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_weights(path: str, arrays: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
-    """Writes an .npz (its card beside it, as .json) or a .safetensors file, by `path`'s ending.
+    """Writes an .npz (with the card next to it, as .json) or a .safetensors file, by its ending.
 
-    Whole or not at all: a kill leaves a file named .NAME.tmp at most.
+    The write is atomic: a kill leaves at most a file named .NAME.tmp.
 
     Raises:
       UserError: the path has another ending, or the folder does not exist.
@@ -457,7 +457,7 @@ def write_weights(path: str, arrays: Mapping[str, np.ndarray], card: Mapping[str
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file atomically."""
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -1,6 +1,6 @@
-"""Weights of one model fitted to another: kept, resized, replaced or dropped.
+"""Adapts weights to another model config: kept, resized, newly initialised or dropped.
 
-Decided once, in `fitted`, for a resolution, a patch size, a stem and a head.
+`fitted` decides for all of them: resolution, patch size, input channels and head.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +28,10 @@ def place(
     seed: int = 0,
     shardings: Callable[[Any], Any] | None = None,
 ) -> tuple[dict[str, Any], tuple[Line, ...]]:
-    """Reads a model, fits it to `config` (see `fitted`) and puts it on its devices, one by one.
+    """Reads a model, adapts it to `config` (see `fitted`) and puts its arrays on their devices.
 
     Returns:
-      Parameters as a nested dict of arrays, and what became of each and of what was dropped.
+      Parameters as a nested dict of arrays, and a line on each parameter and each dropped array.
     """
     places = flatten_dict(shardings(structure(config)[1]), sep="/") if shardings else {}
     params, lines = {}, []
@@ -49,16 +49,17 @@ def place(
 def fitted(
     opened: Opened, new: ModelConfig, *, head: str = "keep", method: str = "zoom", seed: int = 0
 ) -> Iterator[tuple[np.ndarray, Line]]:
-    """Fits parameters to another resolution, patch, stem or head, one after another.
+    """Adapts parameters to another resolution, patch size, input channels or head, one by one.
 
     Args:
-      head: `fresh` drops the head, and the hidden layer before it, for a zero linear layer
-        (paper, B.1.1); `keep` keeps both where the classes agree. So it is with a `patch_head`.
+      head: `fresh` replaces the head, and the hidden layer before it, by a zero linear layer
+        (paper, B.1.1); `keep` keeps both if the number of classes agrees. The same applies to a
+        `patch_head`.
       method: how position embeddings are resized (see `posembed.resize`; paper, section 3.2).
-      seed: of parameters that the old model does not have.
+      seed: for parameters that the old model does not have.
 
     Raises:
-      UserError: a parameter that is none of these has another shape.
+      UserError: any other parameter has a different shape.
     """
     old, expected = opened.card.config, shapes_of(new)
     replaced = (
@@ -97,7 +98,7 @@ def _fit_stem(kernel: np.ndarray, channels: int, patch: tuple[int, ...]) -> tupl
 
 
 def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.ndarray]:
-    """New parameters by their paths; a head alone, which starts at zero, compiles nothing."""
+    """Newly initialised parameters by path; compiles nothing if only a head is needed."""
     if all(name.startswith("head") for name in names):
         shapes = shapes_of(config)
         fills = {name: config.head_bias if name.endswith("bias") else 0.0 for name in names}

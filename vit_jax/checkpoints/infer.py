@@ -1,4 +1,4 @@
-"""Which model a file of weights is of, from its names, its shapes, and what is told beside them."""
+"""Infers the model config from a weight file's names and shapes, and from given settings."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ def infer(
     file_size: tuple[int, int] | None,
     assumed: dict[str, str],
 ) -> dict[str, Any]:
-    """The fields of the dialect's config: what names and shapes say, what was told, and guesses."""
+    """Infers the fields of the model's config from names, shapes, `told` settings and defaults."""
     axis = _axes(weights, dialect, found)
     if dialect.family == "resnet":
         return _classifier(dialect, found, told, file_size, axis, assumed)
@@ -98,7 +98,7 @@ def infer(
 
 
 def _classifier(dialect, found, told, file_size, axis, assumed) -> dict[str, Any]:
-    """The fields of a ResNetConfig."""
+    """Infers the fields of a ResNetConfig."""
     fields = _resnet(dialect, found, axis)
     fields["num_classes"] = axis("head/kernel", "o") if "head/kernel" in found else 0
     fields |= told
@@ -115,7 +115,7 @@ def _classifier(dialect, found, told, file_size, axis, assumed) -> dict[str, Any
 def _resnet(
     dialect: Dialect, found: Mapping[str, Found], axis: Callable[[str, str], int]
 ) -> dict[str, Any]:
-    """What the keys say of a ResNet: units a stage, width, channels."""
+    """Infers a ResNet's units a stage, width and input channels from the keys."""
     units = []
     for stage in range(1, 5):
         names = [ours for ours in found if ours.startswith(f"resnet/stage{stage}/")]
@@ -134,9 +134,9 @@ def _resnet(
 def _axes(
     weights: Weights, dialect: Dialect, found: Mapping[str, Found]
 ) -> Callable[[str, str], int]:
-    """Returns (one of our parameters, an axis of its layout) -> the size in the file.
+    """Returns a function (parameter, axis name of its layout) -> size of that axis in the file.
 
-    That raises a UserError where the parameter is missing, or has another number of axes.
+    It raises a UserError if the parameter is missing, or has another number of axes.
     """
     prefix = next(iter(found.values())).prefix if found else ""
 
@@ -167,7 +167,7 @@ def _pool(
     wide_head: bool,
     told: str | None,
 ) -> str:
-    """What the head reads; the first of what the keys leave open, unless something is told."""
+    """Infers the pooling: `told` if given, else the first kind that the keys allow."""
     if "attention_pool/probe" in found:
         possible = ("map",)
     elif "cls_token" not in found:
@@ -186,7 +186,7 @@ def _pool(
 
 
 def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) -> dict[str, Any]:
-    """The grid and the prefix rows of the position embedding, and the image size from them."""
+    """Infers the grid, the position embedding's prefix rows, and from them the image size."""
     stride = resnet_stride(fields["resnet"]) if "resnet" in fields else 1
     ph, pw = (side * stride for side in fields["patch_size"])
     wanted = told.get("image_size")
@@ -218,7 +218,7 @@ def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) 
     if told.get("position_prefix") is not None:
         usual = told["position_prefix"]
         possible = (usual,)
-    # A size that is told counts if it fits the rows; a config.json may be of another size.
+    # A given size is used if it fits the rows; a config.json may state another size.
     usable = None
     for size in (wanted, None if any(_side(rows - k) for k in possible) else file_size):
         if size is not None and rows - (size[0] // ph) * (size[1] // pw) in possible:
@@ -245,6 +245,6 @@ def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) 
 
 
 def _side(count: int) -> int:
-    """The side of a square of `count` patches, 0 where it is none."""
+    """The side of a square of `count` patches, 0 if it is not a square number."""
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0

@@ -1,6 +1,6 @@
-"""`vit_jax.load`: from a path to a model, its preprocessing and its label names.
+"""`vit_jax.load`: loads a model with its preprocessing and class names from a path.
 
-opened.py says what is at the path, fit.py what each parameter becomes.
+opened.py identifies the file, fit.py adapts the parameters.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ from vit_jax.models.vit import Model, structure
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to use.
+    """A loaded model, ready to use.
 
     Attributes:
-      model: a `ViT` or `ResNet`; `model(images)` takes [b h w c] of what `preprocess` returns.
+      model: a `ViT` or `ResNet`; `model(images)` takes [b h w c], as `preprocess` returns them.
       config: its ViTConfig or ResNetConfig.
       preprocess: a path, a Pillow image or uint8 pixels -> float32 [h w c].
       labels: the name of each class.
-      report: where it came from, and what became of every parameter.
-      step: of the checkpoint that the weights are from; None for a file of weights.
+      report: where the weights came from, and how each parameter was treated.
+      step: of the checkpoint; None for a weight file.
     """
 
     model: Model
@@ -59,16 +59,16 @@ class Loaded:
         )
 
     def predict(self, images: Any, topk: int = 5) -> Iterator[list[tuple[str, float]]]:
-        """Yields the likeliest classes of each image, the first one first: [(name, probability)].
+        """Yields the top classes of each image: [(name, probability), ...], most likely first.
 
         Args:
           images: one image, anything that `preprocess` takes, or an iterable of them; an array of
             uint8 [b h w c] is b images.
-          topk: how many classes to name, at least 1; all of them, where there are fewer.
+          topk: how many classes to return, at least 1, at most all.
 
         Raises:
-          UserError: the model has no head, or `topk` or `images` are no such; and when it comes to
-            an image, that it cannot be read.
+          UserError: the model has no head, or `topk` or `images` is invalid; while iterating, an
+            image cannot be read.
         """
         if not self.labels:
             raise UserError(
@@ -92,7 +92,7 @@ class Loaded:
 
     @property
     def card(self) -> ModelCard:
-        """What is written beside the weights when they are saved."""
+        """The metadata to save with the weights."""
         return ModelCard(
             self.config,
             self.preprocess,
@@ -104,7 +104,7 @@ class Loaded:
 
 
 def _each(images: Any) -> Iterable[Any]:
-    """One image as a list of one; several as they are."""
+    """Wraps a single image in a list; returns several as they are."""
     one = (str, os.PathLike, bytes, bytearray, memoryview, PIL.Image.Image)
     if isinstance(images, one) or getattr(images, "ndim", None) in (2, 3):
         return [images]
@@ -132,22 +132,22 @@ def load(
     """Loads a model: weights of any code base, or a run folder of ours.
 
     Args:
-      path: a run folder (its newest whole checkpoint, of that the running average, if any); an
+      path: a run folder (its newest complete checkpoint, with the EMA weights, if any); an
         .npz of Google's code bases; a .safetensors of timm or Hugging Face, or the folder it is
         in; "hf:owner/name" or "gs://..." for the same (see `published.fetch`).
       image_size: another (h, w) in pixels, or one number for a square: the position embedding is
-        resized to its grid (paper, section 3.2); relative ones are for one grid alone.
+        resized to its grid (paper, section 3.2); relative ones cannot be resized.
       patch_size: another (h, w): the patch embedding is resampled (FlexiViT, arXiv 2212.08013).
       in_channels: another number of channels (see `posembed.adapt_channels`).
-      num_classes: a fresh zero head for so many classes, in place of the trained one.
-      dtype: what to compute in: "float32" or "bfloat16".
-      position_resize: a method of `posembed.resize` in place of the family's own.
-      shardings: nested dict of shapes -> the same of shardings, such as
-        `functools.partial(training.sharding.placement, mesh=mesh)`: every parameter goes to its
+      num_classes: replaces the trained head by a zero head with this many classes.
+      dtype: the compute dtype: "float32" or "bfloat16".
+      position_resize: a method of `posembed.resize`, overriding the family's own.
+      shardings: nested dict of shapes -> nested dict of shardings, such as
+        `functools.partial(training.sharding.placement, mesh=mesh)`: every parameter is put on its
         devices as it is read, so that the host never holds all of them.
-      architecture: a model of timm or transformers that computes as this one does, by name:
-        "vit_base_patch16_224", "Dinov2Model". It counts more than what config.json names, which
-        is refused unless it is known (see `architectures`).
+      architecture: the name of a timm or transformers model that computes the same as this one:
+        "vit_base_patch16_224", "Dinov2Model". It overrides the name in config.json, which is
+        refused unless it is known (see `architectures`).
       **known: fields of the config that a file does not say, such as gelu="tanh" or num_heads=8.
 
     Raises:
@@ -164,7 +164,7 @@ def load(
     config = dataclasses.replace(card.config, **changes)
     if num_classes is not None:
         config = config.with_fresh_head(num_classes)
-        # What a model without classes was trained for says nothing of a head.
+        # The objective of a model without classes does not apply to a new head.
         objective = card.objective if card.labels else "softmax"
         names = tuple(str(i) for i in range(num_classes))
         card = dataclasses.replace(card, labels=names, objective=objective)

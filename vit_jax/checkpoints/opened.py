@@ -1,6 +1,6 @@
-"""What is at a path, before any weights are read: a run folder, or a file of any code base.
+"""Identifies what is at a path, before weights are read: a run folder, or any code base's file.
 
-Decided once, in `open_model`. Every key is accounted for.
+`open_model` decides, and accounts for every key.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from vit_jax.models.vit import structure
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model on disk, before it is read.
+    """A model on disk, identified but not yet read.
 
     Attributes:
-      card: what its weights mean.
-      shapes: of its parameters, by their paths.
+      card: the metadata of its weights.
+      shapes: of its parameters, by path.
       read: path of a parameter -> float32 array.
-      sources: what each parameter is called in the file.
-      leftover: keys of the file that are no part of the model, and their shapes.
+      sources: the name of each parameter in the file.
+      leftover: keys of the file that are not part of the model, and their shapes.
     """
 
     card: ModelCard
@@ -45,7 +45,7 @@ class Opened:
     step: int | None = None
 
     def dropped(self, config: ModelConfig) -> list[Line]:
-        """What a model of `config` does not take."""
+        """Lists the arrays that a model of `config` does not use."""
         kept = shapes_of(config)
         lines = [
             Line(name, shape, "dropped", self.sources[name])
@@ -62,12 +62,13 @@ def open_model(
     architecture: str | None = None,
     **known: Any,
 ) -> Opened:
-    """Finds out what is at `path` and accounts for every key of it; reads no weights yet.
+    """Identifies what is at `path` and accounts for every key; reads no weights yet.
 
     Args:
-      file_size: the (h, w) in pixels of a file that does not say it and whose grid is no square.
-      architecture: as `load` has it.
-      known: fields of the config that the caller knows better than the file.
+      file_size: the image size (h, w) in pixels, needed if the file does not say it and its
+        position grid is not square.
+      architecture: as in `load`.
+      known: config fields given by the caller, which override the file.
 
     Raises:
       UserError: as `load`.
@@ -108,7 +109,7 @@ def open_model(
 
 
 def inspect(path: epath.PathLike, **known: Any) -> Report:
-    """Accounts for every key of whatever `load` takes, without loading it.
+    """Reports on every key of anything that `load` takes, without loading it.
 
     Raises:
       UserError: as `load`.
@@ -129,7 +130,7 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
 
 
 def facts(origin: str, config: ModelConfig) -> dict[str, str]:
-    """What a model is, in words, by what it is a word for."""
+    """Summary of a model for people: description by topic."""
     total = sum(int(np.prod(shape)) for shape in shapes_of(config).values())
     image = "{}x{} pixels of {} channels".format(*config.image_size, config.in_channels)
     known = {"file": origin, "variant": f"{families.variant_name(config)}, {total:,} parameters"}
@@ -164,7 +165,7 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
 
 
 def _open_run(workdir: epath.Path, **known: Any) -> Opened:
-    """A run folder: its newest whole checkpoint, and of that the running average, if any."""
+    """Opens a run folder: its newest complete checkpoint, with the EMA weights, if any."""
     if known:
         raise UserError(f"{workdir} is a run folder, which says itself what {min(known)} is")
     card = ModelCard.read(workdir)
@@ -181,7 +182,7 @@ def _open_run(workdir: epath.Path, **known: Any) -> Opened:
         except (OSError, ValueError):
             if step in store.steps():
                 raise
-            # The run that is still training has replaced it meanwhile: there is a newer one.
+            # The run is still training and has deleted this checkpoint: there is a newer one.
     return Opened(
         card,
         {name: value.shape for name, value in params.items()},
@@ -193,7 +194,7 @@ def _open_run(workdir: epath.Path, **known: Any) -> Opened:
 
 
 def open_together(path: epath.PathLike) -> Opened:
-    """`open_model` on every process of a run, which must all find the same (collective)."""
+    """`open_model` on every process of a run; raises unless all find the same (collective)."""
     opened = distributed.each("open", lambda: open_model(path))
     steps = distributed.gather("opened", f"{opened.step} of {shapes_of(opened.card.config)}")
     if len(set(steps)) > 1:
@@ -205,7 +206,7 @@ def open_together(path: epath.PathLike) -> Opened:
 
 
 def read_model(path: epath.PathLike) -> tuple[ModelCard, dict[str, Any], int | None]:
-    """Reads a model into its card, its parameters as NumPy arrays, and their step."""
+    """Reads a model: its card, its parameters as NumPy arrays, and their step."""
     opened = open_model(path)
     params = {name: opened.read(name) for name in list(opened.shapes)}
     return opened.card, unflatten_dict(params, sep="/"), opened.step

@@ -1,4 +1,4 @@
-"""Weights that others published: where they are, and how they get onto this disk.
+"""Published weights: a list of well-known checkpoints, and downloading with a local cache.
 
 `fetch` turns hf:OWNER/NAME and gs://BUCKET/FILE.npz into a local path; `published` lists well-known
 checkpoints, or those of AugReg's index.csv, best first.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 AUGREG = "gs://vit_models/augreg"
 
-# What is one file; any other path in a store is a folder, which is read where it is.
+# Single files; any other path in a store is a folder, which is read in place.
 _FILES = (".npz", ".safetensors")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.npz"]
 # A revision with a slash in it is refs/pr/NUMBER or refs/convert/FORMAT.
@@ -34,16 +34,16 @@ _GOOGLE = ("gs://", "gcs://")
 
 
 def fetch(path: str | os.PathLike) -> str:
-    """Returns a local path for what a user names; one that is local already as it is.
+    """Returns a local path for a remote one, downloading it if needed; local paths as they are.
 
     Args:
       path: hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE.npz of the Hugging Face hub;
         or the url of an .npz or .safetensors file in a store that fsspec knows, such as
-        gs://BUCKET/FILE.npz. That is kept in $VIT_JAX_CACHE, or ~/.cache/vit_jax, with the
-        FILE.json next to it, if any, and copied again only when its size in the store changes.
+        gs://BUCKET/FILE.npz. That is cached in $VIT_JAX_CACHE, or ~/.cache/vit_jax, with the
+        FILE.json next to it, if any, and downloaded again only if its size in the store changes.
 
     Raises:
-      UserError: it cannot be fetched, and how to do it by hand.
+      UserError: it cannot be downloaded; the message says how to do it by hand.
     """
     name = os.fspath(path)
     if name.startswith("hf:"):
@@ -87,20 +87,20 @@ def _fetch_from_hub(name: str) -> str:
 
 
 def _fetch_from_store(url: str) -> str:
-    """Returns the local copy of one file; before weights the .json next to them is copied."""
+    """Returns the local copy of one file; the .json next to weights is copied before them."""
     local = _cache_path(url)
     try:
         fs, remote = _open_store(url)
         if url.endswith(_FILES):
             try:
-                # Anew each time: a changed one may well be as long.
+                # Always copied: a changed one may have the same size.
                 _copy(fs, os.path.splitext(remote)[0] + ".json", local.with_suffix(".json"))
             except Exception as error:
                 if not (isinstance(error, FileNotFoundError) or _denied(error)):
                     raise
         _copy(fs, remote, local, unless_as_long=True)
         return str(local)
-    # What stores raise has no class in common: aiohttp's, google.auth's, OSError, ValueError.
+    # Stores raise unrelated classes: aiohttp's, google.auth's, OSError, ValueError.
     except Exception as error:  # noqa: BLE001
         problem, cause = f"{url} could not be fetched ({_short(error)})", error
     if local.is_file():
@@ -117,14 +117,14 @@ def _fetch_from_store(url: str) -> str:
 
 
 def _open_store(url: str) -> tuple[Any, str]:
-    """Returns the file system and the path in it; raises what it raises if nothing is there."""
+    """Returns the file system and the path in it; raises the store's error if nothing is there."""
     from fsspec.core import get_filesystem_class, url_to_fs
 
     get_filesystem_class(url.partition("://")[0])  # a package that is missing is said first
     if url.startswith(_GOOGLE):
         if "STORAGE_EMULATOR_HOST" not in os.environ:
             socket.getaddrinfo("storage.googleapis.com", 443)  # gcsfs would try for half a minute
-        # Public buckets are open to anyone; credentials, slow to find, only where that is refused.
+        # Public buckets need no credentials; looking for those is slow, so only if refused.
         try:
             fs, remote = url_to_fs(url, token="anon")
             fs.info(remote)
@@ -136,7 +136,7 @@ def _open_store(url: str) -> tuple[Any, str]:
 
 
 def _copy(fs: Any, remote: str, local: Path, *, unless_as_long: bool = False) -> None:
-    """Copies a file; a kill leaves nothing under its name. OSError: not as many bytes as said."""
+    """Copies a file atomically. Raises OSError if its size is not the announced one."""
     from fsspec.callbacks import TqdmCallback
 
     size = fs.info(remote)["size"]
@@ -144,13 +144,13 @@ def _copy(fs: Any, remote: str, local: Path, *, unless_as_long: bool = False) ->
         return
     local.parent.mkdir(parents=True, exist_ok=True)
     for part in local.parent.glob("*.part"):
-        # A download that is alive writes more often than once an hour.
+        # An active download writes more often than once an hour.
         with contextlib.suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > 3600:
                 part.unlink()
     part = local.with_name(f"{uuid.uuid4().hex}.part")
     bar = dict(desc=local.name, unit="B", unit_scale=True, unit_divisor=1024, delay=1)
-    # Short ones on a terminal only (None), long ones in a log file, too.
+    # Progress bars: of small files on a terminal only (None), of large ones in log files, too.
     bar |= dict(mininterval=1, disable=None if (size or 0) < 8 << 20 else False)
     try:
         with TqdmCallback(tqdm_kwargs=bar) as callback:
@@ -163,17 +163,17 @@ def _copy(fs: Any, remote: str, local: Path, *, unless_as_long: bool = False) ->
 
 
 def _cache_path(url: str) -> Path:
-    """Where the copy of `url` is: its parts as folders, quoted so that no two urls share a path."""
+    """The cache path of `url`: its parts as folders, quoted so that no two urls share a path."""
     scheme, _, rest = url.partition("://")
     parts = [quote(part, safe=" +=@,") for part in rest.split("/")]
-    # quote() leaves dots alone, which must not lead elsewhere, and never returns a lone %.
+    # quote() keeps dots, which must not lead to another folder, and never returns a lone %.
     parts = [part if part.strip(".") else part.replace(".", "%2E") or "%" for part in parts]
     root = Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax")
     return root.expanduser().joinpath(scheme, *parts)
 
 
 def _denied(error: Exception) -> bool:
-    """Whether gcsfs says that one must not read this: it has no class of its own for it."""
+    """Whether gcsfs refuses access for lack of permission, for which it has no error class."""
     return getattr(error, "code", None) == 401 or str(error).startswith("Forbidden")
 
 
@@ -183,17 +183,17 @@ def _short(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A checkpoint that somebody published.
+    """A published checkpoint.
 
     Attributes:
-      name: short, and no other's in the same table.
-      path: what `vit_jax.load` takes.
+      name: short, and unique in its table.
+      path: for `vit_jax.load`.
       variant: size and patch, such as "B/16", or another name of VARIANTS.
       pretraining: the data set; "i1k" and "i21k" are ImageNet's.
-      image_size: pixels a side that the position embeddings are for; of a ResNet, that it was
-        fitted at, which its file does not say: give it to `load`.
-      top1: published ImageNet-1k accuracy of exactly these weights, head and all, in percent; None
-        where there is no such number.
+      image_size: pixels a side that the position embeddings are for. For a ResNet, the size it was
+        fine-tuned at, which its file does not say: pass it to `load`.
+      top1: published ImageNet-1k accuracy in percent of exactly these weights, including the head;
+        None if there is none.
       source: where that number, or else the weights, are described.
     """
 
@@ -221,16 +221,16 @@ def published(
       index: None for the table in this module, or a path or url of AugReg's index.csv, such as
         gs://vit_models/augreg/index.csv.
       variant, pretraining, image_size: keep only these; see `Published`.
-      adapted: None for the pre-trained weights of the index, or the data set that they were
-        fine-tuned on: "imagenet2012", "cifar100", "kitti", "oxford_iiit_pet" or "resisc45".
+      adapted: None for the index's pre-trained weights, or the data set that they were fine-tuned
+        on: "imagenet2012", "cifar100", "kitti", "oxford_iiit_pet" or "resisc45".
       folder: where the .npz files of the index are.
 
     Returns:
-      The table in its order; or the index by validation accuracy at the end of pre-training, as
-      AugReg (arXiv 2106.10270, section 4.5) recommends, then of fine-tuning; ties as in the file.
+      The table in its order; or the index sorted by validation accuracy at the end of pre-training,
+      as AugReg (arXiv 2106.10270, section 4.5) recommends, then of fine-tuning; ties in file order.
 
     Raises:
-      UserError: no such index, a column missing in it, or nothing that fits.
+      UserError: no such index, a column is missing in it, or nothing matches.
     """
     if index is None and adapted is not None:
         raise UserError(f"adapted={adapted!r} needs an index, such as {AUGREG}/index.csv")
@@ -242,7 +242,7 @@ def published(
 
 
 def _keep(items: list[Any], get: Callable[[Any], Any], what: str, value: Any) -> list[Any]:
-    """Returns those of which `get` is `value`; all for None. UserError: there is none."""
+    """Filters items by `get(item) == value`; None keeps all. Raises UserError if none is left."""
     kept = items if value is None else [item for item in items if get(item) == value]
     if not kept:
         known = {str(get(item)) for item in items}
@@ -283,7 +283,7 @@ def _read_index(index: str, adapted: str | None, folder: str | os.PathLike) -> l
     found: dict[str, Published] = {}
     for row in sorted(rows, key=lambda row: [-float(row[score] or "-inf") for score in scores]):
         name, size = row[prefix + "filename"], int(row["adapt_resolution"]) if prefix else 224
-        # What counts as the test split of ImageNet-1k is its validation set.
+        # ImageNet-1k's validation set is used as its test split.
         tested = (adapted or row["ds"]).startswith(("imagenet2012", "i1k"))
         test = row[prefix + "final_test"] if tested else ""
         top1 = round(100 * float(test), 3) if test else None
@@ -298,8 +298,8 @@ _TIMM = "timm results-imagenet.csv"
 _BIT = "google-research/big_transfer README"
 _DEIT = "DeiT (arXiv 2012.12877), README"
 
-# Augmentation, weight decay and so on of pre-training, learning rate and size of fine-tuning: those
-# that were recommended, then others that timm has measured.
+# Augmentation, weight decay and so on of pre-training, learning rate and size of fine-tuning: first
+# the recommended ones, then others that timm has measured.
 _AUGREG = (
     ("L/16", "strong1-wd_0.1-do_0.0-sd_0.0", "0.01", 384, 85.59, _README),
     ("B/16", "medium1-wd_0.1-do_0.0-sd_0.0", "0.03", 384, 85.49, _README),
@@ -316,7 +316,7 @@ _AUGREG = (
 )
 _HUB = (
     ("B/16", "google/vit-base-patch16-224", "i21k", 224, None, "ViT (arXiv 2010.11929)"),
-    # Of these two only the revisions named here hold .safetensors files.
+    # Of these two, only the revisions named here hold .safetensors files.
     ("B/16", "facebook/deit-base-patch16-224@refs/pr/3", "i1k", 224, 81.8, _DEIT),
     ("B/16", "facebook/deit-base-distilled-patch16-224@refs/pr/2", "i1k", 224, 83.4, _DEIT),
     ("B/16", "facebook/deit-base-distilled-patch16-384", "i1k", 384, 85.2, _DEIT),
@@ -362,7 +362,7 @@ def _table() -> Iterator[Published]:
     for variant in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4"):
         name, path = f"{variant} bit i21k", f"gs://bit_models/BiT-M-{variant}"
         yield Published(name, f"{path}.npz", variant, "i21k", 224, None, _BIT)
-        # big_transfer's code fine-tunes at 480 pixels; no file says it.
+        # big_transfer fine-tunes at 480 pixels, which no file says.
         adapted = (f"{name} -> imagenet", f"{path}-ILSVRC2012.npz", variant, "i21k")
         yield Published(*adapted, 480, None, _BIT)
     for size, top1 in ((224, 82.8), (160, 80.5)):

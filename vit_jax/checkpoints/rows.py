@@ -1,9 +1,9 @@
-"""What the tables of weights are made of: rows of our names, theirs, and the axes between.
+"""Rows of the weight name tables: our name, the file's names, and how the axes are rearranged.
 
-A row's layout reads `their axes -> our axes` in einops' notation, for one block where the name has
-a `{}` for its index. Several of their arrays make one of ours joined along `t`: Google's query, key
-and value [d h k] are stacked to `t d h k`, Hugging Face's [(h k) d] concatenated to `(t h k) d`.
-Where several rows give the same parameter, they are spellings: the first one is what is written.
+A row's layout reads `their axes -> our axes` in einops notation, for a single block if the name has
+a `{}` for its index. Several of the file's arrays are joined into one of ours along `t`: Google's
+query, key and value [d h k] are stacked to `t d h k`, Hugging Face's [(h k) d] are concatenated to
+`(t h k) d`. Several rows for the same parameter are alternative spellings; the first is written.
 A name that starts with / does not take the dialect's prefix.
 """
 
@@ -27,13 +27,14 @@ class Row:
     """One of our parameters, and where it is in a file.
 
     Attributes:
-      ours: "blocks/attention/qkv/kernel"; what is `in_stack` has a leading depth axis.
-      theirs: one name or several; without a `{}`, blocks are stacked in the file too.
-      layout: as the module's docstring says; empty where nothing changes.
+      ours: path of our parameter, "blocks/attention/qkv/kernel"; with a leading depth axis if
+        `in_stack`.
+      theirs: one name or several; without a `{}`, blocks are stacked in the file, too.
+      layout: see the module's docstring; empty if nothing changes.
       parts: how much of `t` each of `theirs` holds.
-      says: fields of the config that this spelling stands for.
-      first, digits: the number of block 0 in a file, and how many digits it has at the least.
-      any_rank: whether files may have axes of 1 beside those of the layout.
+      says: config fields that this spelling implies.
+      first, digits: the index of block 0 in a file, and the minimum number of its digits.
+      any_rank: whether files may have additional axes of 1.
     """
 
     ours: str
@@ -54,14 +55,14 @@ class Row:
         return "{}" in self.theirs[0]
 
     def keys(self, prefix: str, block: int | str = 0) -> list[str]:
-        """The full names of one block's arrays."""
+        """The full names of one block's arrays in the file."""
         if isinstance(block, int):
             block = f"{block + self.first:0{self.digits}}"
         names = (name.replace("{}", block) for name in self.theirs)
         return [name[1:] if name.startswith("/") else prefix + name for name in names]
 
     def joined(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape of one block's arrays together, as the left side of the layout has it."""
+        """The shape of one block's joined arrays, as on the left side of the layout."""
         if self.stacked:
             return (len(shapes), *shapes[0])
         if not shapes[0]:
@@ -69,7 +70,7 @@ class Row:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def pieces(self, joint: np.ndarray) -> list[np.ndarray]:
-        """Views of the single arrays of a file, out of all of them together."""
+        """Splits the joined array into views for the file's arrays."""
         if self.stacked:
             return list(joint)
         if len(self.theirs) == 1:
@@ -78,7 +79,7 @@ class Row:
         return np.split(joint, np.cumsum(parts)[:-1] * (joint.shape[0] // sum(parts)))
 
     def axes(self, shapes: Sequence[Shape]) -> dict[str, int]:
-        """Solves the sizes of our axes from the shapes of a file, where each stands alone.
+        """Returns the sizes of our axes, by name, where the file's shapes determine them.
 
         Raises:
           ValueError: the shapes have another number of axes.
@@ -91,7 +92,7 @@ class Row:
         return {axis: n for axis, n in sizes.items() if [axis] in right}
 
     def shapes(self, ours: Shape) -> list[Shape]:
-        """The shapes in the file of one block of a parameter of shape `ours`."""
+        """The shapes in the file for one block of a parameter with shape `ours`."""
         if not self.layout:
             return [ours]
         left, right = _sides(self.layout)
@@ -103,13 +104,13 @@ class Row:
         return [(shape[0] // sum(parts) * part, *shape[1:]) if shape else () for part in parts]
 
     def fits(self, shape: Shape, expected: Shape) -> bool:
-        """Whether an array of a file has the shape that it should have."""
+        """Whether an array's shape in the file is the expected one."""
         if self.any_rank:
             shape, expected = (tuple(n for n in each if n != 1) for each in (shape, expected))
         return shape == expected
 
     def read(self, joint: Float32[np.ndarray, "..."], out: Float32[np.ndarray, "..."]) -> None:
-        """Rearranges one block's arrays, joined and contiguous, into `out`, contiguous too."""
+        """Rearranges one block's joined arrays into `out`; both are contiguous."""
         left, right = _sides(self.layout)
         if [axis for group in right for axis in group] == left[-1] + left[0] and len(left) == 2:
             # OpenCV transposes a matrix 8 times faster than NumPy.
@@ -119,7 +120,7 @@ class Row:
             out[...] = einops.rearrange(joint, self.layout, **sizes)
 
     def write(self, array: np.ndarray) -> list[np.ndarray]:
-        """The inverse of `read`: contiguous arrays as the file has them."""
+        """The inverse of `read`: contiguous arrays for the file."""
         if self.layout:
             left, right = self.layout.split(" -> ")
             array = einops.rearrange(array, f"{right} -> {left}")
@@ -127,7 +128,7 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        """Whether one of their arrays has the bytes of ours."""
+        """Whether the file's array has the same bytes in the same order as ours."""
         if not self.layout:
             return True
         left, right = ([axis for group in side for axis in group] for side in _sides(self.layout))
@@ -140,7 +141,7 @@ class Row:
 
 @functools.cache
 def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
-    """`(t h) d -> d t h` -> [[t h] [d]], [[d] [t] [h]]; an axis of 1 is an empty group."""
+    """Parses `(t h) d -> d t h` to [[t h] [d]], [[d] [t] [h]]; an axis of 1 is an empty group."""
 
     def groups(side):
         for inner, name in re.findall(r"\(([^)]*)\)|(\S+)", side):
@@ -151,7 +152,7 @@ def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 class Found(NamedTuple):
-    """A row whose names are in a file: of `depth` blocks, under `prefix`, one block's `shapes`."""
+    """A row found in a file: under `prefix`, with `depth` blocks of arrays of shapes `shapes`."""
 
     row: Row
     prefix: str
@@ -164,24 +165,24 @@ class Found(NamedTuple):
         return [key for i in range(self.depth or 0) for key in self.row.keys(self.prefix, i)]
 
     def label(self) -> str:
-        """The names, all blocks in one: blocks.{0..11}.attn.qkv.weight."""
+        """The names, with all blocks in one: blocks.{0..11}.attn.qkv.weight."""
         first, last = self.row.first, self.row.first + (self.depth or 1) - 1
         return " + ".join(self.row.keys(self.prefix, f"{{{first}..{last}}}"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one code base names the parameters of a model.
+    """The naming scheme of a code base.
 
     Attributes:
-      name: what the user calls it.
-      markers: keys, after the prefix, one of which every file of it has and no other's.
+      name: for the user.
+      markers: keys, after the prefix; every file of this dialect has one of them, no other has.
       rows: see `Row`.
-      leftover: patterns of full names that are no part of the encoder and may be left alone.
-      prefixes: what may stand before every name; the first one is written.
+      leftover: patterns of full names that are not part of the encoder and may be ignored.
+      prefixes: what may precede every name; the first one is written.
       family: of the models, as in models/config.py `FAMILIES`.
-      resnet_style: what its ResNets compute, those before patches and those that stand alone.
-      aliases: pattern of other spellings of a part of a name -> how the rows have it.
+      resnet_style: the styles of its ResNets: in hybrids, and as classifiers.
+      aliases: pattern of other spellings of a part of a name -> the spelling in the rows.
     """
 
     name: str
@@ -194,13 +195,13 @@ class Dialect:
     aliases: tuple[str, str] | None = None
 
     def prefix(self, keys: Iterable[str]) -> str | None:
-        """What stands before a marker in `keys`, None where all markers are missing."""
+        """Returns the prefix before a marker in `keys`, None if all markers are missing."""
         keys = {self.spelt(key) for key in keys}
         found = (p for p in self.prefixes for marker in self.markers if p + marker in keys)
         return next(found, None)
 
     def spelt(self, key: str) -> str:
-        """A name of a file as the rows have it."""
+        """Replaces aliases in a name of a file by the rows' spelling."""
         return re.sub(*self.aliases, key) if self.aliases else key
 
     def may_leave(self, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""The config files that timm and transformers load a folder of weights by, written by `save`."""
+"""Config files for timm and transformers, written by `save` next to the weights in a folder."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from vit_jax.models.config import VARIANTS, ModelConfig, ResNetConfig, ViTConfig
 
 
 def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json and preprocessor_config.json that transformers loads a model by."""
+    """The config.json and preprocessor_config.json for transformers."""
     gelus = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
     square = vit.image_size[0] == vit.image_size[1] and vit.patch_size[0] == vit.patch_size[1]
     if not square:
@@ -59,7 +59,7 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
 
 
 def _hf_mlp_ratio(vit: ViTConfig) -> int | float:
-    """DINOv2's config has no hidden size, only a ratio, which SwiGLU rounds (2/3, up to 8)."""
+    """MLP ratio for DINOv2's config; SwiGLU's hidden size is 2/3 of it, up to a multiple of 8."""
     if vit.mlp == "gelu":
         return vit.mlp_dim / vit.width if vit.mlp_dim % vit.width else vit.mlp_dim // vit.width
     for ratio in range(1, 33):
@@ -105,7 +105,7 @@ def _per_channel(value: Any, channels: int) -> list[float]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * channels
 
 
-# By units and width: what timm has hybrids and BiT's ResNets of.
+# timm's hybrids and BiT ResNets, by units and width.
 _TIMM_HYBRIDS = {
     ((), 64): "vit_tiny_r_s16_p8_224",
     ((2, 2, 2, 2), 64): "vit_base_r26_s32_224",
@@ -119,13 +119,13 @@ _TIMM_RESNETS = {
 
 
 def timm_files(model: ModelConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json that `timm.create_model("local-dir:FOLDER")` builds a model by.
+    """The config.json for `timm.create_model("local-dir:FOLDER")`.
 
-    timm has no word for a LayerNorm epsilon; CLIP's architectures have 1e-5, the others 1e-6. Nor
-    has it one for the units of a ResNet: only what it has a name for can be built.
+    timm has no argument for a LayerNorm epsilon: CLIP's architectures have 1e-5, the others 1e-6.
+    Nor has it one for the units of a ResNet: only the named architectures can be built.
 
     Raises:
-      UserError: it has none for this model.
+      UserError: timm has no architecture for this model.
     """
     named = {"first_conv": "patch_embed.proj", "classifier": "head"}
     if isinstance(model, ResNetConfig):
@@ -174,7 +174,7 @@ def _timm_named(names: dict[Any, str], sizes: tuple[tuple[int, ...], int]) -> st
 
 
 def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
-    """An architecture of timm's, and the arguments that make it this model."""
+    """A timm architecture, and the arguments that turn it into this model."""
     gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
     square = vit.patch_size[0] == vit.patch_size[1]
     args: dict[str, Any] = {

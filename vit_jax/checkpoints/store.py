@@ -1,7 +1,7 @@
-"""Checkpoints on disk: asynchronous, atomic, checksummed. Orbax is used here and nowhere else.
+"""Checkpoints on disk: asynchronous, atomic and checksummed. The only module that uses Orbax.
 
-WORKDIR/checkpoints/STEP/state/          what orbax writes
-WORKDIR/checkpoints/STEP/checksums.json  written last: without it the checkpoint does not exist
+WORKDIR/checkpoints/STEP/state/          Orbax's files
+WORKDIR/checkpoints/STEP/checksums.json  written last: a checkpoint without it is incomplete
 """
 
 import concurrent.futures
@@ -31,12 +31,11 @@ _STATE, _CHECKSUMS = "state", "checksums.json"
 class Store:
     """The checkpoints of one run folder.
 
-    Saves run in the background, one at a time; an error of one is raised by the next call.
+    Saves run in the background, one at a time; the next call raises the error of a failed one.
 
-    Where there are several processes, each writes its own parts of a checkpoint: `save`, `wait` and
-    `close` are collective (see distributed.py). Reading is not: a process restores what its
-    devices need.
-    Only with `together` is `newest` collective too, and the same for all.
+    With several processes, each writes its own parts of a checkpoint: `save`, `wait` and `close`
+    are collective (see distributed.py). Reading is not: a process restores what its devices need.
+    `newest` is collective, with the same result for all, only with `together`.
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 2, together: bool = False):
@@ -48,10 +47,10 @@ class Store:
         self._pending: concurrent.futures.Future | None = None
 
     def save(self, step: int, tree: Any) -> None:
-        """Starts saving a nested dict of arrays; returns once it may be overwritten.
+        """Starts saving a nested dict of arrays; once it returns, they may be overwritten.
 
         Raises:
-          UserError: this or the previous save cannot be written. What was saved before is intact.
+          UserError: this or the previous save failed. Older checkpoints are intact.
         """
         self.wait()
         path = self.directory / str(step)
@@ -75,7 +74,7 @@ class Store:
     def _commit(self, path: epath.Path) -> None:
         with _writing(path):
             self._orbax.wait_until_finished()
-            # Process 0 has waited until orbax had the parts of all.
+            # Process 0 has waited until Orbax had written the parts of all processes.
             names = distributed.first("written", lambda: list(_files(path)))
             sums = _shared("sums", names, lambda name: _digest(path / name))
             distributed.first("commit", lambda: self._mark(path, sums))
@@ -83,24 +82,24 @@ class Store:
     def _mark(self, path: epath.Path, sums: dict[str, str]) -> None:
         with _writing(path):
             write_atomically(path / _CHECKSUMS, json.dumps(sums, indent=1))
-            # Later ones can only be damaged: this run has come from before them.
+            # Newer ones can only be damaged, as this run started from an older one.
             kept = [step for step in self.steps() if step <= int(path.name)][-self.keep :]
             for step, committed in self._found():
                 if step < kept[0]:
-                    # The commit mark goes first, so that a kill leaves no half of a checkpoint
-                    # that claims to be whole.
+                    # checksums.json goes first, so that a kill during the deletion leaves an
+                    # incomplete checkpoint, not a damaged one.
                     if committed:
                         (self.directory / str(step) / _CHECKSUMS).unlink()
                     (self.directory / str(step)).rmtree()
 
     def wait(self) -> None:
-        """Waits for the save under way, and raises its error if it had one."""
+        """Waits for the current save, and raises its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Waits for the save under way and frees the threads."""
+        """Waits for the current save and frees the threads."""
         try:
             self.wait()
         finally:
@@ -109,7 +108,7 @@ class Store:
                 self._orbax.close()
 
     def steps(self) -> list[int]:
-        """The committed steps, oldest first."""
+        """The steps of complete checkpoints, oldest first."""
         return [step for step, committed in self._found() if committed]
 
     def _found(self) -> list[tuple[int, bool]]:
@@ -119,9 +118,9 @@ class Store:
         return sorted((int(path.name), (path / _CHECKSUMS).exists()) for path in paths)
 
     def newest(self) -> int | None:
-        """Returns the newest step whose files all match their checksums, None if none was saved.
+        """Returns the newest step with matching checksums, None if nothing was saved.
 
-        Warns of every newer one that is damaged or half-written, by name. With `together`, the
+        Logs a warning for each newer one that is damaged or incomplete. With `together`, the
         processes share the reading.
 
         Raises:
@@ -148,7 +147,7 @@ class Store:
         return None
 
     def restore(self, step: int, target: Any) -> Any:
-        """Reads the part of a checkpoint that `target` names, in its shapes, types and places.
+        """Reads the part of a checkpoint in `target`, with its shapes, types and shardings.
 
         Args:
           target: nested dict of jax.ShapeDtypeStruct with a sharding, or of NumPy arrays or
@@ -173,16 +172,16 @@ class Store:
             )
 
     def names(self, step: int) -> set[str]:
-        """The top-level names of a checkpoint: step, params, opt_state and, where on, ema."""
+        """The top-level names in a checkpoint: step, params, opt_state and, if enabled, ema."""
         with _reader() as orbax:
             return set(orbax.metadata(self.directory / str(step) / _STATE).item_metadata.tree)
 
 
 def verify(path: epath.Path, *, together: bool = False) -> str | None:
-    """Returns what is wrong with a committed checkpoint, None if every file is as it was written.
+    """Verifies a checkpoint's checksums; returns the first problem, or None.
 
-    Orbax alone restores most single flipped bits silently as other values. With `together`, each
-    process checks some of the files, and all get the same answer (collective).
+    Orbax alone restores most flipped bits silently as other values. With `together`, the processes
+    share the files, and all get the same answer (collective).
     """
 
     def check(name: str, digest: str) -> str:
@@ -211,7 +210,7 @@ def verify(path: epath.Path, *, together: bool = False) -> str | None:
 
 
 def _shared(name: str, files: list[str], work: Callable[[str], str]) -> dict[str, str]:
-    """Does `work` for each file on one of the processes; all get every result. Collective."""
+    """Distributes `work` on files over the processes; all get every result (collective)."""
     mine = {file: work(file) for file in files[distributed.index() :: distributed.count()]}
     merged: dict[str, str] = {}
     for part in distributed.gather(name, json.dumps(mine)):
@@ -220,7 +219,7 @@ def _shared(name: str, files: list[str], work: Callable[[str], str]) -> dict[str
 
 
 def _of(processes: Iterable[int]) -> Any:
-    """Orbax's word for who takes part; to name them makes it wait without using the devices."""
+    """Orbax's option for who takes part; with it, Orbax does not synchronise through devices."""
     processes = set(processes)
     return ocp.options.MultiprocessingOptions(
         primary_host=min(processes), active_processes=processes
@@ -228,7 +227,7 @@ def _of(processes: Iterable[int]) -> Any:
 
 
 def _reader() -> ocp.Checkpointer:
-    """A reader that waits for no other process."""
+    """An Orbax reader that does not wait for other processes."""
     alone = _of({distributed.index()})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
@@ -249,7 +248,7 @@ def _digest(path: epath.Path) -> str:
 
 @contextlib.contextmanager
 def _writing(path: epath.Path) -> Iterator[None]:
-    """Turns whatever orbax and tensorstore raise when a disk refuses into one sentence."""
+    """Context that turns disk errors of Orbax and tensorstore into a UserError."""
     try:
         yield
     except UserError:
@@ -266,7 +265,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file so that a kill leaves either the old content or the new, never a part."""
+    """Writes a file atomically: a kill leaves either the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may be no text
     temporary.replace(path)
@@ -274,10 +273,10 @@ def write_atomically(path: epath.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds a run folder for this process; the operating system lets go of it when we are killed.
+    """Locks a run folder for this process; the operating system releases it if we are killed.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds the lock.
     """
     with open(os.path.join(workdir, ".lock"), "a+") as file:
         try:

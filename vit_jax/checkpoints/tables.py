@@ -1,4 +1,4 @@
-"""The names of weights in other code bases, as tables of rows (see rows.py)."""
+"""Weight name tables: how other code bases name our parameters, as rows (see rows.py)."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from vit_jax.checkpoints.rows import Dialect, Row
 def _each(
     ours: str, theirs: str, names: Mapping[str, str], layouts: Mapping[str, str]
 ) -> list[Row]:
-    """A row for each leaf of a layer: `names` says what kernel, bias and scale are called."""
+    """A row for each parameter of a layer; `names` maps kernel, bias and scale to their names."""
     return [
         Row(f"{ours}/{leaf}", (f"{theirs}{names[leaf]}",), layout)
         for leaf, layout in layouts.items()
@@ -42,7 +42,7 @@ def _conv(theirs: str) -> list[Row]:
 def _torch_attention(
     ours: str, qkv: Sequence[str], out: str, parts: Sequence[int] = ()
 ) -> list[Row]:
-    """Attention whose projections are [out in]: one fused, or several in the order q, k, v."""
+    """Attention with PyTorch projections [out in]: one fused, or several in the order q, k, v."""
     weights = tuple(f"{name}weight" for name in qkv)
     biases = tuple(f"{name}bias" for name in qkv)
     return [
@@ -80,9 +80,9 @@ def _flax_block(block: str, attention: int, norm2: int, mlp: int) -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class _ResNet:
-    """How a code base names a ResNet: its root, and units in stages of 1, 2, ... or 0, 1, ...
+    """The names of a ResNet's root and units, in stages numbered 1, 2, ... or 0, 1, ...
 
-    `stage` is what stands before the number of a unit, and `norms` and `convs` what is inside, the
+    `stage` is the name up to a unit's number; `norms` and `convs` are the names inside a unit, the
     last of each in the shortcut.
     """
 
@@ -131,7 +131,7 @@ _GROUP_NORMS = ("gn1", "gn2", "gn3", "gn_proj")
 _STANDARDIZED = "standardized_conv2d/kernel"
 # google-research/vision_transformer: models_resnet.py; google-research/big_vision: models/bit.py
 _RESNET = _ResNet("conv_root/kernel", "gn_root", "block{}/unit", _CONVS, _GROUP_NORMS)
-# google-research/big_transfer: bit_jax/models.py, whose files are those of its TensorFlow
+# google-research/big_transfer: bit_jax/models.py, which reads the files of its TensorFlow
 _RESNET_BIT = _ResNet(
     f"root_block/{_STANDARDIZED}",
     None,
@@ -174,7 +174,7 @@ _FLAX_ENDS = (
     *_dense("pre_logits", "pre_logits"),
     *_dense("head", "head"),
 )
-# Pre-linen numbering counts all layers of a block together, linen's counts each kind alone.
+# Before Linen, layers of a block are numbered together; in Linen, each type separately.
 _PRE_LINEN, _LINEN = (1, 2, 3), (0, 1, 0)
 
 # google-research/vision_transformer: vit_jax/models_vit.py, checkpoint.py
@@ -221,7 +221,7 @@ TIMM = Dialect(
     "timm",
     ("patch_embed.proj.weight",),
     (
-        # A stem without stages is not wrapped in a network.
+        # A root without stages has no prefix.
         *(
             dataclasses.replace(row, says={"resnet": ()})
             for row in dataclasses.replace(
@@ -268,7 +268,7 @@ def _hf_names(base: str, names: Sequence[str]) -> list[str]:
 
 
 def _hf_attention(layer: str) -> list[Row]:
-    """Under the names published on the hub, and under those of transformers 5."""
+    """Attention under the names published on the hub, and under those of transformers 5."""
     old = _hf_names(f"{layer}.attention.attention", ("query", "key", "value"))
     new = _hf_names(f"{layer}.attention", ("q_proj", "k_proj", "v_proj"))
     return [
@@ -397,7 +397,7 @@ HF_SIGLIP = Dialect(
     prefixes=("", "vision_model."),
 )
 
-# ResNets as classifiers: see the names above.
+# ResNet classifiers; sources as above.
 RESNET_V1 = Dialect(
     "big_vision",
     ("conv_root/kernel",),
@@ -441,7 +441,7 @@ RESNET_TIMM = Dialect(
     resnet_style="timm_v2",
 )
 
-# In the order in which files are recognised: DINOv2's has HF_VIT's marker too.
+# In the order of detection: DINOv2's files have HF_VIT's marker, too.
 FOREIGN = (
     *(GOOGLE, BIG_VISION, TIMM, HF_DINOV2, HF_SIGLIP, HF_VIT),
     *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),
@@ -449,6 +449,6 @@ FOREIGN = (
 
 
 def native(names: Iterable[str]) -> Dialect:
-    """Our own names, as they are."""
+    """The dialect of our own names."""
     markers = ("patch_embed/kernel", "resnet/conv_root/kernel")
     return Dialect("vit_jax", markers, tuple(Row(name, (name,)) for name in names))

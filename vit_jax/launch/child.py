@@ -1,8 +1,8 @@
-"""Becomes the command it is given, on the cores it is given, and ends when its parent is gone.
+"""Runs a command on given cores, and is killed when its parent process dies.
 
     python -I -S child.py PARENT CORES COMMAND...
 
-A script of its own, for a process with threads must run no Python between fork and exec.
+A separate script, as a process with threads must run no Python between fork and exec.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(parent: int, cores: list[int], command: list[str]) -> None:
-    """Becomes `command`, on these cores (none: all), and ends with the process `parent`."""
+    """Replaces this process by `command`, on these cores (none: all), tied to `parent`'s life."""
     if sys.platform == "linux":
-        # What cannot be caught: a run that was killed goes on from its last checkpoint, and the
-        # next sweep must not find the run folder in use. It stays set in what is executed below.
+        # SIGKILL, which cannot be caught: a killed run resumes from its last checkpoint, and the
+        # next sweep must not find the run folder in use. The setting survives exec.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # gone before it was set
             sys.exit(143)

@@ -1,4 +1,4 @@
-"""What the folders of runs hold, read to compare them; damage is told, and the rest read."""
+"""Reads run folders for a report; damaged files are reported, and the rest is read."""
 
 import dataclasses
 import json
@@ -19,10 +19,10 @@ Point = tuple[int, float]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run, as its folder tells it; None is what the folder does not know.
+    """One run, as read from its folder; None is unknown.
 
     `settings` are a sweep's overrides, or the whole config. `point` is the same for runs that
-    differ in nothing but their seed. `note` says what could not be read.
+    differ only in their seed. `note` says what could not be read.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Run:
     note: str = ""
 
     def last(self, metric: str | None) -> float | None:
-        """The value of the weights that the run ended with, or has now."""
+        """The last value of a metric, that of the run's final or current weights."""
         points = self.curves.get(metric or "")
         return points[-1][1] if points else None
 
     def best(self, metric: str) -> Point | None:
-        """The step with the best value, the first of equals."""
+        """The step with the best value, and the value; the first of equals."""
         sign = -1 if lower_is_better(metric) else 1
         points = self.curves.get(metric)
         return max(points, key=lambda point: (sign * point[1], -point[0])) if points else None
@@ -57,7 +57,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Every run of some run folders and sweeps, in their order."""
+    """Reads all runs in some run folders and sweeps, in order."""
     found: dict[epath.Path, Result | None] = {}
     for folder in map(os.path.abspath, folders):
         root = epath.Path(folder)
@@ -91,7 +91,7 @@ def _is_run(root: epath.Path) -> bool:
 
 
 def _names(folders: Sequence[epath.Path]) -> list[str]:
-    """Folder names, with those above where two are alike."""
+    """Folder names, with parent folders if two are the same."""
     parts = [folder.parts for folder in folders]
     depth = 1
     while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len(set(parts)):
@@ -100,7 +100,7 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 
 
 def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: bool) -> Run:
-    """Reads what there is; only of sweeps, the settings are their overrides."""
+    """Reads a run folder; settings are the sweep's overrides with `sweeps`, else the whole config."""
     from vit_jax.checkpoints.card import BROKEN
     from vit_jax.training.config import flat, is_resumable, read_config
     from vit_jax.training.metrics import read_starts
@@ -164,7 +164,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_lines(folder: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of metrics.jsonl, and a sentence if it is damaged other than by a kill."""
+    """The lines of metrics.jsonl, and a note if more than the last line is damaged."""
     from vit_jax.training.metrics import read_metrics
 
     path = folder / "metrics.jsonl"
@@ -182,9 +182,9 @@ def _read_lines(folder: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
 def device_hours(
     lines: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]
 ) -> float | None:
-    """The seconds of a run times the devices that it had at each of them, in hours.
+    """Device hours: a run's seconds times the number of devices at the time.
 
-    None if the run does not say how many devices it began with.
+    None if the number of devices at the start is unknown.
     """
     hours, before = 0.0, 0.0
     for line in lines:
@@ -199,14 +199,14 @@ def device_hours(
 
 
 def _devices(starts: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the run was last on: "8 TPU v5p"."""
+    """The devices of the last start: "8 TPU v5p"."""
     if not starts:
         return None
     return f"{starts[-1].get('devices', '?')} {starts[-1].get('kind', '?')}"
 
 
 def _point(run: Run, of_folder: Mapping[str, Run], seen: tuple[str, ...] = ()) -> str:
-    """What a run is but for its seed; one that starts from another is after that one's point."""
+    """A run's identity without the seed; if it starts from another run, with that run's identity."""
     from vit_jax.training.config import is_resumable
 
     if not run.settings:

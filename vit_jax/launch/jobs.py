@@ -1,6 +1,6 @@
-"""What a launcher is given, and what it tells: jobs, and how they change.
+"""The interface of launchers: jobs, and changes of their states.
 
-A launcher is an iterator of what changes, so that another (a cluster's queue) is one class more.
+A launcher is an iterator over changes; support for another cluster is one more class.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-# What commands find in their environment, unless it says otherwise: large pages for large arrays.
-# XLA's CPU backend takes its memory anew each step, page by page (experiments/benchmarks).
+# Default environment of commands: huge pages for large arrays, as XLA's CPU backend allocates its
+# memory again in each step, page by page (experiments/benchmarks).
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 STATES = ("waiting", "running", "finished", "failed", "stopped")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A point as a command, which writes to `log` and waits for the jobs named in `after`."""
+    """A sweep point as a command; it writes to `log` and waits for the jobs named in `after`."""
 
     name: str
     command: tuple[str, ...]
@@ -29,9 +29,9 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A job is now in `state`, one of STATES, perhaps as its command ended with `exit_code`.
+    """A job's new `state`, one of STATES, with its command's `exit_code` if it ended.
 
-    A command that a signal ended has 128 and the signal's number, as in a shell.
+    The exit code of a command ended by a signal is 128 plus the signal's number, as in a shell.
     """
 
     name: str
@@ -41,24 +41,25 @@ class Change:
 
 @runtime_checkable
 class Launcher(Protocol):
-    """Runs jobs. `dry` says that nothing is run at all."""
+    """Runs jobs. With `dry`, nothing is run."""
 
     dry: bool
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Change | None]:
         """Yields every change of a job, and None about every second, until all have ended.
 
-        A job starts once those it is `after` are finished (one that is not among `jobs` is), and
-        never if one of them failed. The order of `jobs` respects `after`. Closing the iterator
-        stops what runs, unless the launcher's jobs outlive it.
+        A job starts once the jobs in its `after` are finished (those not among `jobs` count as
+        finished), and never if one of them failed. `jobs` are in an order that respects `after`.
+        Closing the iterator stops running jobs, unless they outlive the launcher.
 
         Raises:
-          Stopped: SIGTERM or SIGINT came, and was passed on to what runs, or jobs outlive it.
+          Stopped: SIGTERM or SIGINT came, and was passed on to running jobs, unless these outlive
+            the launcher.
         """
         ...
 
     def under_way(self, jobs: Sequence[Job]) -> set[str]:
-        """The names of those jobs that outlived the sweep that started them; `run` takes them up.
+        """Names of the jobs still running after the sweep that started them; `run` continues them.
 
         Raises:
           UserError: such a job runs another command.
@@ -68,9 +69,9 @@ class Launcher(Protocol):
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that says how often SIGTERM or SIGINT has come, at most once a second.
+    """Yields a function that counts SIGTERM and SIGINT, at most one a second.
 
-    timeout(1) sends two at once: one to its child, one to the group that this is in.
+    timeout(1) sends two at once: one to its child, and one to the process group.
     """
     count, latest = 0, float("-inf")
     if threading.current_thread() is not threading.main_thread():  # such as in some notebooks

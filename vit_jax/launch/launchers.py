@@ -1,4 +1,4 @@
-"""How the points of a sweep are run: on this machine, some at a time, in a queue, or printed."""
+"""Launchers that run, or print, the points of a sweep on this machine, and lookup by name."""
 
 import collections
 import contextlib
@@ -38,8 +38,8 @@ class Print:
 class Local:
     """Runs `jobs` at a time on this machine, each on an equal share of its cores and GPUs.
 
-    A command that was preempted (it ended with 75, 143 or by a signal) is started again, up to
-    `retries` times, after `delay` seconds. On Linux no command outlives this process.
+    A preempted command (exit code 75 or 143, or a signal) is started again after `delay` seconds,
+    up to `retries` times. On Linux, commands are killed if this process dies.
     """
 
     jobs: int = 1
@@ -116,10 +116,10 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {"local": Local, "slurm": Slurm, "pri
 
 
 def make_launcher(name: str, **options: Any) -> Launcher:
-    """The launcher of that name; those `options` that are None are left at their defaults.
+    """Returns the launcher of that name; `options` that are None keep their defaults.
 
     Raises:
-      UserError: no such launcher, or one that has no such option.
+      UserError: no such launcher, or an option that it does not have.
     """
     if name not in LAUNCHERS:
         raise UserError(f"there is no launcher {name!r}; {nearest(name, LAUNCHERS)}")
@@ -134,7 +134,7 @@ def make_launcher(name: str, **options: Any) -> Launcher:
 
 
 def python() -> str:
-    """What to call this Python in a command: `python`, where that is what a shell would run."""
+    """How to call this Python in a command: `python`, if a shell would run the same."""
     found = shutil.which("python") or ""
     same = os.path.dirname(found) == os.path.dirname(sys.executable)
     return "python" if same else sys.executable
@@ -142,16 +142,16 @@ def python() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one job at a time may use: cores (none: all of them) and changes of the environment."""
+    """Resources of one job slot: cores (none: all of them), and environment variables."""
 
     cores: tuple[int, ...] = ()
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def shares(jobs: int) -> list[Share]:
-    """Splits cores and GPUs between `jobs`: to each as many, for they decide how sums are rounded.
+    """Splits cores and GPUs equally between `jobs`, as their number affects rounding.
 
-    Where there are fewer than jobs, several share one.
+    If there are fewer than jobs, jobs share them.
     """
     if jobs == 1:
         return [Share()]
@@ -174,7 +174,7 @@ def _part(items: list[Any], i: int, count: int) -> list[Any]:
 
 
 def _gpus() -> list[str]:
-    """The NVIDIA GPUs that a command would see; this process needs no JAX to know."""
+    """The NVIDIA GPUs that a command would see, found without JAX."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -183,7 +183,7 @@ def _gpus() -> list[str]:
 
 
 def _start(job: Job, share: Share) -> subprocess.Popen:
-    """Starts a job in a session of its own, as Ctrl-C is for the sweep, which passes it on."""
+    """Starts a job in its own session, so that Ctrl-C reaches only the sweep, which forwards it."""
     cores = ",".join(map(str, share.cores))
     wrapper = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), cores]
     with open(job.log, "a") as log:
@@ -201,7 +201,7 @@ def _start(job: Job, share: Share) -> subprocess.Popen:
 
 @contextlib.contextmanager
 def _ending(running: dict[str, Any], patience: float = 60.0) -> Iterator[None]:
-    """Whatever happens, nothing runs on afterwards: first asked to save and end, then killed."""
+    """Context that ends all running commands on exit: SIGTERM to let them save, then SIGKILL."""
     try:
         yield
     finally:

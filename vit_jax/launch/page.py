@@ -1,7 +1,7 @@
-"""A report as one HTML page that needs nothing else: no network, no library, no font.
+"""Writes a report as one self-contained HTML page, without network, libraries or fonts.
 
-All of it works without its script (page.js), which adds sorting, hiding and reading off values. The
-page's own policy lets no other script run, and nothing be fetched. Its style is page.css.
+It works without its script (page.js), which adds sorting, hiding and reading off values. Its
+content security policy blocks other scripts and all requests. Its style is page.css.
 """
 
 import base64
@@ -45,13 +45,13 @@ _SYMBOLS = {"finished": "✓", "running": "▸", "failed": "✕", "stopped": "�
 
 
 def write_report(folders: Sequence[str], out: str | None = None) -> str:
-    """Writes the page of some run folders or sweeps to `out`, and its table beside it.
+    """Writes the HTML report of some run folders or sweeps to `out`, with a Markdown table.
 
     Args:
-      out: FILE.html; left out, it is report.html in the first folder.
+      out: FILE.html; by default report.html in the first folder.
 
     Returns:
-      The table, in Markdown.
+      The table, in Markdown, which is also written next to the page.
 
     Raises:
       UserError: a folder is neither a run's nor a sweep's, or nothing in them can be read.
@@ -74,7 +74,7 @@ def write_report(folders: Sequence[str], out: str | None = None) -> str:
 
 
 def html_page(report: Report) -> str:
-    """Draws the report."""
+    """Renders a report as HTML."""
     keys = _legend(report)
     here = resources.files("vit_jax.launch")
     style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -115,12 +115,12 @@ def _safe(words: str) -> str:
 
 
 def _breakable(words: str) -> str:
-    """A name that may go on in another line after what joins its parts."""
+    """Escapes a name, and allows line breaks after the characters that join its parts."""
     return re.sub(r"([,_/])", r"\1<wbr>", _safe(words))
 
 
 def _legend(report: Report) -> dict[str, int]:
-    """The number of each run's colour, by its folder; the runs of a group share one."""
+    """Colour numbers by run folder; runs of a group share one."""
     if report.groups:
         return {run.folder: i for i, group in enumerate(report.groups) for run in group.runs}
     return {run.folder: i for i, run in enumerate(report.runs)}
@@ -163,7 +163,7 @@ def _groups(report: Report, keys: Mapping[str, int]) -> str:
 
 
 def _strip(group: Group, report: Report, keys: Mapping[str, int], values: Sequence[float]) -> str:
-    """Each seed as a dot, their mean as a bar, on the same scale for all groups."""
+    """A dot for each seed and a bar for their mean, on the same scale for all groups."""
     low, high = min(values, default=0.0), max(values, default=1.0)
 
     def x(value: float) -> float:
@@ -209,7 +209,7 @@ def _swatch(i: int) -> str:
 
 
 def _figure(name: str, runs: Sequence[Run], keys: Mapping[str, int], best: Run | None) -> str:
-    """One metric of all runs; the scales are those of what there is."""
+    """Plots one metric of all runs; the axes span the data."""
     shown = [(run, thinned(run.curves[name])) for run in runs if run.curves.get(name)]
     values = [value for _, points in shown for _, value in points]
     steps = [float(step) for _, points in shown for step, _ in points]
@@ -250,7 +250,7 @@ aria-label="{_safe(name)} by step, of {len(shown)} runs">
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most _POINTS of a curve, as far apart as each other, its ends among them."""
+    """Thins a curve to at most _POINTS evenly spaced points, including both ends."""
     if len(points) <= _POINTS:
         return list(points)
     share = (len(points) - 1) / (_POINTS - 1)
@@ -258,7 +258,7 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers between two."""
+    """About `count` round tick values between two numbers."""
     if not high > low:
         return [low]
     size = 10.0 ** math.floor(math.log10((high - low) / count))
@@ -285,7 +285,7 @@ def _table(
     best: int | None = None,
     extra: tuple[str, Sequence[str]] | None = None,
 ) -> str:
-    """A table whose first column stays when the rest scrolls; `extra` is a last one, of HTML."""
+    """An HTML table with a fixed first column; `extra` is one more column, already in HTML."""
     kinds = ["n" if right else "" for right in table.numeric]
     heads = "".join(
         f'<th scope="col" class="{kind}">{_safe(head)}</th>'

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a table on a terminal, a line a change elsewhere."""
+"""Progress display of a sweep: a live table on a terminal, otherwise a line for each change."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from etils import epath
 
 from vit_jax.launch.jobs import Change
 
-# What says best how far a run is; the first that it has measured is shown.
+# Metrics to show as progress; the first that a run has is used.
 SHOWN = (
     "test/mAP",
     "val/mAP",
@@ -23,7 +23,7 @@ SHOWN = (
 
 
 class Progress:
-    """Shows the `results` of points, which others change, in the folder `root`."""
+    """Shows the states of a sweep's points; `results`, in the folder `root`, is updated outside."""
 
     def __init__(self, root: epath.Path, results: Mapping[str, Any]):
         self._root, self._results = root, results
@@ -43,7 +43,7 @@ class Progress:
             self._draw()
 
     def show(self, change: Change | None) -> None:
-        """Tells a change; None means that time has passed."""
+        """Shows a change; None means that only time has passed."""
         if self._live:
             self._draw()
         elif change is not None:
@@ -105,20 +105,20 @@ class Progress:
         return row
 
     def _total(self, name: str) -> int | None:
-        """How many steps the run has; it says so in its log only, as it knows its data."""
+        """The run's total steps, from its log: only the run itself knows, as it reads the data."""
         found = re.findall(r"step \d+(?:/| of )(\d+)", _tail(self._root / f"{name}.log"))
         return int(found[-1]) if found else None
 
 
 def measured(result: Any, metrics: Mapping[str, Any] | None = None) -> str:
-    """The best that is known of how well a run does: "val/accuracy 0.98"."""
+    """The most telling metric of a run: "val/accuracy 0.98"."""
     metrics = result.metrics if metrics is None else metrics
     name = next((name for name in SHOWN if name in metrics), None)
     return "" if name is None else f"{name} {metrics[name]:.4g}"
 
 
 def with_code(exit_code: int | None) -> str:
-    """What to say of an exit code; nothing where a job left none."""
+    """Formats an exit code for a message; empty if there is none."""
     return "" if exit_code is None else f" with exit code {exit_code}"
 
 

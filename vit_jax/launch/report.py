@@ -1,7 +1,7 @@
-"""Runs side by side: what can be said of several, as plain text, numbers and a Markdown table.
+"""Compares runs: groups, statistics and tables, as plain text, numbers and Markdown.
 
-What compared.py reads of a folder is a Run; what can be said of several is a Report, of plain text
-and numbers. page.py draws it, and writes both.
+compared.py reads a folder into a `Run`; this module makes a `Report` of several; page.py renders
+it as HTML, and writes both.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _DASH = "–"  # noqa: RUF001  (what is not known)
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone; `counted` are those that the numbers are of."""
+    """Runs that differ only in their seed; statistics are over those in `counted`."""
 
     label: str
     runs: tuple[Run, ...]
@@ -39,14 +39,14 @@ class Group:
         return statistics.fmean(values) if values else None
 
     def spread(self, metric: str | None) -> float | None:
-        """The standard deviation of the sample (ddof 1); None of fewer than two."""
+        """The sample standard deviation (ddof 1); None for fewer than two runs."""
         values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Plain text, to be escaped by who writes it; `numeric` columns are set to the right."""
+    """A table of plain text, not yet escaped; `numeric` columns are right-aligned."""
 
     headers: list[str]
     rows: list[list[str]]
@@ -55,10 +55,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What can be said of several runs.
+    """A comparison of several runs.
 
-    `metric` is what they are compared by, `test` the same of the test split, where there is one.
-    Groups are sorted by their mean, the best first; [] where no two runs share a point.
+    `metric` is what they are compared by, `test` the same metric on the test split, if any.
+    Groups are sorted by their mean, best first; [] if no two runs share a point.
     """
 
     title: str
@@ -72,19 +72,19 @@ class Report:
 
 
 def title(folders: Sequence[str]) -> str:
-    """What a report of these folders is called: their names, of many the first two."""
+    """The title of a report: the folders' names, at most the first two."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     return (
         ", ".join(names) if len(names) < 4 else f"{', '.join(names[:2])} and {len(names) - 2} more"
     )
 
 
-# From runs to what can be said of them
+# Comparison
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:
-    """What runs are compared by: val/mAP or val/accuracy; else another of val, an evaluator's,
-    train/loss."""
+    """The metric to compare runs by: val/mAP or val/accuracy, else another of val, else one of an
+    evaluator, else train/loss."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     names = [name for name in names if not name.endswith("_std")]
     val = [name for name in names if name.startswith("val/")]
@@ -95,10 +95,10 @@ def main_metric(runs: Iterable[Run]) -> str | None:
 
 
 def compare(runs: Sequence[Run], title: str) -> Report:
-    """Finds what differs, which runs belong together, and which is best.
+    """Compares runs: varied settings, groups of seeds, the best run.
 
-    Runs count by the last value of their metric, that of the weights that they keep. Those that
-    are not finished count only where none is.
+    Runs are compared by the last value of the metric, which is that of the weights they keep.
+    Unfinished runs count only if no run is finished.
     """
     metric = main_metric(runs)
     twin = f"test/{metric.rpartition('/')[2]}" if metric else None
@@ -129,7 +129,7 @@ def _order(value: float | None, sign: int) -> tuple[bool, float]:
 
 
 def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
-    """What the runs of a group agree in and others do not."""
+    """Label of a group: the varied settings that its runs share."""
     shared = [
         key
         for key in varied
@@ -144,34 +144,34 @@ def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
 
 
 def short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, where that is enough to know it by."""
+    """The last part of a key, if it is unique among `keys`; else the whole key."""
     last = key.rpartition(".")[2]
     return last if [each.rpartition(".")[2] for each in keys].count(last) == 1 else key
 
 
 def text(value: Any) -> str:
-    """A setting as a flag would say it."""
+    """Formats a setting as in a flag."""
     if isinstance(value, list | tuple):
         return "x".join(map(text, value))
     return str(value)
 
 
 def number(value: float | None) -> str:
-    """A metric, in as many digits as tell runs apart."""
+    """Formats a metric, with enough digits to tell runs apart."""
     if value is None:
         return _DASH
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
 
 
 def _amount(value: float | None) -> str:
-    """A speed, a time, a cost."""
+    """Formats a speed, a time or a cost."""
     if value is None:
         return _DASH
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def group_table(report: Report) -> Table:
-    """A row a group: how many seeds, their mean and spread."""
+    """A table with a row for each group: number of seeds, mean and standard deviation."""
     metrics = [name for name in (report.metric, report.test) if name]
     headers = ["point"]
     headers += [head for name in metrics for head in (f"{name}, mean", "std")]
@@ -192,7 +192,7 @@ def _of(some: int, all_of_them: int) -> str:
 
 
 def run_table(report: Report) -> Table:
-    """A row a run. What no run knows has no column."""
+    """A table with a row for each run. Columns without any known value are left out."""
     metric, test = report.metric, report.test
     columns: list[tuple[str, bool, Callable[[Run], str]]] = [
         ("run", False, lambda run: run.name),
@@ -239,7 +239,7 @@ def _best(run: Run, metric: str) -> str:
 
 
 def curve_names(report: Report) -> list[str]:
-    """The metrics worth a picture: those measured more than once, what matters first."""
+    """The metrics to plot: those measured more than once, the most important first."""
     names = dict.fromkeys(
         name for run in report.runs for name, points in run.curves.items() if len(points) > 1
     )
@@ -259,7 +259,7 @@ def curve_names(report: Report) -> list[str]:
 
 
 def summary(report: Report) -> str:
-    """How many runs there are, in which states, and what they cost."""
+    """One line: the number of runs, their states, and their cost."""
     states = [run.state for run in report.runs]
     told = [f"{len(states)} run{'s' * (len(states) != 1)}"]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
@@ -274,7 +274,7 @@ def summary(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The report as tables that GitHub shows."""
+    """Formats the report as GitHub-flavoured Markdown tables."""
     parts = [f"# {escape(report.title)}", escape(summary(report)) + "."]
     if report.best is not None:
         told = f"Best by {escape(report.metric)}: **{escape(report.best.name)}**, "
@@ -298,12 +298,12 @@ def _markdown_table(table: Table) -> str:
 
 
 def escape(words: str) -> str:
-    """Text that Markdown and a terminal show as it is."""
+    """Escapes text for Markdown and terminals."""
     words = printable(words).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     words = re.sub(r"([\\`*\[\]|~#])", r"\\\1", words)
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", words)
 
 
 def printable(words: str) -> str:
-    """Text without what a terminal would obey."""
+    """Replaces control characters in text by spaces."""
     return "".join(c if c.isprintable() else " " for c in words)

@@ -1,8 +1,8 @@
-"""A sweep's folder: its points are run, each in a run folder of its own, and recorded.
+"""Runs the points of a sweep, each in its own run folder, and records their states.
 
 WORKDIR/NAME/        the run folder of a point
-WORKDIR/NAME.log     what its command said, each time that it was started
-WORKDIR/sweep.json   every point and its state, at any time
+WORKDIR/NAME.log     the output of its command, of all starts
+WORKDIR/sweep.json   every point and its state, always up to date
 """
 
 import contextlib
@@ -28,7 +28,7 @@ PATIENCE = 10.0  # seconds that a run which was just killed may still hold its f
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a point: its state, one of STATES, and the last value of every metric."""
+    """The result of a point: its state, one of STATES, and the last value of every metric."""
 
     name: str
     config: str
@@ -40,7 +40,7 @@ class Result:
 
 
 def train_command(config: str, workdir: str, flags: Sequence[str]) -> list[str]:
-    """The plain command that starts a run, and goes on with one that was stopped."""
+    """The command that starts a run, or resumes it if it was stopped."""
     return [
         *(python(), "-m", "vit_jax", "train"),
         *(f"--config={config}", f"--workdir={workdir}"),
@@ -55,13 +55,13 @@ def run_sweep(
     *,
     command: Callable[[str, str, Sequence[str]], list[str]] = train_command,
 ) -> list[Result]:
-    """Runs every point in WORKDIR/NAME that is not finished there, with its output in NAME.log.
+    """Runs all unfinished points in WORKDIR/NAME, with their output in NAME.log.
 
-    WORKDIR/sweep.json has the state of every point at any time. A point that fails stops only
-    those that are after it.
+    WORKDIR/sweep.json always has the state of every point. If a point fails, only those after it
+    are not run.
 
     Raises:
-      UserError: another sweep runs in this folder; a run folder is in use, or holds a run of
+      UserError: another sweep runs in this folder; a run folder is in use, or holds a run with
         another config. Nothing was started.
       Stopped: SIGTERM or SIGINT came.
     """
@@ -124,7 +124,7 @@ def run_sweep(
 
 
 def failures(results: Sequence[Result]) -> str | None:
-    """One sentence on what is not finished, None if everything is."""
+    """Describes unfinished points in one sentence; None if all are finished."""
     failed = [result for result in results if result.state == "failed"]
     if not failed:
         return None
@@ -135,14 +135,14 @@ def failures(results: Sequence[Result]) -> str | None:
 
 
 def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:
-    """Yields the points that need not be run again.
+    """Yields the points that are finished and need not be run again.
 
-    The record says of such a point that its command ended well, and its folder still holds a run
-    of this config, whose last checkpoint is of the step that its metrics end with. Where only the
-    record is gone, the command runs once more, which takes a finished run no more than a start.
+    A point is finished if the record says that its command succeeded, and its folder holds a run
+    with this config, with its last checkpoint at the step of its last metrics. If only the record
+    is lost, the command runs again, which for a finished run is no more than a start.
 
     Raises:
-      UserError: a folder holds a run of another config.
+      UserError: a folder holds a run with another config.
     """
     from vit_jax.checkpoints.store import Store
     from vit_jax.training.config import differences, read_config
@@ -171,7 +171,7 @@ def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:
 
 
 def _wait_until_free(folder: epath.Path) -> None:
-    """Raises a UserError if a live run holds the folder; what does not exist is free."""
+    """Raises a UserError if a live run holds the folder; a folder that does not exist is free."""
     from vit_jax.checkpoints.store import lock
 
     deadline = time.monotonic() + PATIENCE
@@ -186,12 +186,12 @@ def _wait_until_free(folder: epath.Path) -> None:
 
 
 def read_results(workdir: epath.PathLike) -> list[Result]:
-    """What a sweep's folder holds: every point, its state, the last value of every metric.
+    """Reads the results of a sweep: every point, its state, the last value of every metric.
 
-    Where only sweep.json was kept, metrics are those that it had when a point ended.
+    If the run folders are gone, metrics are those recorded in sweep.json when a point ended.
 
     Raises:
-      UserError: it is no sweep's folder.
+      UserError: it is not a sweep's folder.
     """
     from vit_jax.training.metrics import last_values
 
@@ -214,7 +214,7 @@ def read_results(workdir: epath.PathLike) -> list[Result]:
 
 
 def is_held(root: epath.Path) -> bool:
-    """Whether a sweep runs in this folder; one that was killed could not say that it does not."""
+    """Whether a sweep runs in this folder, by its lock: a killed sweep leaves no other sign."""
     with contextlib.suppress(FileNotFoundError), open(root / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,13 +1,13 @@
-"""The points of a sweep as jobs of Slurm, which outlive the sweep that submitted them.
+"""Launches the points of a sweep as Slurm jobs, which outlive the sweep that submitted them.
 
 WORKDIR/slurm/NAME.sh    the job of a point; `sbatch NAME.sh` runs it by hand
-WORKDIR/slurm/*.out      what Slurm itself said of jobs; NAME.log has what their commands said
-WORKDIR/slurm/NAME.exit  what it ended with, written by the job, so that no accounting is needed
-WORKDIR/slurm/_*.sh      an array of points that wait for the same
-WORKDIR/slurm/jobs.json  which jobs are not yet accounted for in sweep.json
+WORKDIR/slurm/*.out      Slurm's own output; NAME.log has that of the commands
+WORKDIR/slurm/NAME.exit  its exit code, written by the job, so that no accounting is needed
+WORKDIR/slurm/_*.sh      a job array of points that wait for the same points
+WORKDIR/slurm/jobs.json  jobs that are not yet recorded in sweep.json
 
-A run that saved and ended, for its time was up or others needed the node, is queued again by its
-own job. Slurm itself queues again what it preempted or whose node is gone.
+A run that saved and ended, due to its time limit or preemption, is requeued by its own job. Slurm
+itself requeues jobs that it preempted or that lost their node.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ DOWN = 600.0  # seconds that Slurm may not answer
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """Submits jobs to Slurm and watches them; they outlive it, and it takes them up again.
+    """Submits jobs to Slurm and watches them; they outlive this process, and can be taken up again.
 
-    Points that wait for the same are one array, of which `jobs` run at a time.
+    Points that wait for the same points are one job array, with `jobs` running at a time.
 
     Args:
-      nodes, tasks_per_node: of one point. Several tasks are one run; each takes one GPU, so of
-        several nodes there is, unless said otherwise, a task for each. One task takes all GPUs.
-      gpus_per_node: a number, perhaps after a kind, as `a100:4`.
-      sbatch: further options of sbatch, as in a shell; they win over the others.
+      nodes, tasks_per_node: for one point. Several tasks are one run, with one GPU each; on several
+        nodes the default is a task for each GPU. A single task takes all GPUs.
+      gpus_per_node: a number, optionally with a type, as `a100:4`.
+      sbatch: additional sbatch options, as in a shell; they override the others.
       poll: seconds between two looks at the queue.
-      patience: seconds after a job's end that what it wrote may take to be seen here.
+      patience: seconds to wait after a job's end for its files to become visible here.
     """
 
     jobs: int | None = None
@@ -88,7 +88,7 @@ class Slurm:
             )
 
     def _gpus(self) -> int:
-        """How many a node has."""
+        """GPUs of a node."""
         return int((self.gpus_per_node or "0").rpartition(":")[2])
 
     def under_way(self, jobs: Sequence[Job]) -> set[str]:
@@ -128,7 +128,7 @@ class Slurm:
             )
 
     def _take_up(self, left: dict[str, Job], record: Record) -> Iterator[Change | None]:
-        """Tells what ended while nobody looked, and forgets what is lost: it is submitted again."""
+        """Yields what ended in the meantime, and forgets lost jobs, which are submitted again."""
         now = queue()
         record.find(now)
         for name, number in record.numbers().items():
@@ -153,7 +153,7 @@ class Slurm:
     def _watch(
         self, left: dict[str, Job], record: Record, came: Callable[[], int]
     ) -> Iterator[Change | None]:
-        """Tells every change of the jobs that are `left`, until there are none."""
+        """Yields every change of the jobs in `left`, until there are none."""
         states = dict.fromkeys(left, "waiting")
         gone_since: dict[str, float] = {}
         looked, shown, answered = float("-inf"), float("-inf"), time.monotonic()
@@ -195,7 +195,7 @@ class Slurm:
                 record.forget([name])
 
     def _submit(self, jobs: Sequence[Job], record: Record) -> None:
-        """Submits jobs, those that wait for the same as an array."""
+        """Submits jobs; those that wait for the same jobs are one array."""
         arrays: dict[tuple[str, ...], list[Job]] = {}
         coming = {*record.numbers(), *(job.name for job in jobs)}
         for job in jobs:
@@ -223,7 +223,7 @@ class Slurm:
             numbers = record.numbers()
             waits = ":".join(numbers[each] for each in after)
             command += [f"--dependency=afterok:{waits}", "--kill-on-invalid-dep=yes"]
-        # Recorded before, so that the array is found if this process is killed meanwhile.
+        # Recorded before submission, so that the array is found if this process is killed.
         array = {"name": name, "id": None, "points": {job.name: i for i, job in enumerate(jobs)}}
         record.arrays.append(array)
         record.write()
@@ -236,7 +236,7 @@ class Slurm:
             record.write()
 
     def script(self, job: Job) -> str:
-        """The text that runs a job: in an array, or by hand with sbatch."""
+        """The batch script of a job, in an array or submitted by hand."""
         folder = _root([job]) / FOLDER
         srun = ["srun", "--kill-on-bad-exit=0"]  # those that still save are not to be killed
         if self.cpus_per_task:
@@ -304,7 +304,7 @@ def _root(jobs: Sequence[Job]) -> Path:
 
 
 def _ended(left: dict[str, Job], record: Record, name: str, code: int | None) -> Change:
-    """Takes a job out of those that are `left`; if it failed, also those that are after it."""
+    """Removes a job, and if it failed, the jobs after it, from `left`; returns the change."""
     del left[name]
     if code == 0:
         return Change(name, "finished", code)
@@ -327,12 +327,12 @@ def _exit_code(record: Record, name: str) -> int | None:
 
 
 def _literal(path: Path) -> str:
-    """A path as sbatch reads it where % stands for what it knows."""
+    """Escapes a path for sbatch, which replaces patterns with %."""
     return str(path).replace("%", "%%")
 
 
 def _quoted(text: str) -> str:
-    """A value as sbatch reads it in a script."""
+    """Quotes a value for sbatch in a script."""
     if re.fullmatch(r"[\w./:@%=+,-]*", text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,4 +1,4 @@
-"""What Slurm was given, and what it says: jobs.json, squeue and scancel."""
+"""Slurm's queue: the record of submitted jobs (jobs.json), squeue and scancel."""
 
 import dataclasses
 import getpass
@@ -13,14 +13,14 @@ from typing import Any
 from vit_jax.errors import UserError
 
 FOLDER = "slurm"  # in a sweep's folder
-# What squeue calls a job that will run, or runs. A job in any other state has ended.
+# squeue's states of jobs that will run, or run. A job in any other state has ended.
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Queued:
-    """A job as squeue shows it; `name` is its array's."""
+    """A job in squeue; `name` is that of its array."""
 
     state: str = ""  # Slurm knows of no such job (any more)
     name: str = ""
@@ -36,9 +36,9 @@ class Queued:
 
 @dataclasses.dataclass
 class Record:
-    """The file jobs.json: arrays that were submitted, and each point's index in its array.
+    """The file jobs.json: submitted arrays, and each point's index in its array.
 
-    A point is taken out once its end was told, an array once it has no points.
+    A point is removed when its end was reported, an array when it has no points left.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Record:
 
     @classmethod
     def read(cls, root: os.PathLike) -> "Record":
-        """Reads the record of a sweep's folder; there may be none."""
+        """Reads the record in a sweep's folder; empty if there is none."""
         folder = Path(root) / FOLDER
         path = folder / "jobs.json"
         try:
@@ -59,7 +59,7 @@ class Record:
             ) from None
 
     def find(self, queue: Mapping[str, Queued]) -> None:
-        """Looks for arrays whose number is not known, as the sweep was killed submitting them."""
+        """Finds the ids of arrays by name, if the sweep was killed while submitting them."""
         numbers = {job.name: number.partition("_")[0] for number, job in queue.items()}
         for array in self.arrays:
             array["id"] = array["id"] or numbers.get(array["name"])
@@ -72,7 +72,7 @@ class Record:
         os.replace(partial, path)
 
     def numbers(self) -> dict[str, str]:
-        """The job of each point, as "12_0"."""
+        """The job id of each point, as "12_0"."""
         return {
             point: f"{array['id']}_{i}"
             for array in self.arrays
@@ -92,7 +92,7 @@ _KEYS = ("name", "id", "points")
 
 
 def queue() -> dict[str, Queued]:
-    """Every job of this user by its number, those that ended just now as well."""
+    """Every job of this user by its id, including those that have just ended."""
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--states=all"]
     lines = ask([*command, "--format=%i|%T|%j"]).splitlines()
     fields = [line.strip().split("|", 2) for line in lines if line.count("|") >= 2]
@@ -100,13 +100,13 @@ def queue() -> dict[str, Queued]:
 
 
 def cancel(numbers: Sequence[str]) -> None:
-    """Cancels jobs by their numbers; those that are gone already do not matter."""
+    """Cancels jobs by id; jobs that have ended are ignored."""
     if numbers:
         subprocess.run(["scancel", "--quiet", *numbers], check=False, capture_output=True)
 
 
 def ask(command: Sequence[str]) -> str:
-    """Runs a command of Slurm's and returns what it prints."""
+    """Runs a Slurm command and returns its output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"

@@ -1,4 +1,4 @@
-"""A sweep: a file that yields points, each of which becomes one run folder.
+"""Sweep files: a function that yields points, each of which becomes one run.
 
     config = "configs/digits.py"
 
@@ -6,9 +6,9 @@
         for point in product({"optim.lr": [1e-3, 3e-3], "seed": [0, 1, 2]}):
             yield point
 
-A point is a dict of overrides of the config. It may also have a `name` (otherwise what differs
-between the points makes one), a `config` of its own, and `after`: the name of a point, or several,
-that must be finished first. A value "@NAME" is the run folder of that point, and implies `after`.
+A point is a dict of config overrides. It may also have a `name` (by default made from the overrides
+that differ between points), its own `config`, and `after`: the name of a point, or several, that
+must finish first. A value "@NAME" is the run folder of that point, and implies `after`.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ _LONGEST = 150  # of a name; file systems take 255 bytes
 
 
 def product(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Every combination of the axes' values, the last axis fastest."""
+    """All combinations of the axes' values; the last axis varies fastest."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def together(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """The axes' first values, then their second, ...; all axes are as long.
+    """Zips axes of equal length: their first values, then their second, ...
 
     Points combine with `|`: `a | b for a in together(...) for b in product(...)`.
     """
@@ -43,7 +43,7 @@ def together(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run of a sweep; `overrides` are as the file has them, with "@NAME" in them."""
+    """One run of a sweep; `overrides` are as in the file, including "@NAME"."""
 
     name: str
     config: str
@@ -51,7 +51,7 @@ class Point:
     after: tuple[str, ...] = ()
 
     def flags(self, folder: Callable[[str], str]) -> list[str]:
-        """The overrides as flags, with what `folder` says for the run folder of a point."""
+        """The overrides as flags; `folder` maps a point's name to its run folder."""
         return [
             f"--config.{key}={folder(value[1:]) if _refers(value) else value}"
             for key, value in self.overrides.items()
@@ -60,21 +60,21 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The points of a sweep file, checked, in an order that respects `after`."""
+    """The checked points of a sweep file, in an order that respects `after`."""
 
     spec: str
     points: tuple[Point, ...]
 
 
 def load_sweep(spec: str) -> Sweep:
-    """Reads `FILE` or `FILE:SCALE`, and checks every point of it, its config included.
+    """Loads `FILE` or `FILE:SCALE`, and checks every point, including its config.
 
-    A config file is looked for from the current directory, then from the folders that the sweep
-    file is in, the nearest first.
+    Config files are looked up from the current directory, then from the parent folders of the
+    sweep file, nearest first.
 
     Raises:
-      UserError: no such file, function or scale; points that have no name of their own, wait for
-        one another or for none that exists; an override that their config does not take.
+      UserError: no such file, function or scale; points with the same name, with a circular or
+        unknown `after`; an override that the config does not accept.
     """
     path, _, scale = spec.partition(":")
     default, raw = _read_file(spec, path, scale)
@@ -115,7 +115,7 @@ def _read_file(spec: str, path: str, scale: str) -> tuple[Any, list[Any]]:
 
 
 def _point(spec: str, fields: Any, default: Any) -> Point:
-    """Takes what a sweep yields to a Point, whose name may still be empty."""
+    """Converts what a sweep yields to a Point; its name may still be empty."""
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise UserError(f"{spec} yields {fields!r}; expected a dict of overrides")
     overrides = dict(fields)
@@ -139,7 +139,7 @@ def _point(spec: str, fields: Any, default: Any) -> Point:
 
 
 def _plain(spec: str, key: str, value: Any) -> Any:
-    """A value as a flag can say it; NumPy's numbers become Python's."""
+    """Converts a value to what a flag can express; NumPy's numbers become Python's."""
     if hasattr(value, "item") and hasattr(value, "dtype"):
         value = value.item() if value.ndim == 0 else tuple(value.tolist())
     if isinstance(value, (list, tuple)):
@@ -163,7 +163,7 @@ def _waiting(point: Point) -> Point:
 
 
 def _named(spec: str, points: list[Point]) -> list[Point]:
-    """Names those points that have no name by the overrides in which they differ."""
+    """Names unnamed points by the overrides in which they differ."""
     settings = [{"config": point.config, **point.overrides} for point in points if not point.name]
     keys = dict.fromkeys(key for each in settings for key in each)
     varied = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
@@ -193,14 +193,14 @@ def _named(spec: str, points: list[Point]) -> list[Point]:
 
 
 def _text(value: Any) -> str:
-    """A value as a part of a file's name."""
+    """Formats a value as part of a file name."""
     if isinstance(value, tuple):
         return "x".join(map(_text, value))
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", str(value)).strip("_")
 
 
 def _ordered(spec: str, points: list[Point]) -> list[Point]:
-    """The points in their own order, but each after those that it waits for."""
+    """Sorts points so that each comes after those that it waits for, otherwise in order."""
     by_name = {point.name: point for point in points}
     done: dict[str, Point] = {}
 
@@ -233,7 +233,7 @@ def _find_config(config: str, sweep_file: str) -> str:
 
 
 def point_config(point: Point, folder: Callable[[str], str]) -> Any:
-    """The Config of a point, where `folder` says the run folder of a point that it names."""
+    """The Config of a point; `folder` maps the names of points in it to run folders."""
     from vit_jax.training.config_file import load_config
 
     return load_config(point.config, point.flags(folder))

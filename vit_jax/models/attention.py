@@ -1,4 +1,4 @@
-"""How attention is computed: by cuDNN where that works, or by products; and its weights."""
+"""Scaled dot-product attention: cuDNN's fused kernel or plain matrix products, and its weights."""
 
 import functools
 import logging
@@ -22,10 +22,10 @@ def attend(
     v: Float[Array, "b n h k"],
     bias: Float[Array, "b h m n"] | None = None,
 ) -> Float[Array, "b m h k"]:
-    """softmax(q k' / sqrt(head_dim) + bias) v, where nothing fused does it; softmax in float32.
+    """Unfused attention, softmax(q k' / sqrt(head_dim) + bias) v, with the softmax in float32.
 
-    The softmax divides last, what is weighted instead of the weights: so on the way back its sums
-    run over head_dim, not over tokens (FlashAttention's trick, arXiv 2205.14135, section 3.1).
+    The softmax's division comes last, after the product with v, so that the sums of the backward
+    pass run over head_dim, not over tokens (as in FlashAttention, arXiv 2205.14135, section 3.1).
     """
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     scores = einsum_f32("bhmk,bhnk->bhmn", q, k)
@@ -43,14 +43,14 @@ def attention_weights(
     k: Float[Array, "b n h k"],
     bias: Float[Array, "b h m n"] | None = None,
 ) -> Float[Array, "b h m n"]:
-    """The softmax that a fused attention never writes to memory, computed beside it in float32."""
+    """Attention weights in float32, which fused attention never stores, computed separately."""
     scores = jnp.einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
     return jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
 
 
 def backend_of(config: ViTConfig) -> str:
-    """What self-attention runs on where this is traced for: `cudnn` or `xla`."""
+    """Returns the backend of self-attention on the device that is traced for: `cudnn` or `xla`."""
     sizes = (config.dtype, config.head_dim, config.num_tokens)
     return attention_backend(config.attention, *sizes, config.position == "relative")
 
@@ -58,12 +58,12 @@ def backend_of(config: ViTConfig) -> str:
 def attention_backend(
     wanted: str, dtype: str, head_dim: int, tokens: int, biased: bool = False
 ) -> str:
-    """Chooses what `jax.nn.dot_product_attention` runs on; `auto` is cuDNN where it works.
+    """Chooses the backend of `jax.nn.dot_product_attention`; `auto` is cuDNN where it works.
 
-    cuDNN takes half precision and head dimensions that are multiples of 8; whether it does on the
-    device that is traced for is found out by compiling a small gradient once. With a bias of the
-    logits (relative positions), `auto` is XLA everywhere: cuDNN's has limits on sizes and on
-    gradients. Its gradients have none of their own: second derivatives need XLA's.
+    cuDNN takes half precision and head dimensions that are multiples of 8. Whether it works on the
+    target device is tested once, by compiling a small gradient. With a bias on the logits (relative
+    positions), `auto` is always XLA, as cuDNN limits the sizes and gradients of a bias. cuDNN's
+    gradients cannot be differentiated again: second derivatives need XLA.
     """
     if wanted != "auto":
         return wanted
@@ -89,10 +89,10 @@ def _cudnn_works(device: Any, dtype: str, head_dim: int, tokens: int) -> bool:
 
 
 def padding(q: Float[Array, "b n h k"], length: int) -> dict[str, Int[Array, " b"]]:
-    """What tells `jax.nn.dot_product_attention` that tokens count up to `length`, if not all do.
+    """Length arguments for `jax.nn.dot_product_attention` if only the first `length` tokens count.
 
-    The same for each image. It depends on q, if only for the eye, so that it has q's axes under
-    `jax.vmap`: JAX 0.10 needs that.
+    The lengths are the same for each image. They formally depend on q, so that they have its batch
+    axes under `jax.vmap`, which JAX 0.10 needs.
     """
     if length == q.shape[1]:
         return {}
@@ -101,5 +101,5 @@ def padding(q: Float[Array, "b n h k"], length: int) -> dict[str, Int[Array, " b
 
 
 def even(tokens: int) -> int:
-    """How many tokens cuDNN is given: JAX refuses odd numbers in training (0.10 to 0.12)."""
+    """Rounds up to even: with cuDNN, JAX (0.10 to 0.12) refuses to train on odd token counts."""
     return tokens + tokens % 2

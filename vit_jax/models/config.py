@@ -1,4 +1,4 @@
-"""What a model is, as one frozen record, and the published variants as one table."""
+"""Model configurations as frozen dataclasses, and the table of published variants."""
 
 import dataclasses
 import re
@@ -23,9 +23,9 @@ VARIANTS = {
     "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
     "22B": dict(width=6144, depth=48, mlp_dim=24576, num_heads=48),
 }
-# Hybrids, whose whole name is in the table: what the ResNet in front has, and the patches of its
-# feature map. With /16 the paper's fourth stage is merged into the third (section 4.1). AugReg's
-# R+Ti/16 has a stem that shrinks 4 times and patches of 8, so that 224 pixels make 7 x 7 of them.
+# Hybrids, which have their whole name in the table: the ResNet before the patches, and the patch
+# size on its feature map. With /16 the paper's fourth stage is merged into the third (section
+# 4.1). AugReg's R+Ti/16 has a stem of stride 4 and patches of 8: a grid of 7 x 7 at 224 pixels.
 VARIANTS |= {
     f"R{name}+{size}": dict(VARIANTS[size.split("/")[0]], patch_size=(patch, patch), resnet=units)
     for name, size, patch, units in (
@@ -71,37 +71,38 @@ class ViTConfig:
 
     `image_size` and `patch_size` are kept as (h, w); one number means square.
     `pool` is what the head reads: the class token, the mean of the patch tokens (`gap`), an
-    attention pooling head over them (`map`), or the first two side by side (`token_gap`, DINOv2's
+    attention pooling head over them (`map`), or the first two concatenated (`token_gap`, DINOv2's
     linear head). `representation_size` is the width of the tanh layer before the head (paper,
-    section 3.1), None for none. `num_classes=0` is a model without a head, whose output is the
-    pooled representation. `dtype` is what the layers compute in; parameters are always float32.
-    `attention`, `scan` and `remat` change how it is computed, never the parameters. `scan` is
-    whether blocks are scanned or looped over; None is what suits the device. `remat` is what
-    training computes anew on its way back, to save memory: at most what goes element by element
-    (`none`), all but the products with kernels (`dots`), or each whole block (`full`).
+    section 3.1), None for none. `num_classes=0` is a model without a head: it outputs the pooled
+    representation. `dtype` is the compute dtype; parameters are always float32.
+    `attention`, `scan` and `remat` change how the model is computed, never its parameters. `scan`
+    is whether blocks run in `lax.scan` or in a Python loop; None chooses by device. `remat` is
+    rematerialisation, what the backward pass recomputes to save memory: at most elementwise
+    operations (`none`), all but the products with kernels (`dots`), or whole blocks (`full`).
 
-    `position` is what tells patches apart (paper, appendix D.4): a table with a row for each token
-    (`learned`), a table for rows and one for columns, whose halves of the width are put side by
-    side (`learned2d`) or that are added (`learned2d_added`), fixed sines and cosines (`sincos2d`),
-    learned embeddings of the offsets between patches in raster order that add to the attention's
-    logits (`relative`), or nothing. `position_at` says where learned tables are added: to the
-    tokens at the `input`, before every layer with tables of its own (`layers`), or before every
-    layer with the same ones (`layers_shared`).
+    `position` is the position embedding (paper, appendix D.4): a table with a row for each token
+    (`learned`), one table for rows and one for columns, concatenated at half the width each
+    (`learned2d`) or added (`learned2d_added`), fixed sines and cosines (`sincos2d`), learned
+    embeddings of the offsets between patches in raster order that add to the attention logits
+    (`relative`), or `none`. `position_at` says where learned tables are added: to the tokens at
+    the `input`, before every layer with tables of its own (`layers`), or before every layer with
+    the same ones (`layers_shared`).
 
-    What other families do otherwise: tokens before the patches are the class token (`class_token`;
+    Options of other model families: tokens before the patches are the class token (`class_token`;
     None: where `pool` reads it), DeiT's distillation token (`distillation`: "token", or "head" with
     its own head, averaged with the other) and `registers`, in this order; the first
     `position_prefix` of them have rows in the position embedding (None: all). `pre_norm` is CLIP's
-    LayerNorm after the positions, `norm_after_pool` puts the last one behind the pooling (MAE's
-    fc_norm), `layer_scale` is the initial scale of each residual branch (CaiT; None for none).
-    `mlp="swiglu"` has a gate of `mlp_dim` hidden units; `gelu="quick"` is x sigmoid(1.702 x).
+    LayerNorm after the positions, `norm_after_pool` moves the last LayerNorm behind the pooling
+    (MAE's fc_norm), `layer_scale` is the initial scale of each residual branch (CaiT; None for
+    none). `mlp="swiglu"` has a gate of `mlp_dim` hidden units; `gelu="quick"` is x
+    sigmoid(1.702 x).
 
     A hybrid (paper, section 3.1) has a ResNet before the patches, which are then cut from its
-    feature map: `resnet`, `resnet_width` and `resnet_style` are as in `ResNetConfig`, but that
-    `resnet=()` is the root alone, and None no ResNet at all.
+    feature map. `resnet`, `resnet_width` and `resnet_style` are as in `ResNetConfig`, except that
+    `resnet=()` is the ResNet's root alone, and None is no ResNet at all.
 
-    `patch_outputs` is how many numbers are predicted for a corrupted patch, in masked patch
-    prediction (paper, section 4.6); 0 is a model that is not made for it. A run sets it itself.
+    `patch_outputs` is how many numbers are predicted for a corrupted patch in masked patch
+    prediction (paper, section 4.6); 0 is a model without that head. Training sets it itself.
 
     Raises:
       UserError: a size that does not divide another, or a choice that does not exist.
@@ -206,20 +207,20 @@ class ViTConfig:
 
     @property
     def patch_pixels(self) -> tuple[int, int]:
-        """The (h, w) in pixels of what a patch stands for: of a hybrid, `patch_size` strides."""
+        """The (h, w) in image pixels that one patch covers; in hybrids, `patch_size` strides."""
         stride = 1 if self.resnet is None else resnet_stride(self.resnet)
         return self.patch_size[0] * stride, self.patch_size[1] * stride
 
     @property
     def patch_channels(self) -> int:
-        """Channels of what the patches are cut from."""
+        """Channels of the patches' input: of the image, or of the ResNet's feature map."""
         if self.resnet is None:
             return self.in_channels
         return resnet_channels(self.resnet, self.resnet_width)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """Number of patches, (down, across)."""
         (h, w), (ph, pw) = self.image_size, self.patch_pixels
         return h // ph, w // pw
 
@@ -238,7 +239,7 @@ class ViTConfig:
 
     @property
     def num_position_prefix(self) -> int:
-        """Rows that the prefix tokens have in the position embedding."""
+        """Number of prefix tokens that have a row in the position embedding."""
         return self.num_prefix_tokens if self.position_prefix is None else self.position_prefix
 
     @property
@@ -247,9 +248,9 @@ class ViTConfig:
         return self.num_position_prefix + self.grid[0] * self.grid[1]
 
     def with_fresh_head(self, num_classes: int) -> "ViTConfig":
-        """The model to fine-tune: one linear layer on what is pooled (paper, B.1.1).
+        """Returns the config to fine-tune: one linear head on the pooled output (paper, B.1.1).
 
-        What masked patch prediction needs beside goes as well.
+        The head of masked patch prediction is dropped as well.
         """
         distillation = "token" if self.distillation == "head" else self.distillation
         return dataclasses.replace(
@@ -268,13 +269,13 @@ class ViTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """A ResNet with group normalisation and standardised convolutions, as the paper compares with.
+    """A ResNet with group normalisation and weight standardisation, the paper's baseline.
 
-    `resnet` has the number of bottleneck units in each stage, one to four of them, `resnet_width`
-    the channels of the root, a multiple of 32. `resnet_style` is whose: `v1` normalises behind each
-    convolution, as the ResNets of Google's hybrids and of big_vision's bit.py do, `v2` before it,
-    as BiT's (arXiv 1912.11370); `timm_v1` and `timm_v2` are timm's of both, which differ in the
-    constants that keep divisions from zero (see models/resnet.py). The rest is as in `ViTConfig`.
+    `resnet` is the number of bottleneck units in each stage, for one to four stages, `resnet_width`
+    the channels of the root, a multiple of 32. `resnet_style` is the code base it follows: `v1`
+    normalises after each convolution, like the ResNets of Google's hybrids and of big_vision's
+    bit.py; `v2` before it, like BiT's (arXiv 1912.11370); `timm_v1` and `timm_v2` are timm's
+    versions, which differ in the epsilons (see models/resnet.py). The rest is as in `ViTConfig`.
 
     Raises:
       UserError: a size or a choice that does not exist.
@@ -308,7 +309,7 @@ class ResNetConfig:
         return resnet_channels(self.resnet, self.resnet_width)
 
     def with_fresh_head(self, num_classes: int) -> "ResNetConfig":
-        """The model to fine-tune: one linear layer on what is pooled."""
+        """Returns the config to fine-tune with: one linear head on the pooled output."""
         return dataclasses.replace(self, num_classes=num_classes, head_bias=0.0)
 
 
@@ -317,7 +318,7 @@ FAMILIES = {"vit": ViTConfig, "resnet": ResNetConfig}
 
 
 def resnet_stride(units: Sequence[int]) -> int:
-    """Pixels, down and across, for one position of a ResNet's feature map."""
+    """Total stride of a ResNet, in pixels."""
     return 4 * 2 ** max(len(units) - 1, 0)
 
 
@@ -346,7 +347,7 @@ def _check_resnet(config: ModelConfig) -> None:
 
 
 def pair(value: Any, name: str) -> tuple[int, int]:
-    """Reads (h, w) from an int or a sequence of one or two ints; one number means square."""
+    """Converts an int or a sequence of one or two ints to (h, w); one number means square."""
     sides = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(sides) not in (1, 2) or not all(isinstance(s, Integral) and s > 0 for s in sides):
         raise UserError(f"model.{name} is {value!r}; expected one positive integer or (h, w)")
@@ -354,7 +355,7 @@ def pair(value: Any, name: str) -> tuple[int, int]:
 
 
 def variant_fields(name: str) -> dict[str, Any]:
-    """What a variant such as "B/16", "Ti/16x8", "R50+B/16" or "R50x1" says about its config.
+    """Returns the config fields of a variant such as "B/16", "Ti/16x8", "R50+B/16" or "R50x1".
 
     Raises:
       UserError: the name is neither in VARIANTS nor VARIANT/PATCH, or there is no such variant.
@@ -388,12 +389,12 @@ def variant(name: str, **fields: Any) -> ModelConfig:
 
 
 def variant_kind(sizes: Mapping[str, Any]) -> type[ModelConfig]:
-    """Which config an entry of VARIANTS is for."""
+    """The config class for an entry of VARIANTS."""
     return ViTConfig if "width" in sizes else ResNetConfig
 
 
 def check_fields(kind: type[ModelConfig], names: Iterable[str]) -> None:
-    """Raises a UserError for the name of a field that such a config does not have."""
+    """Raises a UserError if any of `names` is not a field of the config class."""
     known = {field.name for field in dataclasses.fields(kind)}
     for name in names:
         if name not in known:

@@ -1,4 +1,4 @@
-"""What is done to each element or token by itself, with derivatives that keep little."""
+"""Elementwise and per-token operations, with derivatives that store few residuals."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vit_jax.compiler import target
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Zeroes a share `rate` of x and scales up the rest; identity without a key."""
+    """Zeroes elements of x at `rate` and scales up the rest; the identity without a key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -23,7 +23,7 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
 def drop_path(
     x: Float[Array, "b n d"], rate: float | Float[Array, ""], key: Key[Array, ""] | None
 ) -> Float[Array, "b n d"]:
-    """Stochastic depth (arXiv 1603.09382): drops a whole residual branch, example by example."""
+    """Stochastic depth (arXiv 1603.09382): drops a whole residual branch for some examples."""
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
@@ -31,13 +31,13 @@ def drop_path(
 
 
 def gelu(kind: str) -> Callable[[Array], Array]:
-    """`tanh` is Google's JAX default, `erf` the exact one of PyTorch, `quick` OpenAI's in CLIP."""
+    """Returns a GELU: `tanh` (Google's JAX code), `erf` (exact, PyTorch) or `quick` (CLIP)."""
     return functools.partial(_gelu, kind)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gelu(kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """With a derivative of x alone, in float32."""
+    """GELU with a derivative that stores only x, computed in float32."""
     return _plain_gelu(kind, x)
 
 
@@ -57,7 +57,7 @@ _gelu.defvjp(lambda kind, x: (_gelu(kind, x), x), _gelu_back)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalised(epsilon: float, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """x with a mean of 0 and a variance of 1 in the last dimension, in float32."""
+    """Normalises x to mean 0 and variance 1 over the last dimension, in float32."""
     return _normalised(epsilon, x)[0]
 
 
@@ -79,10 +79,10 @@ normalised.defvjp(lambda epsilon, x: (normalised(epsilon, x), x), _normalised_ba
 
 @jax.custom_vjp
 def row_major(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """The same x, whose gradient on GPUs lies in memory in the order of its axes.
+    """The identity; on GPUs, the gradient of x is stored in row-major order.
 
-    Else XLA lets the sum over images, which is the gradient of position embeddings, turn the tokens
-    of all blocks around.
+    Otherwise XLA transposes the tokens of all blocks for the sum over images that is the gradient
+    of the position embeddings.
     """
     return x
 

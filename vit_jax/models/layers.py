@@ -1,4 +1,4 @@
-"""The layers of a Vision Transformer; parameters float32, computation in `config.dtype`."""
+"""Layers of a Vision Transformer; parameters in float32, computation in `config.dtype`."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ from vit_jax.models.stack import Captures, split_key
 
 
 def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
-    """Raises a UserError for images that are no floats, or of another size or layout."""
+    """Raises a UserError for images that are not floats, or have the wrong size or layout."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
             f"a model takes the normalised floats that .preprocess returns, not {images.dtype} "
@@ -43,11 +43,11 @@ def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """A LayerNorm over the last dimension, its statistics in float32."""
+    """LayerNorm over the last dimension, with statistics in float32."""
 
     @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """On GPUs with a derivative that one kernel computes, from x alone."""
+        """On GPUs with a custom derivative: one kernel, which needs x alone."""
         if target() != "gpu":
             return super().__call__(x)
         y = normalised(self.epsilon, x.astype(jnp.float32))
@@ -55,7 +55,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A LayerNorm over the width."""
+    """Returns a LayerNorm over the model's width."""
     return LayerNorm(
         config.width,
         epsilon=config.layernorm_eps,
@@ -66,7 +66,7 @@ def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def zero_head(inputs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    """A classifier that knows nothing yet: a zero kernel, and `config.head_bias`."""
+    """Returns a classifier with a kernel of zeros and biases of `config.head_bias`."""
     return nnx.Linear(
         inputs,
         config.num_classes,
@@ -78,10 +78,11 @@ def zero_head(inputs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 class PatchEmbed(nnx.Module):
-    """Cuts an image, or a feature map, into patches and projects each one linearly (E in Eq. 1).
+    """Cuts an image or a feature map into patches and projects each linearly (E in Eq. 1).
 
-    A convolution whose stride is its window, written as a reshape and one matrix product. The
-    kernel keeps the convolution's shape [ph pw c d] and initialisation (LeCun normal).
+    Equivalent to a convolution with a stride equal to its window, written as a reshape and one
+    matrix product. The kernel keeps a convolution's shape [ph pw c d] and initialisation (LeCun
+    normal).
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -103,11 +104,11 @@ class PatchEmbed(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention (MSA in Eq. 2, appendix A) with one QKV kernel [d 3 heads head_dim].
 
-    Q, K and V are initialised one by one, as Google's code does: Xavier over the fused kernel
-    would give them a standard deviation of 0.0255 where theirs is 0.0361 (width 768).
+    Q, K and V are initialised separately, as in Google's code: Xavier over the fused kernel would
+    give them a standard deviation of 0.0255 in place of 0.0361 (width 768).
 
-    With `relative`, each offset between patches has an embedding, which adds to the logits what a
-    query makes of it as a key (appendix D.4). XLA computes that: cuDNN is not asked for the bias.
+    With `relative`, each offset between patches has a learned embedding. The query's product with
+    it is added to the logits (appendix D.4). This always runs on XLA, not on cuDNN.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, relative: bool = False):
@@ -130,7 +131,7 @@ class Attention(nnx.Module):
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
     ) -> Float[Array, "b m d"]:
-        """Attends from x, or from `query`, to x; to its first `length` tokens, if that is given."""
+        """Attends from x, or from `query` if given, to x, or only to its first `length` tokens."""
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
             q, k, v = self._qkv(x, query)
@@ -169,12 +170,12 @@ class Attention(nnx.Module):
 def affine(
     x: Float[Array, "b n *inputs"], layer: "Affine | nnx.Linear", dtype: Any
 ) -> Float[Array, "b n *outputs"]:
-    """What a layer's kernel and bias make of tokens, in `dtype`."""
+    """Applies a layer's kernel and bias to tokens, in `dtype`."""
     return linear(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
 
 
 class Affine(nnx.Module):
-    """A kernel of any rank and its zero-initialised bias, if any."""
+    """The parameters of a linear layer: a kernel of any rank and, optionally, a zero bias."""
 
     def __init__(self, kernel: Float[Array, "..."], bias_shape: tuple[int, ...] | None):
         self.kernel = nnx.Param(kernel)
@@ -183,10 +184,10 @@ class Affine(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two layers with a GELU between (Eq. 3); biases start at a spread of 1e-6, as in Google's.
+    """Two linear layers with a GELU between (Eq. 3); biases start at a deviation of 1e-6 (Google).
 
-    With `mlp="swiglu"` the first layer makes a gate and what it gates, each of `mlp_dim`
-    (arXiv 2002.05202; DINOv2's giant), one after the other in the last dimension.
+    With `mlp="swiglu"` the first layer outputs the gate and the gated value, `mlp_dim` channels
+    each, concatenated in the last dimension (arXiv 2002.05202; DINOv2's giant).
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -242,7 +243,7 @@ class Block(nnx.Module):
         captures: Captures | None = None,
         length: int | None = None,
     ) -> Float[Array, "b n d"]:
-        """Runs the block on tokens, of which the first `length` count, if that is given.
+        """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 
         `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path.
         """
@@ -265,7 +266,7 @@ class Block(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Pools the tokens by attention from one learned query (`map`: big_vision's MAPHead)."""
+    """Attention pooling with one learned query (`map`: big_vision's MAPHead)."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         xavier = nnx.initializers.xavier_uniform()

@@ -1,4 +1,4 @@
-"""Matrix products: where their tokens are, and in which type they are computed."""
+"""Matrix products of tokens with kernels, laid out and typed for speed on each device."""
 
 import functools
 
@@ -14,10 +14,11 @@ def linear(
     kernel: Float[Array, "..."],
     bias: Float[Array, "..."] | None = None,
 ) -> Float[Array, "b n *outputs"]:
-    """Every token [*inputs] times a kernel [*inputs *outputs], plus a bias [*outputs].
+    """Multiplies every token [*inputs] by a kernel [*inputs *outputs] and adds a bias [*outputs].
 
-    On CPUs and GPUs with the tokens of all images in one dimension: else XLA transposes x in memory
-    for the kernel's gradient. A TPU would have to move them: it keeps each image's in whole tiles.
+    On CPUs and GPUs batch and tokens are flattened into one dimension; otherwise XLA transposes x
+    in memory for the kernel's gradient. On TPUs that would cost a copy, as each image's tokens are
+    padded to whole tiles.
     """
     inputs, lead = x.ndim - 2, x.shape[:2]
     if target() != "tpu":
@@ -35,10 +36,10 @@ def split_linear(
     kernel: Float[Array, "d parts heads k"],
     bias: Float[Array, "parts heads k"] | None = None,
 ) -> tuple[Float[Array, "b n heads k"], ...]:
-    """`linear`, as an array for each part.
+    """`linear`, with a separate output for each part (Q, K, V).
 
-    On GPUs they are products of their own, since cuDNN would have slices of one copied; on the way
-    back they are one again.
+    On GPUs the forward pass is one product a part, since slices of a fused result would be copied
+    for cuDNN; the backward pass is one fused product.
     """
     return (_split_linear if target() == "gpu" else _slices_of_linear)(x, kernel, bias)
 
@@ -64,11 +65,11 @@ _split_linear.defvjp(
 def einsum_f32(
     equation: str, x: Float[Array, "..."], y: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """`jnp.einsum(equation, x, y)` of two arrays of one dtype, summed and returned in float32.
+    """`jnp.einsum(equation, x, y)` of two arrays of one dtype, accumulated and returned in float32.
 
-    The products of its gradients are in that dtype too. Those that JAX makes by itself would have
-    the float32 gradient of the result in them, and where there are tensor cores, bfloat16 is many
-    times faster. There is no forward-mode derivative.
+    The products in its gradient are in the inputs' dtype, too. JAX's own derivative would multiply
+    by a float32 gradient, which is many times slower than bfloat16 on tensor cores. There is no
+    forward-mode derivative.
     """
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 

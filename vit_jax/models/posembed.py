@@ -1,4 +1,4 @@
-"""Position embeddings, fixed or resized to a new grid, and patch embeddings fitted likewise."""
+"""Fixed position embeddings, and resizing of position and patch embeddings to a new model."""
 
 import numpy as np
 import scipy.ndimage
@@ -22,10 +22,10 @@ def resize(
     patches, and are never guessed from the number of rows.
 
     Args:
-      method: `zoom` is the paper's, scipy.ndimage.zoom(order=1), which keeps the corners in place.
-        The others put sample centres at half pixels: `bilinear` and `bicubic` as in PyTorch's
-        interpolate (cubic a = -0.75, borders repeated), and with `_antialias` as in its
-        antialiased ones, Pillow's and jax.image.resize's (a = -0.5, weights renormalised).
+      method: `zoom` is the paper's, scipy.ndimage.zoom(order=1), which aligns corners. The others
+        align half-pixel sample centres: `bilinear` and `bicubic` as in PyTorch's interpolate
+        (cubic a = -0.75, borders repeated), and with `_antialias` as in PyTorch's antialiased
+        ones, Pillow's and jax.image.resize's (a = -0.5, weights renormalised).
 
     Raises:
       UserError: the rows do not fit old grid and prefix, or the method does not exist.
@@ -56,7 +56,7 @@ def resize(
 
 
 def _resize_matrix(old: int, new: int, method: str) -> Float[np.ndarray, "new old"]:
-    """The weights of every old sample in every new one, along one side."""
+    """Interpolation weights of the old samples for each new one, along one axis."""
     antialias = method.endswith("_antialias")
     cubic = method.startswith("bicubic")
     a = -0.5 if antialias else -0.75
@@ -92,10 +92,10 @@ def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n {width}"
 def resample_patches(
     kernel: Float[np.ndarray, "p q c d"], patch_size: tuple[int, int], method: str = "bilinear"
 ) -> Float[np.ndarray, "p2 q2 c d"]:
-    """Resamples a patch embedding so that resized patches keep their embeddings as far as can be.
+    """Resamples a patch embedding to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    FlexiViT's pseudo-inverse (arXiv 2212.08013, section 3.4): with B the matrix that resizes a
-    patch, the new kernel is pinv(B^T) times the old one. Enlarged patches keep theirs exactly.
+    With B the matrix that resizes a patch, the new kernel is pinv(B^T) times the old one, so that
+    resized patches keep their embeddings: exactly when enlarged, in least squares when shrunk.
 
     Args:
       method: of the resize that is undone; FlexiViT's is `bilinear`, without antialiasing.
@@ -116,11 +116,11 @@ def resample_patches(
 def adapt_channels(
     kernel: Float[np.ndarray, "p q c d"], channels: int
 ) -> Float[np.ndarray, "p q {channels} d"]:
-    """Fits a patch embedding to another number of channels (timm's adapt_input_conv).
+    """Adapts a patch embedding to another number of input channels (timm's adapt_input_conv).
 
-    To one: the sum over channels, so that a grey image embeds as its RGB copy did. To more, or
-    fewer: channel j takes old channel j modulo the old number, scaled by old / new, so that
-    images whose channels are all alike keep the scale of their embeddings.
+    For one channel: the sum over channels, so that a grey image has the embedding of its RGB copy.
+    For any other number: channel j takes old channel j modulo the old number, scaled by old / new,
+    so that images with identical channels keep the scale of their embeddings.
     """
     old = kernel.shape[2]
     if channels == 1:

@@ -1,6 +1,6 @@
-"""Learned position embeddings (paper, appendix D.4): tables, and what they amount to.
+"""Learned position embeddings (paper, appendix D.4): their tables, and the sums they add to tokens.
 
-A model has tables, or each of its blocks has its own; both are made and read by what is here.
+The tables belong to the model, or to each of its blocks; the functions here serve both.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ INIT = nnx.initializers.normal(0.02)
 
 
 def table_shapes(config: ViTConfig) -> dict[str, tuple[int, int]]:
-    """The tables of one model, or one block, by their names: rows and channels.
+    """Shapes of the position tables of one model or block, by name: (rows, channels).
 
-    In two dimensions there is one for the rows of the grid and one for its columns. Those of
-    `learned2d` have half of the width each. Prefix tokens have a table of their own.
+    2D embeddings have one table for the rows of the grid and one for its columns, of half the width
+    each in `learned2d`. Prefix tokens have a table of their own.
     """
     (gh, gw), width, prefix = config.grid, config.width, config.num_position_prefix
     if config.position == "learned":
@@ -36,28 +36,28 @@ def table_shapes(config: ViTConfig) -> dict[str, tuple[int, int]]:
 
 
 def add_tables(owner: nnx.Module, config: ViTConfig, rngs: nnx.Rngs) -> None:
-    """Gives a model or a block its tables."""
+    """Creates the position tables as parameters of a model or a block."""
     for name, shape in table_shapes(config).items():
         setattr(owner, name, nnx.Param(INIT(rngs.params(), shape)))
 
 
 def composed(owner: nnx.Module, config: ViTConfig) -> Float[Array, "*depth n d"]:
-    """What `owner` adds to the tokens, the prefix tokens' rows first, zero where they have none.
+    """The embeddings that `owner` adds to the tokens: prefix tokens first, zeros if they have none.
 
-    Of blocks that are stacked it has their depth in front.
+    For stacked blocks there is a leading depth axis.
     """
     tables = {name: getattr(owner, name)[...] for name in table_shapes(config)}
     return jnp.concatenate(_parts(tables, config), axis=-2)
 
 
 def one_table(tables: dict[str, np.ndarray], config: ViTConfig) -> Float[np.ndarray, "n d"]:
-    """The `pos_embed` of a plain learned embedding that adds the same as these tables do."""
+    """The equivalent `pos_embed` of a plain learned embedding, from the tables."""
     prefix, _, patches = _parts(tables, config)
     return np.concatenate([prefix, np.asarray(patches, np.float32)])
 
 
 def _parts(tables: dict[str, Any], config: ViTConfig) -> list[Any]:
-    """The rows of prefix tokens, of those that have none, and of patches."""
+    """Position embeddings of prefix tokens, zeros for those without a row, and of patches."""
     rows, width = config.num_position_prefix, config.width
     if config.position == "learned":
         table = tables["pos_embed"]
@@ -85,15 +85,16 @@ def _parts(tables: dict[str, Any], config: ViTConfig) -> list[Any]:
 def relative_logits(
     q: Float[Array, "b n h k"], embeddings: Float[Array, "o h k"], num_prefix_tokens: int
 ) -> Float[Array, "b h n n"]:
-    """Each patch's query times the embedding of its offset to each patch, in raster order.
+    """Relative position logits: each query times the embedding of its offset to each key.
 
-    Embedding i is that of the offset i - (patches - 1), from the key's to the query's patch. A pair
-    with a prefix token has 0. Returns float32, divided by the root of k as other logits are.
+    Offsets are in raster order: embedding i is that of offset i - (patches - 1), from the key's
+    patch to the query's. Pairs with a prefix token get 0. Returns float32, scaled by 1 / sqrt(k)
+    like the other logits.
     """
     q = q[:, num_prefix_tokens:]
     b, n, heads, k = q.shape
-    # From the largest offset down, row i wants columns n - 1 - i to 2n - 2 - i. With rows one wider
-    # and read as if they were not, each starts one column further left than the row above.
+    # Largest offset first, row i needs columns n - 1 - i to 2n - 2 - i. Padding rows by one and
+    # reading them at the old width shifts each row one column further left than the row above.
     products = einsum_f32("bnhk,ohk->bhno", q, embeddings[::-1])
     flat = jnp.pad(products, [(0, 0)] * 3 + [(0, 1)]).reshape(b, heads, 2 * n * n)
     flat = flat[..., n - 1 : n - 1 + n * (2 * n - 1)]
@@ -104,14 +105,14 @@ def relative_logits(
 def fitted(
     name: str, value: np.ndarray, old: ViTConfig, new: ViTConfig, method: str
 ) -> tuple[np.ndarray, str]:
-    """Resizes a table to another grid (paper, section 3.2), each axis of a 2D one on its own.
+    """Resizes a position table to another grid (paper, section 3.2), 2D ones axis by axis.
 
     Args:
       name: of the parameter; under "blocks/", tables are resized layer by layer.
       method: see `posembed.resize`.
 
     Returns:
-      The table, and what became of it: of all other parameters "kept".
+      The table, and a note on what was done to it; any other parameter as it is, with "kept".
 
     Raises:
       UserError: the embeddings are relative.

@@ -1,7 +1,7 @@
-"""The ResNet that the paper compares with, and puts before its hybrids: BiT's, arXiv 1912.11370.
+"""ResNets as in BiT (arXiv 1912.11370): the paper's baseline, and the stem of its hybrids.
 
-Group normalisation, and standardised convolutions (arXiv 1903.10520), in place of batch
-normalisation; both in float32.
+Group normalisation and weight standardisation (arXiv 1903.10520) in place of batch normalisation;
+both in float32.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ CAPTURES = ("encoded", "pooled", "pre_logits")
 
 
 class Style(NamedTuple):
-    """What code bases do otherwise.
+    """Details in which the code bases' ResNets differ.
 
     Attributes:
-      preact: whether norm and ReLU come before each convolution (arXiv 1603.05027) or behind it.
-        The former pads both sides alike, and with zeros before the pooling; the latter as
-        TensorFlow's SAME, which has an odd pixel below and on the right.
+      preact: whether norm and ReLU come before each convolution (arXiv 1603.05027) or after it.
+        Pre-activation pads both sides alike, and with zeros before the max pooling; the other
+        style pads like TensorFlow's SAME, an odd pixel at the bottom and on the right.
       norm_eps: added to the variance of a group.
       std_eps, var_eps: added to a kernel's standard deviation, and to its variance.
     """
@@ -47,7 +47,7 @@ STYLES = {
 
 
 class Conv(nnx.Module):
-    """A convolution without a bias, by a kernel [h w i o] that `run` has standardised."""
+    """A convolution without bias, with a kernel [h w i o] that `run` has standardised."""
 
     def __init__(self, shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs):
         self.dtype, self.preact = jnp.dtype(config.dtype), STYLES[config.resnet_style].preact
@@ -67,7 +67,7 @@ class Conv(nnx.Module):
 def standardised(
     kernel: Float[Array, "*depth h w i o"], style: Style
 ) -> Float[Array, "*depth h w i o"]:
-    """Kernels with a mean of 0 and a deviation of 1, for each output."""
+    """Weight standardisation: kernels with mean 0 and standard deviation 1 for each output."""
     kernel = kernel - kernel.mean(axis=(-4, -3, -2), keepdims=True)
     variance = jnp.square(kernel).mean(axis=(-4, -3, -2), keepdims=True)
     return kernel / (jnp.sqrt(variance + style.var_eps) + style.std_eps)
@@ -81,10 +81,10 @@ def run(
     layout: Layout | None,
     depth: int | None = None,
 ) -> Float[Array, "b ..."]:
-    """Runs `forward(x, **modules)`, once or `depth` times, by `stack.run_block`.
+    """Runs `forward(x, **modules)` once, or `depth` times, with `stack.run_block`.
 
-    Kernels are standardised before, where they are kept: on a mesh each device does its share of
-    them, for all units, and the results are what is gathered.
+    Kernels are standardised first, while sharded: on a mesh each device standardises its share of
+    all units' kernels, and the results are gathered.
     """
     split = {name: nnx.split(module) for name, module in modules.items()}
     style, dtype = STYLES[config.resnet_style], jnp.dtype(config.dtype)
@@ -105,7 +105,7 @@ def run(
 
 
 def group_norm(channels: int, config: ModelConfig, rngs: nnx.Rngs, scale: float = 1.0):
-    """A GroupNorm of 32 groups, its statistics in float32."""
+    """Returns a GroupNorm of 32 groups, with statistics in float32."""
     return nnx.GroupNorm(
         channels,
         num_groups=32,
@@ -118,9 +118,9 @@ def group_norm(channels: int, config: ModelConfig, rngs: nnx.Rngs, scale: float 
 
 
 class Unit(nnx.Module):
-    """A bottleneck: 1x1, 3x3 (strided), 1x1 to four times as many channels, and a shortcut.
+    """Bottleneck unit: 1x1, 3x3 (strided), 1x1 to four times as many channels, and a shortcut.
 
-    The first unit of a stage strides and projects its shortcut, the others do neither.
+    Only the first unit of a stage has a stride and a projection in its shortcut.
     """
 
     def __init__(self, inputs: int, middle: int, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -139,7 +139,7 @@ class Unit(nnx.Module):
                 self.norm_proj = group_norm(outputs, config, rngs)
         self.norm1 = group_norm(channels[0], config, rngs)
         self.norm2 = group_norm(channels[1], config, rngs)
-        # The branch starts as nothing, as in Google's code.
+        # The residual branch starts at zero, as in Google's code.
         self.norm3 = group_norm(channels[2], config, rngs, scale=1.0 if self.preact else 0.0)
 
     def __call__(self, x: Float[Array, "b h w i"], stride: int = 1) -> Float[Array, "b p q o"]:
@@ -156,7 +156,7 @@ class Unit(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Units of one resolution: the first one, and the others with stacked parameters."""
+    """A stage: its first unit, and the other units with stacked parameters."""
 
     def __init__(self, inputs: int, middle: int, units: int, config: ModelConfig, rngs: nnx.Rngs):
         self.config, self.units = config, units
@@ -177,7 +177,7 @@ class Stage(nnx.Module):
 
 
 class Backbone(nnx.Module):
-    """From images to a feature map of 1/4 of their size, halved in each stage but the first."""
+    """Maps images to a feature map of 1/4 of their size, halved in each stage but the first."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config, width = config, config.resnet_width
@@ -216,7 +216,7 @@ class Backbone(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A ResNet as a classifier. Weights load through `vit_jax.load`, new ones from `create`."""
+    """A ResNet classifier. `vit_jax.load` loads weights, `create` initialises a new one."""
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -233,10 +233,10 @@ class ResNet(nnx.Module):
         capture: str | tuple[str, ...] = (),
         layout: Layout | None = None,
     ) -> Float[Array, "b k"] | tuple[Float[Array, "b k"], dict[str, Any]]:
-        """Classifies images, as `ViT.__call__` does; nothing of it is random, so `key` is unused.
+        """Classifies images, with the interface of `ViT.__call__`; `key` is unused.
 
-        There are these intermediates: the feature map `encoded` [b n d], its positions in rows, and
-        its mean over them, `pooled` [b d], which is `pre_logits` too.
+        The intermediates to capture are the feature map `encoded` [b n d], flattened to rows, and
+        its mean over positions, `pooled` [b d], which is also `pre_logits`.
 
         Raises:
           UserError: the images have another size or number of channels, or there is no such
@@ -259,7 +259,7 @@ class ResNet(nnx.Module):
     def dense(
         self, images: Float[Array | np.ndarray, "b h w c"], *, layout: Layout | None = None
     ) -> Float[Array, "b gh gw d"]:
-        """The feature map that is pooled.
+        """Returns the feature map before pooling.
 
         Raises:
           UserError: the images have another size or number of channels.

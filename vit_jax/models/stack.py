@@ -1,7 +1,4 @@
-"""How the blocks of a model are run: scanned or looped over, what is kept for the way back.
-
-And what a caller may capture of them on the way.
-"""
+"""Runs the blocks of a model: `lax.scan` or a loop, rematerialisation, captured intermediates."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +15,7 @@ CAPTURES = ("patches", "tokens", "attention", "encoded", "pooled", "pre_logits")
 
 
 class Captures:
-    """Collects the intermediates that a caller asked for by name; the others cost nothing."""
+    """Collects the intermediates that a caller asked for by name; others are never computed."""
 
     def __init__(self, names: Iterable[str] = ()):
         self.names = frozenset((names,) if isinstance(names, str) else names)
@@ -34,17 +31,17 @@ class Captures:
 
 @runtime_checkable
 class Layout(Protocol):
-    """Puts things in their places on a mesh of devices, of which a model knows nothing else."""
+    """Where arrays are on a mesh of devices; all that a model knows about sharding."""
 
     def params(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Takes the parameters of one block as they are kept; returns them as they are used."""
+        """Takes the parameters of one block as stored; returns them as used (gathered)."""
 
     def activations(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Returns what flows from block to block, in its place."""
+        """Constrains the sharding of the activations between blocks."""
 
 
-# What costs next to nothing to compute anew beside the memory that keeping it takes, and what a
-# layout gathered for one block. Scanned, a block of Ti/16 keeps 15 MB of 8 images instead of 51.
+# Cheap to recompute compared with the memory they take, and the parameters that a layout gathers
+# for one block. Scanned, a block of Ti/16 keeps 15 MB for 8 images in place of 51.
 _CHEAP = frozenset(
     "add sub mul div neg max min square integer_pow one_minus_square select_n tanh erf erfc "
     "logistic convert_element_type reshape broadcast_in_dim squeeze expand_dims transpose slice "
@@ -53,9 +50,10 @@ _CHEAP = frozenset(
 
 
 def _costly(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Keeps products, sums and exponentials; what is element by element is computed anew.
+    """Remat policy: saves products, sums and exponentials, recomputes elementwise operations.
 
-    So is a function with a derivative of its own, which keeps what it needs, unless it multiplies.
+    A function with a custom derivative, which saves what it needs, is recomputed, too, unless it
+    contains products.
     """
     inside = _inside(primitive, params)
     if inside is not None:
@@ -64,7 +62,7 @@ def _costly(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def _products(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Keeps what kernels were multiplied with and convolved with."""
+    """Remat policy: saves the results of products and convolutions with kernels."""
     inside = _inside(primitive, params)
     if inside is not None:
         return any(_products(each.primitive, **each.params) for each in inside)
@@ -73,7 +71,7 @@ def _products(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 def _inside(primitive: Any, params: dict[str, Any]) -> list[Any] | None:
-    """The equations of a function with a derivative of its own; None of anything else."""
+    """The equations inside a function with a custom derivative; None for anything else."""
     jaxpr = params.get("call_jaxpr")
     own = primitive.name.startswith("custom_vjp_call") and jaxpr is not None
     return jaxpr.eqns if own else None
@@ -97,8 +95,8 @@ def run_block(
 ) -> tuple[Float[Array, "b ..."], Any]:
     """Runs `body(x, params, index)` once, or `depth` times over the slices of stacked parameters.
 
-    Each time with its parameters where `layout` has them, and for the way back as `config.remat`
-    says. Returns the last x, and what the body returns beside it, stacked along the depth.
+    Applies the parameter layout and the rematerialisation of `config.remat` to each call. Returns
+    the last x, and the body's second outputs, stacked along the depth.
     """
 
     def step(x, inputs):
@@ -114,7 +112,7 @@ def run_block(
         return step(x, (params, 0))
     if scan:
         return jax.lax.scan(step, x, (params, jnp.arange(depth)))
-    # Split, whose gradient is one concatenation: that of an index is a sum of padded arrays.
+    # The gradient of split is one concatenation; that of indexing is a sum of padded arrays.
     slices = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * depth), params)
     beside = []
     for index in range(depth):
@@ -125,15 +123,15 @@ def run_block(
 
 
 def scanned(scan: bool | None, depth: int) -> bool:
-    """Whether blocks are run by `lax.scan`; None leaves it to the device.
+    """Whether blocks are run by `lax.scan`; None chooses by device.
 
-    A loop lets XLA see across blocks, and takes it longer to compile: so on GPUs, up to 24 blocks
-    are looped over. XLA's CPU backend computes a loop's residual stream again and again (see
-    experiments/benchmarks), and for TPUs a loop compiles for minutes.
+    A loop lets XLA optimise across blocks, but compiles longer: GPUs loop over up to 24 blocks.
+    XLA's CPU backend recomputes a loop's residual stream again and again (see
+    experiments/benchmarks), and on TPUs a loop takes minutes to compile.
     """
     return not (target() == "gpu" and depth <= 24) if scan is None else scan
 
 
 def split_key(key: Key[Array, ""] | None, n: int) -> list[Key[Array, ""] | None]:
-    """Splits a key into n; no key gives n times None, which means deterministic everywhere."""
+    """Splits a key into n; without a key, n times None, which means deterministic."""
     return [None] * n if key is None else list(jax.random.split(key, n))

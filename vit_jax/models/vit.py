@@ -1,4 +1,4 @@
-"""The Vision Transformer (arXiv 2010.11929), in forward order; and any model from its config."""
+"""The Vision Transformer (arXiv 2010.11929), and creating any model from its config."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
 
 
 class Corruption(NamedTuple):
-    """What is done to the patches of each image before the blocks (paper, section 4.6).
+    """How the patches of each image are corrupted before the blocks (paper, section 4.6).
 
     Attributes:
-      where: the patches that are corrupted, and so to be predicted.
-      source: of which patch of the image each one has the embedding; most have their own.
-      masked: which have a learned [mask] embedding instead.
+      where: the indices of the corrupted patches, which are predicted.
+      source: for each patch, the index of the patch that provides its embedding, mostly itself.
+      masked: for each patch, whether a learned [mask] embedding replaces it.
     """
 
     where: Int[Array, "b m"]
@@ -38,7 +38,7 @@ class Corruption(NamedTuple):
 
 
 class ViT(nnx.Module):
-    """A plain Vision Transformer. Weights load through `vit_jax.load`, new ones from `create`.
+    """A plain Vision Transformer. `vit_jax.load` loads weights, `create` initialises a new one.
 
     The parameters of all blocks are stacked: every leaf under `blocks` has a leading depth axis,
     whether the depth is scanned or looped over (`config.scan`).
@@ -94,17 +94,17 @@ class ViT(nnx.Module):
 
         Args:
           images: normalised as the model's preprocessing says, of exactly `config.image_size`.
-          key: switches dropout and stochastic depth on; without it the model is deterministic.
-          capture: names of intermediates to return beside the logits: `patches` [b n d], `tokens`
+          key: enables dropout and stochastic depth; without it the model is deterministic.
+          capture: names of intermediates to return with the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b d], `pre_logits` [b r].
           corruption: of the patch embeddings, for a model with `patch_outputs`.
-          layout: where things are on a mesh (see training/sharding.py).
+          layout: the sharding on a mesh (see training/sharding.py).
 
         Returns:
-          Logits [b num_classes] in float32 (the representation, where num_classes is 0), or for
-          each corrupted patch what its own token predicts [b m patch_outputs], and with `capture`
-          also a dict of the named arrays.
+          Logits [b num_classes] in float32 (the representation, where num_classes is 0), or the
+          predictions for corrupted patches [b m patch_outputs]; with `capture`, also a dict of the
+          named arrays.
 
         Raises:
           UserError: the images have another size or number of channels.
@@ -138,7 +138,7 @@ class ViT(nnx.Module):
         captures: Captures,
         corruption: Corruption | None = None,
     ) -> Float[Array, "b *k"]:
-        """Logits of what the blocks made of the tokens; or predictions of corrupted patches."""
+        """Final norm, pooling and head: logits, or the predictions for corrupted patches."""
         config = self.config
         if not config.norm_after_pool:
             x = self.norm(x)
@@ -163,10 +163,10 @@ class ViT(nnx.Module):
     def dense(
         self, images: Float[Array | np.ndarray, "b h w c"], *, layout: Layout | None = None
     ) -> Float[Array, "b gh gw d"]:
-        """What each patch is for the model: the patch tokens in the end, on their grid.
+        """Dense features: the final patch tokens, on their grid.
 
-        That is `encoded` without the tokens before the patches. Where the last LayerNorm is behind
-        the pooling (`norm_after_pool`), it has learnt to scale means, and tokens are without one.
+        These are `encoded` without the prefix tokens. Where the last LayerNorm follows the pooling
+        (`norm_after_pool`), it was trained on means, and is not applied to the tokens.
 
         Raises:
           UserError: as `__call__`.
@@ -176,7 +176,7 @@ class ViT(nnx.Module):
         return x.reshape(x.shape[0], *self.config.grid, x.shape[-1])
 
     def prefix_tokens(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b k d"]]:
-        """The tokens before the patches, one copy an image: class, distillation, registers."""
+        """The prefix tokens, repeated for each image: class, distillation, registers."""
         tokens = [getattr(self, name, None) for name in ("cls_token", "dist_token", "registers")]
         return [
             jnp.broadcast_to(token[...], (x.shape[0], *token.shape[1:])).astype(x.dtype)
@@ -185,9 +185,9 @@ class ViT(nnx.Module):
         ]
 
     def positions(self) -> Float[Array, "*depth n d"]:
-        """What is added to the tokens, at the input or before each layer (`config.position_at`).
+        """The position embeddings added at the input or before each layer (`config.position_at`).
 
-        Where layers have tables of their own, the depth is in front.
+        Where layers have tables of their own, there is a leading depth axis.
         """
         owner = self.blocks if self.config.position_at == "layers" else self
         return positions.composed(owner, self.config)
@@ -195,7 +195,7 @@ class ViT(nnx.Module):
     def pooled(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
-        """What the head reads (the class token in Eq. 4), and the distillation token, if any."""
+        """The head's input (the class token in Eq. 4), and the distillation token, if any."""
         config = self.config
         x_dist = x[:, 1] if config.distillation == "head" else None
         if config.pool == "token":
@@ -208,7 +208,7 @@ class ViT(nnx.Module):
     def predicted(
         self, x: Float[Array, "b n d"], corruption: Corruption
     ) -> Float[Array, "b m outputs"]:
-        """What the tokens of corrupted patches say of them, in float32."""
+        """Predictions of the masked patch head for the corrupted patches, in float32."""
         index = self.config.num_prefix_tokens + corruption.where
         x = jnp.take_along_axis(x, index[..., None], axis=1)
         x = self.norm(x) if self.config.norm_after_pool else x
@@ -221,7 +221,7 @@ class ViT(nnx.Module):
         captures: Captures,
         layout: Layout | None = None,
     ) -> Float[Array, "b n d"]:
-        """Runs the blocks, as one scanned body or as a loop over slices of the same parameters."""
+        """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
         depth, at = self.config.depth, self.config.position_at
         shared = self.positions() if at == "layers_shared" else None
@@ -233,8 +233,8 @@ class ViT(nnx.Module):
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
 
-        # Where kernels are split among devices, what is folded into them would be moved. All blocks
-        # at once, but for a scan, which would be given them all.
+        # Folding would move kernels that are sharded. All blocks are folded at once, except in a
+        # scan, which would be given them all.
         fold = target() == "gpu" and layout is None
         at_once = not scanned(self.config.scan, depth)
 
@@ -263,11 +263,11 @@ class ViT(nnx.Module):
 
 
 def folded(block: dict[str, Any]) -> dict[str, Any]:
-    """Moves what LayerNorms and LayerScales multiply and add into the kernels beside them.
+    """Folds the scales and biases of LayerNorms and LayerScales into the adjacent kernels.
 
-    The function of the block stays the same. What it saves is on the way back: the gradients of
-    these vectors are sums over all tokens, those of kernels are products, and the latter tell the
-    former. A forward pass alone reads the kernels once more for it.
+    The block computes the same function. It saves time in the backward pass: the gradients of these
+    vectors are sums over all tokens, while those of kernels are products, from which the former
+    follow. A forward pass alone reads the kernels one more time for it.
     """
 
     def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -296,7 +296,7 @@ _MODELS = {ViTConfig: ViT, ResNetConfig: resnet.ResNet}
 
 
 def structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """Returns what `nnx.merge` takes beside parameters, and their shapes; allocates nothing."""
+    """Returns the graph definition for `nnx.merge`, and parameter shapes; allocates nothing."""
     graphdef, shapes = _structure(config)
     return graphdef, jax.tree.map(lambda leaf: leaf, shapes)  # the caller's own dict
 
@@ -309,13 +309,13 @@ def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 
 def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Fresh parameters as a nested dict of arrays, to be called inside `jax.jit`."""
+    """Newly initialised parameters as a nested dict of arrays; call it inside `jax.jit`."""
     model = _MODELS[type(config)](config, rngs=nnx.Rngs(params=seed))
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def create(name: str | ModelConfig = "B/16", *, seed: int = 0, **fields: Any) -> Model:
-    """Returns a freshly initialised model, as Google's code initialises it.
+    """Returns a newly initialised model, with the initialisation of Google's code.
 
     Args:
       name: a variant such as "B/16", "R50+B/16" or "R50x1", or a config.

@@ -1,4 +1,4 @@
-"""A config file's fields, typed: every key is known, or the nearest known one is named."""
+"""The typed config of a run; unknown keys are errors that suggest the nearest known key."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 SIDES = ("model.image_size", "model.patch_size")  # (h, w), or one number, which means square
-# What a run may be resumed with in another form; everything else decides what it computes.
+# Fields that may change when a run is resumed; all others decide what it computes.
 RESUMABLE = (
     "mesh",
     *(f"data.{name}" for name in ("workers", "threads", "on_corrupt", "same_images")),
@@ -37,13 +37,13 @@ RESUMABLE += ("log", "eval", "checkpoint")
 
 
 def not_none(kind: Any) -> Any:
-    """Takes `X | None` to X."""
+    """Returns X for the type `X | None`."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
     return kind
 
 
-# What the `model` section may say; what it computes in is `precision`.
+# Keys of the `model` section; the compute dtype is in `precision`.
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
     field.name: tuple
     if field.name in ("image_size", "patch_size", "resnet")
@@ -56,9 +56,9 @@ MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """`every` steps the val split is evaluated (0: at the end only); in batches of `batch_size`.
+    """Evaluation: every `every` steps (0: only at the end), in batches of `batch_size`.
 
-    `evaluators` is what is measured beside val and test, each under a name of its own.
+    `evaluators` are further evaluations beside val and test, each under its own name.
     """
 
     every: int = 0
@@ -76,7 +76,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`every` steps a checkpoint is saved (0: at the end only), and the last `keep` are kept."""
+    """Checkpoints: saved every `every` steps (0: only at the end); the last `keep` are kept."""
 
     every: int = 0
     keep: int = 2
@@ -84,9 +84,9 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """`every` steps metrics are written, to metrics.jsonl and, if `tensorboard`, to its events.
+    """Metrics: written every `every` steps to metrics.jsonl and, with `tensorboard`, as its events.
 
-    With `wandb` also to Weights & Biases, in `wandb_project` (left out: the one it chooses).
+    With `wandb` also to Weights & Biases, in `wandb_project` (by default, the one it chooses).
     """
 
     every: int = 50
@@ -97,14 +97,14 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `batch_size` is global.
+    """The config of a run. `batch_size` is global.
 
-    To train, data.train, `optim` and exactly one of the three durations must be set; a config that
-    only evaluates has none of them.
+    Training requires data.train, `optim` and exactly one of the three durations; a config that only
+    evaluates has none of them.
 
     `model` has `variant`, any field of its ViTConfig or ResNetConfig, and for fine-tuning `head`
-    (`fresh`, or `keep` the checkpoint's where the classes agree) and `position_resize` (see
-    models/posembed.py). With `init_from`, what `model` leaves out is the checkpoint's.
+    (`fresh`, or `keep` the checkpoint's if the classes agree) and `position_resize` (see
+    models/posembed.py). With `init_from`, fields missing in `model` are the checkpoint's.
     """
 
     batch_size: int
@@ -176,9 +176,9 @@ class Config:
 
 
 def typed_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key that a config may have, the evaluators' that `values` names among them: its type.
+    """Yields every key that a config may have, with its type, including those of its evaluators.
 
-    Only `values` of another form than a config's, which `unpack` refuses, have fewer.
+    Fewer keys come out only if `values` does not have a config's structure, which `unpack` refuses.
     """
     values = values if isinstance(values, dict) else {}
     hints = typing.get_type_hints(kind)
@@ -199,15 +199,15 @@ def typed_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def keys() -> list[str]:
-    """The names of all keys of a config, but those of evaluators: "optim.lr"."""
+    """Names of all keys of a config, such as "optim.lr", except those of evaluators."""
     return [name for name, _ in typed_keys(Config, {})]
 
 
 def unpack(kind: Any, value: Any, path: str = "") -> Any:
-    """Turns a (nested) ConfigDict or dict into the dataclass `kind`, checking names and types.
+    """Converts a (nested) ConfigDict or dict to the dataclass `kind`, checking names and types.
 
     Raises:
-      UserError: a key that no field has, a required one that is missing, a value of another type.
+      UserError: an unknown key, a missing required key, or a value of another type.
     """
     where = path or "the config"
     if isinstance(value, ml_collections.ConfigDict):
@@ -228,7 +228,7 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         inner = {k: unpack(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
         for name, field in fields.items():
             default = (field.default, field.default_factory)
-            # A placeholder that nobody filled is None: the same as leaving the field out.
+            # An unfilled placeholder is None: the same as leaving the field out.
             if inner.get(name) is None and default != (dataclasses.MISSING,) * 2:
                 if name in inner and field.default is not None:
                     del inner[name]
@@ -261,7 +261,7 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
 
 
 def _nearest_key(name: str, values: dict[str, Any], fields: Iterable[str]) -> str:
-    """What `name` in the section of `values` may have meant: a section only if it is one."""
+    """Suggests what `name` in a section may have meant; a section only if the value is one."""
     section, _, last = name.rpartition(".")
     here = [f"{section}.{field}".lstrip(".") for field in fields]
     known = [*keys(), *here]
@@ -272,17 +272,17 @@ def _nearest_key(name: str, values: dict[str, Any], fields: Iterable[str]) -> st
 
 
 def to_json(config: Config) -> str:
-    """The whole config, defaults included, as `from_json` reads it."""
+    """Serialises the whole config, including defaults, for `from_json`."""
     return json.dumps(dataclasses.asdict(config), indent=1)
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`; raises a UserError for keys or values that are not a config's."""
+    """The inverse of `to_json`; raises a UserError for unknown keys or wrong values."""
     return unpack(Config, json.loads(text))
 
 
 def read_config(workdir: epath.PathLike) -> Config:
-    """The config that a run folder was trained with."""
+    """Reads the config that a run folder was trained with."""
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is no run folder: it has no config.json")
@@ -293,7 +293,7 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every leaf of a config by its name, "optim.lr": 0.001, in the types of JSON."""
+    """All leaves of a config by name, such as "optim.lr": 0.001, as JSON types."""
     return flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
 
 
@@ -303,7 +303,7 @@ def is_resumable(name: str) -> bool:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What keeps `new` from resuming a run of `old`: "optim.lr: 0.001 -> 0.01"."""
+    """Lists what keeps `new` from resuming a run of `old`, such as "optim.lr: 0.001 -> 0.01"."""
     old_flat, new_flat = flat(old), flat(new)
     names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
     for name in SIDES:

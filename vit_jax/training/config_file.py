@@ -1,4 +1,4 @@
-"""A config file and the flags beside it, read into a `Config`."""
+"""Loads a config file, with command line overrides, into a `Config`."""
 
 import contextlib
 import importlib.util
@@ -20,27 +20,27 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file and applies `--config.KEY=VALUE` flags to it.
+    """Loads a config file and applies `--config.KEY=VALUE` flags to it.
 
     Args:
-      spec: `FILE.py` or `FILE.py:ARGUMENT`; the file has get_config, which the argument goes to.
-      overrides: flags for any key of the config, whether the file mentions it or not. None takes
-        back what the file says. A flag that sets a duration clears the file's.
+      spec: `FILE.py` or `FILE.py:ARGUMENT`; the file defines get_config, which gets the argument.
+      overrides: flags for any key of the config, whether the file sets it or not. None unsets a
+        key. A flag that sets a duration clears the file's.
 
     Raises:
-      UserError: no such file or key, a value of another type, or a config that is not consistent.
+      UserError: no such file or key, a value of another type, or an inconsistent config.
     """
     return overridden(_run_config_file(spec), overrides)
 
 
 def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
-    """The config of nested dicts that flags are applied to, which are as for `load_config`."""
+    """Applies flags, as for `load_config`, to nested dicts and returns the config."""
     given = _given(overrides)
     keys = dict(typed_keys(Config, config))
     for name, text in given.items():
         section = text == "None" and any(key.startswith(f"{name}.") for key in keys)
         if name not in keys and not section:
-            # --workdir, too, is looked for among the keys.
+            # --workdir is among the suggestions, too.
             near = nearest(name, [*keys, "--workdir"])
             raise UserError(f"unknown config key in --config.{name}={text}; {near}")
         *parents, last = name.split(".")
@@ -61,7 +61,7 @@ def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
-    """The flags' values by their keys, as texts; of a key that is given again, the last."""
+    """Parses flags to key -> text; the last one counts if a key is repeated."""
     found: dict[str, str] = {}
     for flag in overrides:
         name, _, text = flag.removeprefix("--config.").partition("=")
@@ -82,7 +82,7 @@ _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": F
 
 
 def read_value(name: str, text: str, kind: Any) -> Any:
-    """Reads what a flag says as the type `kind`; a tuple is "(0.3, 0.6)", "0.3,0.6" or "64x96".
+    """Parses a flag's value as the type `kind`; a tuple is "(0.3, 0.6)", "0.3,0.6" or "64x96".
 
     Raises:
       UserError: it is of another type.
@@ -149,7 +149,7 @@ def _run_config_file(spec: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _importable(folder: str) -> Iterator[None]:
-    """Config files may import one another; of two folders, each its own."""
+    """Lets config files of a folder import one another, separately for each folder."""
     sys.path.insert(0, folder)
     before = set(sys.modules)
     try:

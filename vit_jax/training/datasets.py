@@ -1,7 +1,7 @@
-"""The data of a run: opened where it lies, its classes those of the model, and written down.
+"""Opens the data sets of a run, maps their classes to the model's, and records both in data.json.
 
-A run folder keeps in data.json where each split was found and which class is which, so that the run
-goes on, and is evaluated, from any folder, and from another place that holds the same data.
+A run folder's data.json has where each split was found and the order of its classes, so that the
+run can be resumed and evaluated from any folder, and with the same data in another place.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class DataSets:
     """Opens the splits of a config, each under the name of its section, such as "data.val".
 
     Args:
-      kept: what the run's data.json says, by these names.
-      moved: sources that are named in place of the run's, by these names; they must hold the same.
+      kept: the contents of the run's data.json, by these names.
+      moved: new sources in place of the run's, by these names; they must hold the same data.
     """
 
     def __init__(self, kept: Mapping[str, Mapping[str, Any]] = {}, moved: Mapping[str, str] = {}):
@@ -41,7 +41,7 @@ class DataSets:
 
     @classmethod
     def of_run(cls, workdir: epath.PathLike, moved: Mapping[str, str] = {}) -> "DataSets":
-        """Those of a run folder; where it has no data.json, its config says where they are."""
+        """Returns the data sets of a run folder; without a data.json, its config has the places."""
         path = epath.Path(workdir) / FILE
         try:
             kept = json.loads(path.read_text())
@@ -57,10 +57,10 @@ class DataSets:
         return cls(kept, moved)
 
     def open(self, where: str, split: Split) -> Source:
-        """The source of a split, as its section `where` names it.
+        """Opens a split and returns its source; `where` is its section's name.
 
         Raises:
-          UserError: it cannot be opened, or a place that is named anew holds other data.
+          UserError: it cannot be opened, or a new place holds other data.
         """
         kept = self._kept_of(where, split)
         spec = self._moved.get(where)
@@ -100,20 +100,20 @@ class DataSets:
         return source
 
     def _kept_of(self, where: str, split: Split) -> Mapping[str, Any]:
-        """What the run has kept of this very split."""
+        """The entry of data.json for exactly this split."""
         kept = self._kept.get(where, {})
         same = (kept.get("source"), kept.get("split")) == (split.source, split.split)
         return kept if same else {}
 
     def how(self, where: str, split: Split) -> classes.How:
-        """What the split says of its classes: as the run has kept it, where that is a file."""
+        """How the split's classes are given; from data.json if they came from a file."""
         kept = self._kept_of(where, split)
         if split.classes not in (None, classes.IN_ORDER) and kept.get("classes") == split.classes:
             return kept.get("named", split.classes)
         return split.classes
 
     def labels(self, where: str, split: Split) -> tuple[str, ...]:
-        """What the classes of an open split are called, for a model that has none of its own."""
+        """Class names of an open split, for a model that has none of its own."""
         how, kept = self.how(where, split), self._kept_of(where, split).get("labels")
         if isinstance(how, Mapping) and kept is not None:
             found = tuple(kept)
@@ -127,7 +127,7 @@ class DataSets:
         return found
 
     def match(self, where: str, split: Split, labels: tuple[str, ...]) -> classes.Matched:
-        """Which of `labels` the classes of an open split are; printed where it is not plain.
+        """Maps the classes of an open split to `labels`; prints the mapping if it is not obvious.
 
         Raises:
           UserError: as `classes.match`.
@@ -147,15 +147,16 @@ class DataSets:
         return matched
 
     def with_labels(self, where: str, split: Split, labels: tuple[str, ...]) -> Source:
-        """An open split with a model's classes (see `match`)."""
+        """Returns an open split with the model's classes (see `match`)."""
         source = classes.relabelled(self.opened[where], self.match(where, split, labels))
         self.opened[where] = source
         return source
 
     def check(self, names: Sequence[str], config: Config) -> None:
-        """Refuses open splits that are the same images, and says which ones they share.
+        """Refuses open splits that are the same images, and reports any that overlap.
 
-        See `contents.check_splits`. What a run has looked at and is the same since, is not again.
+        See `contents.check_splits`. Splits that the run has already checked, and that are
+        unchanged, are skipped.
         """
         if self._looked_at.issuperset(names):
             return
@@ -166,7 +167,7 @@ class DataSets:
             logger.warning("%s", line)
 
     def check_held_out(self, config: Config) -> None:
-        """Refuses to measure by the images that are trained on."""
+        """Refuses evaluation on the training images."""
         held_out = [name for name in ("data.val", "data.test") if name in self.opened]
         for group in [("data.train", name) for name in held_out] or [("data.train",)]:
             self.check(group, config)
@@ -184,7 +185,7 @@ class DataSets:
 
 
 def _is_section(kept: Any) -> bool:
-    """Whether what is read of a section of data.json has its types."""
+    """Whether a section read from data.json has the right types."""
     texts = ("source", "split", "place", "fingerprint", "classes")
     return (
         isinstance(kept, dict)
@@ -195,7 +196,7 @@ def _is_section(kept: Any) -> bool:
 
 
 def elsewhere(old: Config, new: Config) -> tuple[Config, dict[str, str]]:
-    """`new` with the sources of `old`, and those it names in their place: "data.val" -> source."""
+    """Returns `new` with the sources of `old`, and the changed ones: "data.val" -> new source."""
     moved, parts = {}, {}
     for name in _SPLITS:
         ours, theirs = getattr(new.data, name), getattr(old.data, name)

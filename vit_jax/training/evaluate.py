@@ -1,4 +1,4 @@
-"""Evaluation: every example once, whatever the batch size and the number of devices."""
+"""Evaluation: counts every example once, for any batch size and number of devices."""
 
 import collections
 import dataclasses
@@ -42,7 +42,7 @@ from vit_jax.training.sharding import (
 from vit_jax.training.steps import make_eval_step, make_feature_step, make_masked_eval_step
 
 logger = logging.getLogger(__name__)
-# How images of several labels are counted.
+# How images with several labels are counted.
 _COUNTED = {
     "any": "an image is right where any is found (ImageNet-ReaL), images without one are left out",
     "each": "each is a question of its own (mAP, micro_f1, macro_f1), of images without one too",
@@ -50,16 +50,16 @@ _COUNTED = {
 
 
 class Evaluation:
-    """What a config measures models by: val, test, and each of eval.evaluators.
+    """All evaluations of a config: val, test and eval.evaluators.
 
-    All data is opened here, so that what is missing is said before a run begins.
+    Opens all data at once, so that missing data is reported before training starts.
 
     Args:
-      data: opens it; by default as the config says, from the folder that this process is in.
+      data: opens the splits; by default as the config says, relative to the current folder.
 
     Raises:
-      UserError: a split that cannot be opened or is endless, has other classes than the model, or
-        the images that an evaluator learns from.
+      UserError: a split that cannot be opened, is endless, has other classes than the model, or
+        is the same images as an evaluator's training split.
     """
 
     def __init__(self, config: Config, card: ModelCard, mesh: Mesh, data: DataSets | None = None):
@@ -81,7 +81,7 @@ class Evaluation:
                 f"not predict: its objective is {card.objective}. Name a run of the former, or "
                 f"set objective to {card.objective}"
             )
-        # By evaluator and split: under another evaluator a split may have other classes.
+        # By evaluator and split: the classes of a split depend on the evaluator.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
         self._several: dict[str, str | None] = {}
         known: dict[tuple[Split, tuple[str, ...]], BatchReader] = {}
@@ -140,11 +140,11 @@ class Evaluation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """val, test and the evaluators, as far as there are any."""
+        """The evaluations that the config has: val, test and the evaluators."""
         return tuple(self._evaluators)
 
     def due(self, step: int, total_steps: int) -> list[str]:
-        """The names of what is to be measured when `step` steps are done."""
+        """The names of the evaluations that are due after `step` steps."""
         default = self._config.eval.every
         return [
             name
@@ -153,23 +153,23 @@ class Evaluation:
         ]
 
     def measure(self, names: list[str], params: Any) -> Iterator[dict[str, float]]:
-        """Yields for each name {"NAME/METRIC": value}, of the model with these parameters."""
+        """Yields {"NAME/METRIC": value} for each name, for the model with these parameters."""
         known: dict[tuple[Split, tuple[str, ...]], Features] = {}
         for name in names:
             values = self._evaluators[name].measure(_Weighted(self, params, name, known))
             yield {f"{name}/{key}": value for key, value in values.items()}
 
     def classify(self, params: Any, name: str, split: Split) -> dict[str, float]:
-        """Returns the means over all examples: accuracy (top-1), top5 and loss.
+        """Returns means over all examples: accuracy (top-1), top5 and loss.
 
-        Where images have several labels, these and what is beside them are as the evaluator `name`
-        says (see `evaluators.Classification`).
+        If images have several labels, the metrics are those of `evaluators.Classification`, with
+        the settings of the evaluator `name`.
 
-        Of a model that predicts masked patches, loss and accuracy of that, each example corrupted
-        as ever.
+        For masked patch prediction, returns its loss and accuracy, with the same corruption of each
+        example at every evaluation.
 
-        Padding is masked; the sums of all batches are added on the host, and divided last. Where
-        images that cannot be read are skipped, they are masked too, and `corrupt` is their number.
+        Padding is masked; the sums of all batches are added on the host, and divided last. Images
+        that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
         """
         read, corrupt = self._reads[name, split], 0
         each = self._several.get(name) == "each"
@@ -214,16 +214,16 @@ class Evaluation:
         return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
 
     def features(self, params: Any, name: str, split: Split) -> Features:
-        """Returns what the head reads of every example, in order, on the host of every process.
+        """Returns the head's inputs for all examples, in order, on the host of every process.
 
-        Labels are of the classes that the split has for the evaluator `name`.
+        Labels are in the classes that the evaluator `name` has for the split.
         """
         return Features(*self._run(params, name, split, dense=False))
 
     def dense(self, params: Any, name: str, split: Split) -> Dense:
-        """Returns what each patch of every example is for the model, and the masks, likewise.
+        """Returns dense features (each patch) and masks of all examples, as `features` does.
 
-        An example takes 4 bytes for each number: at 224 pixels, ViT-B/16's are 0.6 MB.
+        An example takes 4 bytes a number: 0.6 MB for ViT-B/16 at 224 pixels.
         """
         return Dense(*self._run(params, name, split, dense=True))
 
@@ -241,12 +241,12 @@ class Evaluation:
         return x, y
 
     def label_names(self, name: str, split: Split) -> tuple[str, ...]:
-        """The classes of the data set of a split, as the evaluator `name` has them."""
+        """The class names of a split's data set, for the evaluator `name`."""
         return self._reads[name, split].source.label_names
 
     @property
     def _batch_size(self) -> int:
-        """Rounded up to what the devices divide; the rest is padding."""
+        """The batch size, rounded up to a multiple of the devices; the rest is padding."""
         shards = batch_shards(self._mesh)
         size = self._config.eval.batch_size or self._config.batch_size
         return -(-size // shards) * shards
@@ -261,9 +261,9 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class _Weighted:
-    """A model with its weights, as one evaluator sees it.
+    """A model with its weights, for one evaluator.
 
-    The features of a split are computed once for all evaluators for which it has the same classes.
+    The features of a split are computed once and shared by evaluators with the same classes.
     """
 
     evaluation: Evaluation
@@ -281,7 +281,7 @@ class _Weighted:
         return self.known[key]
 
     def dense(self, split: Split) -> Dense:
-        # Not kept: these are large, and hardly another evaluator reads the same split.
+        # Not cached: large, and rarely read by another evaluator.
         return self.evaluation.dense(self.params, self.name, split)
 
     def num_classes(self, split: Split) -> int:
@@ -291,7 +291,7 @@ class _Weighted:
 def fetched(
     results: Iterable[dict[str, jax.Array]], behind: int = 2
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Brings results to the host, some of them behind, so that the device need not wait for it."""
+    """Copies results to the host, `behind` steps late, so that the device does not wait for it."""
     pending: collections.deque[dict[str, jax.Array]] = collections.deque()
     for values in results:
         pending.append(values)
@@ -308,10 +308,10 @@ def _several(
     config: Config,
     card: ModelCard,
 ) -> str | None:
-    """How the labels of a split count; None where images have one each.
+    """How the labels of a split count ("any" or "each"); None if images have one each.
 
     Raises:
-      UserError: an evaluator or an objective that does not take several.
+      UserError: an evaluator or an objective that does not support several labels.
     """
     asked = getattr(evaluator, "several", None)
     if not getattr(source, "multi_label", False):
@@ -336,7 +336,7 @@ def _several(
 
 
 def _names(where: str, evaluator: Evaluator, splits: tuple[Split, ...]) -> tuple[str, ...]:
-    """What the splits of a data set of an evaluator are called."""
+    """Names of the splits of one of an evaluator's data sets."""
     if len(splits) == 1:
         return (where,)
     parts = [part for part in ("train", "val", "test") if getattr(evaluator, part, None)]
@@ -358,14 +358,14 @@ def _open(data: DataSets, where: str, split: Split, masks: bool) -> Source:
 
 
 def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict[str, int | float]:
-    """Evaluates a run folder as its own config says, on its data, wherever that is by now.
+    """Evaluates a run folder with its own config and data, which may have moved.
 
     Args:
-      overrides: flags for what a run may be resumed with in another form, and for other places of
-        the same data, `--config.data.val.source=...`.
+      overrides: flags for fields that may change on resuming, and for new places of the same data,
+        `--config.data.val.source=...`.
 
     Raises:
-      UserError: as `evaluate_run`, and flags that would be another run's.
+      UserError: as `evaluate_run`, or flags that would make it another run.
     """
     own = read_config(workdir)
     config, moved = elsewhere(own, overridden(dataclasses.asdict(own), overrides))
@@ -382,7 +382,7 @@ def evaluate_run(
 ) -> dict[str, int | float]:
     """Evaluates any model that `load` takes on the splits of `config`: {"val/accuracy": ..., ...}.
 
-    `data` opens them (see `Evaluation`).
+    `data` opens the splits (see `Evaluation`).
 
     Raises:
       UserError: no model there, no split to evaluate, or classes that do not agree.

@@ -1,7 +1,7 @@
-"""What a model is measured by beside its val and test splits: sections of `eval.evaluators`.
+"""Evaluators: further evaluations beside val and test, sections of `eval.evaluators`.
 
-Each is a card of what it reads and how it measures, and a function of a model that classifies
-or gives features. Accuracies are shares of 1; every example counts once.
+Each is a dataclass of settings (what it reads, how it measures) with a method `measure`, which uses
+a model's classifications or features. Accuracies are in [0, 1]; every example counts once.
 """
 
 import dataclasses
@@ -16,25 +16,25 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe
 from vit_jax.training.segmentation import Dense, segmentation
 
-# How images of several labels are counted (see `Classification`).
+# How images with several labels are counted (see `Classification`).
 SEVERAL = ("any", "each")
 
 
 @runtime_checkable
 class Model(Protocol):
-    """A model with its weights, as evaluators see it."""
+    """What evaluators can ask of a model with its weights."""
 
     def classify(self, split: Split) -> dict[str, float]:
-        """Accuracy, top5 and loss over the split, whose classes are the model's, and with several
-        labels an image what `Classification` says."""
+        """Accuracy, top5 and loss on a split with the model's classes; with several labels an
+        image, the metrics of `Classification`."""
         ...
 
     def features(self, split: Split) -> Features:
-        """What the head reads (`pre_logits`) of every example."""
+        """The head's inputs (`pre_logits`) for all examples."""
         ...
 
     def dense(self, split: Split) -> Dense:
-        """What each patch of every example is for the model, and the masks."""
+        """Dense features (each patch) and masks of all examples."""
         ...
 
     def num_classes(self, split: Split) -> int: ...
@@ -42,7 +42,7 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """What all have. `every` steps it runs in training (0: at the end only); None is as `val`."""
+    """Base class. Runs every `every` steps in training (0: only at the end; None: like `val`)."""
 
     reads_masks: ClassVar[bool] = False  # in place of labels
 
@@ -58,28 +58,28 @@ class Evaluator:
                     raise UserError(f"eval: {name} of {split.source} is for data.train alone")
 
     def data_sets(self) -> list[tuple[Split, ...]]:
-        """All that it reads: the splits of each data set, which have the same classes."""
+        """All splits that it reads, grouped by data set; splits of a data set share classes."""
         found = [getattr(self, part, None) for part in ("train", "val", "test")]
         return [tuple(split for split in found if split is not None)]
 
     def measure(self, model: Model) -> dict[str, float]:
-        """Runs it; what it is called does not belong to the names."""
+        """Runs it; returns metrics by name, without the evaluator's own name."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(Evaluator):
-    """Accuracy, top5 and loss on another split of the model's classes, such as ImageNet-V2.
+    """Accuracy, top5 and loss on another split with the model's classes, such as ImageNet-V2.
 
-    Where images have several labels, `several` says what they are:
+    For images with several labels, `several` says how they count:
 
-    - "any": each of them is right, and images without any are left out: ImageNet-ReaL
+    - "any": any of the labels is right, and images without labels are left out: ImageNet-ReaL
       (arXiv 2006.07159).
-    - "each": a question of its own, which objective sigmoid answers. Beside accuracy and top5,
-      which are as above, there are mAP, micro_f1 and macro_f1 (see `multilabel.scores`); these and
-      the loss count images without labels too.
+    - "each": each label is a separate yes-or-no question, as trained by objective sigmoid. Adds
+      mAP, micro_f1 and macro_f1 (see `multilabel.scores`) to accuracy and top5 as in "any"; the
+      additional metrics and the loss include images without labels.
     - None: "each" for a model that was trained on several labels an image, as its card says,
-      "any" for others. data.val and data.test are measured so.
+      "any" for others. This is also how data.val and data.test are evaluated.
     """
 
     type: str = "classification"
@@ -99,7 +99,7 @@ class Classification(Evaluator):
 class FewShot(Evaluator):
     """The paper's linear few-shot accuracy, in closed form (section 4.1; see `probes.few_shot`).
 
-    `shots` examples a class are drawn `seeds` times; `l2` is big_vision's.
+    `shots` examples a class are drawn with each of `seeds` seeds; `l2` is big_vision's.
     """
 
     type: str = "fewshot"
@@ -117,7 +117,7 @@ class FewShot(Evaluator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knn(Evaluator):
-    """Weighted nearest neighbours by cosine similarity (arXiv 1805.01978; see `probes.knn`)."""
+    """k-NN accuracy, weighted by cosine similarity (arXiv 1805.01978; see `probes.knn`)."""
 
     type: str = "knn"
     train: Split
@@ -135,13 +135,13 @@ class Knn(Evaluator):
         )
 
 
-# Weight decays that a probe chooses among.
+# Weight decays that a linear probe chooses from.
 L2 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe(Evaluator):
-    """A linear classifier on frozen features, its `l2` chosen on `val` (`probes.linear_probe`)."""
+    """Linear probe on frozen features, with `l2` chosen on `val` (see `probes.linear_probe`)."""
 
     type: str = "probe"
     train: Split
@@ -168,11 +168,11 @@ class Probe(Evaluator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vtab(Evaluator):
-    """VTAB-1k (arXiv 1910.04867) with a linear probe for each task, its l2 chosen on 200 of 1000.
+    """VTAB-1k (arXiv 1910.04867) by linear probes, one a task; l2 is chosen on 200 of 1000 images.
 
-    The benchmark's other protocol, where all weights are fine-tuned, is configs/vtab.py. Images are
-    squashed to the model's size. Beside each task's accuracy it gives the means of the groups and
-    of all tasks, where `tasks` (none: all 19) names all of them.
+    The benchmark's other protocol, full fine-tuning, is configs/vtab.py. Images are resized to the
+    model's size, ignoring the aspect ratio. Returns the accuracy of each of `tasks` (none: all 19),
+    and, if these are all, the means of the groups and of all tasks.
     """
 
     type: str = "vtab"
@@ -215,10 +215,10 @@ class Vtab(Evaluator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segmentation(Evaluator):
-    """A linear classifier of patches on frozen features, for masks (see `segmentation`).
+    """Semantic segmentation by a linear probe on frozen patch features (see `segmentation`).
 
-    It gives miou, pixel accuracy and foreground_iou at the model's size. Of several `l2` the one
-    is taken that is best on `val`.
+    Returns miou, pixel accuracy and foreground_iou at the model's size. `l2` is chosen on `val` if
+    there are several.
     """
 
     reads_masks: ClassVar[bool] = True
@@ -259,10 +259,10 @@ EVALUATORS = {
 
 
 def evaluator_kind(name: str, given: Any) -> type[Evaluator]:
-    """The class that `type` of the section eval.evaluators.NAME names.
+    """Returns the evaluator class for the `type` in the section eval.evaluators.NAME.
 
     Raises:
-      UserError: it names none.
+      UserError: there is no such type.
     """
     if given not in EVALUATORS:
         raise UserError(

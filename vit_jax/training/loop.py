@@ -1,4 +1,4 @@
-"""The training run: start or resume, step, log, evaluate, save, stop."""
+"""The training loop: start or resume, step, log, evaluate, save, stop."""
 
 import collections
 import contextlib
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
-    """Trains until the config's last step, going on from what `workdir` holds.
+    """Trains until the config's last step, resuming from the newest checkpoint in `workdir`.
 
     Every process of a run calls this (after `distributed.connect`), with a `workdir` on a shared
     disk.
@@ -60,8 +60,8 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
 
     Raises:
       UserError: the config does not fit the data, the devices or the run in `workdir`; the loss
-        is no longer finite; or the disk is full. What was saved before is intact.
-      Stopped: SIGTERM came; the run has saved and can be started again.
+        is no longer finite; or the disk is full. Earlier checkpoints are intact.
+      Stopped: SIGTERM came; the run has saved a checkpoint and can be resumed.
     """
     if "://" in os.fspath(workdir):
         raise UserError(f"{workdir}: a run folder must be on a local or mounted disk so far")
@@ -90,7 +90,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
 
 
 def _claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
-    """Makes the run folder and holds its lock, for all processes."""
+    """Creates the run folder and locks it, for all processes."""
     token = epath.Path(workdir / f".seen_by_{os.getpid()}_{time.time_ns()}")
 
     def claim() -> str:
@@ -119,7 +119,7 @@ def _claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
 
 
 def _advice(store: Store) -> str:
-    """What to do when a process of the run is lost."""
+    """What the user should do when a process of the run is lost."""
     saved = store.steps()
     begins = f"goes on from step {saved[-1]}" if saved else "begins anew, as nothing was saved yet"
     return f"start the same command again: it {begins}"
@@ -204,7 +204,7 @@ def _run(
         if measuring or saving:
             recorder.flush()
             with recorder.pause():
-                # All lines of this step are in metrics.jsonl before its checkpoint can exist.
+                # All lines up to this step are in metrics.jsonl before its checkpoint exists.
                 weights = state.params if state.ema is None else state.ema
                 for values in evaluation.measure(measuring, weights):
                     recorder.write(step, values)
@@ -225,7 +225,7 @@ def _run(
 
 
 def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
-    """The parameters that a fine-tuned model starts from, fitted to it; None for other runs."""
+    """Initial parameters of a fine-tuning run, adapted to its model; None for other runs."""
     if plan.init is None:
         return None
     params, lines = place(
@@ -245,9 +245,9 @@ def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
 def on_device(
     batches: Iterable[Batch], batch_size: int, mesh: Mesh, *, corrupt: bool, ahead: int = 2
 ) -> Iterator[tuple[dict[str, jax.Array], int | jax.Array]]:
-    """Yields batches as global arrays, with `ahead` of them on their way to the devices.
+    """Yields batches as global arrays, prefetching `ahead` of them to the devices.
 
-    With each comes how many of its images could not be read and are new, if `corrupt`.
+    With each, if `corrupt`, comes the number of its unreadable images not counted before.
     """
     queue: collections.deque[tuple[dict[str, jax.Array], int | jax.Array]] = collections.deque()
     for batch in batches:
@@ -260,9 +260,9 @@ def on_device(
 
 @contextlib.contextmanager
 def sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that says, after a step, whether SIGTERM has come; a second one kills.
+    """Yields a function that tells, after a step, whether SIGTERM came; a second SIGTERM kills.
 
-    Where there are several processes, it says so to all of them after the same step.
+    With several processes, it returns the same to all of them after the same step.
     """
     came = False
     if distributed.count() > 1:

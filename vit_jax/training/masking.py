@@ -1,10 +1,10 @@
-"""Masked patch prediction (arXiv 2010.11929, sections 4.6 and B.1.2): what is corrupted, what for.
+"""Masked patch prediction (arXiv 2010.11929, sections 4.6 and B.1.2): corruption, targets, losses.
 
-Half of the patch embeddings of an image are corrupted: of those 80% give way to a learned [mask]
-embedding, 10% to that of another patch and 10% stay, each drawn by itself. The output at each of
-them has to tell what the patch was. Said here where the paper leaves it open: the other patch is of
-the same image, any but itself, so that no device needs another's images; half is rounded; a loss is
-the mean over the corrupted patches.
+Half of the patch embeddings of an image are corrupted: 80% of these are replaced by a learned
+[mask] embedding, 10% by that of another patch and 10% are kept, drawn independently. The output at
+each corrupted patch predicts the original. Choices where the paper is silent: the other patch is
+from the same image, but never the patch itself, so that no device needs another's images; half is
+rounded; a loss is the mean over the corrupted patches.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ BITS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is predicted of a patch: the colours of `cells` x `cells` areas, or (0) its pixels."""
+    """What is predicted of a patch: mean colours of `cells` x `cells` areas, or (0) its pixels."""
 
     cells: int
 
     def shape(self, config: ViTConfig) -> tuple[int, ...]:
-        """Of the prediction for one patch: (cells, classes), or (values,)."""
+        """Shape of the prediction for one patch: (cells, classes), or (values,)."""
         channels, (ph, pw) = config.in_channels, config.patch_pixels
         return (self.cells**2, 2 ** (BITS * channels)) if self.cells else (ph * pw * channels,)
 
@@ -40,10 +40,10 @@ OBJECTIVES = {"masked_colour": Target(1), "masked_small": Target(4), "masked_pix
 
 
 def patch_outputs(objective: str, config: ModelConfig) -> int:
-    """The numbers that a model of `config` has to predict for each patch.
+    """Number of outputs that the objective needs for each patch.
 
     Raises:
-      UserError: there are no patches, or none that can be told in that way.
+      UserError: the model has no patches, or their size does not suit the target.
     """
     if not isinstance(config, ViTConfig):
         raise UserError(
@@ -75,12 +75,12 @@ def patch_outputs(objective: str, config: ModelConfig) -> int:
 
 
 def num_corrupted(patches: int) -> int:
-    """How many of an image's patches are corrupted: half of them, rounded."""
+    """Number of corrupted patches in an image: half of them, rounded."""
     return max(round(patches / 2), 1)
 
 
 def draw_corruption(keys: Key[Array, " b"], patches: int) -> Corruption:
-    """Draws what happens to the patches of each image, of its key alone."""
+    """Draws the corruption of each image from its own key."""
     count = num_corrupted(patches)
 
     def draw(key):
@@ -97,21 +97,21 @@ def draw_corruption(keys: Key[Array, " b"], patches: int) -> Corruption:
 
 
 def cut(pixels: Shaped[Array, "b h w c"], patch: tuple[int, int]) -> Shaped[Array, "b n ph pw c"]:
-    """Cuts images into patches, row by row."""
+    """Cuts images into patches, in row-major order."""
     (b, h, w, c), (ph, pw) = pixels.shape, patch
     x = pixels.reshape(b, h // ph, ph, w // pw, pw, c).swapaxes(2, 3)
     return x.reshape(b, -1, ph, pw, c)
 
 
 def colours(patches: Shaped[Array, "b n ph pw c"], cells: int) -> Int[Array, "b n q"]:
-    """The mean colours of `cells` x `cells` areas of each patch, each as one of 8**c classes.
+    """Mean colours of `cells` x `cells` areas of each patch, each as one of 8**c classes.
 
-    Pixels are of 0 to 255. A channel's mean has one of 8 levels, of 32 each; the first channel's
-    counts most.
+    Pixels are in 0 to 255. The mean of each channel is quantised to 8 levels of 32; the first
+    channel is the most significant digit of the class.
     """
     b, n, ph, pw, c = patches.shape
     h, w = ph // cells, pw // cells
-    # Sums of integers are exact, where a mean just below a level might be rounded up to it.
+    # Integer sums are exact; a float mean just below a level could be rounded up to it.
     exact = jnp.int32 if jnp.issubdtype(patches.dtype, jnp.integer) else jnp.float32
     sums = patches.astype(exact).reshape(b, n, cells, h, cells, w, c).sum(axis=(3, 5))
     levels = jnp.clip(sums // (256 // 2**BITS * h * w), 0, 2**BITS - 1).astype(jnp.int32)
@@ -126,7 +126,7 @@ def targets(
     config: ViTConfig,
     where: Int[Array, "b m"],
 ) -> Int[Array, "b m q"] | Float[Array, "b m v"]:
-    """What is to be predicted of the corrupted patches of images of 0 to 255."""
+    """Targets of the corrupted patches, from images in 0 to 255."""
     target = OBJECTIVES[objective]
     if not target.cells:
         pixels = preprocess.normalise(pixels)
@@ -142,9 +142,9 @@ def losses(
     predictions: Float[Array, "b m k"],
     wanted: Int[Array, "b m q"] | Float[Array, "b m k"],
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Means over each image's corrupted patches: the loss, and the accuracy where there is one.
+    """Means over each image's corrupted patches: the loss, and the accuracy, if any.
 
-    Cross-entropy of every colour; of pixels, which are normalised, the squared error.
+    The loss is the cross-entropy of colours, or the squared error of normalised pixels.
     """
     if not OBJECTIVES[objective].cells:
         return jnp.square(predictions - wanted).mean(axis=(1, 2)), {}

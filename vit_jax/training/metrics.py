@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, Weights & Biases, a line on the screen."""
+"""Metric logging: metrics.jsonl, TensorBoard, Weights & Biases and the screen."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ from vit_jax.training.config import Config, to_json
 
 logger = logging.getLogger(__name__)
 
-# Keys that depend on the machine and its load: the only ones that a resumed run may change.
+# Keys that depend on the machine and its load: the only ones that may differ in a resumed run.
 TIMING_KEYS = ("images_per_second", "input_wait_fraction", "seconds")
-# A run in which one of these is not finite stops, before a checkpoint of it can be saved.
+# Training stops before the next checkpoint if one of these is not finite.
 FINITE = ("loss", "grad_norm", "param_norm")
-# What the screen shows of a line, and as what; of a line without any of these, all.
+# What the screen shows of a line, and its format; all, if a line has none of these.
 SHOWN = {
     "train/loss": "loss",
     "train/accuracy": "acc",
@@ -38,12 +38,12 @@ SHOWN = {
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """Reads a run's metrics.jsonl; an incomplete last line, left by a kill, is dropped."""
     return _read_lines(epath.Path(workdir) / "metrics.jsonl")
 
 
 def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Objects that each have a step, up to the first line that is none."""
+    """Reads JSON objects that have a step, up to the first invalid line."""
     lines = []
     for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -65,10 +65,10 @@ def last_values(workdir: epath.PathLike) -> dict[str, int | float]:
 
 
 def record_start(workdir: epath.Path, start_step: int, total_steps: int, devices: int) -> None:
-    """Adds a line to starts.jsonl: from which step a run was started, of how many, on what.
+    """Adds a line to starts.jsonl: the first step, the total steps and the devices of a start.
 
-    It is what the seconds of metrics.jsonl were spent on. Starts whose steps are all run again
-    are dropped.
+    It tells what hardware the seconds of metrics.jsonl were spent on. Earlier starts at or after
+    `start_step` are dropped, as all of their steps are run again.
     """
     start = {"step": start_step, "total_steps": total_steps, "devices": devices}
     start |= {"kind": jax.devices()[0].device_kind, "processes": distributed.count()}
@@ -78,14 +78,14 @@ def record_start(workdir: epath.Path, start_step: int, total_steps: int, devices
 
 
 def read_starts(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of `record_start`; [] of a run that was trained before there were any."""
+    """Reads the lines of `record_start`; [] for a run from before they existed."""
     return _read_lines(epath.Path(workdir) / "starts.jsonl")
 
 
 def record_corrupt(workdir: epath.Path, step: int, images: int) -> None:
-    """Adds a line to corrupt.jsonl: how many training images could not be read up to a step.
+    """Adds a line to corrupt.jsonl: the number of unreadable training images up to a step.
 
-    A run that resumes from this step's checkpoint counts on from there.
+    A run that resumes from this step's checkpoint continues the count.
     """
     kept = [line for line in _read_lines(workdir / "corrupt.jsonl") if line["step"] < step]
     lines = [*kept, {"step": step, "images": images}]
@@ -93,13 +93,13 @@ def record_corrupt(workdir: epath.Path, step: int, images: int) -> None:
 
 
 def read_corrupt(workdir: epath.Path, step: int) -> int:
-    """What `record_corrupt` said of a step, or of the last one before it; 0 if nothing."""
+    """Reads the count of `record_corrupt` at a step, or the last before it; 0 if there is none."""
     lines = [line for line in _read_lines(workdir / "corrupt.jsonl") if line["step"] <= step]
     return lines[-1]["images"] if lines else 0
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
-    """Whether something that happens `every` steps (0: never), and at the last one, is due."""
+    """Whether something that runs every `every` steps (0: never), and at the last one, is due."""
     return step == total_steps or (every > 0 and step % every == 0)
 
 
@@ -108,11 +108,11 @@ class Diverged(Exception):
 
 
 class Recorder:
-    """Writes what steps and evaluations report: to metrics.jsonl, the screen, and as `log` says.
+    """Writes the metrics of steps and evaluations: metrics.jsonl, the screen, and as `log` says.
 
-    Lines later than `start_step` are dropped first: the steps they are of will be run again. A
-    step's metrics stay on the device until the step after it is on its way, so that logging never
-    makes the device wait. Where there are several processes, only process 0 writes anything.
+    Lines after `start_step` are dropped first, as those steps will be run again. A step's metrics
+    are fetched after the next step was dispatched, so that logging never makes the device wait.
+    With several processes, only process 0 writes.
     """
 
     def __init__(self, workdir: epath.Path, start_step: int, total_steps: int, config: Config):
@@ -133,13 +133,13 @@ class Recorder:
             disable=not (sys.stderr.isatty() and distributed.is_lead()),
             dynamic_ncols=True,
         )
-        # `seconds` goes on from where a resumed run stopped.
+        # `seconds` continues from where a resumed run stopped.
         self._began = time.perf_counter() - max((x.get("seconds", 0.0) for x in lines), default=0.0)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._restart_clock()
 
     def step(self, step: int, metrics: dict[str, jax.Array], images: int, waited: float) -> None:
-        """Takes the metrics of the step just started, whose input took `waited` seconds to arrive.
+        """Records the metrics of a dispatched step; its input took `waited` seconds to arrive.
 
         Raises:
           Diverged: an earlier step's loss or gradient is not finite.
@@ -152,7 +152,7 @@ class Recorder:
         self._bar.update()
 
     def flush(self) -> None:
-        """Fetches what is still on the device and writes the lines that are due.
+        """Fetches pending metrics from the device and writes the lines that are due.
 
         Raises:
           Diverged: a step's loss or gradient is not finite. Lines before it are written.
@@ -192,13 +192,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves what happens inside out of the images per second."""
+        """Excludes the time inside this context from the images per second."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends what is written; `failed` is how Weights & Biases will call the run."""
+        """Closes all writers; `failed` is reported to Weights & Biases."""
         self._bar.close()
         if self._file is not None:
             self._file.close()
@@ -223,7 +223,7 @@ def _tensorboard(workdir: epath.Path, start_step: int) -> Any:
 
 
 def check_wandb() -> None:
-    """Raises a UserError where log.wandb cannot be."""
+    """Raises a UserError if log.wandb cannot be used."""
     try:
         import wandb
     except ImportError:
@@ -238,10 +238,10 @@ def check_wandb() -> None:
 def _wandb(
     workdir: epath.Path, start_step: int, config: Config, lines: Sequence[dict[str, Any]]
 ) -> Any:
-    """The run at Weights & Biases, which a resumed run goes on with: wandb_id has its name there.
+    """The Weights & Biases run; a resumed run continues the one named in the file wandb_id.
 
-    What it already has of steps that are run again, it keeps: by the promise of a resume, they
-    are the same. One that begins in the middle of a run is given the lines before.
+    Lines of steps that are run again are not replaced there, as resumed runs are the same. A run
+    that turns it on midway uploads the earlier lines first.
     """
     import wandb
 

@@ -1,6 +1,6 @@
-"""What answers to "is this class in the image?" are worth, for images with any number of labels.
+"""Metrics for multi-label classification: mAP and F1.
 
-Functions of logits and labels on the host, in float64; images without any label count as negatives.
+Functions of logits and labels on the host, in float64; images without labels count as negatives.
 """
 
 import numpy as np
@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Float32
 
 
 def average_precision(scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]) -> float:
-    """The sum of precisions, each weighted by the recall that is gained at it.
+    """Average precision: the sum of precisions, each weighted by the gain in recall.
 
-    Examples of equal scores are found together. There must be at least one positive.
+    Examples with equal scores share a threshold. There must be at least one positive.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -23,11 +23,11 @@ def average_precision(scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, 
 def scores(
     logits: Float32[np.ndarray, "n k"], labels: Float32[np.ndarray, "n k"]
 ) -> dict[str, float]:
-    """mAP, micro_f1 and macro_f1 over all n examples; NaN where a logit is.
+    """mAP, micro_f1 and macro_f1 over all n examples; NaN if a logit is NaN.
 
-    mAP is the mean over the classes that any example has. A class is predicted where its
+    mAP is the mean over the classes with at least one example. A class is predicted if its
     probability is above 0.5. F1 is 2 TP / (2 TP + FP + FN): micro_f1 of the sums over classes,
-    macro_f1 the mean over all k classes, 0 for one that no example has and none is predicted to.
+    macro_f1 the mean over all k classes, 0 for a class without examples and predictions.
     """
     if np.isnan(logits).any():
         return dict.fromkeys(("mAP", "micro_f1", "macro_f1"), float("nan"))

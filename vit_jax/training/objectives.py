@@ -1,4 +1,4 @@
-"""What is minimised: a loss for every example, from logits and target distributions."""
+"""Losses for each example, from logits and target distributions, and mixup and cutmix."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from vit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """The `augment` section: what is done to a batch on the device.
+    """The `augment` section: augmentation of whole batches, on the device.
 
     Attributes:
-      mixup: alpha of mixup (arXiv 1710.09412), whose weight is drawn from Beta(alpha, alpha), the
-        larger part being the image's own; 0 is off.
-      cutmix: alpha of cutmix (arXiv 1905.04899), where a box takes the place of a blend; 0 is off.
-      cutmix_share: how often, where both are on, it is cutmix.
-      per_image: whether every image has a weight and box of its own. Otherwise a batch has one, as
-        in AugReg and big_vision.
+      mixup: alpha of mixup (arXiv 1710.09412): weights are drawn from Beta(alpha, alpha), and the
+        larger one goes to the image itself; 0 is off.
+      cutmix: alpha of cutmix (arXiv 1905.04899), which pastes a box instead of blending; 0 is off.
+      cutmix_share: the probability of cutmix if both are on.
+      per_image: whether weights and boxes are drawn for each image. Otherwise there is one a batch,
+        as in AugReg and big_vision.
       label_smoothing: how much of each target is spread over all classes.
     """
 
@@ -42,12 +42,12 @@ class Augment:
 
 
 def softmax(logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Float[Array, " b"]:
-    """Cross-entropy of one choice out of k."""
+    """Softmax cross-entropy over k classes."""
     return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
 def sigmoid(logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Float[Array, " b"]:
-    """The sum of k yes-or-no cross-entropies (as for ImageNet-21k; big_vision's sigmoid_xent)."""
+    """Sigmoid cross-entropy, summed over classes (for ImageNet-21k; big_vision's sigmoid_xent)."""
     loss = optax.losses.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets)
     return loss.sum(axis=-1)
 
@@ -58,18 +58,18 @@ OBJECTIVES: dict[str, Callable[[Array, Array], Array]] = {"softmax": softmax, "s
 def to_targets(
     labels: Int[Array, " b"] | Float[Array, "b k"], num_classes: int, smoothing: float = 0.0
 ) -> Float[Array, "b {num_classes}"]:
-    """Class indices to one-hot rows, rows as they are, both mixed with `smoothing` of uniform."""
+    """One-hot targets from class indices, or rows as they are; both with label smoothing."""
     targets = jax.nn.one_hot(labels, num_classes) if labels.ndim == 1 else labels
     return targets * (1 - smoothing) + smoothing / num_classes
 
 
 def draw_mixing(augment: Augment, key: Array, b: int, size: tuple[int, int]) -> dict[str, Array]:
-    """Draws how the `b` images of `size` (h, w) of a batch are mixed with their partners.
+    """Draws mixup or cutmix parameters for a batch of `b` images of `size` (h, w).
 
     Returns:
       share: float32 [b], the weight of an image's own target; blend: float32 [b], the weight of its
-      own pixels outside of the box; box: int32 [b 4], (top, left, bottom, right) of the pixels that
-      are the partner's.
+      own pixels outside of the box; box: int32 [b 4], (top, left, bottom, right) of the pixels
+      pasted from the partner.
     """
     rows = b if augment.per_image else 1
     keys = jax.random.split(key, 4)
@@ -80,7 +80,7 @@ def draw_mixing(augment: Augment, key: Array, b: int, size: tuple[int, int]) -> 
     cutmix = jax.random.beta(keys[2], *[augment.cutmix or 1.0] * 2, (rows,))
     mixup = jnp.maximum(mixup, 1 - mixup)
 
-    # A box of the area that is left, around any centre; what is outside of the image is cut off.
+    # A box with the remaining area around a uniform centre, clipped to the image.
     h_w = jnp.array(size)
     centre = jnp.floor(jax.random.uniform(keys[3], (rows, 2)) * h_w).astype(jnp.int32)
     half = jnp.floor(jnp.sqrt(1 - cutmix)[:, None] * h_w).astype(jnp.int32) // 2
@@ -95,7 +95,7 @@ def draw_mixing(augment: Augment, key: Array, b: int, size: tuple[int, int]) -> 
 def mix_images(
     images: Float[Array, "b h w c"], partners: Float[Array, "b h w c"], mixing: dict[str, Array]
 ) -> Float[Array, "b h w c"]:
-    """Blends every image with its partner, or sets the partner's box into it."""
+    """Blends every image with its partner, or pastes the partner's box into it."""
     h, w = images.shape[1:3]
     top, left, bottom, right = (mixing["box"][:, i, None, None] for i in range(4))
     y, x = jnp.arange(h)[None, :, None], jnp.arange(w)[None, None, :]

@@ -1,4 +1,4 @@
-"""Schedules and optimisers, put together from optax."""
+"""Learning rate schedules and optimisers, built with optax."""
 
 import dataclasses
 import itertools
@@ -21,10 +21,10 @@ SCHEDULES = ("cosine", "linear", "rsqrt", "staircase", "constant")
 DECAYED = ("kernels", "all")
 MU_DTYPES = ("float32", "bfloat16")
 
-# Parameter -> the two axes of it that span the matrices whose second moments Adafactor factors:
-# one for each index of the other axes. Every layer, Q, K, V and head has its own [d head_dim] or
-# [head_dim d], as in big_vision, where these are the two largest axes of a layer's kernel. What
-# has a side below _LEAST_SIDE, and all other parameters, keep the moment of each entry.
+# Parameter -> its two axes that form the matrices with a factored second moment in Adafactor, one
+# matrix for each index of the other axes. Every layer, Q, K, V and head has its own [d head_dim] or
+# [head_dim d], as in big_vision, where these are a layer kernel's two largest axes. Matrices with a
+# side below _LEAST_SIDE, and all other parameters, keep the moment of each entry.
 MATRICES = (
     (r"attention/qkv/kernel$", (-4, -1)),
     (r"attention/rel_embed$", (-3, -1)),
@@ -41,25 +41,26 @@ class OptimConfig:
     Attributes:
       name: `adamw`, `adam`, `sgd`, or the `adafactor` of "Scaling Vision Transformers" (section
         3.4): Adam with half of its state, and with a bfloat16 momentum a quarter.
-      lr: the highest learning rate, reached at the end of the warm-up.
-      schedule: the decay that follows: to `end_lr` by `cosine` or `linear`, `constant`, `rsqrt`,
-        lr / sqrt(1 + (step - warmup) / timescale) ("Scaling Vision Transformers", section 3.5), or
-        `staircase`, `drop_factor` times the rate after each of `drops`.
-      drops: steps of the run, ascending; below 1, shares of it. As in BiT's code, step `drop`
-        itself, counted from 0, still has the rate from before.
-      warmup: steps of linear warm-up from zero; below 1, a share of the run.
+      lr: the peak learning rate, reached at the end of the warm-up.
+      schedule: the decay after the warm-up: to `end_lr` by `cosine` or `linear`, `constant`,
+        `rsqrt`, lr / sqrt(1 + (step - warmup) / timescale) ("Scaling Vision Transformers", section
+        3.5), or `staircase`, which multiplies the rate by `drop_factor` after each of `drops`.
+      drops: steps of the run, ascending; below 1, fractions of the run. As in BiT's code, step
+        `drop` itself, counted from 0, still has the previous rate.
+      warmup: steps of linear warm-up from zero; below 1, a fraction of the run.
       weight_decay: decoupled and multiplied by the learning rate, as in optax (big_vision's
         absolute decay of 1e-4 at lr 1e-3 is 0.1 here), on `decayed` parameters: `kernels`, which
-        leaves out biases, LayerNorm, tokens and positions, or `all`.
-      grad_clip: largest global norm of the gradient, None for no bound.
-      mu_dtype: what the momentum, the first moment of Adam and of Adafactor, is kept in; Google's
-        codes use bfloat16.
-      accumulate: micro-batches that a batch is taken in.
-      ema: decay of the running average of the parameters that is evaluated and loaded, or None.
-      b1: decay of the first moment of Adam and of Adafactor, which keeps none where it is 0.
-      b2: decay of their second moment; Adafactor's is 1 - step^-0.8, and b2 what bounds it.
+        excludes biases, LayerNorm, tokens and positions, or `all`.
+      grad_clip: maximum global norm of the gradient, None for no clipping.
+      mu_dtype: dtype of the momentum, the first moment of Adam and of Adafactor; Google's code
+        bases use bfloat16.
+      accumulate: gradient accumulation: the number of micro-batches in a batch.
+      ema: decay of the parameters' exponential moving average, which is then evaluated and loaded
+        in their place; None for none.
+      b1: decay of the first moment of Adam and of Adafactor, which keeps none if it is 0.
+      b2: decay of the second moment; for Adafactor, the upper bound of its decay 1 - step^-0.8.
       eps: added to the root of Adam's second moment. Adafactor's is 1e-30, in the squares.
-      momentum: sgd's.
+      momentum: of sgd.
     """
 
     lr: float
@@ -123,10 +124,10 @@ class OptimConfig:
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]:
-    """Returns step -> learning rate.
+    """Returns the learning rate schedule, a function of the step.
 
     Raises:
-      UserError: the warm-up is longer than the run, or a drop is outside of what follows it.
+      UserError: the warm-up is longer than the run, or a drop is outside of the steps after it.
     """
     warmup = _steps(config.warmup, total_steps)
     decay_steps = total_steps - warmup
@@ -155,7 +156,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]
 
 
 def _staircase(config: OptimConfig, warmup: int, total_steps: int) -> Callable[[Any], Any]:
-    """What follows the warm-up, from steps counted from its end."""
+    """The staircase schedule after the warm-up; steps are counted from the warm-up's end."""
     factors = {}
     for drop in config.drops:
         step = _steps(drop, total_steps)
@@ -166,20 +167,20 @@ def _staircase(config: OptimConfig, warmup: int, total_steps: int) -> Callable[[
                 "shorter optim.warmup"
             )
         first = step - warmup + 1
-        # In a short run several shares may be one step.
+        # In a short run several fractions may be the same step.
         factors[first] = factors.get(first, 1.0) * config.drop_factor
     return optax.piecewise_constant_schedule(config.lr, factors)
 
 
 def _steps(number: float, total_steps: int) -> int:
-    """A number of steps, or below 1 a share of the run."""
+    """Converts a number of steps, or a fraction of the run if below 1, to steps."""
     return round(number * total_steps) if number < 1 else round(number)
 
 
 def make_optimizer(
     config: OptimConfig, schedule: Callable[[Any], Any], *, whole: bool = True
 ) -> optax.GradientTransformation:
-    """Returns clipping, the update rule, weight decay and the learning rate, in this order.
+    """Chains gradient clipping, the update rule, weight decay and the learning rate.
 
     Args:
       whole: whether each device has all of each parameter (see `norm`).
@@ -205,10 +206,11 @@ def make_optimizer(
 
 
 def norm(tree: Any, *, whole: bool = True) -> Float[Array, ""]:
-    """The norm of all leaves together.
+    """The global norm of a tree.
 
-    On GPUs, where they are `whole` on each, sums of parts of all leaves are added up at once in the
-    end: it takes a GPU as long to start adding a few numbers as to add a hundred thousand.
+    On GPUs, if the leaves are `whole` on each, partial sums of all leaves are added up in a single
+    final reduction: starting a reduction of a few numbers takes a GPU as long as reducing a hundred
+    thousand.
     """
     if not whole or target() != "gpu":
         return optax.tree.norm(tree)
@@ -216,14 +218,14 @@ def norm(tree: Any, *, whole: bool = True) -> Float[Array, ""]:
     for leaf in jax.tree.leaves(tree):
         squares = jnp.square(leaf.astype(jnp.float32)).reshape(math.gcd(leaf.size, _PARTS), -1)
         parts.append(squares.reshape(-1) if leaf.size < _SMALL else squares.sum(axis=1))
-    # Without the barrier XLA takes the sum apart again, into one for each leaf.
+    # Without the barrier XLA splits the sum again, into one for each leaf.
     return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(parts)).sum())
 
 
 def clip_by_norm(bound: float, *, whole: bool = True) -> optax.GradientTransformation:
-    """Scales gradients down to a norm of `bound`; as in optax, but with the `norm` of the metrics.
+    """Clips gradients to a global norm of `bound`, as optax does, but by our `norm`.
 
-    So that it is computed once a step.
+    The metrics use the same norm, so it is computed once a step.
     """
 
     def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
@@ -235,17 +237,17 @@ def clip_by_norm(bound: float, *, whole: bool = True) -> optax.GradientTransform
 
 
 def is_kernel(params: Any) -> Any:
-    """Marks the parameters that `decayed="kernels"` means: the matrices of all layers."""
+    """Mask of the parameters that `decayed="kernels"` decays: the matrices of all layers."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_name(path).endswith("kernel"), params
     )
 
 
 class FactoredState(NamedTuple):
-    """Running means of squared gradients, in trees like the parameters'.
+    """Second moments: running means of squared gradients, in trees like the parameters'.
 
-    `row` is averaged over the columns of each matrix, `col` over its rows. The axis averaged over
-    stays, with size 1, so that both are placed as their parameter is. Of a parameter that is not
+    `row` is averaged over the columns of each matrix, `col` over its rows. Reduced axes are kept
+    with size 1, so that both are sharded like their parameter. For a parameter that is not
     factored, `row` has the mean of each entry, and `col` is None.
     """
 
@@ -255,14 +257,14 @@ class FactoredState(NamedTuple):
 
 
 def scale_by_factored_moment(b2: float) -> optax.GradientTransformation:
-    """Divides by the root of Adafactor's second moment (arXiv 1804.04235, algorithm 4).
+    """Divides by the root of Adafactor's factored second moment (arXiv 1804.04235, algorithm 4).
 
-    As changed in section 3.4 of "Scaling Vision Transformers" (arXiv 2106.04560): its decay is at
-    most `b2`, and the learning rate does not follow the norm of the weights. As in big_vision, the
-    size of the update is not bounded.
+    As modified in "Scaling Vision Transformers" (arXiv 2106.04560, section 3.4): the decay is at
+    most `b2`, and the learning rate is not scaled by the norm of the weights. As in big_vision,
+    updates are not clipped.
 
-    optax.scale_by_factored_rms does the same to a single matrix. Of an array of more axes it takes
-    the two largest for the matrix, and among those of stacked parameters may be the depth.
+    optax.scale_by_factored_rms does the same for a single matrix. For arrays with more axes it
+    factors the two largest, which for stacked parameters may include the depth.
     """
 
     def init(params: Any) -> FactoredState:
@@ -302,7 +304,7 @@ def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> tuple[int, int] | None:
 
 
 def _map_leaves(function: Callable[..., tuple[Any, ...]], tree: Any, *rest: Any) -> list[Any]:
-    """Maps a function of path and leaves to a tree for each of its values; None is a leaf too."""
+    """Maps a function of path and leaves to a tree for each output; None is a leaf, too."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     rest = [structure.flatten_up_to(each) for each in rest]
     results = [function(*leaf, *more) for leaf, *more in zip(leaves, *rest, strict=True)]

@@ -1,8 +1,8 @@
-"""The plan of a run: what it trains, on what, for how long, and from where. Decided here, once.
+"""The plan of a run: its model, data, length and starting point, all decided here.
 
-It comes from a config, the training data, and the checkpoint that the run starts from. From here on
-everything flows one way: config -> plan -> program (the compiled step) -> loop. `preflight` and
-`data` make the same plan without running it. No weights are read, and nothing is allocated.
+It is made from a config, the training data, and the checkpoint to start from. The data flow is
+config -> plan -> program (the compiled step) -> loop. `preflight` and `data` make the same plan
+without running it. No weights are read, and nothing is allocated.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ from vit_jax.training.config import DURATIONS, Config, differences, read_config
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What a plan takes from the training data.
+    """The properties of the training data that a plan depends on.
 
-    `examples` is None where the data is endless. `multi_label` and `masks` are as for `Source`.
+    `examples` is None for endless data. `multi_label` and `masks` are as in `Source`.
     """
 
     labels: tuple[str, ...]
@@ -59,12 +59,12 @@ class TrainingData:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run, decided.
+    """The plan of a run.
 
     Attributes:
-      card: the model, how its images are preprocessed, and its classes.
-      examples: of the training data; None where it is endless.
-      resume_step: the checkpoint that the run goes on from, if any.
+      card: the model, its preprocessing and its classes.
+      examples: in the training data; None if it is endless.
+      resume_step: the checkpoint to resume from, if any.
       init: the model that a new run starts from, if any.
       keep_head: whether the head of `init` is kept.
     """
@@ -78,15 +78,15 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """The length of the run in steps. Raises a UserError as `count_steps`."""
+        """The length of the run in steps. Raises a UserError like `count_steps`."""
         return count_steps(self.config, self.examples)
 
     def with_model(self, model: ModelConfig) -> "Plan":
-        """The same run of another model."""
+        """The same run with another model."""
         return dataclasses.replace(self, card=dataclasses.replace(self.card, config=model))
 
     def reader(self, source: Source) -> BatchReader:
-        """What reads the batches of the training data, which has the classes of `card`."""
+        """Returns the reader of training batches, in the classes of `card`."""
         config = self.config
         return BatchReader.of(
             source,
@@ -100,15 +100,15 @@ class Plan:
 def plan_run(
     config: Config, workdir: epath.PathLike, source: Source, resume_step: int | None
 ) -> Plan:
-    """Plans a run in a folder, which starts from, in this order:
+    """Plans a run in a folder. It starts from the first of these that applies:
 
-    1. resume: the folder holds a whole checkpoint, and the config still says the same;
+    1. resume: the folder holds a complete checkpoint, and the config is the same;
     2. fine-tune: `init_from` names another model; its head is replaced (paper, B.1.1), its position
        embeddings are resized (section 3.2), its preprocessing is inherited;
     3. scratch.
 
     Raises:
-      UserError: the folder holds a run of another config or of other data; or as `make_plan`.
+      UserError: the folder holds a run with another config or other data; or as `make_plan`.
     """
     data = TrainingData.of(source)
     if resume_step is None:
@@ -132,8 +132,8 @@ def plan_run(
 def make_plan(config: Config, data: TrainingData, init: Opened | None = None) -> Plan:
     """Plans a new run on `data`, from scratch or from `init`.
 
-    With masked patch prediction the model has no classes; else they are those of the data, by the
-    names that data.train.classes gives them, or those of the head that is kept.
+    For masked patch prediction the model has no classes; otherwise it has those of the data, with
+    the names in data.train.classes, or those of the head that is kept.
 
     Raises:
       UserError: the model does not fit the data, the objective or `init`.
@@ -162,7 +162,7 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
 
 
 def _check_labels(config: Config, data: TrainingData) -> None:
-    """Raises a UserError where the objective does not learn from such labels."""
+    """Raises a UserError if the objective cannot use the data's kind of labels."""
     if config.data.train is None:
         return
     name = f"data.train.source {config.data.train.source}"
@@ -184,7 +184,7 @@ def _labels(
     """The model's classes, and whether the head of `base` is kept."""
     keep_head = base is not None and config.model.get("head") == "keep"
     if config.objective in masking.OBJECTIVES:
-        # A patch head that was trained for one target says nothing of another.
+        # A patch head is only useful for the target that it was trained for.
         return (), keep_head and not base.labels and base.objective == config.objective
     train, keep_head = config.data.train, keep_head and bool(base.labels)
     try:
@@ -198,7 +198,7 @@ def _labels(
 
 
 def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> Preprocess:
-    """How images become the model's input; what `predict` does with one is what evaluation does."""
+    """The model's preprocessing; the same in evaluation and in `predict`."""
     if base:
         preprocess = fitted_preprocess(base.preprocess, model)
     else:
@@ -210,13 +210,13 @@ def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> P
 def model_config(
     config: Config, base: ModelConfig | None, num_classes: int, keep_head: bool = False
 ) -> ModelConfig:
-    """The model: `base` (the checkpoint's, where there is one) with what the config says.
+    """Returns the model's config: `base` (the checkpoint's, if any) with the fields of `config`.
 
-    Unless the checkpoint's head is kept, its hidden layer goes too.
+    Unless the checkpoint's head is kept, its hidden layer is dropped, too.
 
     Raises:
-      UserError: the config names no variant, says what such a model does not have, or has another
-        ResNet than `base`, or one where that has none.
+      UserError: the config names no variant, has a field that the model does not have, or has a
+        ResNet that differs from the one in `base`, or is missing there.
     """
     fields = dict(config.model)
     name = fields.pop("variant", None)
@@ -240,7 +240,7 @@ def model_config(
 
 
 def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> ModelConfig:
-    """The checkpoint's model with other fields; its ResNet, if any, stays the same."""
+    """The checkpoint's model with other fields; its ResNet, if any, cannot change."""
     is_vit = isinstance(base, ViTConfig)
     old, wanted = _network(is_vit, base.resnet, base.resnet_style), is_vit
     if name is not None:
@@ -257,7 +257,7 @@ def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> 
 
 
 def _network(is_vit: bool, units: Any, style: Any) -> str:
-    """What a checkpoint and a model that starts from it must agree in, in words."""
+    """Describes the part of a model that must agree with its checkpoint, for error messages."""
     if units is None:
         return "a ViT without a ResNet" if is_vit else "a ResNet of no units"
     normed = "pre" if style in STYLES and STYLES[style].preact else "post"
@@ -267,7 +267,7 @@ def _network(is_vit: bool, units: Any, style: Any) -> str:
 
 
 def _with_patch_outputs(config: Config, model: ModelConfig) -> ModelConfig:
-    """The model with what the objective makes it predict of each patch."""
+    """Adds the outputs for each patch that the objective needs."""
     given, wanted = config.model.get("patch_outputs"), 0
     if config.objective in masking.OBJECTIVES:
         wanted = masking.patch_outputs(config.objective, model)
@@ -280,10 +280,10 @@ def _with_patch_outputs(config: Config, model: ModelConfig) -> ModelConfig:
 
 
 def count_steps(config: Config, num_examples: int | None) -> int:
-    """The length of a run whose training split has `num_examples` (None: endless).
+    """Number of steps of a run with `num_examples` training examples (None: endless).
 
     Raises:
-      UserError: there are no epochs of endless data, or the run comes to no step.
+      UserError: epochs of endless data, or a run of no steps.
     """
     if config.total_steps is not None:
         steps = config.total_steps
@@ -302,7 +302,7 @@ def count_steps(config: Config, num_examples: int | None) -> int:
 
 
 def _too_short(config: Config, steps: int, num_examples: int | None) -> str:
-    """Says why the run comes to no step."""
+    """Explains why the run would have no steps."""
     name = next(name for name in DURATIONS if getattr(config, name) is not None)
     value, batch = getattr(config, name), config.batch_size
     if name == "total_steps" or value <= 0:

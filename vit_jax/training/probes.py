@@ -1,9 +1,9 @@
-"""What frozen features are worth: few-shot regression, nearest neighbours, a linear probe.
+"""Probes of frozen features: few-shot regression, nearest neighbours, linear probe.
 
-Each is a function of features and labels on the host that gives accuracies on `test`, every example
-of which counts once; the same inputs give the same numbers. Each raises UserError where a set has
-no examples, features that are not finite or of another width than those of `train`, or labels
-outside of 0 to num_classes - 1, and for numbers that are not positive.
+Each is a function of features and labels on the host that returns accuracies on `test`; every
+example counts once, and results are deterministic. Each raises UserError if a set has no examples,
+features that are not finite or of another width than those of `train`, or labels outside of 0 to
+num_classes - 1, and for numbers that are not positive.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from jaxtyping import Array, Float, Float32, Float64, Int, Int32, Shaped
 
 from vit_jax.errors import UserError
 
-# A block of similarities is 256 MiB, one of training features of width 1024 is 64 MiB: with what
-# normalising and sorting copy, nearest neighbours take 1 to 2 GiB of the device, however many
-# examples there are.
+# A block of similarities is 256 MiB, one of training features of width 1024 is 64 MiB: with the
+# copies for normalising and sorting, k-NN takes 1 to 2 GiB of device memory for any number of
+# examples.
 TEST_BLOCK, TRAIN_BLOCK = 4096, 16384
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a model gives for n examples, and their classes."""
+    """The features of n examples, and their classes."""
 
     x: Float32[np.ndarray, "n d"]
     y: Int32[np.ndarray, " n"]
@@ -43,16 +43,16 @@ def few_shot(
     seeds: int,
     l2: float,
 ) -> dict[str, float]:
-    """Least squares on a few examples of each class, in closed form and float64 on the host.
+    """Few-shot linear regression: least squares in closed form, in float64 on the host.
 
-    As in the ViT paper (arXiv 2010.11929, section 4.1), with the numbers of big_vision's
-    fewshot_lsr.py: features are standardised by the examples drawn, targets are -1 and 1, and a
-    ridge of `l2` (theirs: 1024) is on all weights, also on that of a constant feature of 100, the
-    bias. A class with fewer than `shots` examples gives what it has.
+    As in the ViT paper (arXiv 2010.11929, section 4.1), with the settings of big_vision's
+    fewshot_lsr.py: features are standardised by the drawn examples, targets are -1 and 1, and an
+    L2 penalty of `l2` (theirs: 1024) is on all weights, including that of the bias, a constant
+    feature of 100. A class with fewer than `shots` examples contributes all it has.
 
     Returns:
       For 5 shots {"5shot": mean over the seeds 0, 1, ..., "5shot_std": standard deviation (ddof 1),
-      where there are several seeds}.
+      if there are several seeds}.
     """
     check_sets(num_classes, train, test)
     check_positive(shots=shots, seeds=[seeds], l2=[l2])
@@ -78,7 +78,7 @@ def few_shot(
 def ridge(
     x: Float64[np.ndarray, "n d"], y: Float64[np.ndarray, "n k"], l2: float
 ) -> Float64[np.ndarray, "d k"]:
-    """Returns the w with the least ||x w - y||^2 + l2 ||w||^2, from the smaller of two systems."""
+    """Ridge regression: the w that minimises ||x w - y||^2 + l2 ||w||^2, primal or dual by size."""
     primal = len(x) >= x.shape[1]
     gram = x.T @ x if primal else x @ x.T
     gram.flat[:: len(gram) + 1] += l2
@@ -97,12 +97,12 @@ def knn(
     neighbours: Sequence[int],
     temperature: float,
 ) -> dict[str, float]:
-    """Weighted votes of the nearest neighbours by cosine similarity.
+    """Weighted k-nearest-neighbour classification by cosine similarity.
 
     Each of the k nearest votes for its class with exp(similarity / temperature), as in arXiv
-    1805.01978 and DINO (arXiv 2104.14294; both: 0.07). Of equally similar ones the earlier in
+    1805.01978 and DINO (arXiv 2104.14294; both: 0.07). Of equally similar examples the earlier in
     `train` is nearer, of classes with equal votes the lower wins. A zero vector has similarity 0
-    to all. Where k is larger than `train`, all vote.
+    to all. If k is larger than `train`, all vote.
 
     Returns:
       For a k of 20 {"knn20": accuracy}.
@@ -119,7 +119,7 @@ def knn(
         for j in range(0, n, columns):
             block = jnp.asarray(_padded(train.x[j : j + columns], columns))
             labels = jnp.asarray(_padded(train.y[j : j + columns], columns))
-            # A block travels while the device is at work on the one before; more would pile up.
+            # Blocks are copied one ahead of the computation; without this, more would pile up.
             jax.block_until_ready(best)
             best = _nearer(best, queries, block, labels, n - j)
         right = test.y[i : i + rows]
@@ -140,7 +140,7 @@ def _nearer(
     k, m = best[0].shape[1], len(labels)
     similar = jnp.matmul(_normalised(queries), _normalised(block).T, precision="highest")
     similar = jnp.where(jnp.arange(m) < count, similar, -jnp.inf)
-    # Of equals top_k puts the first in front: here, and below, where the earlier blocks come first.
+    # top_k puts the first of equals in front: here, and below, where earlier blocks come first.
     similar, index = jax.lax.top_k(similar, min(k, m))
     similar = jnp.concatenate([best[0], similar], axis=1)
     labels = jnp.concatenate([best[1], labels[index]], axis=1)
@@ -155,8 +155,8 @@ def _elect(
     temperature: Float[Array, ""],
     num_classes: int,
 ) -> Int32[Array, "k b"]:
-    """The classes that the nearest one elects, the nearest two, ... the nearest k."""
-    # Relative to the nearest: exp(1 / temperature) may be more than float32 holds.
+    """The classes elected by the nearest 1, 2, ... k neighbours."""
+    # Relative to the nearest: exp(1 / temperature) may overflow float32.
     weights = jnp.exp((similar - similar[:, :1]) / temperature)
 
     def vote(votes, voter):
@@ -168,7 +168,7 @@ def _elect(
 
 
 def _normalised(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    # By the largest first: squares of what is very large or small leave float32.
+    # Divided by the largest first: squares of very large or small values leave float32's range.
     x /= jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), jnp.finfo(x.dtype).tiny)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1)
 
@@ -186,21 +186,22 @@ def linear_probe(
     l2: Sequence[float],
     steps: int,
 ) -> dict[str, float]:
-    """Multinomial logistic regression on features that are standardised by those fitted to.
+    """Linear probe: multinomial logistic regression on standardised features.
 
-    The loss is the mean cross-entropy + l2 / 2 ||W||^2, and the bias is not penalised; each fit
-    takes at most `steps` of L-BFGS. Of several `l2` the one is taken that is best on `val` when
-    fitted to `train`, of equals the largest, and fitted again to both together. With one `l2`,
-    `val` may be None. The device holds all features, and a few times their logits, in float32.
+    Features are standardised by the examples fitted. The loss is the mean cross-entropy +
+    l2 / 2 ||W||^2, with no penalty on the bias; each fit takes at most `steps` of L-BFGS. Of
+    several `l2`, the best on `val` is chosen after fitting to `train` (the largest of equals), and
+    used to fit both together. With one `l2`, `val` may be None. The device holds all features, and
+    a few times their logits, in float32.
 
     Returns:
-      {"accuracy": on test, "l2": the one taken}.
+      {"accuracy": on test, "l2": the chosen one}.
     """
     check_sets(num_classes, train, test, val)
     check_positive(l2=l2, steps=[steps])
     if len(l2) > 1 and val is None:
         raise UserError(f"{len(l2)} values of l2 and no validation examples to choose by")
-    # To start from: no weights, the shares of the classes as bias; those without examples stay out.
+    # Start: zero weights, log shares of the classes as bias, which all but excludes absent ones.
     shares = np.bincount(train.y, minlength=num_classes) / len(train.y)
     weights = np.zeros((train.x.shape[1] + 1, num_classes), np.float32)
     weights[-1] = np.log(np.maximum(shares, 1e-13))
@@ -217,7 +218,7 @@ def linear_probe(
 def _choose(
     train: Features, val: Features, weights: Float[Array, "d k"], l2: Sequence[float], steps: int
 ) -> tuple[float, Float[Array, "d k"]]:
-    """The l2 that is best on `val`, and its weights. A fit starts where the one before ended."""
+    """Chooses the best l2 on `val`, with its weights. Each fit starts from the previous one's."""
     scale = standard(train.x)
     ours, theirs = _on_device(train, scale), _on_device(val, scale)
     found = []
@@ -235,7 +236,7 @@ def fit(
     l2: Float[Array, ""],
     steps: Int[Array, ""],
 ) -> Float[Array, "d k"]:
-    """Returns the weights of logistic regression; the last feature is constant, for the bias."""
+    """Fits logistic regression and returns its weights; the last feature is constant."""
 
     def loss(weights):
         logits = jnp.matmul(x, weights, precision="highest")
@@ -245,9 +246,9 @@ def fit(
 
 
 def cross_entropy(logits: Float[Array, "*b k"], labels: Int32[Array, "*b"]) -> Float[Array, "*b"]:
-    """-log softmax(logits)[label], with all its digits; a label outside of the classes is none."""
-    # log(1 + sum over the other classes of exp(logit - right logit)): the usual difference of
-    # logsumexp and right logit has no digits left where the loss is small.
+    """-log softmax(logits)[label] at full precision; labels outside of the classes match none."""
+    # log(1 + sum over the other classes of exp(logit - right logit)): the usual logsumexp minus
+    # right logit cancels where the loss is small.
     right = jnp.arange(logits.shape[-1]) == labels[..., None]
     ahead = logits - jnp.sum(logits, axis=-1, keepdims=True, where=right)
     return jax.nn.softplus(jax.nn.logsumexp(ahead, axis=-1, where=~right))
@@ -259,10 +260,10 @@ def minimise(
     l2: Float[Array, ""],
     steps: Int[Array, ""],
 ) -> Float[Array, "d k"]:
-    """At most `steps` of L-BFGS on a convex loss that l2 / 2 ||W||^2 is a part of.
+    """Minimises a convex loss that includes l2 / 2 ||W||^2, by at most `steps` of L-BFGS.
 
-    It stops when the loss is within about 1e-8 of the lowest: it is at most
-    ||gradient||^2 / (2 l2) above. Where l2 is tiny, it stops where float32 does.
+    Stops when the loss is within about 1e-8 of the minimum, by the bound ||gradient||^2 / (2 l2) on
+    the gap. If l2 is tiny, float32 rounding stops it first.
     """
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -304,7 +305,7 @@ def standard(x: Float32[np.ndarray, "n d"]) -> Scale:
 def standardised(
     x: Float32[np.ndarray, "n d"], scale: Scale, constant: int, dtype: type
 ) -> Float[np.ndarray, "n e"]:
-    """Standardised features and, as the last one, a constant for the bias."""
+    """Standardises features, and appends a constant for the bias."""
     result = np.full((len(x), x.shape[1] + 1), constant, dtype)
     np.subtract(x, scale[0], out=result[:, :-1], casting="same_kind")
     result[:, :-1] /= scale[1]
@@ -333,7 +334,7 @@ def check_sets(num_classes: int, train: Any, test: Any, val: Any = None) -> None
 
 
 def check_positive(**numbers: Sequence[int] | Sequence[float]) -> None:
-    """Raises a UserError where there are none, or one that is not positive and finite."""
+    """Raises a UserError for an empty sequence, or a number that is not positive and finite."""
     for name, values in numbers.items():
         if not values or not all(0 < value < float("inf") for value in values):
             raise UserError(f"{name} is {list(values)}; expected numbers above 0")

@@ -1,4 +1,4 @@
-"""The program of a plan: its training step, compiled for a mesh. Nothing is allocated."""
+"""The compiled training step of a plan, on a mesh. Nothing is allocated."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from vit_jax.training.steps import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A run's training step on a mesh.
+    """The training step of a run on a mesh.
 
     Attributes:
-      state: shapes, types and places of what is trained.
-      batch: of what arrives.
-      step: (state, batch) -> (state, metrics), jitted; it takes the state's memory over.
+      state: shapes, types and shardings of the train state.
+      batch: shapes, types and shardings of a batch.
+      step: (state, batch) -> (state, metrics), jitted; it donates the state.
     """
 
     mesh: Mesh
@@ -36,7 +36,7 @@ class Program:
 
 
 def make_program(plan: Plan, mesh: Mesh) -> Program:
-    """Returns the program of a plan on the devices of `mesh`.
+    """Builds the program of a plan for the devices of `mesh`.
 
     Raises:
       UserError: the batch does not divide among the devices, or the warm-up is too long.

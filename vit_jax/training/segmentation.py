@@ -1,7 +1,7 @@
-"""What frozen features of patches are worth: a linear classifier of each, for masks.
+"""Linear segmentation probe: a linear classifier of frozen patch features, scored on masks.
 
-Its logits are stretched to the masks' size. Functions of features and masks on the host; the same
-inputs give the same numbers, and every pixel of `test` counts once.
+Its logits are interpolated to the masks' size. Functions of features and masks on the host;
+deterministic, and every pixel of `test` counts once.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from vit_jax.training.probes import (
     standardised,
 )
 
-# The logits of so many pixels and classes are on the device at a time: 64 MiB, and a few copies.
+# The number of logits (pixels x classes) on the device at a time: 64 MiB, and a few copies.
 BLOCK = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """What a model gives for the patches of n examples, and the class of each pixel."""
+    """The patch features of n examples, and the class of each pixel."""
 
     x: Float32[np.ndarray, "n gh gw d"]
     y: Int32[np.ndarray, "n h w"]
@@ -55,12 +55,12 @@ def segmentation(
 ) -> dict[str, float]:
     """Fits a linear classifier of patches to the masks of `train`, and scores it on `test`.
 
-    Of several `l2` the one is taken that has the best miou on `val` when fitted to `train`, of
-    equals the largest, and fitted again to both together. With one `l2`, `val` may be None. The
+    Of several `l2`, the one with the best miou on `val` is chosen after fitting to `train` (the
+    largest of equals), and used to fit both together. With one `l2`, `val` may be None. The
     device holds all training features in float32, and the logits of one block of examples.
 
     Returns:
-      {"miou", "accuracy", "foreground_iou": on test (see `scores`), "l2": the one taken}.
+      {"miou", "accuracy", "foreground_iou": on test (see `scores`), "l2": the chosen one}.
 
     Raises:
       UserError: a set has no examples, features that are not finite or of another width, or
@@ -92,10 +92,10 @@ def fit_head(
     steps: int,
     start: Float[Array, "e k"] | None = None,
 ) -> Head:
-    """Minimises the mean cross-entropy of all pixels + l2 / 2 ||W||^2, the bias not penalised.
+    """Minimises the mean cross-entropy of all pixels + l2 / 2 ||W||^2, with no penalty on the bias.
 
-    It takes at most `steps` of L-BFGS on all examples at once, from `start`; without one, from no
-    weights and the shares of the classes.
+    Takes at most `steps` of full-batch L-BFGS, from `start`, by default zero weights and the log
+    shares of the classes as bias.
     """
     n, gh, gw, d = train.x.shape
     scale = standard(train.x.reshape(-1, d))
@@ -105,7 +105,7 @@ def fit_head(
         start[-1] = np.log(np.maximum(shares, 1e-13))  # those without pixels stay out
     size = min(n, max(1, BLOCK // (train.y[0].size * num_classes)))
     blocks = -(-n // size)
-    # Padding has no features and label -1, and does not count.
+    # Padding has zero features and label -1, and does not count.
     x = np.zeros((blocks * size, gh, gw, d + 1), np.float32)
     y = np.full((blocks * size, *train.y.shape[1:]), -1, np.int32)
     x[:n], y[:n] = _standardised(train.x, scale), train.y
@@ -138,7 +138,7 @@ def _fit(
 def stretched(
     x: Float[Array, "b gh gw d"], weights: Float[Array, "d k"], size: tuple[int, int]
 ) -> Float[Array, "b h w k"]:
-    """Logits of patches, bilinearly between their centres; outside of these, the nearest's."""
+    """Patch logits, interpolated bilinearly between patch centres; borders use the nearest."""
     logits = jnp.matmul(x, weights, precision="highest")
     shape = (len(x), *size, weights.shape[1])
     return jax.image.resize(logits, shape, "bilinear", antialias=False, precision="highest")
@@ -147,7 +147,7 @@ def stretched(
 def predict(
     head: Head, x: Float32[np.ndarray, "n gh gw d"], size: tuple[int, int]
 ) -> Int32[np.ndarray, "n {size[0]} {size[1]}"]:
-    """The likeliest class of each pixel of masks of `size` (h, w)."""
+    """Predicts the class of each pixel, for masks of `size` (h, w)."""
     return np.concatenate(list(_predict(head, x, size)))
 
 
@@ -176,7 +176,7 @@ def _standardised(
 
 
 def confusion(head: Head, test: Dense) -> Int64[np.ndarray, "k k"]:
-    """How many pixels of each class (rows) are taken for each class (columns)."""
+    """The confusion matrix on `test`, in pixels: true classes down, predicted ones across."""
     k, start = head.weights.shape[1], 0
     counts = np.zeros((k, k), np.int64)
     for found in _predict(head, test.x, test.y.shape[1:]):
@@ -188,18 +188,18 @@ def confusion(head: Head, test: Dense) -> Int64[np.ndarray, "k k"]:
 def count(
     truth: Int32[np.ndarray, "*shape"], found: Int32[np.ndarray, "*shape"], num_classes: int
 ) -> Int64[np.ndarray, "{num_classes} {num_classes}"]:
-    """The confusion matrix of masks: true classes down, found ones across."""
+    """The confusion matrix of masks: true classes down, predicted ones across."""
     pairs = truth.astype(np.int64).ravel() * num_classes + found.ravel()
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def scores(confusion: Int64[np.ndarray, "k k"]) -> dict[str, float]:
-    """What a confusion matrix comes to.
+    """Metrics of a confusion matrix.
 
     Returns:
-      {"miou": mean over the classes of intersection / union, those left out that are nowhere,
-      neither true nor found; "accuracy": the share of right pixels; "foreground_iou": intersection
-      / union of all classes but 0 taken as one, where there is any of them}.
+      {"miou": mean over classes of intersection / union, without classes that are neither true nor
+      predicted anywhere; "accuracy": pixel accuracy; "foreground_iou": intersection / union of all
+      classes but 0 merged into one, if there are any}.
     """
     total, right = confusion.sum(), np.diag(confusion)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - right

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh of devices. The model knows nothing of it."""
+"""Sharding: the mesh of devices, and the placement of parameters, batches and activations on it."""
 
 import dataclasses
 import re
@@ -20,10 +20,10 @@ BATCH = P(("data", "fsdp"))
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes those that are left: `data`, unless another one does.
+    """Number of devices along each axis; -1 takes the rest: `data`, unless another axis has it.
 
     `data` replicates the model and splits the batch, `fsdp` splits both, `tensor` splits heads
-    and MLP. `deterministic` makes a GPU repeat itself bit for bit, at a cost in speed.
+    and MLP. `deterministic` makes GPU results bitwise reproducible, at a cost in speed.
     """
 
     data: int = -1
@@ -32,9 +32,9 @@ class MeshConfig:
     deterministic: bool = False
 
 
-# Path of a parameter -> which of its last dimensions `tensor` splits, and those that `fsdp` may
-# split, the best first; earlier ones (the depth) are not split. Optimiser state and averages have
-# the parameters' paths as endings, so they follow.
+# Path of a parameter -> the one of its last dimensions that `tensor` splits, and those that `fsdp`
+# may split, in order of preference; earlier ones (the depth) are not split. The paths of optimiser
+# state and EMA end in the parameters' paths, so they are split alike.
 PLACEMENT = (
     (r"attention/qkv/kernel$", (None, None, "tensor", None), (-4, -1)),
     (r"attention/qkv/bias$", (None, "tensor", None), ()),
@@ -50,10 +50,10 @@ PLACEMENT = (
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Lays the devices out as (data, fsdp, tensor), neighbours in a torus next to one another.
+    """Arranges devices as a (data, fsdp, tensor) mesh, with neighbours in a torus adjacent.
 
-    Where they are several TPU slices or GPU nodes, between which links are slow, only `data` spans
-    these: once a step a gradient's shards cross, never parameters.
+    Across several TPU slices or GPU nodes, with slow links between them, only `data` spans them:
+    gradient shards cross the links once a step, parameters never.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or `data` not to the slices.
@@ -75,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
-    """Returns the devices as an array [data fsdp tensor], as the machine's links favour it.
+    """Returns the devices as an array [data fsdp tensor], in the best order for their links.
 
     Raises:
       UserError: there are several slices, which `data` does not span.
@@ -104,18 +104,18 @@ def _slices(devices: list[Any]) -> int:
 
 
 def _rehearsed_gpus(devices: list[Any]) -> bool:
-    """Whether these are GPUs of a topology: real ones have their node as their slice."""
+    """Whether these are simulated GPUs of a topology: real ones have their node as slice."""
     first = devices[0]
     return first.platform == "gpu" and getattr(first, "local_hardware_id", None) is None
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits a batch."""
+    """The number of parts that the mesh splits a batch into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises a UserError unless every device gets as many rows, in every micro-batch."""
+    """Raises a UserError unless all devices get equally many rows in every micro-batch."""
     shards = batch_shards(mesh)
     if batch_size % (shards * accumulate):
         unit = shards * accumulate
@@ -127,10 +127,11 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def placement(tree: Any, mesh: Mesh) -> Any:
-    """Returns a NamedSharding for every leaf of a tree of arrays or shapes, by the table above.
+    """Returns a NamedSharding for every leaf of a tree of arrays or shapes, by `PLACEMENT`.
 
-    A dimension that its axis does not divide is not split; `fsdp` takes the next one that it may,
-    but not after one of size 1: that was averaged over where the parameter is split (optim.py).
+    A dimension that its mesh axis does not divide is not split; `fsdp` then tries the next
+    candidate, but stops at a size of 1: a dimension that is split in the parameter, and averaged
+    over in its factored moments (optim.py).
     """
 
     def place(path, leaf):
@@ -153,7 +154,7 @@ def placement(tree: Any, mesh: Mesh) -> Any:
 
 
 class Whole(NamedTuple):
-    """A parameter that every device has all of, and its bytes."""
+    """A parameter that is replicated on every device, and its bytes."""
 
     name: str
     size: int
@@ -164,7 +165,7 @@ class Whole(NamedTuple):
 
 
 def unsplit(params: Any, mesh: Mesh, least: int = 2**20) -> list[Whole]:
-    """The large parameters that the mesh should split, but that stay whole."""
+    """Lists large parameters that the mesh should split, but that remain replicated."""
     if not _splits(mesh):
         return []
     return [
@@ -176,11 +177,11 @@ def unsplit(params: Any, mesh: Mesh, least: int = 2**20) -> list[Whole]:
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """How a model uses what `placement` spread: the `Layout` of models/layers.py.
+    """How a model uses sharded parameters: an implementation of `Layout` (models/stack.py).
 
-    A block's kernels are gathered along `fsdp` when it runs, in the dtype that it computes in, and
-    their gradients go back to where the parameters are kept. Activations stay with their images, so
-    that no device ever sees another's (but for the sums along `tensor`).
+    A block's kernels are gathered along `fsdp` when it runs, in the compute dtype, and their
+    gradients are scattered to the parameters' shards. Activations stay with their images on one
+    device (except for the sums along `tensor`).
     """
 
     mesh: Mesh
@@ -210,7 +211,7 @@ class MeshLayout:
 
 
 def make_layout(mesh: Mesh, dtype: str) -> MeshLayout | None:
-    """The layout of a model that computes in `dtype`; None where parameters are not split."""
+    """Returns the layout for a compute dtype; None if the mesh does not split parameters."""
     return MeshLayout(mesh, dtype) if _splits(mesh) else None
 
 
@@ -220,15 +221,15 @@ def _splits(mesh: Mesh) -> bool:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as a name: "blocks/mlp/fc1/kernel"."""
+    """Joins a pytree path to a name: "blocks/mlp/fc1/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """The rows of a global batch that this process's devices own: int64, ascending.
 
-    They need not be contiguous: a mesh follows the wiring of the devices, not the hosts. Hosts in
-    one `tensor` group own the same.
+    They need not be contiguous: a mesh follows the links of the devices, not the hosts. Hosts in
+    one `tensor` group own the same rows.
     """
     sharding = NamedSharding(mesh, BATCH)
     owned = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -237,7 +238,7 @@ def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 
 
 def to_devices(batch: dict[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays out of this process's rows, but for the keys that stay on the host."""
+    """Builds global arrays from this process's rows, without the keys that stay on the host."""
     sharding, rows = NamedSharding(mesh, BATCH), local_rows(batch_size, mesh)
 
     def spread(values: np.ndarray) -> jax.Array:
@@ -253,9 +254,9 @@ def to_devices(batch: dict[str, np.ndarray], batch_size: int, mesh: Mesh) -> dic
 
 
 def total(flags: np.ndarray, batch_size: int, mesh: Mesh) -> int | jax.Array:
-    """How many rows of the global batch have a flag (bool, of this process's rows).
+    """Counts the rows of the global batch with a flag (bool, of this process's rows).
 
-    With several processes a device adds them up, and this does not wait for it. Collective.
+    With several processes the devices add them up, without blocking. Collective.
     """
     if distributed.count() == 1:
         return int(flags.sum())

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and its form on disk."""
+"""The train state, and its form in checkpoints."""
 
 import dataclasses
 from typing import Any
@@ -16,10 +16,10 @@ from vit_jax.training.sharding import path_name, placement
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Arrays, or their shapes or shardings in the same structure.
+    """The train state: arrays, or their shapes or shardings in the same structure.
 
     `step` counts the steps done (int32 []); `params` and `ema` are nested dicts by parameter name,
-    `ema` None where it is off.
+    `ema` is None if disabled.
     """
 
     step: Any
@@ -31,7 +31,7 @@ class TrainState:
 def abstract_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, *, ema: bool, mesh: Mesh
 ) -> TrainState:
-    """The state's shapes, types and places: what is made, jitted over and restored into."""
+    """The shapes, types and shardings of the state, to create, jit over or restore it."""
     shapes = jax.eval_shape(lambda: _initial(init_params(config, 0), optimizer, ema))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -48,11 +48,10 @@ def make_state(
     seed: int,
     params: Any | None = None,
 ) -> TrainState:
-    """Returns the state before the first step, made in its place on the mesh.
+    """Creates the state before the first step, sharded on the mesh.
 
     Args:
-      params: where to start from, arrays of the model's shapes, which may be given up; None
-        starts fresh.
+      params: initial parameters, whose memory may be donated; None initialises new ones.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     ema = abstract.ema is not None
@@ -73,7 +72,7 @@ def _initial(params: Any, optimizer: optax.GradientTransformation, ema: bool) ->
 
 
 def to_saved(state: TrainState) -> dict[str, Any]:
-    """The state as plain dicts; the optimiser's arrays by path, whatever optax calls its tuples."""
+    """The state as plain dicts; optimiser state by path, independent of optax's tuple types."""
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     saved = {
         "step": state.step,

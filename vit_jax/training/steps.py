@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions over a pytree of arrays."""
+"""The training step and the evaluation steps, as pure functions on pytrees."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +21,15 @@ Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
-    """Batches carry pixels of 0 to 255, uint8 or float32; they are normalised on the device."""
+    """The batch's images, pixels in 0 to 255 (uint8 or float32), normalised on the device."""
     with jax.named_scope("patches"):  # which read the pixels
         return preprocess.normalise(batch["image"])
 
 
 def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> Model:
-    """The model with these parameters; with a `layout`, those of the blocks stay as they are kept.
+    """Returns the model with these parameters; with a `layout`, the blocks' stay sharded.
 
-    Each block, and each unit of a ResNet, asks for its own when it runs (see `stack.run_block`).
+    Each block, and each unit of a ResNet, gathers its own when it runs (see `stack.run_block`).
     """
     if layout is not None:
         later = {name: value for name, value in params.items() if name in ("blocks", "resnet")}
@@ -46,11 +46,11 @@ def class_loss(
     smoothing: float,
     layout: Layout | None,
 ) -> Loss:
-    """The loss of a classifier, and the accuracy; images may be mixed with a `partner`.
+    """Returns the classification loss, with the accuracy; batches may have a `partner` to mix in.
 
-    With labels [b k] an image is right where the class of its highest logit is any of its labels,
-    and `labelled` counts the images that have any, which the accuracy is a share of. Of a mixed
-    image they are those of the larger part.
+    With labels [b k] an image is right if its top class is any of its labels, and the accuracy is
+    a share of `labelled`, the images that have any. For mixed images, the labels are those of the
+    larger part.
     """
     loss_of = objectives.OBJECTIVES[objective]
 
@@ -84,7 +84,7 @@ def class_loss(
 def patch_loss(
     graphdef: nnx.GraphDef, preprocess: Preprocess, objective: str, layout: Layout | None
 ) -> Loss:
-    """The loss of masked patch prediction, and the accuracy, if any; labels are not read."""
+    """Returns the loss of masked patch prediction, with the accuracy, if any; ignores labels."""
 
     def loss_fn(params, batch, key, weight):
         key, drawn = jax.random.split(key)
@@ -106,11 +106,11 @@ def masked_sums(
     key: Key[Array, ""] | None = None,
     layout: Layout | None = None,
 ) -> dict[str, Array]:
-    """Sums over real examples of the loss at corrupted patches, and of their accuracy, if any.
+    """Sums of loss and, if any, accuracy of masked patch prediction, over real examples.
 
     Args:
-      keys: of each image, from which its corruption is drawn.
-      key: of dropout.
+      keys: one an image, for its corruption.
+      key: for dropout.
     """
     config, pixels = model.config, batch["image"]
     corruption = masking.draw_corruption(keys, config.grid[0] * config.grid[1])
@@ -135,11 +135,11 @@ def make_train_step(
     seed: int = 0,
     layout: Layout | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Returns (state, batch) -> (state, metrics), to be jitted with its state donated.
+    """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    The metrics are scalars of this batch alone: loss, accuracy (top-1, or of predicted patches; not
-    of pixels; of several labels see `class_loss`), grad_norm (before clipping), param_norm (after
-    the update) and lr.
+    The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
+    none for pixels; for several labels see `class_loss`), grad_norm (before clipping), param_norm
+    (after the update) and lr.
     """
     if objective in masking.OBJECTIVES:
         loss_fn = patch_loss(graphdef, preprocess, objective, layout)
@@ -149,11 +149,11 @@ def make_train_step(
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state, batch):
-        # Randomness is a function of seed and step alone: nothing of it is stored.
+        # Randomness depends on seed and step alone, so no random state is stored.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment.mixup or augment.cutmix:
-            # An image's partner is the one before it: one permutation between devices, where a
-            # random order would gather all images everywhere.
+            # An image's partner is the previous one: a single permutation between devices, where a
+            # random order would gather all images on each.
             partner = {name: jnp.roll(batch[name], 1, axis=0) for name in ("image", "label")}
             key, drawn = jax.random.split(key)
             b, h, w, _ = batch["image"].shape
@@ -194,9 +194,9 @@ def accumulated(
     weight: Float[Array, ""],
     micro_batches: int,
 ) -> tuple[Float[Array, ""], Any, Any]:
-    """Sums loss, what is beside it, and gradient (float32) over micro-batches, one after another.
+    """Gradient accumulation: sums loss, metrics and gradient (float32) over micro-batches.
 
-    Micro-batch i takes rows i, i + m, i + 2m, ...: each device cuts its own rows, none travel.
+    Micro-batch i takes rows i, i + m, i + 2m, ..., so that each device slices its own rows.
     """
 
     def interleave(x: Shaped[Array, "b ..."]):
@@ -225,26 +225,25 @@ def make_eval_step(
     each: bool = False,
     layout: Layout | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
-    """Returns (params, batch) -> sums over the batch's real examples; division comes last.
+    """Returns (params, batch) -> sums over the batch's real examples, to be divided by the caller.
 
-    With labels [b k], an image is right where any of its labels is found (ImageNet-ReaL); where it
-    has none, it is left out of all sums.
+    With labels [b k], an image is right if the top class is any of its labels (ImageNet-ReaL);
+    images without labels are left out of all sums.
 
     Args:
-      each: whether each label is a question of its own, so that images without any have a loss
-        too: `loss` is then the sum over all images, `images` their number, and beside the sums
-        come the rows that `multilabel.scores` reads: logits (float32), label, mask.
+      each: whether each label is a separate yes-or-no question, so that images without labels have
+        a loss, too: `loss` is then the sum over all images, `images` their number, and the rows
+        that `multilabel.scores` reads are added: logits (float32), label, mask.
     """
     loss_of = objectives.OBJECTIVES[objective]
 
     def eval_step(params, batch):
         logits = merged(graphdef, params, layout)(images(batch, preprocess), layout=layout)
         targets = objectives.to_targets(batch["label"], num_classes)
-        # Of several right classes the likeliest counts; where there is none, the image does not.
+        # Of several right classes the top one counts; images without any do not.
         mask = batch["mask"] & (targets.max(axis=-1) > 0)
         label = jnp.where(targets > 0, logits, -jnp.inf).argmax(-1)
-        # How many classes beat the right one; ties go to the lower index, as in argmax, and a
-        # NaN never wins.
+        # The rank of the right class: ties go to the lower index, as in argmax, and NaN never wins.
         best = jnp.take_along_axis(logits, label[:, None], axis=1)
         index = jnp.arange(logits.shape[1])
         loses = (logits < best) | ((logits == best) & (index >= label[:, None]))
@@ -274,8 +273,8 @@ def make_masked_eval_step(
 ) -> Callable[[Any, Batch, Any], dict[str, Array]]:
     """Returns (params, batch, start) -> sums over the batch's real examples, as `make_eval_step`.
 
-    `start` is the position of the batch's first example in its split: how an example is corrupted
-    depends on the seed and its own position alone, the same at every evaluation.
+    `start` is the position of the batch's first example in its split: an example's corruption
+    depends on the seed and its position alone, so it is the same at every evaluation.
     """
 
     def eval_step(params, batch, start):
@@ -295,9 +294,9 @@ def make_feature_step(
     dense: bool = False,
     layout: Layout | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
-    """Returns (params, batch) -> {x: what the head reads, float32 [b d], label, mask}.
+    """Returns (params, batch) -> {x: the head's input, float32 [b d], label, mask}.
 
-    With `dense`, x is what each patch is for the model [b gh gw d].
+    With `dense`, x is the dense features [b gh gw d].
     """
 
     def feature_step(params, batch):
