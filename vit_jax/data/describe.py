@@ -82,12 +82,6 @@ def _array_splits(path: str) -> list[str]:
         return []  # opening it says in a sentence what is wrong
 
 
-def _record_splits(path: str) -> list[str]:
-    start, _, end = records.INFO.partition("{split}")
-    here = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    return [n[len(start) : -len(end)] for n in here if n.startswith(start) and n.endswith(end)]
-
-
 def _tfds_splits(argument: str) -> list[str]:
     name = argument.partition(",label=")[0]
     path = name.rstrip("/")
@@ -106,7 +100,7 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "scenes": _three,
     "vtab": lambda argument: vtab.SPLITS,
     "arrays": _array_splits,
-    "records": _record_splits,
+    "records": records.record_splits,
     "tfds": _tfds_splits,
     "folder": files.folder_splits,
     "tar": archives.tar_splits,
@@ -144,7 +138,7 @@ def understood(spec: str) -> str:
             return f"{kind}:{spec}"
     if not os.path.isdir(spec):
         return spec
-    if _record_splits(spec):
+    if records.record_splits(spec):
         return f"records:{spec}"
     return f"{'tfds' if os.path.isfile(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
 

@@ -302,9 +302,7 @@ def records(path: str, split: str) -> RecordSource:
                     "or is cut off"
                 )
     except FileNotFoundError as error:
-        here = os.listdir(path) if os.path.isdir(path) else ()
-        start, end = INFO.split("{split}")
-        known = [f[len(start) : -len(end)] for f in here if f.startswith(start) and f.endswith(end)]
+        known = record_splits(path)
         missing = os.path.basename(error.filename or "")
         raise UserError(
             f"{where} has no split {name!r} ({missing} is not there); {nearest(name, known)}. "
@@ -331,6 +329,13 @@ def records(path: str, split: str) -> RecordSource:
     if isinstance(info.get("content"), str):  # splits of earlier versions have none
         kept = os.path.join(path, CONTENT.format(split=name)), info["content"]
     return RecordSource(reader, FEATURES, f"{where} {split}", label_names, fingerprint, kept=kept)
+
+
+def record_splits(path: str) -> list[str]:
+    """The splits that `prepare` wrote into a folder."""
+    start, end = INFO.split("{split}")
+    here = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    return [n[len(start) : -len(end)] for n in here if n.startswith(start) and n.endswith(end)]
 
 
 def content_digest(hashes: UInt64[np.ndarray, " n"]) -> str:
