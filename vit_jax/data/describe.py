@@ -28,7 +28,7 @@ from vit_jax.data.contents import (
     read_each,
     shared,
 )
-from vit_jax.data.forms import archives, custom, files, hub, idx, listed, records, vtab
+from vit_jax.data.forms import archives, custom, files, hub, idx, listed, records, tfds, vtab
 from vit_jax.data.forms.files import WHOLE
 from vit_jax.data.images import FORMATS, read_image, sniff
 from vit_jax.data.sources import SOURCES, Source, open_source
@@ -85,7 +85,7 @@ def _array_splits(path: str) -> list[str]:
 def _tfds_splits(argument: str) -> list[str]:
     name = argument.partition(",label=")[0]
     path = name.rstrip("/")
-    found = records.prepared(f"tfds:{argument}", name, path if os.path.isdir(path) else None)
+    found = tfds.prepared(f"tfds:{argument}", name, path if os.path.isdir(path) else None)
     return list(found.info.splits)
 
 

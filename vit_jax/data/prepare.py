@@ -22,9 +22,10 @@ import tqdm
 from vit_jax.data.classes import with_labels
 from vit_jax.data.contents import content, image_hash, shared
 from vit_jax.data.forms.archives import TarSource, open_tar
-from vit_jax.data.forms.files import WHOLE, PassedOver, open_file
+from vit_jax.data.forms.class_lists import read_classes
+from vit_jax.data.forms.files import WHOLE, PassedOver
+from vit_jax.data.forms.open_files import open_file
 from vit_jax.data.forms.records import RecordSource, records
-from vit_jax.data.forms.tables import read_classes
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.shards import (
     NAME,

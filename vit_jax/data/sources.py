@@ -12,8 +12,9 @@ from vit_jax.data.forms.fractals import open_fractals
 from vit_jax.data.forms.hub import hub
 from vit_jax.data.forms.idx import idx
 from vit_jax.data.forms.listed import table
-from vit_jax.data.forms.records import records, tfds
+from vit_jax.data.forms.records import records
 from vit_jax.data.forms.scenes import scenes
+from vit_jax.data.forms.tfds import tfds
 from vit_jax.data.forms.vtab import vtab
 from vit_jax.errors import UserError, nearest
 

@@ -18,12 +18,10 @@ from jaxtyping import Int32, Int64
 
 from vit_jax.data.forms.files import (
     WHOLE,
-    OpenFiles,
     Packed,
     PassedOver,
     class_name,
     fingerprint_of,
-    open_file,
     parse_split,
     percentile,
     tell,
@@ -37,6 +35,7 @@ from vit_jax.data.forms.layout import (
     unknown_format,
 )
 from vit_jax.data.forms.members import Member, is_zip, members
+from vit_jax.data.forms.open_files import OpenFiles, open_file
 from vit_jax.data.forms.origins import BESIDE, ORIGINS, Beside, Said, choose
 from vit_jax.data.forms.tables import read_labels
 from vit_jax.data.images import SUFFIXES, BadImage, sniff

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from vit_jax.data.forms.cells import Table, read_table
+from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.data.forms.files import (
     WHOLE,
     Packed,
@@ -21,7 +22,8 @@ from vit_jax.data.forms.files import (
     parse_split,
     percentile,
 )
-from vit_jax.data.forms.tables import label_column, options, sorted_names
+from vit_jax.data.forms.layout import options
+from vit_jax.data.forms.tables import label_column
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
