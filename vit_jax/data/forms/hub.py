@@ -1,4 +1,4 @@
-"""The source `hf-data:`: data sets in Parquet files as the Hugging Face hub has them."""
+"""The source `hf-data:`: data sets of the Hugging Face hub in Parquet files."""
 
 import glob
 import json
@@ -13,12 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vit_jax.data.forms.class_lists import sorted_names
-from vit_jax.data.forms.files import (
-    class_name,
-    fingerprint_of,
-    parse_split,
-    percentile,
-)
+from vit_jax.data.forms.files import class_name, fingerprint_of, parse_split, percentile
 from vit_jax.data.forms.layout import options
 from vit_jax.data.forms.parquet import (
     ParquetRows,
@@ -37,25 +32,24 @@ logger = logging.getLogger(__name__)
 OPTIONS = ("config", "image", "label")
 _HUB_NAME = r"([^/@\s]+/[^/@\s]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?"
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
-# Groups of rows of more bytes take longer to read than an image to decode: 0.5 ms a MB.
+# Row groups above this size take longer to read (0.5 ms a MB) than an image takes to decode.
 _LARGE = 4 * 2**20
 
 
 def hub(argument: str, split: str) -> ParquetSource:
-    """A data set in Parquet files, on the Hugging Face hub or in a folder of that form.
+    """A data set in Parquet files, on the Hugging Face hub or in a folder with the same layout.
+
+    The splits are those of README.md, or of the files' names (data/SPLIT-00000-of-00002.parquet,
+    SPLIT/0000.parquet, SPLIT.parquet). Class names are those of the files or README.md, else the
+    values of the label column in all splits. A label column of lists is multi-label.
 
     Args:
-      argument: OWNER/NAME, OWNER/NAME@REVISION or a folder, whose README.md, or else the files'
-        names (data/SPLIT-00000-of-00002.parquet, SPLIT/0000.parquet, SPLIT.parquet), say which
-        splits there are; and, where they are not sure, behind commas config=NAME, image=COLUMN and
-        label=COLUMN. Class names are those that the files or README.md give, else the values in
-        that column in all splits; lists there are any number of labels an image.
-      split: one of the splits; a part of it, such as "train[:90%]" and "train[90%:]", is drawn for
-        good by the number of the row.
+      argument: OWNER/NAME, OWNER/NAME@REVISION or a folder; then, where ambiguous, ",config=NAME",
+        ",image=COLUMN" and ",label=COLUMN".
+      split: a split, or a part of it such as "train[:90%]", drawn by a hash of the row number.
 
     Raises:
-      UserError: no such data set, config, split or column, several that may be meant, or labels
-        that are missing.
+      UserError: no such data set, config, split or column, an ambiguous one, or a missing label.
     """
     where = f"hf-data:{argument}"
     name, low, high = parse_split(split)
@@ -94,10 +88,8 @@ def hub(argument: str, split: str) -> ParquetSource:
     chosen = [sorted(set(found[row])) for row in rows]
     keys = [f"{row}\0{chosen[i]}\0{image}" for i, row in enumerate(rows)]
     digest = fingerprint_of(names, keys, [0] * len(keys))
-    paths = splits[name]
-    digest = fingerprint_of(
-        (digest,), [os.path.relpath(p, root) for p in paths], map(os.path.getsize, paths)
-    )
+    files = [os.path.relpath(path, root) for path in splits[name]]
+    digest = fingerprint_of((digest,), files, map(os.path.getsize, splits[name]))
     return ParquetSource(
         images,
         np.array(rows, np.int64),
@@ -110,14 +102,12 @@ def hub(argument: str, split: str) -> ParquetSource:
 
 
 def hub_splits(argument: str) -> tuple[str, ...]:
-    """What `hub` takes for split."""
+    """The splits of a data set."""
     return tuple(_open(argument)[1])
 
 
-def _open(
-    argument: str,
-) -> tuple[str, dict[str, list[str]], dict[str, Any], dict[str, str]]:
-    """The folder, its Parquet files by split, its card's features, and the options."""
+def _open(argument: str) -> tuple[str, dict[str, list[str]], dict[str, Any], dict[str, str]]:
+    """Returns the folder, split -> Parquet files, the features in README.md, and the options."""
     name, told = options(argument, OPTIONS)
     root = name if os.path.isdir(name) else _fetch(name)
     card = _card(root)
@@ -127,13 +117,12 @@ def _open(
             f"hf-data:{argument} has no Parquet files; of the sets on the hub that are in other "
             "formats, OWNER/NAME@refs/convert/parquet may have them"
         )
-    config = told.get("config")
-    if config is None and len(every) > 1:
+    config = told.get("config", next(iter(every)))
+    if "config" not in told and len(every) > 1:
         raise UserError(
             f"hf-data:{argument} has several configs ({', '.join(map(repr, every))}): say which, "
             f"as in hf-data:{argument},config={next(iter(every))}"
         )
-    config = next(iter(every)) if config is None else config
     if config not in every:
         raise UserError(f"hf-data:{argument} has no config {config!r}; {nearest(config, every)}")
     infos = card.get("dataset_info") or []
@@ -144,7 +133,7 @@ def _open(
 
 
 def _fetch(name: str) -> str:
-    """The folder of a data set of the hub, fetched where it is not there already."""
+    """Downloads a data set of the hub, unless it is cached, and returns its folder."""
     match = re.fullmatch(_HUB_NAME, name)
     if not match or name.startswith(("/", ".", "~")):
         raise UserError(f"hf-data:{name}: there is no such folder, and OWNER/NAME was expected")
@@ -163,7 +152,7 @@ def _fetch(name: str) -> str:
     try:
         only = dict(revision=revision, allow_patterns=["*.parquet", "README.md"])
         return str(huggingface_hub.snapshot_download(repo, repo_type="dataset", **only))
-    except Exception as error:  # they have no class in common: httpx's, OSError, ValueError
+    except Exception as error:  # httpx's, OSError, ValueError: no common class
         short = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
         raise UserError(
             f"hf-data:{name} could not be fetched ({short}). To fetch it by hand: {by_hand}"
@@ -171,7 +160,7 @@ def _fetch(name: str) -> str:
 
 
 def _card(root: str) -> dict[str, Any]:
-    """What README.md says between two lines of ---, as YAML."""
+    """The YAML header of README.md."""
     import yaml  # ml-collections needs it
 
     path = os.path.join(root, "README.md")
@@ -187,11 +176,10 @@ def _card(root: str) -> dict[str, Any]:
 
 
 def _configs(root: str, card: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """Config -> split -> files, as the card says it."""
+    """Config -> split -> files, from README.md."""
     found: dict[str, dict[str, list[str]]] = {}
     for config in card.get("configs") or []:
-        told = config.get("data_files")
-        if told is None:
+        if (told := config.get("data_files")) is None:
             continue
         if isinstance(told, dict):
             told = [{"split": split, "path": path} for split, path in told.items()]
@@ -217,7 +205,7 @@ def _glob(folder: str, pattern: str) -> list[str]:
 
 
 def _configs_by_name(root: str) -> dict[str, dict[str, list[str]]]:
-    """Config -> split -> files, as folders and files are called."""
+    """Config -> split -> files, from the names of folders and files."""
     found: dict[str, dict[str, list[str]]] = {}
     for path in sorted(_glob(root, "**/*.parquet")):
         *folders, name = os.path.relpath(path, root).split(os.sep)
@@ -237,7 +225,7 @@ def _configs_by_name(root: str) -> dict[str, dict[str, list[str]]]:
 
 
 def _card_features(told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The card's features in the form that Parquet files have them."""
+    """The features in README.md, in the format of those in Parquet files."""
     found = {}
     for each in told:
         kind = each.get("dtype") or each.get("sequence") or each.get("list")
@@ -255,7 +243,7 @@ def _card_features(told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _features(path: str, card: Mapping[str, Any]) -> tuple[dict[str, Any], pyarrow.Schema]:
-    """What a file says of its columns, and the card of those that it does not; and its schema."""
+    """The features of a file's columns, from the file or else README.md; and its schema."""
     with reading(path):
         schema = pyarrow.parquet.read_schema(path)
     try:
@@ -273,7 +261,7 @@ def _features(path: str, card: Mapping[str, Any]) -> tuple[dict[str, Any], pyarr
 
 
 def _names_in(feature: Any) -> tuple[str, ...] | None:
-    """The class names of a feature, or of the features in its list."""
+    """The class names of a feature, or of the elements of a list."""
     if isinstance(feature, list):
         return _names_in(feature[0]) if len(feature) == 1 else None
     if not isinstance(feature, dict):
@@ -328,7 +316,7 @@ def _label_column(
 def _alike(
     splits: Mapping[str, Sequence[str]], card: Mapping[str, Any], split: str, label: str, image: str
 ) -> list[str]:
-    """The splits that have labels. UserError: a file has other columns, or other classes."""
+    """The splits that have labels. UserError: a file has other columns or classes."""
     features, schema = _features(splits[split][0], card)
     found = []
     for one, paths in splits.items():
@@ -347,7 +335,7 @@ def _alike(
 
 
 def _label_cells(where: str, paths: Sequence[str], column: str) -> list[Any]:
-    """The labels of all rows. UserError: one is missing."""
+    """The labels of all rows. UserError: a label is missing."""
     cells = read_column(paths, column)
     for row, cell in enumerate(cells):
         if cell is None or cell == "" or (isinstance(cell, list) and None in cell):

@@ -1,4 +1,4 @@
-"""The source `table:`: image files, their labels and splits as a table lists them."""
+"""The source `table:`: image files, labels and splits listed in a table."""
 
 import collections
 import dataclasses
@@ -16,6 +16,7 @@ from vit_jax.data.forms.files import (
     WHOLE,
     Packed,
     class_name,
+    file_example,
     fingerprint_of,
     is_image,
     labels_at,
@@ -35,9 +36,9 @@ _SPLIT_COLUMNS = ("split", "subset", "partition")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TableSource:
-    """Image files that a table lists; `source[i]["image"]` is a file's bytes.
+    """Image files listed in a table; `source[i]["image"]` is a file's bytes.
 
-    Example i has the labels from `ends[i - 1]` to `ends[i]`: one, unless it is `multi_label`.
+    The labels of example i are `labels[ends[i - 1]:ends[i]]`: one, unless `multi_label`.
     """
 
     root: str
@@ -52,36 +53,27 @@ class TableSource:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self.names[index]
-        path = os.path.join(self.root, file)
-        try:
-            with open(path, "rb") as opened:
-                data = opened.read()
-        except OSError as error:
-            raise UserError(
-                f"{path} was there but cannot be read ({error.strerror}): did the folder change?"
-            ) from None
         label = labels_at(self.labels, self.ends, index, self.multi_label)
-        return {"image": data, "label": label, "name": path, "file": file}
+        return file_example(self.root, self.names[index], label)
 
 
 def table(argument: str, split: str) -> TableSource:
-    """The images that a table lists (see `cells.read_table`), in its order.
+    """The images listed in a table (see `cells.read_table`), in its order.
 
     Args:
-      argument: FILE, and, where they are not sure, behind commas
-        image=COLUMN: paths, relative to the table's folder, or without the files' ending;
+      argument: FILE, and, where ambiguous, options behind commas:
+        image=COLUMN: file paths, with or without the ending;
         label=COLUMN: class names;
-        labels=COLUMN: any number of class names an image, in lists, or with |, ; or spaces between
-          (separator=|, ;, comma or space where several occur);
+        labels=COLUMN: any number of class names an image, as lists or separated by |, ; or spaces
+          (separator=|, ;, comma or space if several of these occur);
         labels=COLUMN+COLUMN or labels=*: a column of 0 and 1 for each class, * for all others;
-        split=COLUMN: what split an image is in, without it the column called split, if any;
-        root=FOLDER: what the paths are relative to.
+        split=COLUMN: the split of each image; default: the column named split, if any;
+        root=FOLDER: the folder that paths are relative to; default: that of the table.
       split: a value of that column, or "all"; a part of it as for folders, such as "all[:90%]".
 
     Raises:
-      UserError: a column that is not there or not sure, no such split, a file that is not there, an
-        image without label or with two of them.
+      UserError: a missing or ambiguous column, no such split, a missing file, or an image without
+        a label or with two.
     """
     where = f"table:{argument}"
     rows, told = _open(argument)
@@ -143,19 +135,16 @@ def table(argument: str, split: str) -> TableSource:
 
 
 def _check_numbers(where: str, names: Sequence[str]) -> None:
-    """Refuses one number written in two ways."""
+    """Raises a UserError if two labels are one number, such as "1" and "01"."""
     values: dict[int, str] = {}
     for name in names:
-        if (
-            name.isascii()
-            and name.isdigit()
-            and (other := values.setdefault(int(name), name)) != name
-        ):
+        number = name.isascii() and name.isdigit()
+        if number and (other := values.setdefault(int(name), name)) != name:
             raise UserError(f"{where}: are the labels {other!r} and {name!r} one class, or two?")
 
 
 def table_splits(argument: str) -> tuple[str, ...]:
-    """What `table` takes for split: the values of the column of splits, and "all"."""
+    """The splits of a table: the values of its split column, and "all"."""
     rows, told = _open(argument)
     return (*_splits(rows, _split_column(rows, told)), WHOLE)
 
@@ -196,7 +185,7 @@ def _cells(rows: Table, column: str | None) -> Sequence[str]:
 
 
 def _splits(rows: Table, column: str | None) -> tuple[str, ...]:
-    """The values of the column of splits."""
+    """The values of the split column."""
     if column is None:
         return ()
     cells = rows.columns[column]
@@ -213,7 +202,7 @@ def _splits(rows: Table, column: str | None) -> tuple[str, ...]:
 
 
 def _image_column(rows: Table, told: Mapping[str, str], root: str) -> str:
-    """The column that was said, or the only one whose first and last cells are files."""
+    """The `image` option, or the only column with files in its first or last cell."""
     if "image" in told:
         return rows.known(told["image"])
     folders = _Folders(root)
@@ -245,17 +234,17 @@ def _image_column(rows: Table, told: Mapping[str, str], root: str) -> str:
 
 
 class _Folders:
-    """Looks up files below a folder, listing each folder once."""
+    """Looks up files in a folder tree, listing each folder once."""
 
     def __init__(self, root: str):
         self.root = root
         self._listed: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {}
 
     def find(self, cell: str) -> tuple[str, int] | None:
-        """The path from the root of a file, and its size; None where there is none.
+        """The path relative to the root and the size of a file; None if there is no such file.
 
         Raises:
-          UserError: several images have the name that was given without its ending.
+          UserError: a name without ending fits several images.
         """
         for path in dict.fromkeys((cell, cell.replace("\\", "/"))):
             path = path if ".." in path else os.path.normpath(path)
@@ -291,10 +280,10 @@ class _Folders:
 def _files(
     rows: Table, cells: Sequence[str], root: str, needed: Sequence[bool]
 ) -> list[tuple[str, int]]:
-    """The path from the root and the size of each row's file.
+    """The path relative to the root and the size of each row's file.
 
     Raises:
-      UserError: one that is needed is not there.
+      UserError: a file that is needed is missing.
     """
     folders = _Folders(root)
     found = [folders.find(cell) if cell else None for cell in cells]
@@ -311,7 +300,7 @@ def _files(
 def _labels(
     rows: Table, told: Mapping[str, str], others: list[str], where: str
 ) -> tuple[list[tuple[str, ...]], bool]:
-    """The class names of each row, and whether there may be any number of them."""
+    """The class names of each row, and whether they are multi-label."""
     said = told.get("labels")
     if said is None:
         if not [name for name in rows.columns if name not in others] and rows.lists:
@@ -340,7 +329,7 @@ def _one(rows: Table, column: str) -> str:
 
 
 def _separator(rows: Table, column: str, cells: Sequence[str], said: str | None) -> str:
-    """What is between the labels in a cell. UserError: nothing that is sure."""
+    """The separator of the labels in a cell. UserError: it is ambiguous."""
     if said is not None:
         if said not in SEPARATORS:
             raise UserError(f"separator={said}: {nearest(said, SEPARATORS)}")
@@ -359,7 +348,7 @@ def _separator(rows: Table, column: str, cells: Sequence[str], said: str | None)
 
 
 def _indicated(rows: Table, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The columns of each row that are 1. UserError: one is neither that nor 0."""
+    """The columns that are 1, for each row. UserError: a cell that is neither 0 nor 1."""
     if not names:
         raise UserError(f"{rows.path} has no columns of labels: found {rows.summary()}")
     for name in names:

@@ -15,7 +15,7 @@ from vit_jax.errors import UserError
 
 
 class OpenFiles:
-    """Reads byte ranges of files from any thread; pickled as their paths alone."""
+    """Reads byte ranges of files, thread-safe; pickled as paths."""
 
     def __init__(self, paths: Iterable[str]):
         self.paths = tuple(paths)
@@ -29,17 +29,17 @@ class OpenFiles:
         self.__init__(paths)
 
     def read(self, which: int, offset: int, size: int) -> bytes:
-        """The bytes from `offset` of file number `which`, decompressed where it is compressed.
+        """Reads `size` bytes at `offset` of file number `which`, decompressed if need be.
 
         Raises:
-          UserError: the file is gone, or shorter than that.
+          UserError: the file cannot be read, or is too short.
         """
         try:
             with self._lock:
                 if which not in self._open:
                     self._open[which] = open_file(self.paths[which])
                     if len(self._open) > 256:  # systems allow 1,024, and others need some
-                        self._open.popitem(last=False)  # closed when its last reader lets go
+                        self._open.popitem(last=False)  # closed when its last reader is done
                 self._open.move_to_end(which)
                 file = self._open[which]
                 if not isinstance(file, io.FileIO):
@@ -57,7 +57,7 @@ class OpenFiles:
 
 
 class _Zstd(io.RawIOBase):
-    """A file compressed by Zstandard, decompressed; going back starts over."""
+    """A decompressed Zstandard file; seeking back starts over."""
 
     def __init__(self, path: str):
         self._path = path
@@ -104,7 +104,7 @@ _DECOMPRESSORS = {
 
 
 def open_file(path: str) -> Any:
-    """A file, through its decompressor if it has one; a plain one is an unbuffered io.FileIO."""
+    """Opens a file, decompressed if need be; a plain file is an unbuffered io.FileIO."""
     with open(path, "rb") as file:
         start = file.read(5)
     for magic, opener in _DECOMPRESSORS.items():

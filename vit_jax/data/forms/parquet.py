@@ -13,18 +13,16 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.forms.files import (
-    labels_at,
-)
+from vit_jax.data.forms.files import labels_at
 from vit_jax.data.images import BadImage
 from vit_jax.errors import UserError
 
 
 class ParquetRows:
-    """Reads a column of Parquet files row by row, from any thread; pickled as places alone.
+    """Random access to the rows of a column of Parquet files, thread-safe.
 
-    Parquet is read a group of rows at a time; the last two are kept, so that rows in order are
-    cheap.
+    Parquet is read a row group at a time. The last two groups are cached, so reading rows in order
+    is cheap; the cache is not pickled.
     """
 
     KEPT = 2
@@ -61,7 +59,7 @@ class ParquetRows:
         return self._rows
 
     def place(self, row: int) -> tuple[int, int]:
-        """Which file a row is in, and which group of all is."""
+        """The number of a row's file, and of its group among those of all files."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return int(self._groups[group, 0]), group
 
@@ -95,7 +93,7 @@ class ParquetRows:
 class ParquetSource:
     """Images in Parquet files; `source[i]["image"]` is an image file's bytes.
 
-    Example i has the labels from `ends[i - 1]` to `ends[i]`: one, unless it is `multi_label`.
+    The labels of example i are `labels[ends[i - 1]:ends[i]]`: one, unless `multi_label`.
     """
 
     images: ParquetRows
@@ -159,14 +157,14 @@ def _metadata(path: str) -> pyarrow.parquet.FileMetaData:
 
 
 def _bytes_of(group: pyarrow.parquet.RowGroupMetaData, column: str) -> int:
-    """How many bytes of a group of rows are a column's."""
+    """The size of a column in a row group, in bytes."""
     parts = (group.column(i) for i in range(group.num_columns))
     return sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == column)
 
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Says as a UserError what pyarrow raises while a file is read."""
+    """Turns errors of pyarrow into a UserError."""
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
