@@ -107,7 +107,7 @@ def prepare(
       split: the name of the split in `dst`.
       part: the split of `src` to read. Default: `split` if `src` is a source or a folder that has
         it, else all.
-      labels: a file with the class of every image (see `tables.read_labels`).
+      labels: a file with the class of every image (see `label_files.read_labels`).
       classes: a list or table of class names (see `class_lists.read_classes`), in that order.
         Default: the names found, sorted.
       examples: the number of examples to take from an endless source.

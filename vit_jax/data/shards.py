@@ -28,8 +28,6 @@ from vit_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 NAME = "images"  # of the data set, as TFDS calls it
-
-
 _LEFT_FREE = 256 * 2**20  # bytes of disk
 
 

@@ -26,6 +26,7 @@ from vit_jax.data.forms.files import (
     percentile,
     tell,
 )
+from vit_jax.data.forms.label_files import read_labels
 from vit_jax.data.forms.layout import (
     TEXTS,
     check_class_folders,
@@ -37,7 +38,6 @@ from vit_jax.data.forms.layout import (
 from vit_jax.data.forms.members import Member, is_zip, members
 from vit_jax.data.forms.open_files import OpenFiles, open_file
 from vit_jax.data.forms.origins import BESIDE, ORIGINS, Beside, Said, choose
-from vit_jax.data.forms.tables import read_labels
 from vit_jax.data.images import SUFFIXES, BadImage, sniff
 from vit_jax.errors import UserError
 

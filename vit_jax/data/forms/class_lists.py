@@ -1,4 +1,4 @@
-"""Class names from lists and tables of them, and their order."""
+"""Class names: their order, and the files that list them."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"0|[1-9]\d{0,7}", re.ASCII)
 
 
 def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Class names in their order; numbers by value, from 0 on where most of those occur."""
+    """Sorts class names; numbers by value, and with all from 0 on if more than half occur."""
     found = set(names)
     if not found or not all(_NUMBER.fullmatch(name) for name in found):
         return tuple(sorted(found))
@@ -33,15 +33,14 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_pairs(path: str) -> list[tuple[str, ...]]:
-    """The rows of a list of classes, of one cell each, or of a table of two columns, of two each.
+    """Reads a list of classes as [("cat",), ("dog",)], or pairs as [("0", "cat"), ("1", "dog")].
 
-    Such as ["cat", "dog"] and [("0", "cat"), ("1", "dog")]. A header is left out where it is one
-    for sure. A WordNet id and a space begin a line of two cells. The keys and values of a JSON
-    object are two cells. A third column that counts the rows from 0 or 1 on gives their order, and
-    is left out, as in imagenet_class_index.json.
+    A header is left out if it is certain. Lines of a WordNet id, a space and a name are pairs, as
+    are the items of a JSON object. A third column that counts the rows from 0 or 1 gives their
+    order, and is left out, as in imagenet_class_index.json.
 
     Raises:
-      UserError: no such file, or cells that are not divided with certainty.
+      UserError: no such file, or ambiguous columns.
     """
     columns = _readings(path)[0]
     if len(columns) > 2:
@@ -56,18 +55,18 @@ def read_pairs(path: str) -> list[tuple[str, ...]]:
 
 
 def read_classes(path: str, found: Sequence[str]) -> tuple[str, ...]:
-    """The classes in their order, as a list or a table says it.
+    """Reads the class names in order from a list or a table.
 
-    Of several columns the one is meant that has all classes of the data in it; where another counts
-    them from 0 or 1 on, that is their order, else it is the file's.
+    In a table, the column with all classes of the data is read, in the order of another column
+    that counts from 0 or 1, if there is one, else in that of the file.
 
     Args:
       path: see `read_pairs`.
       found: the classes of the data.
 
     Raises:
-      UserError: no such file, none or several of its columns are the data's classes, a class is in
-        it twice, or its numbers are not 0 to N-1 or 1 to N.
+      UserError: no such file, no column or several with the data's classes, a class that is listed
+        twice, or numbers that are not 0 to N-1 or 1 to N.
     """
     wanted, fitting = set(found), {}
     readings = _readings(path, "file of class names")
@@ -97,7 +96,7 @@ def read_classes(path: str, found: Sequence[str]) -> tuple[str, ...]:
 
 
 def _readings(path: str, what: str = "list of classes") -> list[list[tuple[str, ...]]]:
-    """The columns of a list of classes, in every way that it can be read; the likeliest first."""
+    """All possible readings of a list of classes as columns, the most likely first."""
     text = read_text(path, what)
     if text is None:
         return [_table_columns(read_table(path, what))]
@@ -118,7 +117,7 @@ def _readings(path: str, what: str = "list of classes") -> list[list[tuple[str, 
     if len(columns) == 1:
         return [columns]
     if loose and "\t" not in text and all(line.count(",") == line.count(", ") for line in lines):
-        return [whole, columns]  # "tench, Tinca tinca" is rather one name
+        return [whole, columns]  # "tench, Tinca tinca" is more likely one name
     return [columns, whole]
 
 
@@ -147,7 +146,7 @@ def _json_columns(path: str, value: Any, what: str) -> list[tuple[str, ...]]:
 
 
 def _places(cells: Sequence[str]) -> list[int] | None:
-    """What place from 0 on each row has, where its cells count from 0 or 1 on, in any order."""
+    """The cells as places from 0, if they are 0 to N-1 or 1 to N in any order."""
     if not all(_NUMBER.fullmatch(cell) for cell in cells):
         return None
     numbers = [int(cell) for cell in cells]
@@ -162,7 +161,7 @@ def _by_places(columns: Sequence[tuple[str, ...]], place: int) -> list[tuple[str
 
 
 def _ordered(path: str, columns: list[tuple[str, ...]], place: int) -> tuple[str, ...]:
-    """A column in the order of the numbers in it or in another."""
+    """A column sorted by the numbers in it or in another column."""
     numbers = [i for i, cells in enumerate(columns) if all(map(_NUMBER.fullmatch, cells))]
     if len(columns) == 1 or not numbers:
         return columns[place]

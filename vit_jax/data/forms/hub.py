@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.data.forms.files import class_name, fingerprint_of, parse_split, percentile
+from vit_jax.data.forms.label_columns import LABEL_COLUMNS
 from vit_jax.data.forms.layout import options
 from vit_jax.data.forms.parquet import (
     ParquetRows,
@@ -24,7 +25,6 @@ from vit_jax.data.forms.parquet import (
     read_column,
     reading,
 )
-from vit_jax.data.forms.tables import LABEL_COLUMNS
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)

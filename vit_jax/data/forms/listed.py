@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.data.forms.files import (
     WHOLE,
     Packed,
-    class_name,
     file_example,
     fingerprint_of,
     is_image,
@@ -23,14 +22,13 @@ from vit_jax.data.forms.files import (
     parse_split,
     percentile,
 )
+from vit_jax.data.forms.label_columns import row_labels
 from vit_jax.data.forms.layout import options
-from vit_jax.data.forms.tables import label_column
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("image", "label", "labels", "separator", "split", "root")
-SEPARATORS = {"|": "|", ";": ";", "comma": ",", "space": " "}
 _SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
@@ -89,7 +87,7 @@ def table(argument: str, split: str) -> TableSource:
         raise UserError(f"{where} has no split {split!r}; {nearest(name, [*known, WHOLE])}")
     root = _root(rows, told)
     image = _image_column(rows, told, root)
-    labels, many = _labels(rows, told, [image, *([column] if column else [])], where)
+    labels, many = row_labels(rows, told, [image, *([column] if column else [])], where)
     in_split = [name == WHOLE or cell == name for cell in _cells(rows, column)]
     files = _files(rows, rows.columns[image], root, in_split)
     chosen: dict[str, int] = {}
@@ -295,72 +293,6 @@ def _files(
             + (f", and {len(missing) - 1} others are missing" if len(missing) > 1 else "")
         )
     return [each or (cell, 0) for each, cell in zip(found, cells, strict=True)]
-
-
-def _labels(
-    rows: Table, told: Mapping[str, str], others: list[str], where: str
-) -> tuple[list[tuple[str, ...]], bool]:
-    """The class names of each row, and whether they are multi-label."""
-    said = told.get("labels")
-    if said is None:
-        if not [name for name in rows.columns if name not in others] and rows.lists:
-            raise UserError(f"{where}: say labels={next(iter(rows.lists))} for several an image")
-        cells = rows.columns[_one(rows, label_column(rows, told.get("label"), others, where))]
-        nan = {"": "", "nan": "", "NaN": ""}
-        return [(class_name(nan.get(cell, cell)),) for cell in cells], False
-    if said in rows.lists:
-        return [tuple(map(class_name, cell)) for cell in rows.lists[said]], True
-    if said == "*" or (said not in rows.columns and "+" in said):
-        every = [name for name in rows.columns if name not in others]
-        names = every if said == "*" else [rows.known(name) for name in said.split("+")]
-        return list(_indicated(rows, names)), True
-    cells = rows.columns[rows.known(said)]
-    separator = _separator(rows, said, cells, told.get("separator"))
-    return [
-        tuple(class_name(each.strip()) for each in cell.split(separator) if each.strip())
-        for cell in cells
-    ], True
-
-
-def _one(rows: Table, column: str) -> str:
-    if column in rows.lists:
-        raise UserError(f"{rows.path}: column {column!r} has lists: say labels={column}")
-    return column
-
-
-def _separator(rows: Table, column: str, cells: Sequence[str], said: str | None) -> str:
-    """The separator of the labels in a cell. UserError: it is ambiguous."""
-    if said is not None:
-        if said not in SEPARATORS:
-            raise UserError(f"separator={said}: {nearest(said, SEPARATORS)}")
-        return SEPARATORS[said]
-    found = [name for name in ("|", ";", "space") if any(SEPARATORS[name] in c for c in cells)]
-    if any("," in cell for cell in cells):
-        found.append("comma")
-    if len(found) == 1 and found != ["comma"]:
-        return SEPARATORS[found[0]]
-    if not found:
-        return "|"
-    raise UserError(
-        f"{rows.path}: what is between the labels of column {column!r}? Say separator="
-        + " or ".join(found)
-    )
-
-
-def _indicated(rows: Table, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The columns that are 1, for each row. UserError: a cell that is neither 0 nor 1."""
-    if not names:
-        raise UserError(f"{rows.path} has no columns of labels: found {rows.summary()}")
-    for name in names:
-        for row, cell in enumerate(rows.columns[name]):
-            if cell not in ("0", "1"):
-                raise UserError(
-                    f"{rows.at(row)}: column {name!r} has {cell!r}; expected 0 or 1 for a class"
-                )
-    for cells in zip(*(rows.columns[name] for name in names), strict=True):
-        yield tuple(
-            class_name(name) for name, cell in zip(names, cells, strict=True) if cell == "1"
-        )
 
 
 def _text(labels: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What tables say of images and classes: labels of images, lists and pairs of class names."""
+"""Files of labels for images whose archive does not have them, as `prepare --labels` takes."""
 
 import dataclasses
 import io
@@ -9,38 +9,32 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import scipy.io
 import scipy.io.matlab
 
-from vit_jax.data.forms.cells import (
-    Table,
-    is_word,
-    read_table,
-)
+from vit_jax.data.forms.cells import Table, is_word, read_table
+from vit_jax.data.forms.label_columns import LABEL_COLUMNS, label_column
 from vit_jax.data.forms.layout import options
 from vit_jax.data.images import SUFFIXES
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LABEL_COLUMNS = ("label", "class", "category", "target", "breed", "species")
 _LABELLED = re.compile(
     rf"(?P<name>.+?({'|'.join(map(re.escape, SUFFIXES))}))[,\t ]\s*(?P<label>.+)", re.IGNORECASE
 )
 _BOXES = re.compile(r"(n\d{8}( -?\d+){4}\s*)+")
-_MEASURE = re.compile(r"[-+]?\d*[.,]\d+(e[-+]?\d+)?|-\d+", re.IGNORECASE)
-_PLURALS = ("labels", "tags", "classes", "categories")
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """How a column names images.
+    """The rows of a table that belong to images.
 
     Attributes:
-      rows: the first row of each image, None where there is none.
-      keys: what the cells were compared by, so that rows of one key are of one image.
+      rows: the first row of each image, or None.
+      keys: the key of each row; rows of one image have the same key.
     """
 
     rows: list[int | None]
@@ -48,18 +42,18 @@ class Match:
 
 
 def read_labels(path: str, names: Sequence[str]) -> list[str]:
-    """The class of every image of a split whose archive does not say it.
+    """The class of every image, from a file of labels.
 
-    Args:
-      path: ImageNet-1k's development kit (ILSVRC2012_devkit_t12.tar.gz); a table (see
-        `cells.read_table`) with a column that names the images, by path, by the file's name, or by
-        that without its ending, and one of labels; name and label with a space between; or a text
-        with a line for each image: its class, in the order of the sorted names. The column of
-        labels is the only other one, or the only one of LABEL_COLUMNS, or said:
-        FILE,label=COLUMN and FILE,image=COLUMN. Kaggle's LOC_val_solution.csv of ImageNet is one.
+    The file is one of these:
+      - ImageNet-1k's development kit (ILSVRC2012_devkit_t12.tar.gz);
+      - a table (see `cells.read_table`) with a column of image paths, file names, or file names
+        without ending, and a column of labels: the only other one, the only one of LABEL_COLUMNS,
+        or that of FILE,label=COLUMN (and image=COLUMN), such as Kaggle's LOC_val_solution.csv;
+      - lines of an image name, a space and a label;
+      - a line with the label of each image, in the order of the sorted names.
 
     Raises:
-      UserError: another file, or one that is not about these images.
+      UserError: any other file, or labels of other images.
     """
     if path.endswith((".tar", ".tar.gz", ".tgz")):
         return _in_order(path, _development_kit(path), names)
@@ -95,7 +89,7 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
 def _label_table(
     path: str, names: Sequence[str], told: Mapping[str, str]
 ) -> tuple[Table, dict[str, Match] | None]:
-    """A table and its columns that name the images; None for these where it is a plain list."""
+    """Returns the table and its columns of image names, which are None if it is a plain list."""
     plain = read_table(path, "file of labels")
     for table in (plain, *_divided_by_spaces(plain)):
         if "image" in told and told["image"] not in table.columns and not table.header:
@@ -120,7 +114,7 @@ def _label_table(
 
 
 def _divided_by_spaces(table: Table) -> Iterator[Table]:
-    """A column of text as tables: "A_1 1 3", "my a.jpg big cat", "a big cat"."""
+    """Splits a column at spaces in several ways: "A_1 1 3", "my a.jpg big cat", "a big cat"."""
     if list(table.columns) != ["1"] or table.header:
         return
     lines = table.columns["1"]
@@ -139,13 +133,12 @@ def _divided_by_spaces(table: Table) -> Iterator[Table]:
 
 
 def image_columns(table: Table, tried: Iterable[str], names: Sequence[str]) -> dict[str, Match]:
-    """Which columns name the images, and how.
+    """The columns of image names: those that match the most images.
 
-    Those that name most of them, and in the same rows; columns called "label" and the like only
-    where there is no other, and "1" only where no other has "1.jpg".
+    Columns named "label" and the like come last, and those with file endings first.
 
     Raises:
-      UserError: columns that name them differently, or an image that has two rows.
+      UserError: columns that match images with different rows.
     """
     cells = {name: [_plain(cell) for cell in table.columns[name]] for name in tried}
     firsts = {name: _first_rows(each) for name, each in cells.items()}
@@ -186,7 +179,7 @@ def _lower_ending(name: str) -> str:
     return name if "/" in ending else stem + dot + ending.lower()
 
 
-# What an image is called, from its path below the folder that all share, and a cell.
+# How to make a key of an image's path below the folder that all share, and of a cell.
 _RULES: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
     (str, str),
     (_base, _base),
@@ -196,7 +189,7 @@ _RULES: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
 
 
 def _keys_of(names: Sequence[str]) -> Iterator[tuple[list[str], Callable[[str], str]]]:
-    """What the images may be called, by rules under which all differ; and a cell's key by each."""
+    """Yields the images' keys by each rule that keeps them unique, and the key of a cell."""
     names = [_plain(name) for name in names]
     folder = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
     below = [name[len(folder) + 1 :] for name in names] if folder else names
@@ -220,54 +213,8 @@ def _first_rows(keys: Iterable[str], rows: Iterable[int] | None = None) -> dict[
     return found
 
 
-def label_column(table: Table, said: str | None, others: Collection[str], how: str) -> str:
-    """The column of labels: the one said, the only one not in `others`, or of LABEL_COLUMNS.
-
-    Raises:
-      UserError: none, or several; or one that was not said, whose cells are rather measures,
-        captions, or several labels each.
-    """
-    if said is not None:
-        return table.known(said)
-    rest = [name for name in table.columns if name not in others]
-    named = [name for name in rest if name.lower() in LABEL_COLUMNS]
-    for one in (rest, named):
-        if len(one) == 1:
-            _check_labels(table, one[0], how)
-            return one[0]
-    if not rest:
-        raise UserError(f"{table.path} has no column of labels: found {table.summary()}")
-    raise UserError(
-        f"{table.path} has {len(rest)} columns that may be labels ({', '.join(map(repr, rest))}): "
-        f"say which, as in {how},label={(named or rest)[0]}"
-    )
-
-
-def _check_labels(table: Table, column: str, how: str) -> None:
-    """Refuses a column whose cells are no classes in all likelihood."""
-    cells = [cell for cell in table.columns[column] if cell]
-    why = None
-    if odd := next(filter(_MEASURE.fullmatch, cells), None):
-        why = f"numbers such as {odd!r}"
-    elif odd := next((cell for cell in cells if _has_several(column, cell)), None):
-        several = "" if how.startswith("--") else f" ({how},labels={column} reads them)"
-        why = f"what may be several labels, such as {odd!r}{several}"
-    elif len(set(cells)) == len(cells) > 4 and column.lower() not in LABEL_COLUMNS:
-        why = f"another text for each image, such as {cells[0]!r}"
-    if why:
-        raise UserError(
-            f"{table.path}: column {column!r} has {why}: if these are class names indeed, say so, "
-            f"as in {how},label={column}"
-        )
-
-
-def _has_several(column: str, cell: str) -> bool:
-    between = r"[|;,\s]" if column.lower().endswith(_PLURALS) else r"[|;]|,(?! )"
-    return bool(re.search(between, cell))
-
-
 def _labels_of(table: Table, labels: Sequence[str], match: Match, image: str) -> list[str]:
-    """The label of each image. UserError: an empty one, or two of one image."""
+    """The label of each image. UserError: an image without a label, or with two."""
     names, first = table.columns[image], {match.keys[row]: row for row in match.rows}
     for row, key in enumerate(match.keys):
         other = first.get(key, row)
@@ -283,7 +230,7 @@ def _labels_of(table: Table, labels: Sequence[str], match: Match, image: str) ->
 
 
 def _classes_of_boxes(table: Table, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's boxes, "n03995372 85 1 499 272 ", as Kaggle has them."""
+    """The WordNet ids in Kaggle's bounding boxes, such as "n03995372 85 1 499 272 "."""
     if not all(_BOXES.fullmatch(label) for label in labels):
         return labels
     found = []
@@ -296,7 +243,7 @@ def _classes_of_boxes(table: Table, labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _in_order(path: str, labels: list[str], names: Sequence[str]) -> list[str]:
-    """Labels that are in the order of the sorted names, a line each."""
+    """Assigns labels, a line each, to the images in the order of their sorted names."""
     if len(labels) != len(names):
         raise UserError(f"{path} has {len(labels)} labels, but there are {len(names)} images")
     if len(labels) > 2 and is_word(labels[0]) and labels[0] not in labels[1:]:
@@ -318,7 +265,7 @@ def _in_order(path: str, labels: list[str], names: Sequence[str]) -> list[str]:
 
 
 def _development_kit(path: str) -> list[str]:
-    """The WordNet ids of ImageNet-1k's 50,000 validation images, in the order of their names."""
+    """The WordNet ids of ImageNet-1k's validation images, in the order of their names."""
     try:
         with tarfile.open(path) as kit:
             files = {os.path.basename(m.name): m for m in kit if m.isreg()}
