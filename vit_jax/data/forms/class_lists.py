@@ -5,14 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vit_jax.data.forms.cells import (
-    NoTable,
-    Table,
-    is_word,
-    parsed_json,
-    read_table,
-    read_text,
-)
+from vit_jax.data.forms.cells import NoTable, Table, is_word, parsed_json, read_table, read_text
 from vit_jax.data.forms.files import class_name
 from vit_jax.errors import UserError
 

@@ -3,9 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from vit_jax.data.forms.cells import (
-    Table,
-)
+from vit_jax.data.forms.cells import Table
 from vit_jax.data.forms.files import class_name
 from vit_jax.errors import UserError, nearest
 
