@@ -22,7 +22,8 @@ import scipy.io
 from made import jpeg, packed, refused, tree, written, zipped
 
 from vit_jax.data.forms.archives import open_tar, tar_splits
-from vit_jax.data.forms.files import OpenFiles, folder_splits
+from vit_jax.data.forms.files import folder_splits
+from vit_jax.data.forms.open_files import OpenFiles
 from vit_jax.data.images import BadImage
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError

@@ -14,7 +14,7 @@ from conftest import DIGITS
 from made import noise, packed, refused, saved, tree, turned, written, zipped
 
 from vit_jax.__main__ import main
-from vit_jax.data import contents, describe, pictures
+from vit_jax.data import contents, describe, pictures, sources
 from vit_jax.data.classes import match, with_labels
 from vit_jax.data.contents import image_hash
 from vit_jax.data.forms.arrays import ArraySource
@@ -343,10 +343,10 @@ def test_the_report_of_what_is_made_of_arrays_and_of_a_config(tmp_path, capsys):
 
 
 def test_the_splits_that_there_are(animals, pets, tmp_path):
-    splits_of, understood = describe.splits_of, describe.understood
+    splits_of, understood = sources.splits_of, sources.understood
     assert splits_of(f"folder:{animals}") == ["train", "val"]
     assert splits_of(f"folder:{pets}") == []
-    assert list(describe.open_splits(f"folder:{pets}")) == ["all"]
+    assert list(sources.open_splits(f"folder:{pets}")) == ["all"]
     dst = str(tmp_path / "dst")
     for split, part in (("train", "all[:90%]"), ("held", "all[90%:]")):
         prepare(str(pets), dst, split=split, part=part)
@@ -362,7 +362,7 @@ def test_the_splits_that_there_are(animals, pets, tmp_path):
     written(tmp_path / "hub/test.parquet", pyarrow.table({"a": [1]}))
     assert splits_of(f"hf-data:{tmp_path}/hub") == ["test"]
     assert splits_of(f"arrays:{written(tmp_path / 'no.npz', b'PK')}") == []
-    assert set(SOURCES) - set(describe.SPLITS) == set()
+    assert set(SOURCES) - set(sources.SPLITS) == set()
 
 
 def test_classes_of_a_model_are_said(pets, whole, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from tensorflow_datasets.core import features
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vit_jax.data.classes import Matched, Relabelled, with_labels
-from vit_jax.data.forms import examples, records
+from vit_jax.data.forms import examples, records, tfds
 from vit_jax.data.forms.records import RecordSource
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
@@ -124,7 +124,7 @@ def test_the_index_of_a_tfrecord_file_is_made_once(tmp_path, monkeypatch, caplog
     indices = list((tmp_path / "cache").rglob("*.npy"))
     assert len(indices) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(records, "_scan", None)  # not called again
+        patch.setattr(tfds, "_scan", None)  # not called again
         assert image(0) == stored()[0][2]
     for damage in (  # it is made again
         lambda path, starts: path.write_bytes(b""),

@@ -6,7 +6,9 @@ import pyarrow as pa
 from made import refused, written
 
 from vit_jax.data.forms.cells import read_table
-from vit_jax.data.forms.tables import options, read_classes, read_labels, read_pairs, sorted_names
+from vit_jax.data.forms.class_lists import read_classes, read_pairs, sorted_names
+from vit_jax.data.forms.label_files import read_labels
+from vit_jax.data.forms.layout import options
 
 PLAIN = [("i0", "cat"), ("i1", "dog")]
 

@@ -9,7 +9,7 @@ from vit_jax.data import describe, pictures
 from vit_jax.data.classes import match
 from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader
-from vit_jax.data.sources import Source
+from vit_jax.data.sources import Source, heading, open_all, open_splits, understood
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.config import Config
 from vit_jax.training.plan import TrainingData, make_plan
@@ -37,9 +37,9 @@ def data(
     """
     specs, splits = {}, {}
     if config is None:
-        spec = describe.understood(spec)
-        opened = describe.open_splits(spec, split)
-        yield describe.heading(spec)
+        spec = understood(spec)
+        opened = open_splits(spec, split)
+        yield heading(spec)
         yield f"splits: {', '.join(opened)}"
     else:
         every = {name: getattr(config.data, name) for name in ("train", "val", "test")}
@@ -48,7 +48,7 @@ def data(
             raise UserError(f"the config has no data.{split}; {nearest(split, known)}")
         splits = {f"data.{name}": every[name] for name in ([split] if split else known)}
         specs = {name: f"{each.source}, {each.split}" for name, each in splits.items()}
-        opened = describe.open_all({k: (each.source, each.split) for k, each in splits.items()})
+        opened = open_all({k: (each.source, each.split) for k, each in splits.items()})
     card = None if model is None else open_model(model).card
     yield from describe.report(opened, specs)
     sources = {name: each for name, each in opened.items() if not isinstance(each, UserError)}

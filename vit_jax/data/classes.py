@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.forms.tables import read_pairs
+from vit_jax.data.forms.class_lists import read_pairs
 from vit_jax.data.labels import imagenet_labels, imagenet_synsets
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError

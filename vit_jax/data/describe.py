@@ -1,15 +1,12 @@
-"""What a source is understood to be, in words, before anything is trained."""
+"""Reports on a data set before training: classes, sizes, formats, duplicates, unreadable images."""
 
 import collections
 import dataclasses
 import io
 import itertools
-import os
-import re
 import time
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,22 +25,21 @@ from vit_jax.data.contents import (
     read_each,
     shared,
 )
-from vit_jax.data.forms import archives, custom, files, hub, idx, listed, records, vtab
-from vit_jax.data.forms.files import WHOLE
 from vit_jax.data.images import FORMATS, read_image, sniff
-from vit_jax.data.sources import SOURCES, Source, open_source
+from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
-_HEADERS, _DECODED, _MADE = 2000, 200, 200  # examples looked at more closely; of made ones, at all
+# How many headers are read, and images decoded; and how many made by a formula are looked at.
+_HEADERS, _DECODED, _MADE = 2000, 200, 200
 _ORIENTATION = 0x0112  # the EXIF tag
 _MODES = {"L": "grey", "LA": "grey with alpha", "P": "palette", "RGBA": "RGB with alpha"}
 
 
 def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = None) -> list[str]:
-    """A line on each split, for training to print: how many images, of which classes.
+    """A line for each split, which training prints: the number of images, and the classes.
 
     Args:
-      specs: by the same names, what the source was opened by, such as "folder:pets, all[:90%]".
+      specs: name -> how the source was opened, such as "folder:pets, all[:90%]".
     """
     width = max(map(len, named), default=0)
     lines = []
@@ -53,9 +49,8 @@ def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = N
         names, labels = source.label_names, labels_of(source)
         told = [", ".join(names[:2]) + (", ..." if len(names) > 2 else "")]
         if labels is not None:
-            counts = np.bincount(
-                labels[labels >= 0], minlength=len(inner_source(source).label_names)
-            )
+            k = len(inner_source(source).label_names)
+            counts = np.bincount(labels[labels >= 0], minlength=k)
             told.append(f"{_range(counts)} each")
         told += ["several or none an image"] * getattr(source, "multi_label", False)
         told += ["one for each pixel"] * getattr(source, "masks", False)
@@ -71,143 +66,27 @@ def _range(counts: Any) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-# -------------------------------------------------------------------------------- splits of a spec
-
-
-def _array_splits(path: str) -> list[str]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return [name.removesuffix("_images") for name in file.files if name.endswith("_images")]
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        return []  # opening it says in a sentence what is wrong
-
-
-def _record_splits(path: str) -> list[str]:
-    start, _, end = records.INFO.partition("{split}")
-    here = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    return [n[len(start) : -len(end)] for n in here if n.startswith(start) and n.endswith(end)]
-
-
-def _tfds_splits(argument: str) -> list[str]:
-    name = argument.partition(",label=")[0]
-    path = name.rstrip("/")
-    found = records.prepared(f"tfds:{argument}", name, path if os.path.isdir(path) else None)
-    return list(found.info.splits)
-
-
-def _three(argument: str) -> list[str]:
-    return ["train", "val", "test"]
-
-
-# What splits a source has, by its argument; none is the whole of it.
-SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
-    "digits": _three,
-    "fractals": _three,
-    "scenes": _three,
-    "vtab": lambda argument: vtab.SPLITS,
-    "arrays": _array_splits,
-    "records": _record_splits,
-    "tfds": _tfds_splits,
-    "folder": files.folder_splits,
-    "tar": archives.tar_splits,
-    "zip": archives.tar_splits,
-    "table": listed.table_splits,
-    "idx": idx.idx_splits,
-    "hf-data": hub.hub_splits,
-    "python": custom.python_splits,
-}
-
-
-# The endings of files that are given by their paths alone.
-_ENDINGS = {
-    "tar": (".tar", ".tgz", *(f".tar.{each}" for each in ("gz", "bz2", "xz", "zst"))),
-    "zip": (".zip",),
-    "arrays": (".npz",),
-    "table": (".csv", ".tsv", ".jsonl"),
-}
-
-
-def splits_of(spec: str) -> list[str]:
-    """The names of a source's splits, as far as they can be known; [] where it has none."""
-    kind, _, argument = spec.partition(":")
-    found = SPLITS[kind](os.path.expanduser(argument)) if kind in SPLITS else ()
-    return [name for name in found if name != WHOLE]
-
-
-def understood(spec: str) -> str:
-    """The spec of a source where a path alone is given: by its ending, or what lies there."""
-    if spec.partition(":")[0] in SOURCES:
-        return spec
-    path = re.sub(r"(,\w+=[^,]*)+$", "", spec)
-    for kind, endings in _ENDINGS.items():
-        if path.lower().endswith(endings):
-            return f"{kind}:{spec}"
-    if not os.path.isdir(spec):
-        return spec
-    if _record_splits(spec):
-        return f"records:{spec}"
-    return f"{'tfds' if os.path.isfile(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
-
-
-def open_splits(spec: str, split: str | None = None) -> dict[str, Source | UserError]:
-    """Opens one split of a source, or all that it has; one that cannot be is its error.
-
-    Raises:
-      UserError: there is but one, and it cannot be opened.
-    """
-    names = [split] if split else []
-    try:
-        names = names or splits_of(spec) or [WHOLE]
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        names = [WHOLE]  # opening it says in a sentence what is wrong
-    return open_all({name: (spec, name) for name in names})
-
-
-def open_all(specs: Mapping[str, tuple[str, str]]) -> dict[str, Source | UserError]:
-    """Opens sources and their splits; see `open_splits`."""
-    found: dict[str, Source | UserError] = {}
-    for name, (spec, split) in specs.items():
-        try:
-            found[name] = open_source(spec, split)
-        except UserError as error:
-            if len(specs) == 1:
-                raise
-            found[name] = error
-    return found
-
-
-def heading(spec: str) -> str:
-    """How a source was understood: "folder /abs/path"."""
-    kind, _, argument = spec.partition(":")
-    return f"{kind} {os.path.abspath(argument) if os.path.exists(argument) else argument}".rstrip()
-
-
-# --------------------------------------------------------------------------------------- a report
-
-
 class Example(NamedTuple):
-    """What one example is, without its pixels."""
+    """What is kept of an example."""
 
     hash: int = 0
     label: Any = ()
     format: str = ""
     bytes: int = 0
     header: tuple[int, int, str, int] | None = None  # h, w, mode, EXIF orientation
-    why: str = ""  # it cannot be read
+    why: str = ""  # why it cannot be read
 
 
 @dataclasses.dataclass
 class Look:
-    """What was seen of a split.
+    """Statistics of a split.
 
     Attributes:
-      indices: of the examples that were read; all, unless they are made by a formula.
-      labels: of each of them: an int, or a tuple of those that it has or whose pixels it has.
-      headers: (h, w, mode, EXIF orientation) of those whose header was read.
+      indices: the examples read: all, unless they are made by a formula.
+      labels: an int for each example, or a tuple of its classes or those of its pixels.
+      headers: (h, w, mode, EXIF orientation) of the examples that were sampled.
       bad: example -> its name, and why it cannot be read.
-      decoded, seconds: how many were read and decoded on one thread, and how long it took.
+      decoded, seconds: the number of examples decoded on one thread, and how long it took.
     """
 
     source: Source
@@ -227,7 +106,7 @@ class Look:
 
     @property
     def counts(self) -> Int64[np.ndarray, " k"]:
-        """How many examples have each class; of masks, a pixel of it."""
+        """The number of examples of each class; with masks, those with a pixel of it."""
         k = len(self.source.label_names)
         labels = np.fromiter(itertools.chain.from_iterable(map(_tuple, self.labels)), np.int64)
         return np.bincount(labels[(labels >= 0) & (labels < k)], minlength=k)
@@ -238,17 +117,17 @@ def _tuple(label: Any) -> tuple[int, ...]:
 
 
 def spread(n: int, most: int) -> list[int]:
-    """Up to `most` numbers below n, evenly."""
+    """Up to `most` evenly spaced numbers from 0 to n - 1."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)).tolist()
 
 
 def look(source: Source, title: str | None = None) -> Look:
-    """Reads all examples of a split (of one made by a formula, 200), and decodes up to 200."""
+    """Reads all examples of a split (200 if made by a formula), and decodes up to 200."""
     endless = not isinstance(source, Sized)
     n = _MADE if endless else len(source)
     indices = range(min(n, _MADE) if is_made(source) else n)
     bad: dict[int, str] = {}
-    # First, while nothing of it is in memory.
+    # First, before the files are in the page cache.
     decoded = [indices[i] for i in spread(len(indices), _DECODED)]
     began = time.perf_counter()
     for index in decoded:
@@ -264,7 +143,7 @@ def look(source: Source, title: str | None = None) -> Look:
     seen = Look(source, indices, np.zeros(len(indices), np.uint64), bad, len(decoded), seconds)
     found = read_each(lambda i: _look_at(source, i, i in closely), indices, title=title)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of large images and of odd EXIF
+        warnings.simplefilter("ignore")  # Pillow's, about large images and invalid EXIF
         for at, example in enumerate(found):
             seen.hashes[at] = example.hash
             seen.labels.append(example.label)
@@ -296,7 +175,7 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
         return found
     try:
         return found._replace(header=_header(image))
-    except Exception as error:  # noqa: BLE001  Pillow's readers raise what they like
+    except Exception as error:  # noqa: BLE001  Pillow's readers raise any exception
         return found._replace(why=f"{type(error).__name__}: {error}".replace("\n", " "))
 
 
@@ -304,33 +183,30 @@ def _header(data: bytes) -> tuple[int, int, str, int]:
     with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         w, h = opened.size
         orientation = 1
-        # Of a PNG without it, Pillow would look for EXIF behind the pixels.
+        # For a PNG without EXIF, Pillow would decode the image to look for it at the end.
         if opened.format != "PNG" or "exif" in opened.info:
             orientation = opened.getexif().get(_ORIENTATION, 1)
         return h, w, _MODES.get(opened.mode, opened.mode), orientation
 
 
 def report(
-    named: Mapping[str, Source | UserError],
-    specs: Mapping[str, str] | None = None,
+    named: Mapping[str, Source | UserError], specs: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Yields the lines that say what each split is, and what they share; reads all images.
+    """Yields the lines of a report on splits, and on what they share; reads all images.
 
     Args:
-      specs: by the same names, what is to be said behind the name of a split.
+      specs: name -> what is printed behind the name of the split.
     """
     looks: dict[str, Look] = {}
     for name, source in named.items():
-        yield ""
-        yield f"{name}  {(specs or {}).get(name, '')}".rstrip()
+        yield from ("", f"{name}  {(specs or {}).get(name, '')}".rstrip())
         if isinstance(source, UserError):
             yield from _rows([("not opened", str(source))])
             continue
         looks[name] = look(source, name)
         yield from _rows(_facts(looks[name]))
     if len(looks) > 1:
-        yield ""
-        yield "between splits"
+        yield from ("", "between splits")
         yield from _rows(_between(looks))
 
 
@@ -341,7 +217,7 @@ def _rows(facts: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 
 def _facts(seen: Look) -> list[tuple[str, str]]:
-    """What to say of a split: (what, value) a line; further lines of one have no name."""
+    """The lines on a split, as (what, value); `what` is empty for further lines of one fact."""
     source, heads, n = seen.source, seen.headers, len(seen.indices)
     total = f"{len(source):,}" if isinstance(source, Sized) else "endless"
     facts = [("examples", total if seen.whole else f"{total}; {n:,} were looked at")]
@@ -351,27 +227,21 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
     if heads:
         sizes = {"h": [head[0] for head in heads], "w": [head[1] for head in heads]}
         told = "; ".join(
-            f"{side} {_range(values)}, median {np.median(values):,.0f}"
-            for side, values in sizes.items()
+            f"{side} {_range(each)}, median {np.median(each):,.0f}" for side, each in sizes.items()
         )
         if len({head[:2] for head in heads}) == 1:
             told = f"h {heads[0][0]:,}, w {heads[0][1]:,}"
         facts.append(("sizes", f"{told}{of}"))
         facts.append(("channels", _counted(collections.Counter(head[2] for head in heads)) + of))
-        lying = sum(head[3] in (5, 6, 7, 8) for head in heads)
-        other = sum(head[3] in (2, 3, 4) for head in heads)
-        if lying:
-            what = (
-                f"{lying:,} of {len(heads):,} sampled lie on their side; turned upright with exif"
-            )
-            facts.append(("orientation", what))
-        if other:
-            what = f"{other:,} of {len(heads):,} sampled are upside down or mirrored; exif likewise"
-            facts.append(("orientation", what))
+        for values, what in (
+            ((5, 6, 7, 8), "lie on their side; turned upright with exif"),
+            ((2, 3, 4), "are upside down or mirrored; exif likewise"),
+        ):
+            if count := sum(head[3] in values for head in heads):
+                facts.append(("orientation", f"{count:,} of {len(heads):,} sampled {what}"))
     size = f"{seen.bytes / 1e6:,.1f} MB" if seen.bytes >= 1e5 else f"{seen.bytes:,}"
     facts.append(("bytes", size))
-    passed = getattr(inner_source(source), "passed_over", None)
-    if passed:
+    if passed := getattr(inner_source(source), "passed_over", None):
         facts.append(("passed over", str(passed)))
         facts += [("", f"{name}: {why}") for name, why in passed.files[:5]]
     if seen.bad:
@@ -416,7 +286,7 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
 
 
 def _again(seen: Look) -> list[tuple[str, str]]:
-    """Images that are there more than once."""
+    """The lines on duplicates."""
     if not seen.whole:
         return [("duplicates", "not looked for: images are made by a formula")]
     groups = duplicates(seen.hashes)
@@ -440,7 +310,7 @@ def _again(seen: Look) -> list[tuple[str, str]]:
 
 
 def said(source: Source, label: Any) -> str:
-    """The names of an example's classes."""
+    """The names of an example's classes, as text."""
     names = source.label_names
     told = [names[i] if 0 <= i < len(names) else f"no class ({i})" for i in _tuple(label)]
     return ", ".join(told) or "nothing"
@@ -473,7 +343,7 @@ def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
 
 
 def mapping_lines(name: str, matched: Matched) -> Iterator[str]:
-    """Which class of a model each class of a split is: those that are called otherwise."""
+    """The lines on how a split's classes map to a model's: those with another name."""
     told = f"{len(matched.names):,} of the model's {len(matched.labels):,}, {matched.rule}"
     other = [("", f"{ours} is {label}") for ours, label in matched.pairs.items() if ours != label]
     yield from _rows([(name, told), *other])

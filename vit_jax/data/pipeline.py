@@ -1,7 +1,7 @@
-"""From indices to batches. The batch of step i is a pure function of (config, seed, i).
+"""The input pipeline. The batch of step i is a pure function of (config, seed, i).
 
 The order of rows, the examples and their augmentation do not depend on hosts, workers or threads,
-so the step number alone is the state of the data: resuming at step i means `[i:]`.
+so the step number is the only state: resuming at step i means `[i:]`.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import cv2
@@ -33,19 +33,18 @@ from vit_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
-_MOST_SKIPPED = 100  # in a row: then something else is wrong
-# Keys of a batch that stay on the host.
-HOST_KEYS = ("index", "corrupt")
+_MOST_SKIPPED = 100  # in a row, which is then an error
+HOST_KEYS = ("index", "corrupt")  # of a batch, not copied to the device
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Reads, augments and stacks the examples of one batch, by their positions in the stream.
+    """Reads, augments and stacks the examples of one batch.
 
     Attributes:
-      replace: whether, with on_corrupt="skip", the next example of the source takes the place of
-        one that cannot be read (training), or the mask leaves it out (evaluation).
-      told: the examples of which it was said that they are skipped.
+      replace: whether, with on_corrupt="skip", an example that cannot be read is replaced by the
+        next one of the source (training), or masked (evaluation).
+      told: the examples that were logged as skipped.
     """
 
     source: Source
@@ -68,7 +67,7 @@ class BatchReader:
                 f"data: {moved[0]} is not for labels that are masks, which would stay where they "
                 "are: leave it out"
             )
-        if self.inception_crop:  # its box is squashed to size
+        if self.inception_crop:  # the crop's box is resized without keeping its aspect
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
             object.__setattr__(self, "preprocess", whole)
 
@@ -76,29 +75,28 @@ class BatchReader:
     def of(
         cls, source: Source, split: Split, preprocess: Preprocess, **fields: Any
     ) -> "BatchReader":
-        """Reads `source` as `split` says, for a model of that preprocessing."""
+        """A reader of `source` with the augmentation of `split`, for a model's `preprocess`."""
         for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
         return cls(source, split.preprocess(preprocess), **fields)
 
     def __call__(self, positions: np.ndarray, indices: np.ndarray, threads: int = 1) -> Batch:
-        """Reads the examples `indices`, whose places in the stream are `positions`.
+        """Reads the examples `indices`, at `positions` in the stream.
 
-        An index of -1 is padding: a black image that the mask leaves out of every sum.
+        An index of -1 is padding: a black image with mask False.
 
         Returns:
           {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
-          bool [b]}. Images are pixels of 0 to 255, not yet normalised: float32 where `preprocess`
-          resizes in it. `corrupt` marks the rows whose own image cannot be read, in training in
-          the first epoch alone, so that their sum is the number of such images. Where images have
-          several labels, or none, `label` is float32 [b k], 1 for each of them; where labels are
-          masks, it is int32 [b h w], of the model's size as the image is.
+          bool [b]}. Images are in 0 to 255, not normalised; float32 if `preprocess` resizes in it.
+          `corrupt` marks images that cannot be read, in training only in the first epoch, so that
+          its sum counts each once. `label` is float32 [b k] of 0 and 1 if the source is
+          multi-label, and int32 [b h w] if labels are masks.
 
         Raises:
           UserError: an image that cannot be read, a label without a class name, or a mask that is
             not of its image's size.
         """
-        cv2.setNumThreads(1)  # each image has a thread, or each process a core, of its own
+        cv2.setNumThreads(1)  # parallel over images instead
         b, size = len(indices), (*self.preprocess.image_size, self.preprocess.in_channels)
         k, multi_label = len(self.source.label_names), getattr(self.source, "multi_label", False)
         label = np.zeros((b, k), np.float32) if multi_label else np.zeros(b, np.int32)
@@ -111,7 +109,7 @@ class BatchReader:
             "index": np.array(indices),
             "corrupt": np.zeros(b, bool),
         }
-        # Threads take the next row that is left, so that none waits for another's large images.
+        # Each thread takes the next row, so that none waits for another's large images.
         rows = itertools.count()
 
         def work():
@@ -153,10 +151,7 @@ class BatchReader:
     def _read(
         self, batch: Batch, row: int, position: int
     ) -> tuple[Pixels | None, int | tuple[int, ...] | Mask, np.random.Generator | None]:
-        """An example's image at the model's size, its label, and the generator of what follows.
-
-        The image is None where it is to be left out.
-        """
+        """An example's image at the model's size (None: masked), label, and random generator."""
         for _ in range(_MOST_SKIPPED):
             index = int(batch["index"][row])
             name = f"example {index}"
@@ -186,7 +181,7 @@ class BatchReader:
                 if index not in self.told:
                     self.told.add(index)
                     logger.warning("skipped %s: %s", name, error)
-            # Each epoch has every example once.
+            # In the first epoch: each epoch has every example once.
             batch["corrupt"][row] = position < _length(self.source, position + 1)
             if not self.replace:
                 batch["mask"][row] = False
@@ -195,7 +190,7 @@ class BatchReader:
         raise UserError(f"{_MOST_SKIPPED} images in a row cannot be read, up to {name}")
 
     def _check_mask(self, name: str, image: Any, mask: Any) -> None:
-        """Raises a UserError unless a mask fits its image and has classes with names."""
+        """Raises a UserError if a mask has another size than its image, or unknown classes."""
         if not isinstance(image, np.ndarray):
             raise UserError(f"{name} is an image file, but masks go with pixels: decode it before")
         of_ints = isinstance(mask, np.ndarray) and mask.dtype == np.int32
@@ -232,13 +227,10 @@ def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
 
 
 def shuffled(seed: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """The examples at `positions` of a stream that goes through all n in a new order each epoch.
+    """The examples at `positions` (int64 [b]) of a stream that shuffles n examples every epoch.
 
-    This is `grain.MapDataset.range(n).seed(seed).shuffle().repeat()`, without its cost for every
+    Equal to `grain.MapDataset.range(n).seed(seed).shuffle().repeat()`, without its cost for each
     element.
-
-    Args:
-      positions: int64 [b]; the result has this form too.
     """
     first = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
     return np.array(
@@ -252,36 +244,29 @@ def shuffled(seed: int, n: int, positions: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """One batch by its number; a class so that worker processes can import it.
-
-    `rows` is the part of the global batch that this process reads.
-    """
+    """Reads the batch of a step; a class, not a closure, to be pickled for worker processes."""
 
     read: BatchReader
+    indices: Callable[[BatchReader, np.ndarray], np.ndarray]
     batch_size: int
-    rows: slice | np.ndarray
+    rows: slice | np.ndarray  # of the global batch, for this process
     threads: int
 
     def __call__(self, step: int) -> Batch:
         rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
         positions = rows + int(step) * self.batch_size
-        return self.read(positions, self.indices(positions), self.threads)
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        return self.read(positions, self.indices(self.read, positions), self.threads)
 
 
-class _TrainStep(_Step):
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        if not isinstance(self.read.source, Sized):
-            # Endless: every example is a new one, and other ones for another seed.
-            return positions + self.read.seed % 2**20 * 2**40
-        return shuffled(self.read.seed, len(self.read.source), positions)
+def _train_indices(read: BatchReader, positions: np.ndarray) -> np.ndarray:
+    if not isinstance(read.source, Sized):
+        # Endless: no example repeats, and another seed has other examples.
+        return positions + read.seed % 2**20 * 2**40
+    return shuffled(read.seed, len(read.source), positions)
 
 
-class _EvalStep(_Step):
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        return np.where(positions < len(self.read.source), positions, -1)
+def _eval_indices(read: BatchReader, positions: np.ndarray) -> np.ndarray:
+    return np.where(positions < len(read.source), positions, -1)
 
 
 def train_batches(
@@ -296,19 +281,19 @@ def train_batches(
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns the batches of steps start_step to stop_step - 1, to be used in a `with`.
 
-    The examples are shuffled anew every epoch; a batch may span two epochs, so none is dropped.
-    Images are uint8, a quarter of the bytes, even where the model is evaluated in float32.
+    Examples are shuffled every epoch; a batch may span two epochs, so none is dropped. Images are
+    uint8, a quarter of the bytes, even if the model is evaluated in float32.
 
     Args:
-      batch_size: of the global batch; `rows`, a slice or ascending numbers, is the part of it that
-        this process reads.
+      batch_size: the global batch size.
+      rows: the rows of the global batch that this process reads: a slice or ascending numbers.
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
     preprocess = read.preprocess
     if preprocess.resize_dtype == "float32":
         preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
     read = dataclasses.replace(read, preprocess=preprocess, replace=True)
-    step = _TrainStep(read, batch_size, rows, _threads(workers, threads))
+    step = _Step(read, _train_indices, batch_size, rows, _threads(workers, threads))
     return _iterate(grain.MapDataset.range(start_step, stop_step).map(step), workers)
 
 
@@ -319,11 +304,8 @@ def eval_batches(
     rows: slice | np.ndarray = slice(None),
     threads: int | None = None,
 ) -> contextlib.closing[Iterator[Batch]]:
-    """Returns every example once, in order, the last batch padded, to be used in a `with`.
-
-    Of each batch this process reads the `rows`, as in `train_batches`.
-    """
-    step = _EvalStep(read, batch_size, rows, _threads(0, threads))
+    """Returns every example once, in order, the last batch padded, to be used in a `with`."""
+    step = _Step(read, _eval_indices, batch_size, rows, _threads(0, threads))
     return _iterate(grain.MapDataset.range(-(-len(read.source) // batch_size)).map(step), 0)
 
 
@@ -336,7 +318,7 @@ def _threads(workers: int, threads: int | None) -> int:
 
 
 def _iterate(batches: Any, workers: int) -> contextlib.closing[Iterator[Batch]]:
-    # Two batches are in the making, so that no thread is idle while the last rows of one are read.
+    # Two batches at a time, so that no thread is idle while the last rows of one are read.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     dataset = batches.to_iter_dataset(ahead)
     if workers:
@@ -350,9 +332,9 @@ def _iterate(batches: Any, workers: int) -> contextlib.closing[Iterator[Batch]]:
 
 
 def end_with(parent: int, worker_index: int, worker_count: int) -> None:
-    """Ends this worker process soon after its parent is gone, which a killed parent cannot do."""
+    """Ends this worker process when its parent is gone, which a killed parent cannot do."""
     del worker_index, worker_count
-    # A signal to the whole group is for the parent, which saves before it lets the workers go.
+    # On a signal to the process group, the parent saves before it ends the workers.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,34 +1,39 @@
-"""Where examples come from: random access by index, opened by one string."""
+"""Data sources: random access to examples by index, opened by a string such as "folder:pets"."""
 
 import os
-from collections.abc import Callable
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from vit_jax.data.forms.archives import tar
+import numpy as np
+
+from vit_jax.data.forms.archives import tar, tar_splits
 from vit_jax.data.forms.arrays import arrays, digits
-from vit_jax.data.forms.custom import python
-from vit_jax.data.forms.files import folder
+from vit_jax.data.forms.custom import python, python_splits
+from vit_jax.data.forms.files import WHOLE, folder, folder_splits
 from vit_jax.data.forms.fractals import open_fractals
-from vit_jax.data.forms.hub import hub
-from vit_jax.data.forms.idx import idx
-from vit_jax.data.forms.listed import table
-from vit_jax.data.forms.records import records, tfds
+from vit_jax.data.forms.hub import hub, hub_splits
+from vit_jax.data.forms.idx import idx, idx_splits
+from vit_jax.data.forms.listed import table, table_splits
+from vit_jax.data.forms.records import record_splits, records
 from vit_jax.data.forms.scenes import scenes
+from vit_jax.data.forms.tfds import prepared, tfds
+from vit_jax.data.forms.vtab import SPLITS as VTAB_SPLITS
 from vit_jax.data.forms.vtab import vtab
 from vit_jax.errors import UserError, nearest
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to labelled images. `source[i]` depends on nothing but i.
+    """Random access to labelled images; `source[i]` depends only on i.
 
     `label_names[c]` is the name of class c; `fingerprint` changes when the examples do. A source
-    without `__len__` is endless. Sources are sent to worker processes: small when pickled.
+    without `__len__` is endless. Sources are pickled for worker processes, so they must be small.
 
-    A source may have an attribute `multi_label`; where it is True, images have any number of
-    labels, and `label` is a tuple of ints. One with an attribute `masks` that is True has a class
-    for each pixel: its images are pixels, no files, and `label` is int32 [h w] beside them.
-    `passed_over`, where it has one, is a `files.PassedOver`: what lay among the images unread.
+    Optional attributes: with `multi_label` True, images have any number of labels, and `label` is
+    a tuple of ints. With `masks` True, there is a class for each pixel: images are pixels, not
+    files, and `label` is int32 [h w]. `passed_over` is a `files.PassedOver`: the files skipped.
     """
 
     label_names: tuple[str, ...]
@@ -36,7 +41,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns {"image": uint8 [h w c] or an image file's bytes, "label": int, "name": str}.
 
-        `name` says in messages which example it is; it may be left out.
+        `name` identifies the example in messages; it is optional.
         """
         ...
 
@@ -81,7 +86,7 @@ def open_source(spec: str, split: str) -> Source:
     return SOURCES[name](os.path.expanduser(argument), split)
 
 
-# Sources whose argument begins with a path, and those where it may.
+# Sources with a path as argument, and those where it may be one.
 _PATHS, _MAYBE_PATHS = (
     ("folder", "tar", "zip", "arrays", "records", "table", "idx"),
     ("tfds", "hf-data"),
@@ -89,7 +94,7 @@ _PATHS, _MAYBE_PATHS = (
 
 
 def located(spec: str) -> str:
-    """The same source from wherever it is named: its path absolute, if it has one."""
+    """Makes the path in a spec, if it has one, absolute."""
     name, _, argument = spec.partition(":")
     path = os.path.expanduser(argument)
     is_path = name in _PATHS or (name == "python" and ".py:" in path)
@@ -98,3 +103,107 @@ def located(spec: str) -> str:
     if not is_path or "://" in path:
         return spec
     return f"{name}:{os.path.join(os.getcwd(), path)}"
+
+
+def _array_splits(path: str) -> list[str]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [name.removesuffix("_images") for name in file.files if name.endswith("_images")]
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        return []  # opening it raises the error
+
+
+def _tfds_splits(argument: str) -> list[str]:
+    name = argument.partition(",label=")[0]
+    path = name.rstrip("/")
+    found = prepared(f"tfds:{argument}", name, path if os.path.isdir(path) else None)
+    return list(found.info.splits)
+
+
+def _three(argument: str) -> list[str]:
+    return ["train", "val", "test"]
+
+
+# The splits of a source, by its argument; empty if it has none.
+SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
+    "digits": _three,
+    "fractals": _three,
+    "scenes": _three,
+    "vtab": lambda argument: VTAB_SPLITS,
+    "arrays": _array_splits,
+    "records": record_splits,
+    "tfds": _tfds_splits,
+    "folder": folder_splits,
+    "tar": tar_splits,
+    "zip": tar_splits,
+    "table": table_splits,
+    "idx": idx_splits,
+    "hf-data": hub_splits,
+    "python": python_splits,
+}
+
+
+# The kind of a file that is given without one, by its ending.
+_ENDINGS = {
+    "tar": (".tar", ".tgz", *(f".tar.{each}" for each in ("gz", "bz2", "xz", "zst"))),
+    "zip": (".zip",),
+    "arrays": (".npz",),
+    "table": (".csv", ".tsv", ".jsonl"),
+}
+
+
+def splits_of(spec: str) -> list[str]:
+    """The names of a source's splits; [] if it has none or they are not known."""
+    kind, _, argument = spec.partition(":")
+    found = SPLITS[kind](os.path.expanduser(argument)) if kind in SPLITS else ()
+    return [name for name in found if name != WHOLE]
+
+
+def understood(spec: str) -> str:
+    """Adds the kind to a spec that is only a path: by its ending, or by the files in the folder."""
+    if spec.partition(":")[0] in SOURCES:
+        return spec
+    path = re.sub(r"(,\w+=[^,]*)+$", "", spec)
+    for kind, endings in _ENDINGS.items():
+        if path.lower().endswith(endings):
+            return f"{kind}:{spec}"
+    if not os.path.isdir(spec):
+        return spec
+    if record_splits(spec):
+        return f"records:{spec}"
+    return f"{'tfds' if os.path.isfile(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
+
+
+def open_splits(spec: str, split: str | None = None) -> dict[str, Source | UserError]:
+    """Opens one split of a source, or all of them: split -> source, or the error if it has one.
+
+    Raises:
+      UserError: the only split cannot be opened.
+    """
+    names = [split] if split else []
+    try:
+        names = names or splits_of(spec) or [WHOLE]
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        names = [WHOLE]  # opening it raises the error
+    return open_all({name: (spec, name) for name in names})
+
+
+def open_all(specs: Mapping[str, tuple[str, str]]) -> dict[str, Source | UserError]:
+    """Opens name -> (spec, split); see `open_splits`."""
+    found: dict[str, Source | UserError] = {}
+    for name, (spec, split) in specs.items():
+        try:
+            found[name] = open_source(spec, split)
+        except UserError as error:
+            if len(specs) == 1:
+                raise
+            found[name] = error
+    return found
+
+
+def heading(spec: str) -> str:
+    """A spec as a title: "folder /abs/path"."""
+    kind, _, argument = spec.partition(":")
+    return f"{kind} {os.path.abspath(argument) if os.path.exists(argument) else argument}".rstrip()

@@ -1,7 +1,5 @@
-"""Images in tar and zip archives, read in place and never unpacked: ImageNet's, WebDataset's."""
+"""The sources `tar:` and `zip:`: images in archives (ImageNet's, WebDataset's), read in place."""
 
-import array
-import collections
 import dataclasses
 import glob
 import io
@@ -16,44 +14,28 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.forms.files import (
-    WHOLE,
-    OpenFiles,
-    Packed,
-    PassedOver,
-    class_name,
-    fingerprint_of,
-    open_file,
-    parse_split,
-    percentile,
-    tell,
-)
-from vit_jax.data.forms.layout import (
-    TEXTS,
-    check_class_folders,
-    label_option,
-    out_of_the_way,
-    split_kind,
-    unknown_format,
-)
-from vit_jax.data.forms.members import Member, is_zip, members
-from vit_jax.data.forms.origins import BESIDE, ORIGINS, Beside, Said, choose
-from vit_jax.data.forms.tables import read_labels
-from vit_jax.data.images import SUFFIXES, BadImage, sniff
+from vit_jax.data.forms.archive_rows import Rows, scan
+from vit_jax.data.forms.files import WHOLE, Packed, PassedOver, class_name, fingerprint_of, tell
+from vit_jax.data.forms.label_files import read_labels
+from vit_jax.data.forms.layout import check_class_folders, label_option, out_of_the_way, split_kind
+from vit_jax.data.forms.members import is_zip, members
+from vit_jax.data.forms.open_files import OpenFiles, open_file
+from vit_jax.data.forms.origins import BESIDE, ORIGINS, Said, choose
+from vit_jax.data.images import BadImage
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A file of more bytes is no image to decode.
+# Larger files are not decoded.
 MAX_BYTES = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TarSource:
-    """Images inside tar or zip archives, read where they are: nothing is unpacked.
+    """Images in tar or zip archives, read without unpacking.
 
-    In a compressed tar going back means starting over: read it in order. Where images have several
-    labels, `labels` has a tuple for each.
+    Read a compressed tar in order, as seeking back starts over. With several labels an image,
+    `labels` has a tuple for each.
     """
 
     files: OpenFiles
@@ -64,7 +46,7 @@ class TarSource:
     labels: Int32[np.ndarray, " n"] | tuple[tuple[int, ...], ...]
     label_names: tuple[str, ...]
     fingerprint: str
-    # Of zips: as how many bytes an image is there (-1: as it is), and the checksum of its bytes.
+    # For zips: the compressed size of each image (-1: stored), and its checksum.
     deflated: Int64[np.ndarray, " n"] | None = None
     crcs: Int64[np.ndarray, " n"] | None = None
     holes: dict[int, tuple[tuple[int, int], ...]] = dataclasses.field(default_factory=dict)
@@ -87,7 +69,7 @@ class TarSource:
 
     def _bytes(self, index: int, name: str) -> bytes:
         which, at, size = (int(x[index]) for x in (self.archive, self.offsets, self.sizes))
-        if index in self.holes:  # the parts between them stand one after the other
+        if index in self.holes:  # of a sparse file, only the other parts are stored
             data = bytearray(size)
             for start, length in self.holes[index]:
                 data[start : start + length] = self.files.read(which, at, length)
@@ -111,7 +93,7 @@ def tar(path: str, split: str) -> TarSource:
     """The images of uncompressed tar archives, or of zips; see `open_tar`.
 
     Raises:
-      UserError: no such file, no archive, a compressed tar, or nothing in it that is an image.
+      UserError: no such file, no archive, a compressed tar, or no image in it.
     """
     for file in _expand(label_option(path, ORIGINS)[0]):
         if not isinstance(open_file(file), io.FileIO):
@@ -123,32 +105,32 @@ def tar(path: str, split: str) -> TarSource:
 
 
 def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSource:
-    """The images of tar or zip archives, in the order of their places in them.
+    """The images of tar or zip archives, in the order of their offsets.
 
-    What says the classes is one of these (ORIGINS), the same for all images:
-      - cls, json: what a file NAME.cls, or NAME.json ({"label": ...}), beside NAME.jpg says, as in
+    The labels come from one of these (ORIGINS), the same for all images:
+      - cls, json: the file NAME.cls, or NAME.json ({"label": ...}), beside NAME.jpg, as in
         WebDataset's shards. A list in a .json is several labels;
       - tar: the name of a tar inside the archive, as in ImageNet-1k's and ImageNet-21k's;
       - folder: the first folder below those that all files share;
-      - txt: NAME.txt, where there is none of the above and texts repeat: captions do not;
-      - shard: the name of the archive itself, where there are several that are not only numbered.
-    Where images differ in that, or two of them say different things, `,label=cls` (or another)
-    behind the path says which one counts, `,label=json.KEY` which value; or `labels` does.
+      - txt: NAME.txt, if there is none of the above and texts repeat, which captions do not;
+      - shard: the name of the archive, if there are several that are not only numbered.
+    If that is ambiguous, `,label=cls` (or another) behind the path selects one, `,label=json.KEY`
+    a value in the .json; or give `labels`.
 
     Args:
       path: a file, or a pattern for several, such as shards-*.tar or shards-{000..041}.tar.
       split: "all", or the name of a folder in the archive; a part of it as for folders.
-      labels: a file that says the class of every image (see `read_labels`).
+      labels: a file with the class of every image (see `read_labels`).
 
     Raises:
-      UserError: no such file, no archive, no image in it, or one whose class is not certain.
+      UserError: no such file, no archive, no image in it, or an ambiguous label.
     """
     path, wanted = label_option(path, ORIGINS)
     wanted, _, key = (wanted or "").partition(".")
     files = OpenFiles(_expand(path))
-    rows, passed = _Rows(), PassedOver()
+    rows, passed = Rows(), PassedOver()
     for number, one in enumerate(files.paths):
-        rows.extend(_listed(one, number, split, key or "label", passed))
+        rows.extend(scan(one, number, split, key or "label", passed))
     names = rows.names
     if not names:
         raise UserError(
@@ -210,7 +192,7 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
 
 
 def tar_splits(path: str) -> tuple[str, ...]:
-    """What may be given as a split: folders that are called as splits are, and "all"."""
+    """The splits of an archive: folders named like splits, and "all"."""
     found = set()
     for one in _expand(label_option(path, ORIGINS)[0]):
         for member in members(one):
@@ -220,98 +202,12 @@ def tar_splits(path: str) -> tuple[str, ...]:
     return (*sorted(found), WHOLE)
 
 
-class _Rows:
-    """Columns, not objects: ImageNet-21k has 14 million rows."""
-
-    def __init__(self):
-        self.names: list[str] = []
-        self.places: list[str] = []  # paths below the split's folder
-        self.inners: list[str] = []
-        self.said: dict[str, list[Said]] = {kind: [] for kind in BESIDE}
-        names = ("archive", "offset", "size", "deflated", "crc")
-        self.numbers = {name: array.array("q") for name in names}
-        self.holes: dict[int, tuple[tuple[int, int], ...]] = {}
-        self.above: set[str] = set()  # where the split's folder lies
-        self.lost: set[str] = set()  # folders of files that are no images
-        self.other_keys: tuple[str, ...] = ()
-
-    def add(self, archive: int, member: Member, above: str, place: str) -> None:
-        inner = os.path.basename(member.outer)
-        if member.holes is not None:
-            self.holes[len(self.names)] = member.holes
-        self.names.append(f"{inner}/{member.name}" if inner else member.name)
-        self.places.append(place)
-        self.inners.append(inner)
-        self.above.add(above)
-        row = (archive, member.offset, member.size, member.deflated, member.crc)
-        for column, value in zip(self.numbers.values(), row, strict=True):
-            column.append(value)
-
-    def extend(self, other: "_Rows") -> None:
-        """Adds the rows of another archive, in the order of their places in it."""
-        start, offsets = len(self.names), other.numbers["offset"]
-        order = sorted(range(len(offsets)), key=offsets.__getitem__)
-        for mine, theirs in [
-            *((getattr(self, key), getattr(other, key)) for key in ("names", "places", "inners")),
-            *((self.said[key], other.said[key]) for key in BESIDE),
-            *((self.numbers[key], other.numbers[key]) for key in self.numbers),
-        ]:
-            mine.extend(theirs[row] for row in order)
-        if other.holes:
-            at = {row: start + i for i, row in enumerate(order)}
-            self.holes |= {at[row]: holes for row, holes in other.holes.items()}
-        self.above |= other.above
-        self.lost |= other.lost
-        self.other_keys = self.other_keys or other.other_keys
-
-    def hint(self) -> str:
-        """What else a .json could mean, if it has no label."""
-        keys = ", ".join(self.other_keys[:8])
-        return f" (a .json beside them has {keys}: ,label=json.KEY reads one)" if keys else ""
-
-
-def _listed(path: str, number: int, split: str, key: str, passed: PassedOver) -> _Rows:
-    """The images of an archive that are in a split, and what is beside them."""
-    rows, beside, paths = _Rows(), Beside(key), []
-    folder_name, low, high = parse_split(split)
-    for member in members(path):
-        where = member.path
-        found = _below(where, folder_name)
-        if found is None:
-            continue
-        ending = os.path.splitext(member.name)[1].lower()
-        why = out_of_the_way(where) or member.why
-        if why is None and ending[1:] in BESIDE:
-            beside.add(where, member.read)
-            continue
-        if why is None and ending not in SUFFIXES:
-            seen = ending not in TEXTS and member.size and sniff(member.read(32))
-            why = None if seen else unknown_format(where) if member.size else "empty"
-        if why is not None:
-            passed.add(f"{path}: {where}", why)
-            if not why.startswith("of a folder"):
-                rows.lost.add(os.path.dirname(found[1]))
-        elif (low, high) == (0, 100) or low <= percentile(member.name) < high:
-            rows.add(number, member, *found)
-            paths.append(where)
-    if len(set(paths)) < len(paths):
-        twice = next(one for one, count in collections.Counter(paths).items() if count > 1)
-        raise UserError(f"{path} has {twice} twice, and which one counts is not certain")
-    for one in beside.alone(paths) if (low, high) == (0, 100) else ():
-        passed.add(f"{path}: {one}", unknown_format(one))
-        rows.lost.add(os.path.dirname(_below(one, folder_name)[1]))
-    for kind, column in rows.said.items():
-        column.extend(beside.of(kind, paths))
-    rows.other_keys = beside.other_keys
-    return rows
-
-
 def _class_folders(
     places: Sequence[str], inners: Sequence[str]
 ) -> tuple[str, list[str], list[str | None]]:
     """The folder that all images share, the paths below it, and the first folder of each.
 
-    Tars inside the archive are not counted as folders.
+    Tars inside the archive do not count as folders.
     """
     folders = set(map(os.path.dirname, places))
     shared = os.path.commonpath(folders) if len(folders) > 1 else os.path.dirname(*folders)
@@ -326,7 +222,7 @@ def _class_folders(
 
 
 def _stored_names(where: str, classes: Iterable[str]) -> dict[str, str]:
-    """As what each class is stored (see `class_name`): no two of them as one."""
+    """Class -> its name by `class_name`. UserError: two classes get the same name."""
     stored = {name: class_name(name) for name in classes}
     others: dict[str, str] = {}
     for name, new in stored.items():
@@ -337,7 +233,7 @@ def _stored_names(where: str, classes: Iterable[str]) -> dict[str, str]:
 
 
 def _sorted_classes(names: Iterable[str], ids: bool) -> tuple[str, ...]:
-    """The names of the classes; those that are numbers are ids from 0 on."""
+    """Sorts class names; if `ids` and all are numbers, they are all numbers from 0 on."""
     names = set(names)
     if ids and all(re.fullmatch(r"0|[1-9]\d{0,7}", name, re.ASCII) for name in names):
         return tuple(str(i) for i in range(max(map(int, names)) + 1))
@@ -356,15 +252,6 @@ def _expand(path: str) -> list[str]:
     if missing or not paths:
         raise UserError(f"tar:{path}: there is no file {(missing or [path])[0]!r}")
     return paths
-
-
-def _below(path: str, folder_name: str) -> tuple[str, str] | None:
-    """What comes before and after a folder in a path; None where it is not in there."""
-    path = os.path.normpath("/" + path.lstrip("/"))
-    if folder_name == WHOLE:
-        return "", path[1:]
-    above, found, after = path.partition(f"/{folder_name.strip('/')}/")
-    return (above, after) if found else None
 
 
 def _stem(path: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from vit_jax.data.forms.files import open_file
+from vit_jax.data.forms.open_files import open_file
 from vit_jax.data.images import SUFFIXES
 from vit_jax.errors import UserError, nearest
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.forms.tables import sorted_names
+from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.errors import UserError, nearest
 
 

@@ -1,19 +1,13 @@
-"""Image files in folders, and files that are read at any place from any thread."""
+"""The source `folder:`, images in a folder for each class; and what all file sources share."""
 
-import bz2
 import collections
 import dataclasses
-import gzip
 import hashlib
-import io
 import logging
-import lzma
 import os
 import re
 import stat
-import threading
 import unicodedata
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,13 +30,13 @@ logger = logging.getLogger(__name__)
 _SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<low>\d+%)?:(?P<high>\d+%)?\])?")
 WHOLE = "all"
 _LOOSE = "in no class folder"
-# What needs no word: it was never meant to be an image.
+# Files that are not logged: they were never meant to be images.
 _QUIET = ("of no known format", "of a folder", "hidden", "empty")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed(Sequence):
-    """Many strings as one, so that millions of file names are small and quick to pickle."""
+    """Strings stored as one, so that millions of file names are small and quick to pickle."""
 
     text: bytes
     ends: Int64[np.ndarray, " n"]
@@ -61,14 +55,13 @@ class Packed(Sequence):
 
 
 class PassedOver:
-    """Files that a source does not read: all are counted by reason, the first ones named.
+    """The files that a source skips: a count for each reason, and the first names.
 
-    A source has one as `passed_over`. Printed, it is a line: "4 files passed over: 3 of no known
-    format (.txt), 1 empty".
+    As a string: "4 files passed over: 3 of no known format (.txt), 1 empty".
 
     Attributes:
-      counts: reason -> how many.
-      files: (name, reason) of the first MOST.
+      counts: reason -> number of files.
+      files: (name, reason) of the first MOST files.
     """
 
     MOST = 10_000
@@ -91,7 +84,7 @@ class PassedOver:
 
 
 def tell(where: str, passed_over: PassedOver) -> None:
-    """Logs what was passed over, if an image may be among it."""
+    """Logs the files that were skipped, if there may be images among them."""
     if any(not why.startswith(_QUIET) for why in passed_over.counts):
         loud = (each for each in passed_over.files if not each[1].startswith(_QUIET))
         name, why = next(loud, ("", ""))
@@ -102,7 +95,7 @@ def tell(where: str, passed_over: PassedOver) -> None:
 def labels_at(
     labels: Int32[np.ndarray, " m"], ends: Int64[np.ndarray, " n"], index: int, several: bool
 ) -> int | tuple[int, ...]:
-    """The labels from `ends[index - 1]` to `ends[index]`: a tuple if `several`, else the one."""
+    """labels[ends[index - 1] : ends[index]] as a tuple if `several`, else its only element."""
     found = tuple(labels[ends[index - 1] if index else 0 : ends[index]].tolist())
     return found if several else found[0]
 
@@ -122,33 +115,37 @@ class FolderSource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = os.path.join(self.root, self.names[index])
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise UserError(
-                f"{path} could be listed but not read ({error.strerror}): did the folder change?"
-            ) from None
-        file = self.names[index]
-        return {"image": data, "label": int(self.labels[index]), "name": path, "file": file}
+        return file_example(self.root, self.names[index], int(self.labels[index]))
+
+
+def file_example(root: str, file: str, label: int | tuple[int, ...]) -> dict[str, Any]:
+    """An example of a file below `root`. UserError: the file cannot be read."""
+    path = os.path.join(root, file)
+    try:
+        with open(path, "rb") as opened:
+            data = opened.read()
+    except OSError as error:
+        raise UserError(
+            f"{path} could be listed but not read ({error.strerror}): did the folder change?"
+        ) from None
+    return {"image": data, "label": label, "name": path, "file": file}
 
 
 def folder(path: str, split: str) -> FolderSource:
-    """Image files under PATH/SPLIT/CLASS, at any depth below it, in the order of their names.
+    """Image files under PATH/SPLIT/CLASS, at any depth, in the order of their names.
 
-    A file is an image by its ending, or else by its first bytes; what is none is counted in
-    `passed_over`. Class folders that are called like splits, or one alone that has folders of
-    images in it, are refused: `,label=folder` behind the path says that they are classes indeed.
+    A file is an image by its ending, or else by its first bytes; others are counted in
+    `passed_over`. Class folders named like splits, or a single one with folders of images in it,
+    are an error unless `,label=folder` behind the path confirms that they are classes.
 
     Args:
       split: a sub-folder, such as "train" or "images/train"; "all" is PATH itself. A part of it is
-        "all[:90%]" or "all[90%:]": which part a file is in depends on its name alone, so that
-        files that are added move none.
+        "all[:90%]" or "all[90%:]", by a hash of the file's name, so that adding files does not
+        move others.
 
     Raises:
-      UserError: no such folder, a class without images, no class at all, or folders that do not
-        look like classes.
+      UserError: no such folder, no class, a class without images, or folders that do not look like
+        classes.
     """
     path, label = label_option(path, ("folder",))
     name, low, high = parse_split(split)
@@ -211,7 +208,7 @@ def _no_folders(path: str, root: str) -> UserError:
 
 
 def folder_splits(path: str) -> tuple[str, ...]:
-    """What may be given as a split: sub-folders that are called as splits are, and "all"."""
+    """The splits of a folder: sub-folders named like splits, and "all"."""
     try:
         here = _classes(label_option(path, ("folder",))[0])
     except OSError:
@@ -220,7 +217,7 @@ def folder_splits(path: str) -> tuple[str, ...]:
 
 
 def parse_split(split: str) -> tuple[str, int, int]:
-    """Takes "train" to ("train", 0, 100), and "train[90%:]" to ("train", 90, 100)."""
+    """Parses "train" to ("train", 0, 100), and "train[90%:]" to ("train", 90, 100)."""
     match = _SPLIT.fullmatch(split)
     low, high = (
         int(((match and match[name]) or default).rstrip("%"))
@@ -232,13 +229,13 @@ def parse_split(split: str) -> tuple[str, int, int]:
 
 
 def percentile(name: str) -> float:
-    """A number in [0, 100) that hangs on the name alone."""
+    """A number in [0, 100), a hash of the name."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:6], "big") / 2**48 * 100
 
 
 def class_name(name: str) -> str:
-    """The name of a class as it is stored: composed as on Linux, though the disk is a Mac's."""
+    """A class name in Unicode's composed form (NFC), which macOS does not use for files."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
 
 
@@ -261,12 +258,12 @@ def _is_dir(entry: os.DirEntry) -> bool:
 
 
 def _no_folder(name: str) -> str | None:
-    """Why a folder is none of images, by its name."""
+    """Why a folder is skipped by its name; None if it is not."""
     return out_of_the_way(f"{name}/file")
 
 
 def _beside_classes(root: str) -> PassedOver:
-    """What lies in no class folder."""
+    """The files outside of class folders, and the folders that are skipped."""
     passed = PassedOver()
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -279,7 +276,7 @@ def _beside_classes(root: str) -> PassedOver:
 
 
 def _image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[str, int]]:
-    """Every image file below a folder of `root`: its path from there, its bytes."""
+    """Yields (path relative to `root`, size) of the image files in a folder of it."""
     # A link may lead back up, or to another class.
     waiting, seen = [start], {_inode(root), _inode(os.path.join(root, start))}
     while waiting:
@@ -306,7 +303,7 @@ def _image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[st
 
 
 def _judged(entry: os.DirEntry) -> tuple[int, str | None]:
-    """The bytes of a file, and why it is no image; one with the ending of images is not opened."""
+    """A file's size, and why it is no image, else None; known endings are not opened."""
     if entry.name.startswith("."):
         return 0, "hidden"
     try:
@@ -335,112 +332,13 @@ def _inode(path: str) -> tuple[int, int]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is an image's."""
+    """Whether a file has the name of an image."""
     return name.lower().endswith(SUFFIXES) and not os.path.basename(name).startswith(".")
 
 
 def fingerprint_of(label_names: tuple[str, ...], names: Iterable[str], sizes: Iterable[int]) -> str:
-    """Changes when a file is added, removed, renamed or gets another size."""
+    """A hash that changes when a file is added, removed, renamed or resized."""
     digest = hashlib.sha256(repr(label_names).encode())
     for name, size in zip(names, sizes, strict=True):
         digest.update(os.fsencode(name) + b"\0%d\n" % size)
     return digest.hexdigest()[:16]
-
-
-class OpenFiles:
-    """Reads byte ranges of files from any thread; pickled as their paths alone."""
-
-    def __init__(self, paths: Iterable[str]):
-        self.paths = tuple(paths)
-        self._lock = threading.Lock()
-        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
-
-    def __getstate__(self):
-        return self.paths
-
-    def __setstate__(self, paths):
-        self.__init__(paths)
-
-    def read(self, which: int, offset: int, size: int) -> bytes:
-        """The bytes from `offset` of file number `which`, decompressed where it is compressed.
-
-        Raises:
-          UserError: the file is gone, or shorter than that.
-        """
-        try:
-            with self._lock:
-                if which not in self._open:
-                    self._open[which] = open_file(self.paths[which])
-                    if len(self._open) > 256:  # systems allow 1,024, and others need some
-                        self._open.popitem(last=False)  # closed when its last reader lets go
-                self._open.move_to_end(which)
-                file = self._open[which]
-                if not isinstance(file, io.FileIO):
-                    file.seek(offset)
-                    data = file.read(size)
-            if isinstance(file, io.FileIO):
-                data = os.pread(file.fileno(), size, offset)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"{self.paths[which]} cannot be read: {error}") from None
-        if len(data) != size:
-            raise UserError(
-                f"{self.paths[which]} ends before byte {offset + size}: it changed, or is cut off"
-            )
-        return data
-
-
-class _Zstd(io.RawIOBase):
-    """A file compressed by Zstandard, decompressed; going back starts over."""
-
-    def __init__(self, path: str):
-        self._path = path
-        self._start()
-
-    def _start(self) -> None:
-        import pyarrow
-
-        self._stream, self._at = pyarrow.input_stream(self._path, compression="zstd"), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END:
-            raise io.UnsupportedOperation("the end of a .zst is not known")
-        offset += self._at if whence == io.SEEK_CUR else 0
-        if offset < self._at:
-            self._start()
-        while self._at < offset and self.read(min(offset - self._at, 2**20)):
-            pass
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-_DECOMPRESSORS = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-    b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(_Zstd(path), 2**17),
-    b"\x50\x2a\x4d\x18": lambda path: io.BufferedReader(_Zstd(path), 2**17),  # pzstd's
-}
-
-
-def open_file(path: str) -> Any:
-    """A file, through its decompressor if it has one; a plain one is an unbuffered io.FileIO."""
-    with open(path, "rb") as file:
-        start = file.read(5)
-    for magic, opener in _DECOMPRESSORS.items():
-        if start.startswith(magic):
-            return opener(path)
-    return open(path, "rb", buffering=0)

@@ -1,32 +1,30 @@
-"""The source `hf-data:`: data sets in Parquet files as the Hugging Face hub has them."""
+"""The source `hf-data:`: data sets of the Hugging Face hub in Parquet files."""
 
-import collections
-import concurrent.futures
-import contextlib
-import dataclasses
 import glob
 import json
 import logging
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from jaxtyping import Int32, Int64
 
-from vit_jax.data.forms.files import (
-    class_name,
-    fingerprint_of,
-    labels_at,
-    parse_split,
-    percentile,
+from vit_jax.data.forms.class_lists import sorted_names
+from vit_jax.data.forms.files import class_name, fingerprint_of, parse_split, percentile
+from vit_jax.data.forms.label_columns import LABEL_COLUMNS
+from vit_jax.data.forms.layout import options
+from vit_jax.data.forms.parquet import (
+    ParquetRows,
+    ParquetSource,
+    holds_images,
+    holds_labels,
+    is_list,
+    read_column,
+    reading,
 )
-from vit_jax.data.forms.tables import LABEL_COLUMNS, options, sorted_names
-from vit_jax.data.images import BadImage
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -34,126 +32,24 @@ logger = logging.getLogger(__name__)
 OPTIONS = ("config", "image", "label")
 _HUB_NAME = r"([^/@\s]+/[^/@\s]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?"
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
-# Groups of rows of more bytes take longer to read than an image to decode: 0.5 ms a MB.
+# Row groups above this size take longer to read (0.5 ms a MB) than an image takes to decode.
 _LARGE = 4 * 2**20
 
 
-class ParquetRows:
-    """Reads a column of Parquet files row by row, from any thread; pickled as places alone.
-
-    Parquet is read a group of rows at a time; the last two are kept, so that rows in order are
-    cheap.
-    """
-
-    KEPT = 2
-
-    def __init__(self, paths: Sequence[str], column: str):
-        self.paths, self.column = tuple(paths), column
-        groups, starts, row, self.largest = [], [], 0, 0
-        for number, path in enumerate(self.paths):
-            metadata = _metadata(path)
-            for group in range(metadata.num_row_groups):
-                told = metadata.row_group(group)
-                if told.num_rows:
-                    groups.append((number, group))
-                    starts.append(row)
-                    row += told.num_rows
-                    self.largest = max(self.largest, _bytes_of(told, column))
-        self._groups = np.array(groups, np.int64).reshape(-1, 2)
-        self._starts, self._rows = np.array(starts, np.int64), row
-        self._begin()
-
-    def _begin(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
-
-    def __getstate__(self):
-        lost = ("_lock", "_kept")
-        return {name: value for name, value in self.__dict__.items() if name not in lost}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._begin()
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def place(self, row: int) -> tuple[int, int]:
-        """Which file a row is in, and which group of all is."""
-        group = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return int(self._groups[group, 0]), group
-
-    def __getitem__(self, row: int) -> Any:
-        """The cell of a row: None, bytes, or a dict. UserError: the file cannot be read."""
-        file, group = self.place(row)
-        with self._lock:
-            future, mine = self._kept.get(group), False
-            if future is None:
-                future, mine = concurrent.futures.Future(), True
-                self._kept[group] = future
-                if len(self._kept) > self.KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(group)
-        if mine:
-            try:
-                future.set_result(self._read(self.paths[file], int(self._groups[group, 1])))
-            except BaseException as error:
-                future.set_exception(error)
-                with self._lock:
-                    self._kept.pop(group, None)
-                raise
-        return future.result()[row - int(self._starts[group])].as_py()
-
-    def _read(self, path: str, group: int) -> pyarrow.ChunkedArray:
-        with _reading(path), pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            return file.read_row_group(group, [self.column], use_threads=False).column(0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ParquetSource:
-    """Images in Parquet files; `source[i]["image"]` is an image file's bytes.
-
-    Example i has the labels from `ends[i - 1]` to `ends[i]`: one, unless it is `multi_label`.
-    """
-
-    images: ParquetRows
-    rows: Int64[np.ndarray, " n"]
-    labels: Int32[np.ndarray, " m"]
-    ends: Int64[np.ndarray, " n"]
-    label_names: tuple[str, ...]
-    fingerprint: str
-    multi_label: bool = False
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = int(self.rows[index])
-        cell = self.images[row]
-        path = self.images.paths[self.images.place(row)[0]]
-        data, file = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, "")
-        name = f"{path}, row {row} of the split" + (f" ({file})" if file else "")
-        if not isinstance(data, bytes):
-            raise BadImage(f"{name} has no bytes of an image in it")
-        label = labels_at(self.labels, self.ends, index, self.multi_label)
-        return {"image": data, "label": label, "name": name, "file": file or str(row)}
-
-
 def hub(argument: str, split: str) -> ParquetSource:
-    """A data set in Parquet files, on the Hugging Face hub or in a folder of that form.
+    """A data set in Parquet files, on the Hugging Face hub or in a folder with the same layout.
+
+    The splits are those of README.md, or of the files' names (data/SPLIT-00000-of-00002.parquet,
+    SPLIT/0000.parquet, SPLIT.parquet). Class names are those of the files or README.md, else the
+    values of the label column in all splits. A label column of lists is multi-label.
 
     Args:
-      argument: OWNER/NAME, OWNER/NAME@REVISION or a folder, whose README.md, or else the files'
-        names (data/SPLIT-00000-of-00002.parquet, SPLIT/0000.parquet, SPLIT.parquet), say which
-        splits there are; and, where they are not sure, behind commas config=NAME, image=COLUMN and
-        label=COLUMN. Class names are those that the files or README.md give, else the values in
-        that column in all splits; lists there are any number of labels an image.
-      split: one of the splits; a part of it, such as "train[:90%]" and "train[90%:]", is drawn for
-        good by the number of the row.
+      argument: OWNER/NAME, OWNER/NAME@REVISION or a folder; then, where ambiguous, ",config=NAME",
+        ",image=COLUMN" and ",label=COLUMN".
+      split: a split, or a part of it such as "train[:90%]", drawn by a hash of the row number.
 
     Raises:
-      UserError: no such data set, config, split or column, several that may be meant, or labels
-        that are missing.
+      UserError: no such data set, config, split or column, an ambiguous one, or a missing label.
     """
     where = f"hf-data:{argument}"
     name, low, high = parse_split(split)
@@ -172,10 +68,10 @@ def hub(argument: str, split: str) -> ParquetSource:
             where,
             images.largest // 2**20,
         )
-    names, many = _names_in(features.get(label)), _is_list(schema.field(label).type)
+    names, many = _names_in(features.get(label)), is_list(schema.field(label).type)
     cells = _label_cells(where, splits[name], label)
     if names is None:
-        every = [*cells, *(c for s in labelled if s != name for c in _values(splits[s], label))]
+        every = [*cells, *(c for s in labelled if s != name for c in read_column(splits[s], label))]
         flat = (each for cell in every for each in (cell if many else [cell]) if each is not None)
         names = sorted_names(map(_text, flat))
         numbers = {each: number for number, each in enumerate(names)}
@@ -192,10 +88,8 @@ def hub(argument: str, split: str) -> ParquetSource:
     chosen = [sorted(set(found[row])) for row in rows]
     keys = [f"{row}\0{chosen[i]}\0{image}" for i, row in enumerate(rows)]
     digest = fingerprint_of(names, keys, [0] * len(keys))
-    paths = splits[name]
-    digest = fingerprint_of(
-        (digest,), [os.path.relpath(p, root) for p in paths], map(os.path.getsize, paths)
-    )
+    files = [os.path.relpath(path, root) for path in splits[name]]
+    digest = fingerprint_of((digest,), files, map(os.path.getsize, splits[name]))
     return ParquetSource(
         images,
         np.array(rows, np.int64),
@@ -208,14 +102,12 @@ def hub(argument: str, split: str) -> ParquetSource:
 
 
 def hub_splits(argument: str) -> tuple[str, ...]:
-    """What `hub` takes for split."""
+    """The splits of a data set."""
     return tuple(_open(argument)[1])
 
 
-def _open(
-    argument: str,
-) -> tuple[str, dict[str, list[str]], dict[str, Any], dict[str, str]]:
-    """The folder, its Parquet files by split, its card's features, and the options."""
+def _open(argument: str) -> tuple[str, dict[str, list[str]], dict[str, Any], dict[str, str]]:
+    """Returns the folder, split -> Parquet files, the features in README.md, and the options."""
     name, told = options(argument, OPTIONS)
     root = name if os.path.isdir(name) else _fetch(name)
     card = _card(root)
@@ -225,13 +117,12 @@ def _open(
             f"hf-data:{argument} has no Parquet files; of the sets on the hub that are in other "
             "formats, OWNER/NAME@refs/convert/parquet may have them"
         )
-    config = told.get("config")
-    if config is None and len(every) > 1:
+    config = told.get("config", next(iter(every)))
+    if "config" not in told and len(every) > 1:
         raise UserError(
             f"hf-data:{argument} has several configs ({', '.join(map(repr, every))}): say which, "
             f"as in hf-data:{argument},config={next(iter(every))}"
         )
-    config = next(iter(every)) if config is None else config
     if config not in every:
         raise UserError(f"hf-data:{argument} has no config {config!r}; {nearest(config, every)}")
     infos = card.get("dataset_info") or []
@@ -242,7 +133,7 @@ def _open(
 
 
 def _fetch(name: str) -> str:
-    """The folder of a data set of the hub, fetched where it is not there already."""
+    """Downloads a data set of the hub, unless it is cached, and returns its folder."""
     match = re.fullmatch(_HUB_NAME, name)
     if not match or name.startswith(("/", ".", "~")):
         raise UserError(f"hf-data:{name}: there is no such folder, and OWNER/NAME was expected")
@@ -261,7 +152,7 @@ def _fetch(name: str) -> str:
     try:
         only = dict(revision=revision, allow_patterns=["*.parquet", "README.md"])
         return str(huggingface_hub.snapshot_download(repo, repo_type="dataset", **only))
-    except Exception as error:  # they have no class in common: httpx's, OSError, ValueError
+    except Exception as error:  # httpx's, OSError, ValueError: no common class
         short = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
         raise UserError(
             f"hf-data:{name} could not be fetched ({short}). To fetch it by hand: {by_hand}"
@@ -269,7 +160,7 @@ def _fetch(name: str) -> str:
 
 
 def _card(root: str) -> dict[str, Any]:
-    """What README.md says between two lines of ---, as YAML."""
+    """The YAML header of README.md."""
     import yaml  # ml-collections needs it
 
     path = os.path.join(root, "README.md")
@@ -285,11 +176,10 @@ def _card(root: str) -> dict[str, Any]:
 
 
 def _configs(root: str, card: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """Config -> split -> files, as the card says it."""
+    """Config -> split -> files, from README.md."""
     found: dict[str, dict[str, list[str]]] = {}
     for config in card.get("configs") or []:
-        told = config.get("data_files")
-        if told is None:
+        if (told := config.get("data_files")) is None:
             continue
         if isinstance(told, dict):
             told = [{"split": split, "path": path} for split, path in told.items()]
@@ -315,7 +205,7 @@ def _glob(folder: str, pattern: str) -> list[str]:
 
 
 def _configs_by_name(root: str) -> dict[str, dict[str, list[str]]]:
-    """Config -> split -> files, as folders and files are called."""
+    """Config -> split -> files, from the names of folders and files."""
     found: dict[str, dict[str, list[str]]] = {}
     for path in sorted(_glob(root, "**/*.parquet")):
         *folders, name = os.path.relpath(path, root).split(os.sep)
@@ -335,7 +225,7 @@ def _configs_by_name(root: str) -> dict[str, dict[str, list[str]]]:
 
 
 def _card_features(told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The card's features in the form that Parquet files have them."""
+    """The features in README.md, in the format of those in Parquet files."""
     found = {}
     for each in told:
         kind = each.get("dtype") or each.get("sequence") or each.get("list")
@@ -353,8 +243,8 @@ def _card_features(told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _features(path: str, card: Mapping[str, Any]) -> tuple[dict[str, Any], pyarrow.Schema]:
-    """What a file says of its columns, and the card of those that it does not; and its schema."""
-    with _reading(path):
+    """The features of a file's columns, from the file or else README.md; and its schema."""
+    with reading(path):
         schema = pyarrow.parquet.read_schema(path)
     try:
         told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -371,7 +261,7 @@ def _features(path: str, card: Mapping[str, Any]) -> tuple[dict[str, Any], pyarr
 
 
 def _names_in(feature: Any) -> tuple[str, ...] | None:
-    """The class names of a feature, or of the features in its list."""
+    """The class names of a feature, or of the elements of a list."""
     if isinstance(feature, list):
         return _names_in(feature[0]) if len(feature) == 1 else None
     if not isinstance(feature, dict):
@@ -384,36 +274,10 @@ def _names_in(feature: Any) -> tuple[str, ...] | None:
     return _names_in(feature.get("feature"))
 
 
-def _is_list(kind: pyarrow.DataType) -> bool:
-    types = pyarrow.types
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _is_bytes(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
-
-def _is_label(kind: pyarrow.DataType) -> bool:
-    types = pyarrow.types
-    if _is_list(kind):
-        return _is_label(kind.value_type)
-    if types.is_dictionary(kind):
-        return _is_label(kind.value_type)
-    return any(
-        fits(kind)
-        for fits in (types.is_integer, types.is_string, types.is_large_string, types.is_boolean)
-    )
-
-
 def _image_column(
     where: str, schema: pyarrow.Schema, features: Mapping[str, Any], said: str | None
 ) -> str:
-    def holds(kind: pyarrow.DataType) -> bool:
-        if pyarrow.types.is_struct(kind):
-            return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
-        return _is_bytes(kind)
-
-    every = [field.name for field in schema if holds(field.type)]
+    every = [field.name for field in schema if holds_images(field.type)]
     if said is not None:
         if said not in every:
             raise UserError(f"{where}: no column {said!r} has images; {nearest(said, every)}")
@@ -430,7 +294,7 @@ def _image_column(
 def _label_column(
     where: str, schema: pyarrow.Schema, features: Mapping[str, Any], said: str | None, image: str
 ) -> str:
-    every = [f.name for f in schema if f.name != image and _is_label(f.type)]
+    every = [f.name for f in schema if f.name != image and holds_labels(f.type)]
     if said is not None:
         if said not in every:
             raise UserError(f"{where}: no column {said!r} has labels; {nearest(said, every)}")
@@ -452,7 +316,7 @@ def _label_column(
 def _alike(
     splits: Mapping[str, Sequence[str]], card: Mapping[str, Any], split: str, label: str, image: str
 ) -> list[str]:
-    """The splits that have labels. UserError: a file has other columns, or other classes."""
+    """The splits that have labels. UserError: a file has other columns or classes."""
     features, schema = _features(splits[split][0], card)
     found = []
     for one, paths in splits.items():
@@ -462,7 +326,7 @@ def _alike(
                 raise UserError(f"{path} has no columns {image!r} and {label!r}, as others have")
             if label in theirs.names and (
                 _names_in(others.get(label)) != _names_in(features.get(label))
-                or _is_list(theirs.field(label).type) != _is_list(schema.field(label).type)
+                or is_list(theirs.field(label).type) != is_list(schema.field(label).type)
             ):
                 raise UserError(f"{path} has other classes in {label!r} than {splits[split][0]}")
         if label in theirs.names:
@@ -470,17 +334,9 @@ def _alike(
     return found
 
 
-def _values(paths: Sequence[str], column: str) -> list[Any]:
-    found = []
-    for path in paths:
-        with _reading(path):
-            found += pyarrow.parquet.read_table(path, columns=[column]).column(0).to_pylist()
-    return found
-
-
 def _label_cells(where: str, paths: Sequence[str], column: str) -> list[Any]:
-    """The labels of all rows. UserError: one is missing."""
-    cells = _values(paths, column)
+    """The labels of all rows. UserError: a label is missing."""
+    cells = read_column(paths, column)
     for row, cell in enumerate(cells):
         if cell is None or cell == "" or (isinstance(cell, list) and None in cell):
             raise UserError(f"{where}: row {row} has no label in column {column!r}")
@@ -491,27 +347,3 @@ def _text(label: Any) -> str:
     if isinstance(label, int) and label < 0:
         raise UserError(f"a label is {label}; classes that are numbers count from 0")
     return class_name(str(int(label)) if isinstance(label, bool) else str(label).strip())
-
-
-def _metadata(path: str) -> pyarrow.parquet.FileMetaData:
-    with _reading(path):
-        return pyarrow.parquet.read_metadata(path)
-
-
-def _bytes_of(group: pyarrow.parquet.RowGroupMetaData, column: str) -> int:
-    """How many bytes of a group of rows are a column's."""
-    parts = (group.column(i) for i in range(group.num_columns))
-    return sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == column)
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Says as a UserError what pyarrow raises while a file is read."""
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        why = " ".join(str(error).split())
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(20).startswith(b"version https://git-"):
-                why = "it stands for a file that Git LFS has not fetched"
-        raise UserError(f"{path} cannot be read: {why}") from None

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vit_jax.data.forms.arrays import ArraySource
-from vit_jax.data.forms.files import open_file, parse_split, percentile
+from vit_jax.data.forms.files import parse_split, percentile
+from vit_jax.data.forms.open_files import open_file
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)

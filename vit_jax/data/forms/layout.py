@@ -197,3 +197,22 @@ def few(names: Iterable[str]) -> str:
     """The first of names in their order, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def options(argument: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Takes "PATH,label=breed" to ("PATH", {"label": "breed"}); a comma in a path is one.
+
+    Raises:
+      UserError: an option that is not known, or twice.
+    """
+    path, found = argument, {}
+    while match := re.fullmatch(r"(.+),(\w+)=([^,]*)", path, re.DOTALL):
+        if os.path.exists(os.path.expanduser(path)):
+            break
+        path, name, value = match.groups()
+        if name not in known:
+            raise UserError(f"{argument} has an option {name!r}; {nearest(name, known)}")
+        if name in found or not value:
+            raise UserError(f"{argument}: {name}= once, and with a value, was expected")
+        found[name] = value
+    return os.path.expanduser(path), found

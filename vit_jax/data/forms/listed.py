@@ -1,41 +1,42 @@
-"""The source `table:`: image files, their labels and splits as a table lists them."""
+"""The source `table:`: image files, labels and splits listed in a table."""
 
 import collections
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from vit_jax.data.forms.cells import Table, read_table
+from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.data.forms.files import (
     WHOLE,
     Packed,
-    class_name,
+    file_example,
     fingerprint_of,
     is_image,
     labels_at,
     parse_split,
     percentile,
 )
-from vit_jax.data.forms.tables import label_column, options, sorted_names
+from vit_jax.data.forms.label_columns import row_labels
+from vit_jax.data.forms.layout import options
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("image", "label", "labels", "separator", "split", "root")
-SEPARATORS = {"|": "|", ";": ";", "comma": ",", "space": " "}
 _SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TableSource:
-    """Image files that a table lists; `source[i]["image"]` is a file's bytes.
+    """Image files listed in a table; `source[i]["image"]` is a file's bytes.
 
-    Example i has the labels from `ends[i - 1]` to `ends[i]`: one, unless it is `multi_label`.
+    The labels of example i are `labels[ends[i - 1]:ends[i]]`: one, unless `multi_label`.
     """
 
     root: str
@@ -50,36 +51,27 @@ class TableSource:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self.names[index]
-        path = os.path.join(self.root, file)
-        try:
-            with open(path, "rb") as opened:
-                data = opened.read()
-        except OSError as error:
-            raise UserError(
-                f"{path} was there but cannot be read ({error.strerror}): did the folder change?"
-            ) from None
         label = labels_at(self.labels, self.ends, index, self.multi_label)
-        return {"image": data, "label": label, "name": path, "file": file}
+        return file_example(self.root, self.names[index], label)
 
 
 def table(argument: str, split: str) -> TableSource:
-    """The images that a table lists (see `cells.read_table`), in its order.
+    """The images listed in a table (see `cells.read_table`), in its order.
 
     Args:
-      argument: FILE, and, where they are not sure, behind commas
-        image=COLUMN: paths, relative to the table's folder, or without the files' ending;
+      argument: FILE, and, where ambiguous, options behind commas:
+        image=COLUMN: file paths, with or without the ending;
         label=COLUMN: class names;
-        labels=COLUMN: any number of class names an image, in lists, or with |, ; or spaces between
-          (separator=|, ;, comma or space where several occur);
+        labels=COLUMN: any number of class names an image, as lists or separated by |, ; or spaces
+          (separator=|, ;, comma or space if several of these occur);
         labels=COLUMN+COLUMN or labels=*: a column of 0 and 1 for each class, * for all others;
-        split=COLUMN: what split an image is in, without it the column called split, if any;
-        root=FOLDER: what the paths are relative to.
+        split=COLUMN: the split of each image; default: the column named split, if any;
+        root=FOLDER: the folder that paths are relative to; default: that of the table.
       split: a value of that column, or "all"; a part of it as for folders, such as "all[:90%]".
 
     Raises:
-      UserError: a column that is not there or not sure, no such split, a file that is not there, an
-        image without label or with two of them.
+      UserError: a missing or ambiguous column, no such split, a missing file, or an image without
+        a label or with two.
     """
     where = f"table:{argument}"
     rows, told = _open(argument)
@@ -95,7 +87,7 @@ def table(argument: str, split: str) -> TableSource:
         raise UserError(f"{where} has no split {split!r}; {nearest(name, [*known, WHOLE])}")
     root = _root(rows, told)
     image = _image_column(rows, told, root)
-    labels, many = _labels(rows, told, [image, *([column] if column else [])], where)
+    labels, many = row_labels(rows, told, [image, *([column] if column else [])], where)
     in_split = [name == WHOLE or cell == name for cell in _cells(rows, column)]
     files = _files(rows, rows.columns[image], root, in_split)
     chosen: dict[str, int] = {}
@@ -141,19 +133,16 @@ def table(argument: str, split: str) -> TableSource:
 
 
 def _check_numbers(where: str, names: Sequence[str]) -> None:
-    """Refuses one number written in two ways."""
+    """Raises a UserError if two labels are one number, such as "1" and "01"."""
     values: dict[int, str] = {}
     for name in names:
-        if (
-            name.isascii()
-            and name.isdigit()
-            and (other := values.setdefault(int(name), name)) != name
-        ):
+        number = name.isascii() and name.isdigit()
+        if number and (other := values.setdefault(int(name), name)) != name:
             raise UserError(f"{where}: are the labels {other!r} and {name!r} one class, or two?")
 
 
 def table_splits(argument: str) -> tuple[str, ...]:
-    """What `table` takes for split: the values of the column of splits, and "all"."""
+    """The splits of a table: the values of its split column, and "all"."""
     rows, told = _open(argument)
     return (*_splits(rows, _split_column(rows, told)), WHOLE)
 
@@ -194,7 +183,7 @@ def _cells(rows: Table, column: str | None) -> Sequence[str]:
 
 
 def _splits(rows: Table, column: str | None) -> tuple[str, ...]:
-    """The values of the column of splits."""
+    """The values of the split column."""
     if column is None:
         return ()
     cells = rows.columns[column]
@@ -211,7 +200,7 @@ def _splits(rows: Table, column: str | None) -> tuple[str, ...]:
 
 
 def _image_column(rows: Table, told: Mapping[str, str], root: str) -> str:
-    """The column that was said, or the only one whose first and last cells are files."""
+    """The `image` option, or the only column with files in its first or last cell."""
     if "image" in told:
         return rows.known(told["image"])
     folders = _Folders(root)
@@ -243,17 +232,17 @@ def _image_column(rows: Table, told: Mapping[str, str], root: str) -> str:
 
 
 class _Folders:
-    """Looks up files below a folder, listing each folder once."""
+    """Looks up files in a folder tree, listing each folder once."""
 
     def __init__(self, root: str):
         self.root = root
         self._listed: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {}
 
     def find(self, cell: str) -> tuple[str, int] | None:
-        """The path from the root of a file, and its size; None where there is none.
+        """The path relative to the root and the size of a file; None if there is no such file.
 
         Raises:
-          UserError: several images have the name that was given without its ending.
+          UserError: a name without ending fits several images.
         """
         for path in dict.fromkeys((cell, cell.replace("\\", "/"))):
             path = path if ".." in path else os.path.normpath(path)
@@ -289,10 +278,10 @@ class _Folders:
 def _files(
     rows: Table, cells: Sequence[str], root: str, needed: Sequence[bool]
 ) -> list[tuple[str, int]]:
-    """The path from the root and the size of each row's file.
+    """The path relative to the root and the size of each row's file.
 
     Raises:
-      UserError: one that is needed is not there.
+      UserError: a file that is needed is missing.
     """
     folders = _Folders(root)
     found = [folders.find(cell) if cell else None for cell in cells]
@@ -304,72 +293,6 @@ def _files(
             + (f", and {len(missing) - 1} others are missing" if len(missing) > 1 else "")
         )
     return [each or (cell, 0) for each, cell in zip(found, cells, strict=True)]
-
-
-def _labels(
-    rows: Table, told: Mapping[str, str], others: list[str], where: str
-) -> tuple[list[tuple[str, ...]], bool]:
-    """The class names of each row, and whether there may be any number of them."""
-    said = told.get("labels")
-    if said is None:
-        if not [name for name in rows.columns if name not in others] and rows.lists:
-            raise UserError(f"{where}: say labels={next(iter(rows.lists))} for several an image")
-        cells = rows.columns[_one(rows, label_column(rows, told.get("label"), others, where))]
-        nan = {"": "", "nan": "", "NaN": ""}
-        return [(class_name(nan.get(cell, cell)),) for cell in cells], False
-    if said in rows.lists:
-        return [tuple(map(class_name, cell)) for cell in rows.lists[said]], True
-    if said == "*" or (said not in rows.columns and "+" in said):
-        every = [name for name in rows.columns if name not in others]
-        names = every if said == "*" else [rows.known(name) for name in said.split("+")]
-        return list(_indicated(rows, names)), True
-    cells = rows.columns[rows.known(said)]
-    separator = _separator(rows, said, cells, told.get("separator"))
-    return [
-        tuple(class_name(each.strip()) for each in cell.split(separator) if each.strip())
-        for cell in cells
-    ], True
-
-
-def _one(rows: Table, column: str) -> str:
-    if column in rows.lists:
-        raise UserError(f"{rows.path}: column {column!r} has lists: say labels={column}")
-    return column
-
-
-def _separator(rows: Table, column: str, cells: Sequence[str], said: str | None) -> str:
-    """What is between the labels in a cell. UserError: nothing that is sure."""
-    if said is not None:
-        if said not in SEPARATORS:
-            raise UserError(f"separator={said}: {nearest(said, SEPARATORS)}")
-        return SEPARATORS[said]
-    found = [name for name in ("|", ";", "space") if any(SEPARATORS[name] in c for c in cells)]
-    if any("," in cell for cell in cells):
-        found.append("comma")
-    if len(found) == 1 and found != ["comma"]:
-        return SEPARATORS[found[0]]
-    if not found:
-        return "|"
-    raise UserError(
-        f"{rows.path}: what is between the labels of column {column!r}? Say separator="
-        + " or ".join(found)
-    )
-
-
-def _indicated(rows: Table, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The columns of each row that are 1. UserError: one is neither that nor 0."""
-    if not names:
-        raise UserError(f"{rows.path} has no columns of labels: found {rows.summary()}")
-    for name in names:
-        for row, cell in enumerate(rows.columns[name]):
-            if cell not in ("0", "1"):
-                raise UserError(
-                    f"{rows.at(row)}: column {name!r} has {cell!r}; expected 0 or 1 for a class"
-                )
-    for cells in zip(*(rows.columns[name] for name in names), strict=True):
-        yield tuple(
-            class_name(name) for name, cell in zip(names, cells, strict=True) if cell == "1"
-        )
 
 
 def _text(labels: Sequence[str]) -> str:

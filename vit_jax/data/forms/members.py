@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vit_jax.data.forms.files import open_file
 from vit_jax.data.forms.layout import out_of_the_way
+from vit_jax.data.forms.open_files import open_file
 from vit_jax.data.images import sniff
 from vit_jax.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.forms import examples, records
+from vit_jax.data.forms import examples, records, tfds
 from vit_jax.data.images import BadImage, decode
 from vit_jax.errors import UserError, nearest
 
@@ -178,16 +178,16 @@ def vtab(argument: str, split: str) -> VtabSource:
     if split not in SPLITS:
         raise UserError(f"the source {where} has no split {split!r}; {nearest(split, SPLITS)}")
     task = TASKS[argument]
-    builder = records.prepared(f"{where} (tfds:{task.data})", task.data)
+    builder = tfds.prepared(f"{where} (tfds:{task.data})", task.data)
     info = builder.info
     missing = [key for key in ("image", *task.features) if key.split("/")[0] not in info.features]
     if missing:
         raise UserError(f"{where}: {info.full_name} has no feature {missing[0]!r}")
-    names = task.names or records.class_names(where, info, task.features[0])[0]
+    names = task.names or tfds.class_names(where, info, task.features[0])[0]
     n = info.splits["train"].num_examples if "train" in info.splits else 0
     train, val, test, val200 = task.parts(n)
     parts = (train, val, f"{train}+{val}", test, "train[:800]", val200, f"train[:800]+{val200}")
-    found, told = records.split_records(where, builder, parts[SPLITS.index(split)])
+    found, told = tfds.split_records(where, builder, parts[SPLITS.index(split)])
     text = min((k for k, f in info.features.items() if type(f).__name__ == "Text"), default=None)
     keys, fingerprint = ("image", task.features[0], text), records.digest((*told, names, where))
     return VtabSource(found, keys, f"{where} {split}", names, fingerprint, task=argument)

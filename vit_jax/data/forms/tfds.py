@@ -1,0 +1,244 @@
+"""Data sets that TFDS prepared, as ArrayRecord or TFRecord, read without TensorFlow."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import logging
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from vit_jax.data.forms.open_files import OpenFiles
+from vit_jax.data.forms.records import Records, RecordSource, allow_open_files, digest
+from vit_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+
+def tfds(argument: str, split: str) -> RecordSource:
+    """A data set that TFDS prepared: NAME, NAME/CONFIG:VERSION, or the path of its folder.
+
+    Names are looked up in the folder TFDS_DATA_DIR, or ~/tensorflow_datasets. TensorFlow is not
+    needed, nor the code that made the data set. `,label=KEY` after it says which feature is the
+    label: a class label, or a sequence of them, of which an example then has any number.
+
+    Args:
+      split: as TFDS has it, such as "train[:98%]".
+
+    Raises:
+      UserError: no such data set, split, option or label, a format that cannot be read by index,
+        or features without an image and a label.
+    """
+    where, chosen = f"tfds:{argument}", None
+    option = re.fullmatch(r"(.*),(\w+)=(.*)", argument)
+    if option and not os.path.isdir(os.path.expanduser(argument)):  # whose name may have commas
+        argument, name, chosen = option.groups()
+        if name != "label":
+            raise UserError(f"{where} has no option {name!r}; {nearest(name, ['label'])}")
+    path = os.path.expanduser(argument.rstrip("/"))
+    if path.startswith(("/", ".")) and not os.path.isdir(path):
+        raise UserError(f"{where}: there is no such folder")
+    builder = prepared(where, argument, path if os.path.isdir(path) else None)
+    keys = _feature_keys(where, builder.info, chosen)
+    names, multi_label = class_names(where, builder.info, keys[1])
+    records, told = split_records(where, builder, split)
+    told = (*told, names) if chosen is None else (*told, names, chosen)
+    return RecordSource(records, keys, f"{where} {split}", names, digest(told), multi_label)
+
+
+def prepared(where: str, name: str, path: str | None = None) -> Any:
+    """TFDS's builder of the data set of that name, or of the one in the folder `path`.
+
+    Raises:
+      UserError: there is none, or what is there cannot be understood; it begins with `where`.
+    """
+    import tensorflow_datasets
+    from google.protobuf import json_format
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        if path and os.path.isfile(os.path.join(path, "dataset_info.json")):
+            return tensorflow_datasets.builder_from_directory(path)
+        if path:
+            versions = [
+                found for found in os.listdir(path) if re.fullmatch(r"\d+\.\d+\.\d+", found)
+            ]
+            if versions:  # it is NAME or NAME/CONFIG
+                newest = max(versions, key=lambda found: [int(n) for n in found.split(".")])
+                return tensorflow_datasets.builder_from_directory(os.path.join(path, newest))
+            parent, name = os.path.split(os.path.abspath(path))
+            return read_only_builder.builder_from_files(name, data_dir=parent)
+        folder = os.environ.get("TFDS_DATA_DIR")  # which TFDS reads at its import only
+        return read_only_builder.builder_from_files(
+            name, **({"data_dir": folder} if folder else {})
+        )
+    except tensorflow_datasets.core.DatasetNotFoundError:
+        raise UserError(
+            f"{where}: TFDS finds no prepared data set of that name; prepare it with tfds, set "
+            "TFDS_DATA_DIR, or give its folder"
+        ) from None
+    except (ValueError, OSError, KeyError, json_format.ParseError) as error:
+        raise UserError(f"{where} cannot be opened: {error}") from None
+
+
+def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[Any, ...]]:
+    """The records of a split of a prepared data set, and what their fingerprint is of.
+
+    Raises:
+      UserError: no such split, or a format that cannot be read by index.
+    """
+    import tensorflow_datasets
+
+    info = builder.info
+    try:
+        chosen = info.splits[split]
+        files = chosen.file_instructions
+    except (KeyError, ValueError) as error:
+        known = nearest(split, info.splits)
+        raise UserError(f"the source {where} has no split {split!r}; {known} ({error})") from None
+    if not chosen.num_examples:
+        raise UserError(f"{where} has no example in split {split!r}")
+    form = info.file_format.value
+    if form not in ("array_record", "tfrecord"):
+        raise UserError(
+            f"{where} is in {form}, which TFDS does not read whole by index: prepare it again with "
+            "file_format='array_record'"
+        )
+    missing = [f.filename for f in files if not os.path.isfile(f.filename)]
+    if missing:
+        raise UserError(f"{where}: {missing[0]} is not there: prepare the data set again")
+    allow_open_files()
+    parts = [(os.path.basename(f.filename), f.skip, f.take) for f in files]
+    sizes = [os.path.getsize(f.filename) for f in files]
+    told = (info.full_name, parts, sizes)
+    if form == "tfrecord":
+        return TfRecords.of(files, chosen.num_examples), told
+    method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
+    return builder.as_data_source(split, deserialize_method=method), told
+
+
+def class_names(where: str, info: Any, key: str) -> tuple[tuple[str, ...], bool]:
+    """The names of a label's classes, and whether an example has any number of them.
+
+    Raises:
+      UserError: the data set has no class label of that name.
+    """
+    labels = {}
+    for name, feature in info.features.items():
+        several = type(feature).__name__ == "Sequence"
+        label = feature.feature if several else feature
+        if type(label).__name__ == "ClassLabel":
+            labels[name] = label, several
+    if key not in labels:
+        raise UserError(f"{where} has no class label {key!r}; {nearest(key, labels)}")
+    label, several = labels[key]
+    return tuple(label.names or map(str, range(label.num_classes))), several
+
+
+def _feature_keys(where: str, info: Any, label: str | None) -> tuple[str, str, str | None]:
+    """The names of a data set's image, label and text features; the supervised pair goes first."""
+    kinds: dict[str, list[str]] = {"Image": [], "ClassLabel": [], "Text": []}
+    first = [key for key in info.supervised_keys or () if isinstance(key, str)]
+    for key in [*first, *(key for key in info.features if key not in first)]:
+        kinds.setdefault(type(info.features[key]).__name__, []).append(key)
+    if label is not None:
+        kinds["ClassLabel"] = [label]
+    if not kinds["Image"] or not kinds["ClassLabel"]:
+        raise UserError(
+            f"{where} has the features {', '.join(info.features)}; expected an image and a label"
+        )
+    return kinds["Image"][0], kinds["ClassLabel"][0], (kinds["Text"] or [None])[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfRecords:
+    """The records of TFRecord files, whose format has no index: each says only its own length."""
+
+    files: OpenFiles
+    which: Int32[np.ndarray, " n"]
+    starts: Int64[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, instructions: Sequence[Any], expected: int) -> "TfRecords":
+        """Reads the parts of files that TFDS's instructions (filename, skip, take) name.
+
+        Raises:
+          UserError: a file that is damaged, or has not as many records as the metadata says.
+        """
+        paths = [os.fspath(each.filename) for each in instructions]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            starts = list(pool.map(record_starts, paths))
+        parts = []
+        for number, (each, found) in enumerate(zip(instructions, starts, strict=True)):
+            stop = len(found) - 1  # there is one start more than records
+            if each.take not in (None, -1):
+                stop = min(stop, each.skip + each.take)
+            begin = found[each.skip : stop]
+            size = found[each.skip + 1 : stop + 1] - begin - _AROUND
+            parts.append((np.full(len(begin), number, np.int32), begin + _BEFORE, size))
+        which, begins, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(which) != expected:
+            raise UserError(
+                f"{os.path.dirname(paths[0])} has {len(which)} records where its dataset_info.json "
+                f"says {expected}: prepare it again"
+            )
+        return cls(OpenFiles(paths), which, begins, sizes)
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.files.read(
+            int(self.which[index]), int(self.starts[index]), int(self.sizes[index])
+        )
+
+
+# A record of TFRecord: length (8 bytes), its checksum (4), the bytes, their checksum (4).
+_BEFORE, _AROUND = 12, 16
+
+
+def record_starts(path: str) -> Int64[np.ndarray, " n_plus_1"]:
+    """Where the records of a TFRecord file start, and where the last one ends.
+
+    Kept in the user's cache folder, so that a file is gone through once.
+    """
+    stat = os.stat(path)
+    known = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(os.fsencode(known)).hexdigest()[:32] + ".npy"
+    cached = os.path.join(cache, "vit_jax", "tfrecord", name)
+    try:
+        starts = np.load(cached, allow_pickle=False)
+        if starts.dtype == np.int64 and starts.ndim == 1 and starts[-1] == stat.st_size:
+            return starts
+    except (OSError, ValueError, EOFError, IndexError):
+        pass
+    starts = np.fromiter(_scan(path, stat.st_size), np.int64)
+    try:
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        partial = f"{cached}.{os.getpid()}"
+        with open(partial, "wb") as file:
+            np.save(file, starts)
+        os.replace(partial, cached)
+    except OSError as error:
+        logger.warning("the index of %s is not kept: %s", path, error)
+    return starts
+
+
+def _scan(path: str, size: int) -> Iterator[int]:
+    at = 0
+    with open(path, "rb", buffering=0) as file:
+        while at < size:
+            yield at
+            header = os.pread(file.fileno(), 8, at)
+            length = struct.unpack("<Q", header)[0] if len(header) == 8 else size
+            at += _AROUND + length
+    if at != size:
+        raise UserError(f"{path} is cut off, or no uncompressed TFRecord file")
+    yield at
