@@ -122,7 +122,7 @@ def of_run(workdir: Path) -> dict[str, float]:
 
     from vit_jax.analysis.cost import step_flops
     from vit_jax.checkpoints.card import ModelCard
-    from vit_jax.models.vit import structure
+    from vit_jax.models.create import structure
     from vit_jax.training.config import read_config
     from vit_jax.training.metrics import last_values
 

@@ -18,7 +18,7 @@ from processes import Command
 
 from vit_jax.analysis.cost import flops_per_image
 from vit_jax.models.config import variant
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "benchmarks"

@@ -15,7 +15,7 @@ import vit_jax
 from vit_jax import compiler
 from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import Evaluation
 from vit_jax.training.plan import TrainingData, make_plan
@@ -193,7 +193,7 @@ def test_options_reach_training_and_evaluation(objective, deterministic, asked):
 
 def test_options_reach_predict(asked, tmp_path):
     config = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, mlp_dim=8, num_heads=1)
-    vit_jax.save(vit_jax.models.vit.create(config), tmp_path / "vit.npz", format="google")
+    vit_jax.save(vit_jax.models.create.create(config), tmp_path / "vit.npz", format="google")
     vit = vit_jax.load(tmp_path / "vit.npz")
     asked.clear()
     list(vit.predict([np.zeros((8, 8, 3), np.uint8)]))

@@ -41,15 +41,15 @@ from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import VARIANTS, ViTConfig
-from vit_jax.models.vit import structure
-from vit_jax.training.config import MODEL_KEYS, Config, unpack
+from vit_jax.models.create import structure
+from vit_jax.training.config import MODEL_KEYS, Config, count_steps, unpack
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluators import EVALUATORS, Evaluator
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.objectives import sigmoid, softmax
 from vit_jax.training.optim import make_optimizer, make_schedule
-from vit_jax.training.plan import count_steps, model_config
+from vit_jax.training.plan import model_config
 
 CONFIGS = ROOT / "configs"
 

@@ -32,12 +32,12 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models import config as models
 from vit_jax.models.config import VARIANTS, ResNetConfig
-from vit_jax.models.vit import structure
-from vit_jax.training.config import Config
+from vit_jax.models.create import structure
+from vit_jax.training.config import Config, count_steps
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optim import is_kernel, make_schedule
-from vit_jax.training.plan import count_steps, model_config
+from vit_jax.training.plan import model_config
 
 folder, here = test_recipes.folder, test_recipes.here
 

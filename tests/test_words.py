@@ -29,13 +29,13 @@ from vit_jax.errors import UserError, nearest, sentence
 from vit_jax.flags import make_parser
 from vit_jax.launch.launchers import LAUNCHERS
 from vit_jax.models.config import CHOICES, variant
+from vit_jax.models.create import structure
 from vit_jax.models.posembed import RESIZE_METHODS
-from vit_jax.models.vit import structure
 from vit_jax.training import optim
-from vit_jax.training.config import Config, differences, keys, unpack
+from vit_jax.training.config import Config, count_steps, differences, keys, unpack
 from vit_jax.training.config_file import load_config
 from vit_jax.training.objectives import OBJECTIVES
-from vit_jax.training.plan import count_steps, model_config
+from vit_jax.training.plan import model_config
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ _PUBLIC = {
     "ResNetConfig": "vit_jax.models.config",
     "ViT": "vit_jax.models.vit",
     "ViTConfig": "vit_jax.models.config",
-    "create": "vit_jax.models.vit",
+    "create": "vit_jax.models.create",
     "load": "vit_jax.checkpoints.load",
     "published": "vit_jax.checkpoints.published",
     "save": "vit_jax.checkpoints.export",

@@ -19,7 +19,7 @@ from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig, ResNetConfig
-from vit_jax.models.vit import init_params, structure
+from vit_jax.models.create import init_params, structure
 from vit_jax.training.config import Config
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.plan import Plan

@@ -30,7 +30,7 @@ from vit_jax.checkpoints.store import Store, write_atomically
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training.sharding import MeshConfig, make_mesh, placement
 
 EXAMPLES = dialects.examples()

@@ -10,7 +10,8 @@ from flax import nnx
 from vit_jax import compiler
 from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import folded, init_params, structure
+from vit_jax.models.create import init_params, structure
+from vit_jax.models.layers import folded
 
 GPU = fake_mesh("gpu")
 SIZES = dict(image_size=8, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=24, num_classes=5)

@@ -11,7 +11,7 @@ from flax import nnx
 from vit_jax.errors import UserError
 from vit_jax.models import attention, elementwise, layers, stack
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 
 KEY = jax.random.key(7)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 6, 8)), jnp.float32)

@@ -10,7 +10,7 @@ from flax import nnx
 from vit_jax import compiler
 from vit_jax.models import stack
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import init_params, structure
+from vit_jax.models.create import init_params, structure
 
 B, N, D, M, H = 3, 17, 32, 96, 4  # images, tokens, width, mlp_dim, heads
 QUICK = {"xla_backend_optimization_level": 0}

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.errors import UserError
 from vit_jax.models import positions
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import init_params, structure
+from vit_jax.models.create import init_params, structure
 
 # Nothing square and nothing equal, so that no two axes can be confused.
 TINY = dict(

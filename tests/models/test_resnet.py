@@ -17,7 +17,7 @@ import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.models import resnet, stack
 from vit_jax.models.config import ResNetConfig, ViTConfig, variant
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 
 # 1000 classes, class token, 224 pixels; as timm counts them (ResNets: its resnetv2_*_bit).
 PUBLISHED_COUNTS = {

@@ -14,7 +14,7 @@ import vit_jax
 from vit_jax.checkpoints.convert import interpret
 from vit_jax.checkpoints.files import Weights
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 
 TOLERANCE = 2e-5  # float32 rounding over a few blocks; another GELU is 1e-3 off
 

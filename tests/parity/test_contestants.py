@@ -10,7 +10,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.models.config import variant
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
 names, contestants = (importlib.import_module(name) for name in ("names", "contestants"))

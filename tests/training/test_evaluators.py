@@ -19,15 +19,15 @@ from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.config import Split
 from vit_jax.data.sources import open_source
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training import evaluate, evaluators
 from vit_jax.training.config import from_json, to_json
 from vit_jax.training.config_file import load_config
+from vit_jax.training.eval_steps import make_eval_step
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe
 from vit_jax.training.sharding import MeshConfig, make_mesh, placement
-from vit_jax.training.steps import make_eval_step
 
 CONFIG = """
 import importlib.util

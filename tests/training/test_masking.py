@@ -21,10 +21,12 @@ from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
+from vit_jax.models.corruption import Corruption
+from vit_jax.models.create import init_params, structure
 from vit_jax.models.stack import Captures
-from vit_jax.models.vit import Corruption, init_params, structure
 from vit_jax.training import masking, objectives
 from vit_jax.training.config_file import load_config
+from vit_jax.training.eval_steps import make_masked_eval_step
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.evaluators import Classification, Knn
 from vit_jax.training.loop import train
@@ -34,7 +36,7 @@ from vit_jax.training.optim import OptimConfig, make_optimizer
 from vit_jax.training.plan import TrainingData, make_plan, model_config
 from vit_jax.training.sharding import MeshConfig, make_layout, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, make_state
-from vit_jax.training.steps import make_masked_eval_step, make_train_step
+from vit_jax.training.steps import make_train_step
 
 # Six patches, not square; of two channels.
 CONFIG = ViTConfig(

@@ -14,7 +14,7 @@ import scipy.stats
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training import steps
 from vit_jax.training.objectives import OBJECTIVES, Augment, draw_mixing, mix_images
 from vit_jax.training.optim import OptimConfig, make_optimizer

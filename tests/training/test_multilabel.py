@@ -27,7 +27,7 @@ from vit_jax.data.pipeline import BatchReader, train_batches
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.launch.page import write_report
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training import multilabel
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import Evaluation, evaluate_run

@@ -14,7 +14,7 @@ from processes import SIGKILL, SIGTERM, Command, die_at
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.store import Store
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training.metrics import TIMING_KEYS, read_metrics
 
 

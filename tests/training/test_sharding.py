@@ -16,7 +16,7 @@ from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training.config import Config
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import Evaluation

@@ -19,8 +19,9 @@ from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.vit import create, structure
+from vit_jax.models.create import create, structure
 from vit_jax.training import sharding
+from vit_jax.training.eval_steps import make_eval_step
 from vit_jax.training.objectives import Augment, sigmoid, softmax, to_targets
 from vit_jax.training.optim import OptimConfig, make_optimizer
 from vit_jax.training.sharding import (
@@ -32,7 +33,7 @@ from vit_jax.training.sharding import (
     to_devices,
 )
 from vit_jax.training.state import abstract_state, from_saved, make_state, to_saved
-from vit_jax.training.steps import accumulated, class_loss, make_eval_step, make_train_step
+from vit_jax.training.steps import accumulated, class_loss, make_train_step
 
 CONFIG = ViTConfig(
     image_size=(8, 12),

@@ -18,8 +18,8 @@ from vit_jax.checkpoints.load import Loaded
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
+from vit_jax.models.create import Model
 from vit_jax.models.resnet import STYLES, standardised
-from vit_jax.models.vit import Model
 
 _AT_ONCE = 2**28  # bytes of attention weights in memory, or those of one image, if more
 

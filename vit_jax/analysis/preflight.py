@@ -27,7 +27,7 @@ from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
 from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training import masking
 from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan, TrainingData, make_plan

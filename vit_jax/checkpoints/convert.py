@@ -27,7 +27,7 @@ from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FOREIGN, native
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 
 _FIELDS = {field.name for kind in FAMILIES.values() for field in dataclasses.fields(kind)}
 _KINDS = {"vit": "a ViT", "resnet": "a ResNet"}

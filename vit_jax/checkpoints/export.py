@@ -35,8 +35,8 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.models.create import Model
 from vit_jax.models.resnet import STYLES
-from vit_jax.models.vit import Model
 
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
 # Endings of files: a path with one of them is not a folder.

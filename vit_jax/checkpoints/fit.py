@@ -16,7 +16,7 @@ from vit_jax.checkpoints.opened import Opened
 from vit_jax.errors import UserError
 from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig
-from vit_jax.models.vit import init_params, structure
+from vit_jax.models.create import init_params, structure
 
 
 def place(

@@ -24,7 +24,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
 from vit_jax.models.config import ModelConfig, check_fields, pair
-from vit_jax.models.vit import Model, structure
+from vit_jax.models.create import Model, structure
 
 
 @dataclasses.dataclass(frozen=True)

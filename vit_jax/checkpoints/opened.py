@@ -20,7 +20,7 @@ from vit_jax.checkpoints.published import fetch
 from vit_jax.checkpoints.store import Store
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig, ResNetConfig
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,6 +264,35 @@ def _writing(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
+def claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
+    """Creates the run folder and locks it, for all processes."""
+    token = epath.Path(workdir / f".seen_by_{os.getpid()}_{time.time_ns()}")
+
+    def make() -> str:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
+        stack.enter_context(lock(workdir))
+        if distributed.count() > 1:
+            token.touch()
+        return token.name
+
+    name = distributed.first("claim", make)
+
+    def see() -> None:
+        if distributed.count() > 1 and not (workdir / name).exists():
+            raise UserError(
+                f"{workdir} is not the folder that process 0 sees under this name: --workdir must "
+                "be on a disk that all hosts share"
+            )
+
+    try:
+        distributed.each("see", see)
+    finally:
+        token.unlink(missing_ok=True)
+
+
 def write_atomically(path: epath.Path, text: str) -> None:
     """Writes a file atomically: a kill leaves either the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -100,11 +100,10 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 
 
 def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: bool) -> Run:
-    """Reads a run folder; settings are the sweep's overrides with `sweeps`, else the whole config."""
+    """Reads a run folder; its settings are the whole config, or with `sweeps` their overrides."""
     from vit_jax.checkpoints.card import BROKEN
-    from vit_jax.training.config import flat, is_resumable, read_config
+    from vit_jax.training.config import count_steps, flat, is_resumable, read_config
     from vit_jax.training.metrics import read_starts
-    from vit_jax.training.plan import count_steps
 
     notes, config, total = [], None, None
     settings = {} if result is None else {"config": result.config, **result.overrides}
@@ -206,7 +205,7 @@ def _devices(starts: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _point(run: Run, of_folder: Mapping[str, Run], seen: tuple[str, ...] = ()) -> str:
-    """A run's identity without the seed; if it starts from another run, with that run's identity."""
+    """A run without its seed, as text; with the run that it starts from, if any."""
     from vit_jax.training.config import is_resumable
 
     if not run.settings:

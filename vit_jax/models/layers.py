@@ -279,3 +279,32 @@ class AttentionPool(nnx.Module):
         query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         y = self.attention(x, query=query)
         return (y + self.mlp(self.norm(y)))[:, 0]
+
+
+def folded(block: dict[str, Any]) -> dict[str, Any]:
+    """Folds the scales and biases of LayerNorms and LayerScales into the adjacent kernels.
+
+    The block computes the same function. It saves time in the backward pass: the gradients of these
+    vectors are sums over all tokens, while those of kernels are products, from which the former
+    follow. A forward pass alone reads the kernels one more time for it.
+    """
+
+    def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if "bias" not in layer:  # nowhere to move what the norm adds
+            return norm, layer
+        kernel, scale = layer["kernel"], norm["scale"]
+        scaled = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
+        bias = layer["bias"] + jnp.tensordot(norm["bias"], kernel, axes=1)
+        left = {"scale": jnp.ones_like(scale), "bias": jnp.zeros_like(scale)}
+        return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
+
+    block, attention, mlp = dict(block), dict(block["attention"]), dict(block["mlp"])
+    block["norm1"], attention["qkv"] = fold(block["norm1"], attention["qkv"])
+    block["norm2"], mlp["fc1"] = fold(block["norm2"], mlp["fc1"])
+    for name, part, layer in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):
+        if name in block:
+            scale, kernel = block[name], part[layer]["kernel"]
+            scaled = (kernel * scale).astype(kernel.dtype)
+            part[layer] = {"kernel": scaled, "bias": part[layer]["bias"] * scale}
+            block[name] = jnp.ones_like(scale)
+    return {**block, "attention": attention, "mlp": mlp}

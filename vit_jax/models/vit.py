@@ -1,40 +1,18 @@
-"""The Vision Transformer (arXiv 2010.11929), and creating any model from its config."""
+"""The Vision Transformer (arXiv 2010.11929), in forward order."""
 
-import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
 from vit_jax.models import attention, elementwise, layers, positions, resnet
-from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.corruption import Corruption
 from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
-
-
-class Corruption(NamedTuple):
-    """How the patches of each image are corrupted before the blocks (paper, section 4.6).
-
-    Attributes:
-      where: the indices of the corrupted patches, which are predicted.
-      source: for each patch, the index of the patch that provides its embedding, mostly itself.
-      masked: for each patch, whether a learned [mask] embedding replaces it.
-    """
-
-    where: Int[Array, "b m"]
-    source: Int[Array, "b n"]
-    masked: Bool[Array, "b n"]
-
-    def apply(
-        self, x: Float[Array, "b n d"], mask_token: Float[Array | np.ndarray, "1 1 d"]
-    ) -> Float[Array, "b n d"]:
-        """Corrupts patch embeddings."""
-        x = jnp.take_along_axis(x, self.source[..., None], axis=1)
-        return jnp.where(self.masked[..., None], mask_token.astype(x.dtype), x)
 
 
 class ViT(nnx.Module):
@@ -239,7 +217,7 @@ class ViT(nnx.Module):
         at_once = not scanned(self.config.scan, depth)
 
         def body(x, params, index):
-            params = folded(params) if fold and not at_once else params
+            params = layers.folded(params) if fold and not at_once else params
             block, inner = nnx.merge(graphdef, params), Captures(captures.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
@@ -256,79 +234,7 @@ class ViT(nnx.Module):
 
         stacked = nnx.to_pure_dict(stacked)
         if fold and at_once:
-            stacked = jax.vmap(folded)(stacked)
+            stacked = jax.vmap(layers.folded)(stacked)
         x, captured = run_block(body, pad(x), stacked, self.config, layout, depth=depth)
         captures.values.update(captured)
         return x[:, :length]
-
-
-def folded(block: dict[str, Any]) -> dict[str, Any]:
-    """Folds the scales and biases of LayerNorms and LayerScales into the adjacent kernels.
-
-    The block computes the same function. It saves time in the backward pass: the gradients of these
-    vectors are sums over all tokens, while those of kernels are products, from which the former
-    follow. A forward pass alone reads the kernels one more time for it.
-    """
-
-    def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        if "bias" not in layer:  # nowhere to move what the norm adds
-            return norm, layer
-        kernel, scale = layer["kernel"], norm["scale"]
-        scaled = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
-        bias = layer["bias"] + jnp.tensordot(norm["bias"], kernel, axes=1)
-        left = {"scale": jnp.ones_like(scale), "bias": jnp.zeros_like(scale)}
-        return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
-
-    block, attention, mlp = dict(block), dict(block["attention"]), dict(block["mlp"])
-    block["norm1"], attention["qkv"] = fold(block["norm1"], attention["qkv"])
-    block["norm2"], mlp["fc1"] = fold(block["norm2"], mlp["fc1"])
-    for name, part, layer in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):
-        if name in block:
-            scale, kernel = block[name], part[layer]["kernel"]
-            scaled = (kernel * scale).astype(kernel.dtype)
-            part[layer] = {"kernel": scaled, "bias": part[layer]["bias"] * scale}
-            block[name] = jnp.ones_like(scale)
-    return {**block, "attention": attention, "mlp": mlp}
-
-
-Model = ViT | resnet.ResNet
-_MODELS = {ViTConfig: ViT, ResNetConfig: resnet.ResNet}
-
-
-def structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """Returns the graph definition for `nnx.merge`, and parameter shapes; allocates nothing."""
-    graphdef, shapes = _structure(config)
-    return graphdef, jax.tree.map(lambda leaf: leaf, shapes)  # the caller's own dict
-
-
-@functools.lru_cache(maxsize=128)
-def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    model = nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
-    graphdef, shapes = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(shapes)
-
-
-def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Newly initialised parameters as a nested dict of arrays; call it inside `jax.jit`."""
-    model = _MODELS[type(config)](config, rngs=nnx.Rngs(params=seed))
-    return nnx.to_pure_dict(nnx.state(model))
-
-
-def create(name: str | ModelConfig = "B/16", *, seed: int = 0, **fields: Any) -> Model:
-    """Returns a newly initialised model, with the initialisation of Google's code.
-
-    Args:
-      name: a variant such as "B/16", "R50+B/16" or "R50x1", or a config.
-      seed: of the initialisation.
-      **fields: of the config to change, such as image_size=384 or num_classes=10.
-
-    Raises:
-      UserError: no such variant or field, or sizes that do not fit together.
-    """
-    if isinstance(name, str):
-        config = variant(name, **fields)
-    else:
-        check_fields(type(name), fields)
-        config = dataclasses.replace(name, **fields)
-    params = jax.jit(lambda: init_params(config, seed))()  # one program, not one a parameter
-    return nnx.merge(structure(config)[0], params)

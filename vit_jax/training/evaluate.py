@@ -21,11 +21,12 @@ from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training import masking, multilabel
 from vit_jax.training.config import Config, differences, read_config
 from vit_jax.training.config_file import overridden
 from vit_jax.training.datasets import DataSets, elsewhere
+from vit_jax.training.eval_steps import make_eval_step, make_feature_step, make_masked_eval_step
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
 from vit_jax.training.probes import Features
@@ -39,7 +40,6 @@ from vit_jax.training.sharding import (
     to_devices,
     total,
 )
-from vit_jax.training.steps import make_eval_step, make_feature_step, make_masked_eval_step
 
 logger = logging.getLogger(__name__)
 # How images with several labels are counted.

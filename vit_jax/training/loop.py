@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from vit_jax import distributed
 from vit_jax.checkpoints.fit import place
-from vit_jax.checkpoints.store import Store, lock, write_atomically
+from vit_jax.checkpoints.store import Store, claim, write_atomically
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError
 from vit_jax.training.config import Config, read_config, to_json
@@ -71,7 +71,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
         stack.enter_context(distributed.advising(functools.partial(_advice, store)))
         if config.log.wandb:
             distributed.first("wandb", check_wandb)
-        _claim(workdir, stack)
+        claim(workdir, stack)
         stop = stack.enter_context(sigterm())
         stack.callback(store.close)
         try:
@@ -87,35 +87,6 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
         except Exception as error:
             distributed.explain(error)  # before the store waits for a process that is gone
             raise
-
-
-def _claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
-    """Creates the run folder and locks it, for all processes."""
-    token = epath.Path(workdir / f".seen_by_{os.getpid()}_{time.time_ns()}")
-
-    def claim() -> str:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
-        stack.enter_context(lock(workdir))
-        if distributed.count() > 1:
-            token.touch()
-        return token.name
-
-    name = distributed.first("claim", claim)
-
-    def see() -> None:
-        if distributed.count() > 1 and not (workdir / name).exists():
-            raise UserError(
-                f"{workdir} is not the folder that process 0 sees under this name: --workdir must "
-                "be on a disk that all hosts share"
-            )
-
-    try:
-        distributed.each("see", see)
-    finally:
-        token.unlink(missing_ok=True)
 
 
 def _advice(store: Store) -> str:

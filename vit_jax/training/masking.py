@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig, ViTConfig
-from vit_jax.models.vit import Corruption
+from vit_jax.models.corruption import Corruption
 
 MASKED, REPLACED = 0.8, 0.1  # the rest is kept
 BITS = 3

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.compiler import compiler_options, traced_for
-from vit_jax.models.vit import structure
+from vit_jax.models.create import structure
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.plan import Plan
 from vit_jax.training.sharding import BATCH, check_batch, make_layout

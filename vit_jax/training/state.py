@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.models.config import ModelConfig
-from vit_jax.models.vit import init_params
+from vit_jax.models.create import init_params
 from vit_jax.training.sharding import path_name, placement
 
 
