@@ -1,6 +1,5 @@
 """Eight faked CPU devices, and shapes in signatures enforced, before anything imports jax."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -106,8 +105,7 @@ def tiny_run(tmp_path_factory):
     return workdir, train(load_config(DIGITS, TINY), workdir)
 
 
-@contextlib.contextmanager
-def without_training():
+def without_training(patch):
     """Runs of `train` are as they are, but for their steps, which are traced and learn nothing."""
     import jax
     import jax.numpy as jnp
@@ -122,16 +120,13 @@ def without_training():
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
         return dataclasses.replace(program, step=lambda state, batch: (state, dict(zeros)))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_program", make)
-        yield
+    patch.setattr(loop, "make_program", make)
 
 
 @pytest.fixture
-def untrained():
+def untrained(monkeypatch):
     """`without_training` for a test."""
-    with without_training():
-        yield
+    without_training(monkeypatch)
 
 
 def pytest_collection_modifyitems(items):

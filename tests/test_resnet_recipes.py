@@ -337,7 +337,8 @@ HYBRID = [*TINY, *SMALL]
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """Run folders of a ResNet and a hybrid, made by pre-training that was traced alone."""
-    with pytest.MonkeyPatch.context() as patch, without_training():
+    with pytest.MonkeyPatch.context() as patch:
+        without_training(patch)
         patch.chdir(folder)
         patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         made = {}

@@ -25,6 +25,7 @@ from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.plan import Plan
 
 
 def config_of(*overrides, arg=""):
@@ -194,14 +195,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_objective_smoothing_precision_and_seed_reach_the_run(tmp_path, monkeypatch):
     """In bfloat16, with parameters in float32."""
     seeds = []
-    for name in ("make_state", "train_reader"):
-        call = getattr(loop, name)
+    for where, name in ((loop, "make_state"), (Plan, "reader")):
+        call = getattr(where, name)
 
         def note(*args, call=call, **kwargs):
-            seeds.append(kwargs["seed"] if "seed" in kwargs else args[0].seed)
+            seeds.append(kwargs["seed"] if "seed" in kwargs else args[0].config.seed)
             return call(*args, **kwargs)
 
-        monkeypatch.setattr(loop, name, note)
+        monkeypatch.setattr(where, name, note)
     flags = ["--config.objective=sigmoid", "--config.augment.label_smoothing=0.1"]
     flags += ["--config.precision=bfloat16", "--config.seed=7", "--config.optim.lr=0"]
     train(config_of(*flags, "--config.total_steps=3"), tmp_path)
