@@ -100,7 +100,7 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 
 
 def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: bool) -> Run:
-    """Reads a run folder; settings are the sweep's overrides with `sweeps`, else the whole config."""
+    """Reads a run folder; with `sweeps`, its settings are the overrides, else the whole config."""
     from vit_jax.checkpoints.card import BROKEN
     from vit_jax.training.config import flat, is_resumable, read_config
     from vit_jax.training.metrics import read_starts
@@ -206,7 +206,7 @@ def _devices(starts: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _point(run: Run, of_folder: Mapping[str, Run], seen: tuple[str, ...] = ()) -> str:
-    """A run's identity without the seed; if it starts from another run, with that run's identity."""
+    """A run's identity without the seed; if it starts from another run, it includes that one's."""
     from vit_jax.training.config import is_resumable
 
     if not run.settings:
