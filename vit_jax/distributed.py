@@ -1,7 +1,7 @@
 """Multi-process runs: how processes join, synchronise, and end together.
 
 With one process everything here is free. Functions marked "collective" must be called by every
-process with the same name, and by all in the same order for one name; they cannot be nested.
+process with the same name, in the same order for one name, and must not wait for one another.
 
 What JAX does by itself when a process is lost (0.10 to 0.12): a CPU collective (gloo) raises within
 milliseconds, one on a GPU or TPU may hang. The coordinator notices a missing heartbeat only after
@@ -211,7 +211,7 @@ def gather(name: str, value: str) -> list[str]:
 
 
 def first(name: str, make: Callable[[], T]) -> T:
-    """Runs `make` on process 0; all get its JSON-like value, or its UserError. Collective."""
+    """Runs `make` on process 0; all get its value (JSON types), or its UserError. Collective."""
     if count() == 1:
         return make()
     value, error = None, None

@@ -93,7 +93,7 @@ def _pages(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
     """Allocates an uninitialised, page-aligned array.
 
     On a CPU, JAX uses it without a copy, which needs 64-byte alignment. First-time filling of
-    1.2 GB took 0.5 to 0.9 s, but 0.4 to 5 s with NumPy, which asks for huge pages.
+    1.2 GB took 0.5 to 0.9 s, but 0.4 to 5 s in NumPy's arrays, if it asks for huge pages.
     """
     size = 4 * math.prod(shape)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -100,7 +100,7 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 
 
 def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: bool) -> Run:
-    """Reads a run folder; its settings are the whole config, or with `sweeps` their overrides."""
+    """Reads a run folder; with `sweeps`, its settings are the overrides, else the whole config."""
     from vit_jax.checkpoints.card import BROKEN
     from vit_jax.training.config import count_steps, flat, is_resumable, read_config
     from vit_jax.training.metrics import read_starts
@@ -205,7 +205,7 @@ def _devices(starts: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _point(run: Run, of_folder: Mapping[str, Run], seen: tuple[str, ...] = ()) -> str:
-    """A run without its seed, as text; with the run that it starts from, if any."""
+    """A run's identity without the seed; if it starts from another run, it includes that one's."""
     from vit_jax.training.config import is_resumable
 
     if not run.settings:

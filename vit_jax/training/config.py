@@ -58,7 +58,7 @@ MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
 class EvalConfig:
     """Evaluation: every `every` steps (0: only at the end), in batches of `batch_size`.
 
-    `evaluators` are further evaluations beside val and test, each under its own name.
+    `evaluators` are evaluations in addition to val and test, each under its own name.
     """
 
     every: int = 0

@@ -1,4 +1,4 @@
-"""Evaluators: further evaluations beside val and test, sections of `eval.evaluators`.
+"""Evaluators: evaluations in addition to val and test, sections of `eval.evaluators`.
 
 Each is a dataclass of settings (what it reads, how it measures) with a method `measure`, which uses
 a model's classifications or features. Accuracies are in [0, 1]; every example counts once.
