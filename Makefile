@@ -38,7 +38,7 @@ test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
 # What the tests would miss: each fault of tests/faults.toml is made in a copy, and its tests must fail.
-# One alone: make test-faults FAULTS="--only=mixing".
+# One alone: make test-faults FAULTS="--only=launch:".
 test-faults: $(VENV)/.test
 	$(BIN)/python tests/faults.py $(FAULTS)
 

@@ -136,11 +136,7 @@ def _case(name, batch_size, results, ceiling=(100e12,), image=(224, 224)):
         for key, value in results.items()
     }
     case = {"variant": name, "image": list(image), "batch_size": batch_size, "results": results}
-    return case | {
-        "flops_per_image": 10**10,
-        "ceiling_flops": list(ceiling),
-        "ceiling_size": 8192,
-    }
+    return case | {"flops_per_image": 10**10, "ceiling_flops": list(ceiling), "ceiling_size": 8192}
 
 
 def _record(cases, **fields):

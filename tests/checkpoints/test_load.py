@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from beartype.roar import BeartypeCallHintViolation
 from test_dialects import assert_same, parameters, refused, run_folder
 
 import vit_jax
@@ -92,7 +91,7 @@ def test_one_image_is_one_image_and_several_are_several(vit, tmp_path):
 
 def test_what_is_no_image_is_not_predicted(vit, tmp_path):
     for topk in (0, -1, 1.0, True, "2", None):
-        with pytest.raises((UserError, BeartypeCallHintViolation), match="topk"):
+        with pytest.raises((UserError, TypeError), match="topk"):
             vit.predict([], topk=topk)
     eight_grey = np.zeros((8, 5, 9), np.uint8)
     for images, why in (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS, ROOT
 from flax import nnx
+from jax import jit
 
 import vit_jax
 from vit_jax.analysis.cost import flops_per_image
@@ -49,11 +50,6 @@ CONFIG = ViTConfig(
 OUTPUTS = {"masked_colour": 8**2, "masked_small": 16 * 8**2, "masked_pixels": 4 * 8 * 2}
 PREPROCESS = Preprocess((8, 24), in_channels=2, mean=0.4, std=0.3)
 BATCH = 16
-
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # most of the time here is spent on compiling
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache
@@ -444,7 +440,9 @@ def test_evaluation_is_the_same_in_batches_of_any_size(run):
         assert again[name] == pytest.approx(result[name], rel=1e-5)
 
 
-def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(run, tmp_path, caplog):
+def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(
+    run, tmp_path, caplog, untrained
+):
     workdir, _, _ = run
     caplog.set_level("INFO", "vit_jax")
     vit = vit_jax.load(workdir)

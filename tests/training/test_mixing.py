@@ -108,9 +108,6 @@ def test_a_batch_has_one_mixing_unless_told_otherwise():
         assert (leaf == leaf[:1]).all()
 
 
-QUICK = {}
-if jax.__version_info__ < (0, 11):  # half of the time spent on compiling
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 CONFIG = ViTConfig(
     image_size=SIZE, patch_size=(4, 4), width=16, depth=1, mlp_dim=32, num_heads=2, num_classes=5
 )
@@ -140,7 +137,7 @@ def step_on(mesh, augment, accumulate=1):
         accumulate=accumulate,
     )
     arguments = state, to_devices(batch, 16, mesh)
-    program = jax.jit(step, compiler_options=QUICK).lower(*arguments).compile()
+    program = jax.jit(step).lower(*arguments).compile()
     return jax.device_get(program(*arguments)[1]), program.as_text()
 
 
@@ -153,10 +150,7 @@ AUGMENTS = {
 
 @pytest.mark.parametrize(
     "name, mesh, accumulate",
-    [
-        ("mixup", ONE, 4),
-        ("both", make_mesh(MeshConfig(data=1, fsdp=8)), 2),
-    ],
+    [("mixup", ONE, 4), ("both", make_mesh(MeshConfig(data=1, fsdp=8)), 2)],
     ids=["micro-batches", "fsdp and micro-batches"],
 )
 def test_mesh_and_micro_batches_do_not_change_what_is_mixed(name, mesh, accumulate):

@@ -1,6 +1,5 @@
 """Schedules and update rules against formulas and a NumPy implementation written out here."""
 
-import functools
 import math
 
 import jax
@@ -26,9 +25,6 @@ from vit_jax.training.sharding import MeshConfig, make_mesh
 from vit_jax.training.state import abstract_state, from_saved, to_saved
 
 LR = 0.4
-QUICK = {"xla_backend_optimization_level": 0}  # less time spent on compiling
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 COSINE = [LR / 2 * (1 + math.cos(math.pi * k / 80)) for k in (20, 40, 80)]
 
 
@@ -37,10 +33,7 @@ COSINE = [LR / 2 * (1 + math.cos(math.pi * k / 80)) for k in (20, 40, 80)]
     [
         (dict(schedule="constant"), {0: LR, 57: LR, 100: LR}),
         (dict(schedule="linear"), {0: LR, 25: 0.75 * LR, 90: 0.1 * LR, 100: 0.0}),
-        (
-            dict(schedule="cosine"),
-            {0: LR, 25: LR / 2 * (1 + math.sqrt(0.5)), 50: LR / 2, 100: 0.0},
-        ),
+        (dict(schedule="cosine"), {0: LR, 25: LR / 2 * (1 + math.sqrt(0.5)), 50: LR / 2, 100: 0.0}),
         (dict(schedule="rsqrt", timescale=9.0), {0: LR, 27: LR / 2, 72: LR / 3}),
         (dict(schedule="rsqrt"), {0: LR, 100: LR / math.sqrt(1.01)}),
         # Twenty steps of warm-up, as a number and as a share.
@@ -286,13 +279,13 @@ def test_three_steps_of_adafactor(fields, clip, which):
     expected = adafactor(clip=clip, decay=0.3, decayed=decayed, dtype=jnp.dtype(dtype), **fields)
     tolerance = dict(atol=1e-3) if dtype == "bfloat16" else dict(rtol=2e-5, atol=2e-6)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     params = nested(stacked(0))
-    state = jax.jit(optimizer.init, compiler_options=QUICK)(params)
+    state = jax.jit(optimizer.init)(params)
     for t, after in enumerate(expected, 1):
         params, state = step(params, state, nested(stacked_gradients(t)))
         assert_close(params, nested(after), **tolerance)
@@ -318,7 +311,7 @@ def test_stacked_layers_are_updated_as_optax_updates_a_list_of_them():
         decay_rate_fn=lambda step, power: jnp.minimum(0.999, 1 - (step + 1.0) ** -power),
     )
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(params, gradients):
         state, other = ours.init(params), theirs.init(separate(params))
         for grads in gradients:

@@ -128,9 +128,7 @@ NEIGHBOURS = (1, 2, 10, 41, 500)
 
 
 @pytest.mark.parametrize(
-    "blocks",
-    [(7, 13), (1, 50), (4096, 16384)],
-    ids=lambda blocks: "x".join(map(str, blocks)),
+    "blocks", [(7, 13), (1, 50), (4096, 16384)], ids=lambda blocks: "x".join(map(str, blocks))
 )
 def test_knn_is_that_of_a_double_loop_whatever_the_blocks(blocks, monkeypatch):
     monkeypatch.setattr(probes, "TEST_BLOCK", blocks[0])

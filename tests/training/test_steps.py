@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
+from jax import jit
 
 from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.pipeline import BatchReader
@@ -48,12 +49,6 @@ BATCH, SMOOTHING = 16, 0.1
 LRS = [0.02, 0.01, 0.03]
 # Gradients of key biases are zero but for rounding: a small eps would blow that up.
 OPTIM = OptimConfig(1.0, weight_decay=0.2, grad_clip=2.5, b1=0.8, b2=0.95, eps=1e-3, ema=0.7)
-
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    # A third of the time spent on compiling, most of this file's; later ones have no such option.
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache

@@ -181,7 +181,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _objects(path: str, value: Any, what: str) -> Table:
-    """The table of a list of JSON objects, or of one object whose keys are image files."""
+    """The table of a list of JSON objects, or of one object of image files and labels."""
     if isinstance(value, dict) and all(name.lower().endswith(SUFFIXES) for name in value):
         value = [{"image": name, "label": label} for name, label in value.items()]
     rows = value if isinstance(value, list) else [value]

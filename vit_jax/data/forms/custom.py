@@ -16,7 +16,7 @@ from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.errors import UserError, nearest
 
 
-def python(argument: str, split: str) -> "EndlessCustomSource":
+def python(argument: str, split: str) -> "CustomSource | EndlessCustomSource":
     """Calls a function with a split.
 
     It returns a source (see `sources.Source`), or a sequence of examples, {"image": an image file's

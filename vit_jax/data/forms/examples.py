@@ -33,7 +33,7 @@ def parse_example(data: bytes) -> dict[str, bytes | int | None]:
     return found
 
 
-def _first_value(data: bytes, feature: Any) -> bytes | int | None:
+def _first_value(data: bytes, feature: tuple[int, int]) -> bytes | int | None:
     for kind, values in _fields(data, *feature):
         for _, value in _fields(data, *values):
             if kind == 1:
@@ -63,7 +63,7 @@ def feature_values(data: bytes, name: str) -> list[bytes] | list[float] | list[i
     return found
 
 
-def _values(data: bytes, feature: Any) -> Iterator[bytes | float | int]:
+def _values(data: bytes, feature: tuple[int, int]) -> Iterator[bytes | float | int]:
     for kind, values in _fields(data, *feature):
         for _, value in _fields(data, *values):
             if kind == 1:

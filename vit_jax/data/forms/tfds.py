@@ -38,7 +38,7 @@ def tfds(argument: str, split: str) -> RecordSource:
     """
     where, chosen = f"tfds:{argument}", None
     option = re.fullmatch(r"(.*),(\w+)=(.*)", argument)
-    if option and not os.path.isdir(os.path.expanduser(argument)):  # whose name may have commas
+    if option and not os.path.isdir(os.path.expanduser(argument)):  # names may have commas
         argument, name, chosen = option.groups()
         if name != "label":
             raise UserError(f"{where} has no option {name!r}; {nearest(name, ['label'])}")
