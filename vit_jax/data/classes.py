@@ -1,7 +1,4 @@
-"""Which class of a model each class of a data set is: by what they are called, never by place.
-
-Unless the user says that both are in the same order, or gives a table of which is which.
-"""
+"""Maps the classes of a data set to those of a model: by name, or as the user says."""
 
 import dataclasses
 import functools
@@ -23,7 +20,7 @@ _ADVICE = (
     "Say which is which: classes=FILE, a table of the data's and the model's names, or "
     "classes=in_order where both are in the same order (--config.data.val.classes=FILE)"
 )
-# What a split's `classes` may say: IN_ORDER, a file, or what a run has kept of one.
+# A split's `classes`: IN_ORDER, a file, or the mapping in it, as a run saves it.
 How = str | Mapping[str, str] | None
 
 _SYNSET = re.compile(r"(n\d{8})(?![^ _\-])")
@@ -31,9 +28,9 @@ _SYNSET = re.compile(r"(n\d{8})(?![^ _\-])")
 
 @dataclasses.dataclass(frozen=True)
 class Matched:
-    """Class `classes[i]` of `labels` is what the data calls `names[i]`; `rule` says by what.
+    """The class `names[i]` of the data is class `classes[i]` of the model's `labels`.
 
-    Printed, it is a line.
+    `rule` says how they were matched. As a string, it is a line for messages.
     """
 
     names: tuple[str, ...]
@@ -43,7 +40,7 @@ class Matched:
 
     @property
     def pairs(self) -> dict[str, str]:
-        """What the data calls a class -> what the model calls it."""
+        """The data's name of a class -> the model's."""
         return {
             name: self.labels[label] for name, label in zip(self.names, self.classes, strict=True)
         }
@@ -60,22 +57,21 @@ class Matched:
 
 
 def match(names: Sequence[str], labels: Sequence[str], how: How = None) -> Matched:
-    """Finds the model's class for each of a data set's, which may have fewer of them.
+    """Finds the model's class for each class of a data set, which may have fewer.
 
-    A class is that of the same name; else the one whose name is the same but for case and for `_`
-    and `-` in place of spaces; else the same first of the names that commas separate, where one of
-    the two has no other or they share another; else the same of ImageNet's, whose WordNet ids
-    (n01440764, n01440764-tench) and names are known. Where classes are called 0 to N-1 and the
-    model has N, each is the one of that number.
+    The rules, in order: the same name; the same but for case, `_` and `-`; the same first of the
+    names separated by commas, unless both have others and share none; the same class of ImageNet,
+    by its name or WordNet id (n01440764, n01440764-tench). If the data's classes are the numbers
+    0 to N-1 and the model has N, they are matched by number.
 
     Args:
-      names, labels: of the data's and of the model's classes.
-      how: None; or "in_order"; or a file: a table of the data's and the model's names, or a list of
-        names that the data has the numbers of (see `renamed`).
+      names, labels: the class names of the data and of the model.
+      how: None; "in_order"; or a file: a table of the data's and the model's names, or a list of
+        the names of numbered classes (see `renamed`).
 
     Raises:
-      UserError: some class has no counterpart, or two have the same, or which one is not clear. It
-        begins with a verb, as of the split that the caller names.
+      UserError: a class has no match or an ambiguous one, or two have the same. The message begins
+        with a verb, to follow the name of the split.
     """
     names, labels = tuple(names), tuple(labels)
     if how == IN_ORDER:
@@ -117,7 +113,7 @@ def match(names: Sequence[str], labels: Sequence[str], how: How = None) -> Match
 
 
 def _by_name(names: Sequence[str], labels: Sequence[str]) -> tuple[list[int | None], str]:
-    """For each name its label, None where there is none or more than one; and by which rule."""
+    """The label of each name, None if there is none or more than one; and the rule."""
     found: list[int | None] = [None] * len(names)
     by = "by name"
     for form, rule in _FORMS.items():
@@ -136,13 +132,13 @@ def _by_name(names: Sequence[str], labels: Sequence[str]) -> tuple[list[int | No
 
 
 def plain(name: str) -> str:
-    """A class's name without what is spelt now so, now otherwise: case, `_`, `-`, spaces."""
+    """A class name normalized in case, `_`, `-` and spaces."""
     name = unicodedata.normalize("NFKC", name).casefold()
     return " ".join(re.split(r"[\s_\-]+", name)).strip()
 
 
 def _differ(name: str, label: str) -> bool:
-    """Whether both have several names, of which only the first may be the same."""
+    """Whether both have further names behind a comma, and share none of them."""
     rests = [{plain(each) for each in text.split(",")[1:]} for text in (name, label)]
     return all(rests) and not rests[0] & rests[1]
 
@@ -152,11 +148,11 @@ def _first(name: str) -> str:
 
 
 def _synsets(names: Sequence[str]) -> list[str]:
-    """The WordNet id of each class, "" where it is not known to have one."""
+    """The WordNet id of each class, "" if it is unknown."""
     known = _imagenet()
     if len(names) == 1000 and [_first(n) for n in names] == [
         _first(re.sub(r" \[n\d{8}\]$", "", n)) for n in imagenet_labels()
-    ]:  # all of ImageNet's, in its order: of two cranes each is known by its place
+    ]:  # all of ImageNet, in order, which tells its two cranes apart
         return list(imagenet_synsets())
     found = [_SYNSET.match(name) for name in names]
     return [
@@ -167,7 +163,7 @@ def _synsets(names: Sequence[str]) -> list[str]:
 
 @functools.cache
 def _imagenet() -> dict[str, str]:
-    """Name -> WordNet id, of whole names and, where but one class has it, of the first of them."""
+    """Name -> WordNet id, for whole names, and for first names that only one class has."""
     ids, names = imagenet_synsets(), imagenet_labels()
     firsts = [_first(name) for name in names]
     known = {first: one for first, one in zip(firsts, ids, strict=True) if firsts.count(first) == 1}
@@ -183,7 +179,7 @@ _FORMS: dict[Callable[[Sequence[str]], Sequence[str]], str] = {
 
 
 def _by_number(names: Sequence[str], labels: Sequence[str]) -> list[int] | None:
-    """The labels of classes that are called by numbers; None where that is not clear."""
+    """The labels of numbered classes; None if they do not match by number."""
     ours, theirs = _numbers(names), _numbers(labels)
     if ours is None or len(set(ours)) < len(ours):
         return None
@@ -202,14 +198,14 @@ def _numbers(names: Sequence[str]) -> list[int] | None:
 
 
 def renamed(names: Sequence[str], how: How) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a split's `classes` says that its classes are called; and all that it names, in order.
+    """Renames classes by a split's `classes`; also returns all new names, in order.
 
-    A file with two columns says of each class what it is called, in either order of the columns,
-    and several may have one name. One with a single column names the classes 0, 1, ... of data
-    that has numbers for names; or it is the data's own names, whose order it then decides.
+    A file with two columns, in either order, maps each class to its new name; several may have the
+    same one. A file with one column has the names of classes 0, 1, ... if the data's classes are
+    numbers, else the data's own names in their new order.
 
     Raises:
-      UserError: no such file, or it does not fit the data.
+      UserError: no such file, or it does not match the data.
     """
     if how is None:
         return tuple(names), tuple(names)
@@ -254,7 +250,7 @@ def renamed(names: Sequence[str], how: How) -> tuple[tuple[str, ...], tuple[str,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Relabelled:
-    """A source whose class c is class `matched.classes[c]` of another list of names."""
+    """A source with its class c renumbered to `matched.classes[c]`."""
 
     source: Source
     matched: Matched
@@ -284,25 +280,25 @@ class Relabelled:
         return {**example, "label": self._class(label)}
 
     def _class(self, label: int) -> int:
-        # A label out of range stays one, and is reported where it is read.
+        # A label out of range stays invalid, and raises an error when it is read.
         return self.matched.classes[label] if 0 <= label < len(self.matched.classes) else -1
 
 
 class RelabelledEndless(Relabelled):
-    """The same of a source without a length."""
+    """The same for an endless source."""
 
     __len__ = None
 
 
 def relabelled(source: Source, matched: Matched) -> Source:
-    """The source with the classes that its own were matched with."""
+    """Wraps a source to have the classes that its own were matched with."""
     if matched.is_identity:
         return source
     return (Relabelled if isinstance(source, Sized) else RelabelledEndless)(source, matched)
 
 
 def with_labels(source: Source, labels: Sequence[str], how: How = None) -> Source:
-    """The source with a model's classes, of which it may have fewer, in another order.
+    """Wraps a source to have a model's classes, found by `match`.
 
     Raises:
       UserError: as `match`.

@@ -1,4 +1,4 @@
-"""What image files say of themselves before they are decoded: format, orientation, size."""
+"""Reads the headers of image files: format, orientation, size."""
 
 import re
 import struct
@@ -51,12 +51,12 @@ _OTHERS = _table(
         rb"\0{32}": "zeros from its start, as a file that was not written to its end",
     }
 )
-# Of other chunks that a wrong checksum is on, the name itself may be what is wrong.
+# Other chunks with a wrong checksum are kept, as their name may be what is damaged.
 _ANCILLARY = frozenset(
     b"tEXt zTXt iTXt iCCP gAMA cHRM sRGB sBIT pHYs tIME bKGD hIST sPLT tRNS eXIf acTL fcTL fdAT "
     b"cICP mDCV cLLI oFFs pCAL sCAL".split()
 )
-# Of these, some say the orientation.
+# Those with an orientation.
 _TURNING = (
     *(b"eXIf", b"iTXtXML:com.adobe.xmp\0\0"),
     *(b"zTXtRaw profile type exif\0", b"tEXtRaw profile type exif\0"),
@@ -69,12 +69,12 @@ def _match(table: dict[re.Pattern[bytes], str], data: bytes) -> str | None:
 
 
 def sniff(start: bytes) -> str | None:
-    """Which of FORMATS the first bytes of a file (32 are enough) are of, None for any other."""
+    """The format by the first bytes of a file (32 are enough), None if it is not in FORMATS."""
     return _match(_MAGIC, start)
 
 
 def unread(data: bytes) -> str:
-    """What a file is that no reader took, for a sentence that begins with "it is"."""
+    """Describes a file that could not be decoded, to follow "it is"."""
     for kind, start, end in segments(data):
         if kind in (0xC0, 0xC1, 0xC2) and end > start and data[start] != 8:
             return f"JPEG of {data[start]} bits, which is not read: save it with 8"
@@ -88,9 +88,9 @@ def unread(data: bytes) -> str:
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yields (marker, start, end) of each segment of a JPEG up to its first scan, that included.
+    """Yields (marker, start, end) of the segments of a JPEG up to and including its first scan.
 
-    What is damaged ends it early.
+    Stops early at damaged segments.
     """
     at = 2
     while data[:3] == _JPEG and at + 4 <= len(data) and data[at] == 0xFF:
@@ -104,7 +104,7 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def height_at(data: bytes) -> int | None:
-    """Where a JPEG says its height; None for progressive ones, CMYK, or with restart markers."""
+    """The offset of a JPEG's height; None if progressive, CMYK, or with restart markers."""
     for kind, start, end in segments(data):
         if kind in (0xC0, 0xC1):
             return start + 1 if end - start > 5 and data[start + 5] in (1, 3) else None
@@ -114,7 +114,7 @@ def height_at(data: bytes) -> int | None:
 
 
 def jpeg_orientation(data: bytes) -> int | None:
-    """The EXIF orientation of a JPEG, 1 where it has none; None where Pillow is to say it."""
+    """The EXIF orientation of a JPEG, 1 if it has none; None if Pillow has to read it."""
     orientation, kind = None, 0
     for kind, start, end in segments(data):
         if kind != 0xE1:
@@ -125,13 +125,13 @@ def jpeg_orientation(data: bytes) -> int | None:
             orientation = _exif_orientation(data[start + 6 : end])
             if orientation is None:
                 return None
-        elif data.find(b"tiff:Orientation", start, end) >= 0:  # of XMP
+        elif data.find(b"tiff:Orientation", start, end) >= 0:  # in XMP
             return None
     return (orientation or 1) if kind == 0xDA else None
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """What a sound EXIF block says; 0 for nothing, None where it is not plain."""
+    """The orientation in an EXIF block; 0 if it has none, None if it is unusual or damaged."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:
         return None
@@ -152,9 +152,9 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def bare(data: bytes) -> bytes | None:
-    """A JPEG or PNG without all that does not change its pixels; None for other files.
+    """A JPEG or PNG without its metadata, which may be damaged or too long for Pillow.
 
-    Texts, profiles and the like may be damaged, or longer than Pillow takes.
+    None for other files.
     """
     if data.startswith(_PNG):
         return _bare_png(data)
@@ -162,7 +162,7 @@ def bare(data: bytes) -> bytes | None:
         return None
     kept, end = [data[:2]], 2
     for kind, start, end in segments(data):
-        # JFIF's and Adobe's say what the colours are.
+        # Keep JFIF's and Adobe's segments, which define the colours.
         least = {0xE0: 14, 0xEE: 12}.get(kind, 2**16)
         if not (0xE0 <= kind <= 0xEF or kind == 0xFE) or end - start >= least:
             kept.append(data[start - 4 : end])

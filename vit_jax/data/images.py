@@ -20,13 +20,13 @@ from vit_jax.errors import UserError, nearest
 
 Image = UInt8[np.ndarray, "h w c"]
 JPEG_MODES = ("accurate", "fast")
-# Of more pixels Pillow suspects a decompression bomb, and refuses.
+# Above this, Pillow refuses an image as a decompression bomb.
 MAX_PIXELS = 178_956_970
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"),
 )
-# Pillow knows more; for EPS it would start a program.
+# Pillow reads more, but for EPS it would start a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -40,7 +40,7 @@ _BROKEN = (
 
 
 class BadImage(UserError):
-    """Bytes that are no readable image."""
+    """Bytes that cannot be read as an image."""
 
 
 def check_jpeg(mode: str) -> None:
@@ -53,18 +53,18 @@ def decode(data: bytes, jpeg: str = "accurate", exif: bool = False) -> Image:
     """Decodes a JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF, PPM or AVIF.
 
     Grey images have one channel, all others three: transparency is dropped, CMYK and others become
-    RGB, and of 16 bits the upper 8 are kept (a PPM is scaled by its maximum). Texts, profiles and
-    EXIF that are damaged do no harm: without a readable orientation an image is upright.
+    RGB, and of 16 bits the upper 8 are kept (a PPM is scaled by its maximum). Damaged texts,
+    profiles and EXIF are ignored.
 
     Args:
       jpeg: "accurate" gives the pixels of Pillow, OpenCV and TensorFlow's INTEGER_ACCURATE, "fast"
-        those of TensorFlow's default (INTEGER_FAST), in 5% less time. CMYK, and files with faults
-        that Pillow passes over, are always decoded accurately.
-      exif: whether to turn the image as its EXIF orientation says; a TIFF is turned in any case.
+        those of TensorFlow's default (INTEGER_FAST), in 5% less time. CMYK, and files with errors
+        that Pillow tolerates, are always decoded accurately.
+      exif: whether to apply the EXIF orientation; for a TIFF it always is.
 
     Raises:
-      BadImage: bytes that are no image, cut off or damaged, of more than MAX_PIXELS, or with pixels
-        whose scale no file says: floats, 32 bits, or with a sign.
+      BadImage: the bytes are not an image, cut off or damaged, have more than MAX_PIXELS pixels, or
+        pixels of unknown scale: floats, 32 bits, or signed.
     """
     if not data.startswith(b"\xff\xd8\xff"):
         return _by_pillow(data, exif)
@@ -75,7 +75,7 @@ def decode(data: bytes, jpeg: str = "accurate", exif: bool = False) -> Image:
 
 
 def _by_pillow(data: bytes, exif: bool) -> Image:
-    """Decodes any of FORMATS, without what surrounds its pixels if that is damaged."""
+    """Decodes any of FORMATS, ignoring damaged metadata."""
 
     def opened(data):
         with _damaged(data), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -94,7 +94,7 @@ def _by_pillow(data: bytes, exif: bool) -> Image:
 
 
 def _orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 where none can be read."""
+    """The EXIF orientation of a JPEG, 1 if it cannot be read."""
     orientation = jpeg_orientation(data)
     if orientation is not None:
         return orientation
@@ -114,7 +114,7 @@ def _pillow_orientation(image: PIL.Image.Image) -> int:
 
 @contextlib.contextmanager
 def _damaged(data: bytes = b"") -> Iterator[None]:
-    """Says as a BadImage what Pillow's readers raise on damaged bytes."""
+    """Turns the errors of Pillow's readers into a BadImage."""
     try:
         yield
     except BadImage:
@@ -128,9 +128,9 @@ def _damaged(data: bytes = b"") -> Iterator[None]:
 def decode_box(
     data: bytes, box: Callable[[int, int], tuple[int, int, int, int]], jpeg: str, exif: bool = False
 ) -> Image:
-    """Decodes the (top, left, height, width) that `box(h, w)` asks for; `decode`'s very pixels.
+    """Decodes the box (top, left, height, width) = `box(h, w)`, with the same pixels as `decode`.
 
-    Of most JPEG files the rows below it are not decoded, so damage there is not seen either.
+    For most JPEG files the rows below the box are not decoded, so damage there is not noticed.
     """
     at = height_at(data)
     if at is None:
@@ -140,14 +140,14 @@ def decode_box(
     orientation = _orientation(data) if exif else 1
     h, w = struct.unpack_from(">HH", data, at)
     top, left, height, width = _as_stored(box, orientation, h, w)
-    # Chroma is interpolated from one more of its rows, two of the image's.
+    # Chroma is interpolated from one more of its rows, which is two of the image's.
     image = _decode_rows(data, jpeg, at, top + height + 2)
     image = decode(data, jpeg) if image is None else image
     return _turned(image[top : top + height, left : left + width], orientation)
 
 
 def _decode_rows(data: bytes, mode: str, at: int, rows: int) -> Image | None:
-    """The first rows of a JPEG: said to have no more, libjpeg stops there. None if in doubt."""
+    """Decodes the first rows of a JPEG, by changing the height in its header; None if it fails."""
     h, w, channels = struct.unpack_from(">HHB", data, at)
     if rows >= h or h * w > MAX_PIXELS:
         return None
@@ -156,14 +156,14 @@ def _decode_rows(data: bytes, mode: str, at: int, rows: int) -> Image | None:
     try:
         shorter = b"".join((data[:at], struct.pack(">H", rows), data[at + 2 :]))
         simplejpeg.decode_jpeg(shorter, colours, fastdct=mode == "fast", buffer=image)
-    except ValueError as error:  # of the first thing amiss, which are to be the rows left over
+    except ValueError as error:  # the first warning, which should be about the remaining rows
         if not str(error).endswith("extraneous bytes before marker 0xd9"):
             return None
     return image
 
 
 def _decode_jpeg(data: bytes, mode: str) -> Image | None:
-    """None where Pillow is to decide: CMYK, too large, or with faults that others pass over."""
+    """Decodes a JPEG; None if Pillow has to: CMYK, too large, or with errors."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS or colours in ("CMYK", "YCCK"):
@@ -181,7 +181,7 @@ _TURNS |= {7: (1, True), 8: (1, False)}
 
 
 def _turned(image: Image, orientation: int) -> UInt8[np.ndarray, "new_h new_w c"]:
-    """Undoes an EXIF orientation of 1 to 8; any other means nothing."""
+    """Applies an EXIF orientation of 1 to 8; any other is ignored."""
     if orientation not in _TURNS:
         return image
     turns, mirrored = _TURNS[orientation]
@@ -192,7 +192,7 @@ def _turned(image: Image, orientation: int) -> UInt8[np.ndarray, "new_h new_w c"
 def _as_stored(
     box: Callable[[int, int], tuple[int, int, int, int]], orientation: int, h: int, w: int
 ) -> tuple[int, int, int, int]:
-    """Where the box of the turned image lies in that of h x w which is to be turned."""
+    """The box in the stored image of h x w of a box in the upright image."""
     turns, mirrored = _TURNS.get(orientation, (0, False))
     h, w = (w, h) if turns % 2 else (h, w)
     top, left, height, width = box(h, w)
@@ -206,10 +206,10 @@ def _as_stored(
 def read_image(image: Any, jpeg: str = "accurate", exif: bool = False) -> Image:
     """Reads a path, encoded bytes, a Pillow image or an array into uint8 [h w c].
 
-    Grey stays grey; see `decode`. Arrays are taken as they are, whatever their channels.
+    Grey images stay grey; see `decode`. Arrays may have any number of channels.
 
     Raises:
-      UserError: a file that is missing or no image, or an array of another kind.
+      UserError: a file that is missing or not an image, or an array of another dtype or shape.
     """
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
@@ -235,7 +235,7 @@ def read_image(image: Any, jpeg: str = "accurate", exif: bool = False) -> Image:
 
 
 def _no_pixels(image: Any) -> UserError:
-    """What an object is that is no image, and what to do about it."""
+    """The error for an object that is not an image, with a hint."""
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
     if shape is None or dtype is None:
         found, hint = type(image).__name__, ""
@@ -263,16 +263,16 @@ def _no_pixels(image: Any) -> UserError:
 
 
 def from_pillow(image: PIL.Image.Image, exif: bool = False) -> Image:
-    """The pixels of a Pillow image: grey with one channel, all else as RGB.
+    """The pixels of a Pillow image: grey as one channel, all others as RGB.
 
     Raises:
-      BadImage: pixels whose scale is not known, or which Pillow reads wrong.
+      BadImage: pixels of unknown scale, or that Pillow reads wrong.
     """
     if not isinstance(image.info.get("xmp", b""), (bytes, str)):
-        del image.info["xmp"]  # Pillow would look for an orientation in it
+        del image.info["xmp"]  # not a string, so Pillow would fail to look for an orientation in it
     tags = getattr(image, "tag_v2", {})
     _check_depth(image, tags)
-    image.load()  # a TIFF turns itself here
+    image.load()  # Pillow applies the orientation of a TIFF here
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         pixels = np.asarray(image).astype(np.int64)
         pixels = pixels << 4 if tags.get(_BITS) == (12,) else pixels
@@ -287,7 +287,7 @@ def from_pillow(image: PIL.Image.Image, exif: bool = False) -> Image:
 
 
 def _check_depth(image: PIL.Image.Image, tags: Any) -> None:
-    """Raises a BadImage where Pillow's pixels have no known scale, or are not the file's."""
+    """Raises a BadImage if the pixels have no known scale, or Pillow reads them wrong."""
     bits, kinds = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
     name = {"F": "float32", "I": "int32"}.get(image.mode)
     if image.mode == "I" and image.format in ("PNG", "PPM"):
@@ -314,7 +314,7 @@ def _check_depth(image: PIL.Image.Image, tags: Any) -> None:
 
 
 def encode(image: Image, quality: int | None = None) -> bytes:
-    """A JPEG of that quality (1 to 100, chroma at half resolution), or, with None, a PNG."""
+    """Encodes as JPEG with `quality` (1 to 100, chroma at half resolution), or as PNG if None."""
     grey = image.shape[2] == 1
     if quality is None:
         out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Contact sheets: examples of a source, as they are stored and as a model gets them."""
+"""Contact sheets of examples, as they are stored and as the model gets them."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ _PAPER, _EMPTY, _INK, _GREY = (255, 255, 255), (236, 236, 236), (20, 20, 20), (1
 
 
 class Tile(NamedTuple):
-    """An image, None where there is none, with a title and a smaller note below it."""
+    """An image, or None if it cannot be read, with a title and a smaller note below it."""
 
     image: np.ndarray | None
     title: str
@@ -39,7 +39,7 @@ def corner(number: int, columns: int) -> tuple[int, int]:
 
 
 def sheet(tiles: Sequence[Tile], columns: int = 8) -> PIL.Image.Image:
-    """Tiles in rows. Small images are enlarged by a whole number, large ones shrunk."""
+    """Draws tiles in rows. Small images are enlarged by a whole number, large ones shrunk."""
     columns = min(columns, len(tiles))
     left, top = corner(len(tiles) - 1, columns)
     width = corner(columns - 1, columns)[0] + SIDE + GAP
@@ -76,7 +76,7 @@ def fitted(image: np.ndarray) -> PIL.Image.Image:
 
 
 def shortened(text: str, font: Any) -> str:
-    """A text on one line of a tile, with a gap in its middle where it is too long."""
+    """Fits a text to one line of a tile, leaving out its middle if it is too long."""
     text = "".join(drawable(c, font) for c in text)
     kept, short = len(text), text
     while kept and font.getlength(short) > SIDE:
@@ -86,7 +86,7 @@ def shortened(text: str, font: Any) -> str:
 
 
 def drawable(character: str, font: Any) -> str:
-    """A character, without its accents where the font has none (Pillow's own), or else "?"."""
+    """A character that the font has: itself, without accents, or "?"."""
     if character.isascii():
         return character if character.isprintable() else " "
     missing = bytes(font.getmask("\uffff"))
@@ -97,12 +97,12 @@ def drawable(character: str, font: Any) -> str:
 
 
 def chosen(source: Source, most: int = 48) -> list[int]:
-    """The examples that are shown: evenly spread, or the first ones of an endless source."""
+    """The examples to show: evenly spaced, or the first ones of an endless source."""
     return spread(len(source), most) if isinstance(source, Sized) else list(range(most))
 
 
 def stored(source: Source, indices: Sequence[int]) -> list[Tile]:
-    """Examples as they are stored, not turned; transparency is left out as in decoding."""
+    """Examples as stored: not rotated by EXIF, and without transparency."""
     tiles = []
     for index in indices:
         try:
@@ -124,7 +124,7 @@ def stored(source: Source, indices: Sequence[int]) -> list[Tile]:
 
 
 def as_read(read: BatchReader, indices: Sequence[int], tiles: Sequence[Tile]) -> list[Tile]:
-    """The same examples as `read` gives them to a model, with the captions of `tiles`."""
+    """The same examples as the model gets them from `read`, with the captions of `tiles`."""
     read = dataclasses.replace(read, on_corrupt="skip", replace=False)
     images = []
     for position, (index, tile) in enumerate(zip(indices, tiles, strict=True)):
@@ -139,7 +139,7 @@ def as_read(read: BatchReader, indices: Sequence[int], tiles: Sequence[Tile]) ->
 
 
 def default_reader(source: Source) -> tuple[BatchReader, str]:
-    """What reads a batch where no config says it, as configs/images.py does; and that in words."""
+    """The reader to use without a config, as in configs/images.py; and its description."""
     split, how = Split("", "", exif=True), "224 x 224, upright"
     if not getattr(source, "masks", False):
         split = dataclasses.replace(
@@ -150,7 +150,7 @@ def default_reader(source: Source) -> tuple[BatchReader, str]:
 
 
 def draw(folder: str, name: str, source: Source, read: BatchReader, how: str) -> list[str]:
-    """Writes two sheets of a split, NAME_stored.png and NAME_model.png, and says in lines which.
+    """Writes two sheets of a split, NAME_stored.png and NAME_model.png, and returns lines on them.
 
     Raises:
       UserError: the folder is a file.

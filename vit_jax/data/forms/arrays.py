@@ -50,13 +50,13 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
         raise UserError(f"labels from {low} to {high} do not fit {num_classes} class names")
 
 
-# Shares of every class that the two held-out splits get; the rest is for training.
+# The fractions of each class in the held-out splits.
 _DIGITS_HELD_OUT = {"test": 0.2, "val": 0.1}
 
 
 @functools.cache
 def _digits() -> Any:
-    """What scikit-learn reads out of a text file, which takes longer than all the rest."""
+    """scikit-learn's data, cached, as it is parsed from a slow text file."""
     from sklearn.datasets import load_digits
 
     return load_digits()
@@ -65,8 +65,8 @@ def _digits() -> Any:
 def digits(argument: str, split: str) -> ArraySource:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey; splits `train`, `val` and `test`.
 
-    The split is stratified and fixed for good: drawn class by class from NumPy's legacy
-    generator, whose stream is frozen.
+    The split is stratified and fixed: drawn class by class from NumPy's legacy generator, which
+    does not change between versions.
     """
     try:
         bunch = _digits()
@@ -95,7 +95,7 @@ def arrays(path: str, split: str) -> ArraySource:
     """A `.npz` file with `SPLIT_images` (uint8 [n h w c] or [n h w]), `SPLIT_labels` (int [n] or
     [n 1], as in MedMNIST) and, for names other than "0", "1", ..., `label_names` (strings [k])."""
     try:
-        with zipfile.ZipFile(path):  # which np.load takes for granted
+        with zipfile.ZipFile(path):  # np.load does not check this
             pass
         with np.load(path, allow_pickle=False) as file:
             contents = {name: file[name] for name in file.files}

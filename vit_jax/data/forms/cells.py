@@ -1,4 +1,4 @@
-"""Tables in files -> columns of text: CSV and its kin, Parquet, JSON."""
+"""Reads tables (CSV and the like, Parquet, JSON) as columns of text."""
 
 import codecs
 import collections
@@ -28,7 +28,7 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# What names of columns end in; a cell with digits, a dot or a slash in it is no such name.
+# The last words of column names.
 _WORDS = frozenset(
     "id idx index image images img picture photo file filename name names path filepath label "
     "labels class classes category categories target targets breed species split subset set fold "
@@ -38,21 +38,21 @@ _INTEGRAL = re.compile(r"(-?\d{1,18})(\.0*)?")
 
 
 class NoTable(UserError):
-    """Text that cannot be divided into columns with certainty."""
+    """Text with ambiguous columns."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Columns of equally many cells, without the spaces around them.
+    """Columns of stripped cells, all of the same length.
 
     Attributes:
-      path: of the file.
-      columns: name -> cells. Without a header that is one for sure they are "1", "2", ..., and a
-        header that does not look like one is the first row: see `headed`.
-      header: whether the file names its columns.
-      lines: the line of the file, or the number of the row, that each row begins in.
-      lists: those columns of a Parquet or JSON file whose cells are lists.
-      binary: those columns of a Parquet file that are bytes, which are not read.
+      path: the file.
+      columns: name -> cells. Without a certain header the names are "1", "2", ..., and an uncertain
+        header is the first row: see `headed`.
+      header: whether the columns have names.
+      lines: the line of the file, or the number of the row, at which each row begins.
+      lists: columns of a Parquet or JSON file with lists as cells.
+      binary: columns of a Parquet file with bytes as cells, which are not read.
     """
 
     path: str
@@ -66,18 +66,18 @@ class Table:
         return len(self.lines)
 
     def at(self, row: int) -> str:
-        """Where a row is, for messages."""
+        """The place of a row, for messages."""
         return f"{self.path}, line {self.lines[row]}"
 
     def known(self, name: str) -> str:
-        """The name of a column as it was given. UserError: there is none of that name."""
+        """Returns `name`. UserError: there is no such column."""
         every = [*self.columns, *self.lists]
         if name not in every:
             raise UserError(f"{self.path} has no column {name!r}; {nearest(name, every)}")
         return name
 
     def headed(self) -> "Table":
-        """The same with its first row as the names of its columns."""
+        """The table with its first row as header."""
         names = [cells[0] for cells in self.columns.values()]
         rows = [cells[1:] for cells in self.columns.values()]
         return dataclasses.replace(
@@ -92,22 +92,21 @@ class Table:
 
 
 def read_table(path: str, what: str = "table", spaces: bool = False) -> Table:
-    """Reads a table of any form that is told by the file itself, never by its ending.
+    """Reads a table in any of these formats, detected by content:
 
-    Parquet; JSON, a list of objects, an object a line, or one of image files and labels; text that
-    commas, tabs, semicolons or bars divide into equally many cells a line, quotes respected; else
-    one column, a cell a line.
-    It may be compressed, and in UTF-8, or with a byte order mark in UTF-16 or 32. Columns without
-    name and cells, and the row numbers that pandas writes, are left out. Numbers of a column that
-    are all whole lose the ".0" that pandas writes.
+    Parquet; JSON (a list of objects, an object a line, or an object of image files and labels);
+    text with the same number of cells in each line, delimited by commas, tabs, semicolons or bars,
+    with quotes; else text of one column. It may be compressed, and in UTF-8, or in UTF-16 or 32
+    with a byte order mark. Columns without name and cells, the row numbers of pandas, and the ".0"
+    in columns of whole numbers are left out.
 
     Args:
-      what: the file is to be, in messages.
-      spaces: whether spaces, too, may divide the cells, where nothing else does.
+      what: what the file should be, for messages.
+      spaces: whether spaces may be the delimiter, if nothing else is.
 
     Raises:
-      UserError: no such file, or none of these.
-      NoTable: text of which some lines have other numbers of cells, or that two delimiters divide.
+      UserError: no such file, or another format.
+      NoTable: lines with different numbers of cells, or two possible delimiters.
     """
     data = _read(path, what)
     if data[:4] == b"PAR1":
@@ -144,7 +143,7 @@ def _read(path: str, what: str) -> bytes:
 
 
 def decoded(path: str, data: bytes, what: str) -> str:
-    """The text of bytes, by their byte order mark, else as UTF-8."""
+    """Decodes bytes by their byte order mark, else as UTF-8."""
     encoding = next((name for bom, name in _BOMS.items() if data.startswith(bom)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -156,7 +155,7 @@ def decoded(path: str, data: bytes, what: str) -> str:
 
 
 def parsed_json(text: str) -> Any:
-    """What text says as JSON, or as an object a line; None for what is neither."""
+    """Parses JSON, or an object a line; None if it is neither."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     try:
@@ -182,7 +181,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _objects(path: str, value: Any, what: str) -> Table:
-    """The table of a list of JSON objects, or of one object whose keys are image files."""
+    """The table of a list of JSON objects, or of one object of image files and labels."""
     if isinstance(value, dict) and all(name.lower().endswith(SUFFIXES) for name in value):
         value = [{"image": name, "label": label} for name, label in value.items()]
     rows = value if isinstance(value, list) else [value]
@@ -214,7 +213,7 @@ def _has_bytes(kind: pyarrow.DataType) -> bool:
 
 
 def _typed(path: str, values: dict[str, list[Any]], rows: int) -> Table:
-    """A table of values that have types; objects within cells are left out."""
+    """A table of typed values; columns of objects are left out."""
     columns, lists = {}, {}
     for name, cells in values.items():
         if any(isinstance(cell, dict) for cell in cells):
@@ -230,13 +229,13 @@ def _typed(path: str, values: dict[str, list[Any]], rows: int) -> Table:
 
 
 def _cell(value: Any) -> str:
-    if value is None or value != value:  # not a number: what pandas has for nothing
+    if value is None or value != value:  # None or NaN
         return ""
     return str(int(value)) if isinstance(value, bool) else str(value).strip()
 
 
 def whole(cells: tuple[str, ...]) -> tuple[str, ...]:
-    """Cells without the ".0" of whole numbers, where they are all whole, or empty."""
+    """Strips ".0" from cells if all are whole numbers or empty."""
     if not any("." in cell for cell in cells):
         return cells
     matches = [_INTEGRAL.fullmatch(cell) for cell in cells]
@@ -246,7 +245,7 @@ def whole(cells: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _divide(path: str, text: str, spaces: bool) -> tuple[list[list[str]], list[int]]:
-    """The cells of every row, equally many, and the line that each row begins in."""
+    """The cells of every row, and the line at which each row begins."""
     fits, odd = {}, {}
     for delimiter in _DELIMITERS:
         if delimiter not in text:
@@ -325,7 +324,7 @@ def is_word(cell: str) -> bool:
 
 
 def _is_header(first: Sequence[str], columns: Sequence[tuple[str, ...]]) -> bool:
-    """Whether the first row surely names the columns."""
+    """Whether the first row is certainly a header."""
     if len(first) < 2 or any(first[i] in cells[1:] for i, cells in enumerate(columns) if first[i]):
         return False
     words = [is_word(cell) for cell in first]

@@ -1,4 +1,4 @@
-"""The source `python:`: a function of one's own."""
+"""The source `python:`: a function of the user."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from vit_jax.errors import UserError, nearest
 
 
 def python(argument: str, split: str) -> "CustomSource | EndlessCustomSource":
-    """What a function of one's own gives for a split.
+    """Calls a function with a split.
 
-    It gives a source (see `sources.Source`), or a sequence of examples, {"image": an image file's
+    It returns a source (see `sources.Source`), or a sequence of examples, {"image": an image file's
     bytes or uint8 [h w c], "label": a class name, a number, or a tuple of them}, which is read
-    once when it is opened, and whose classes are those that occur in it. Worker processes call it
-    again. A file emoji.py, for the source python:emoji.py:emoji, of npm's emoji-datasource-google:
+    once to find its classes. Worker processes call it again. For example, emoji.py, for the source
+    python:emoji.py:emoji, with npm's emoji-datasource-google:
 
         import json
         import pathlib
@@ -46,11 +46,11 @@ def python(argument: str, split: str) -> "CustomSource | EndlessCustomSource":
         emoji.splits = ("train", "val")
 
     Args:
-      argument: MODULE:FUNCTION, where MODULE can be imported, or is the path of a .py file.
-      split: what the function is called with; one of its attribute `splits`, if it has that.
+      argument: MODULE:FUNCTION, with a module that can be imported, or the path of a .py file.
+      split: the function's argument; one of its attribute `splits`, if it has that.
 
     Raises:
-      UserError: no such module or function, or what it gives is no source.
+      UserError: no such module or function, or it does not return a source.
     """
     where = f"python:{argument}"
     function = _function(argument)
@@ -67,13 +67,13 @@ def python(argument: str, split: str) -> "CustomSource | EndlessCustomSource":
 
 
 def python_splits(argument: str) -> tuple[str, ...]:
-    """What the function says in its attribute `splits`; nothing where it has none."""
+    """The function's attribute `splits`, or ()."""
     return tuple(getattr(_function(argument), "splits", ()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EndlessCustomSource:
-    """What a function gives; pickled as its name, and called again."""
+    """The result of a function; pickled by name, so that unpickling calls it again."""
 
     argument: str
     split: str
@@ -106,7 +106,7 @@ class EndlessCustomSource:
 
 
 class CustomSource(EndlessCustomSource):
-    """The same with a length."""
+    """A source with a length."""
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -154,7 +154,7 @@ def _named(where: str, label: Any) -> str:
 
 
 def _function(argument: str) -> Any:
-    """The function of a module that can be imported, or of a file."""
+    """Imports the function from a module or a file."""
     module, _, name = argument.rpartition(":")
     if not module or not name.isidentifier():
         raise UserError(f"python:{argument}: expected MODULE:FUNCTION or FILE.py:FUNCTION")
@@ -173,7 +173,7 @@ def _function(argument: str) -> Any:
 
 
 def _file(path: str) -> Any:
-    """The module of a file, run once in a process."""
+    """Imports a file as a module, once in a process."""
     path = os.path.abspath(os.path.expanduser(path))
     name = f"vit_jax_source_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
     if name not in sys.modules:
@@ -191,7 +191,7 @@ def _file(path: str) -> Any:
 
 
 def _called(argument: str, split: str) -> Any:
-    """The source that the function gives. UserError: it gives none."""
+    """Calls the function. UserError: it does not return a source."""
     where, given = f"python:{argument}", _function(argument)(split)
     names = getattr(given, "label_names", None)
     if names is None and isinstance(given, (list, tuple)):
@@ -227,7 +227,7 @@ def _check_keys(where: str, example: Any) -> None:
 
 
 def _check_example(where: str, source: Any) -> None:
-    """Raises a UserError unless the first example is one."""
+    """Raises a UserError if the first example is not valid."""
     where, example = f"{where}, example 0", source[0]
     _check_keys(where, example)
     label = example["label"]

@@ -1,7 +1,7 @@
-"""`tf.train.Example`, the message that TFDS and we keep an example in, read and written as bytes.
+"""Reads and writes `tf.train.Example`, the message in the records of TFDS and `prepare`.
 
-Of protocol buffers, just what it takes: features (field 1) is a map, whose entries (field 1) are a
-name (1) and a feature (2): a list of bytes (1), floats (2) or integers (3).
+In protocol buffers' encoding, features (field 1) is a map; its entries (field 1) are a name (1)
+and a feature (2): a list of bytes (1), floats (2) or integers (3).
 """
 
 import io
@@ -12,10 +12,10 @@ import numpy as np
 
 
 def parse_example(data: bytes) -> dict[str, bytes | int | None]:
-    """The first value of each feature of a serialised `tf.train.Example`; None for none or floats.
+    """The first value of each feature of a serialised `tf.train.Example`; None if empty or floats.
 
     Raises:
-      ValueError: bytes that are no such message.
+      ValueError: the bytes are not such a message.
     """
     found: dict[str, bytes | int | None] = {}
     try:
@@ -33,7 +33,7 @@ def parse_example(data: bytes) -> dict[str, bytes | int | None]:
     return found
 
 
-def _first_value(data: bytes, feature: Any) -> bytes | int | None:
+def _first_value(data: bytes, feature: tuple[int, int]) -> bytes | int | None:
     for kind, values in _fields(data, *feature):
         for _, value in _fields(data, *values):
             if kind == 1:
@@ -46,10 +46,10 @@ def _first_value(data: bytes, feature: Any) -> bytes | int | None:
 
 
 def feature_values(data: bytes, name: str) -> list[bytes] | list[float] | list[int]:
-    """All values of one feature of a serialised `tf.train.Example`; [] where it is not there.
+    """All values of a feature of a serialised `tf.train.Example`; [] if it is missing.
 
     Raises:
-      ValueError: bytes that are no such message.
+      ValueError: the bytes are not such a message.
     """
     found, key = [], name.encode()
     try:
@@ -63,7 +63,7 @@ def feature_values(data: bytes, name: str) -> list[bytes] | list[float] | list[i
     return found
 
 
-def _values(data: bytes, feature: Any) -> Iterator[bytes | float | int]:
+def _values(data: bytes, feature: tuple[int, int]) -> Iterator[bytes | float | int]:
     for kind, values in _fields(data, *feature):
         for _, value in _fields(data, *values):
             if kind == 1:

@@ -1,4 +1,4 @@
-"""The source `idx:`: MNIST, and sets in files of its form, as Fashion-MNIST and EMNIST are."""
+"""The source `idx:`: MNIST and sets in its format, such as Fashion-MNIST and EMNIST."""
 
 import dataclasses
 import logging
@@ -35,17 +35,17 @@ class _Pair:
 def idx(path: str, split: str) -> ArraySource:
     """MNIST's files: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-..., gzipped or not.
 
-    Class names are the numbers that occur in any split, by value: nothing in the files says more.
-    EMNIST's images lie on their sides there; they are read as they are, with a warning.
+    Class names are the numbers that occur in any split. EMNIST's images are transposed in its
+    files; they are read as they are, with a warning.
 
     Args:
-      path: a folder with one such set, or FOLDER/PREFIX where there are several, such as
-        gzip/emnist-letters. Of a file that is there packed and unpacked the unpacked one is read.
-      split: "train", or "test" (t10k); a part of it, such as "train[:90%]" and "train[90%:]", is
-        drawn for good by the number of the image.
+      path: a folder with one such set, or FOLDER/PREFIX if there are several, such as
+        gzip/emnist-letters. If a file is there gzipped and not, the latter is read.
+      split: "train" or "test" (t10k), or a part of it such as "train[:90%]", drawn by a hash of
+        the image's number.
 
     Raises:
-      UserError: no such folder, set or split, or files that are damaged or of something else.
+      UserError: no such folder, set or split, or files that are damaged or in another format.
     """
     where = f"idx:{path}"
     name, low, high = parse_split(split)
@@ -73,12 +73,12 @@ def idx(path: str, split: str) -> ArraySource:
 
 
 def idx_splits(path: str) -> tuple[str, ...]:
-    """What `idx` takes for split."""
+    """The splits of a set."""
     return tuple(_pairs(path)[1])
 
 
 def _pairs(path: str) -> tuple[str, dict[str, _Pair]]:
-    """The prefix of the only set in a folder, and its files by split."""
+    """The prefix of the only set in a folder, and split -> files."""
     root, wanted = os.path.expanduser(path), None
     if not os.path.isdir(root):
         root, wanted = os.path.split(root)

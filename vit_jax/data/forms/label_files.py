@@ -1,4 +1,4 @@
-"""Files of labels for images whose archive does not have them, as `prepare --labels` takes."""
+"""Files of labels for archives without labels: `prepare --labels`."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""What lies in a folder or an archive of images: classes, splits, and what is of no concern."""
+"""Checks of folders and archives of images by their paths; options behind a path."""
 
 import logging
 import os
@@ -10,12 +10,12 @@ from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-# Folders that systems make, for thumbnails and what was deleted.
+# Folders that systems make, for thumbnails and deleted files.
 SYSTEM_FOLDERS = (
     *("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"),
     *("__MACOSX", "lost+found"),
 )
-# Files of these are never looked into: some texts begin as a PPM does.
+# Never opened to detect their format, as some texts begin like a PPM.
 TEXTS = (".txt", ".json", ".cls", ".csv", ".tsv", ".xml", ".md", ".html", ".py", ".yaml", ".yml")
 _ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 _PICTURES = (
@@ -35,27 +35,27 @@ _SPLIT_WORD = re.compile(
 )
 _MASK = re.compile(r"_masks?(_?\d+)?\.\w+$")
 _FOLD = re.compile(r"(?:fold|split)[_ -]?\d+", re.IGNORECASE)
-# What folders of all images are called, beside such as masks and labels.
+# Folders of all images, beside those of masks or labels.
 _CONTAINER = re.compile(r"(?:jpeg|png)?(?:images?|imgs?)", re.IGNORECASE)
 
 
 def split_kind(folder: str) -> str | None:
-    """ "train", "val" or "test" where a folder is called as splits are, such as "Training_set"."""
+    """ "train", "val" or "test" if a folder is named like a split, such as "Training_set"."""
     match = _SPLIT_NAME.fullmatch(folder)
     return match.lastgroup if match else None
 
 
 def label_option(where: str, known: Collection[str]) -> tuple[str, str | None]:
-    """Takes "PATH,label=cls" to (PATH, "cls"), and a path alone to (path, None).
+    """Parses "PATH,label=cls" to (PATH, "cls"), and a path to (path, None).
 
     Args:
-      known: what `label` may be; "json" then stands for "json.KEY" too.
+      known: the values of `label`; "json" allows "json.KEY" too.
 
     Raises:
       UserError: another option, or another value.
     """
     match = re.fullmatch(r"(.*),(\w+)=(.*)", where)
-    if not match or os.path.exists(where):  # whose name may have commas
+    if not match or os.path.exists(where):  # names may have commas
         return where, None
     path, name, value = match.groups()
     if name != "label":
@@ -66,7 +66,7 @@ def label_option(where: str, known: Collection[str]) -> tuple[str, str | None]:
 
 
 def out_of_the_way(path: str) -> str | None:
-    """Why a file is no image of a data set, by its path in there alone; None if it may be one."""
+    """Why a file is skipped by its path: hidden, or in a system folder; None if it is not."""
     *folders, name = path.split("/")
     for one in folders:
         if one in SYSTEM_FOLDERS or (one.startswith(".") and one.strip(".")):
@@ -75,7 +75,7 @@ def out_of_the_way(path: str) -> str | None:
 
 
 def unknown_format(name: str) -> str:
-    """What is said of a file that by its first bytes is no image."""
+    """The reason for skipping a file with no known image format."""
     ending = os.path.splitext(name)[1].lower()
     if ending in _ARCHIVES:
         return f"an archive beside images ({ending})"
@@ -87,16 +87,16 @@ def unknown_format(name: str) -> str:
 def check_class_folders(
     where: str, split: str, files: Collection[str], sure: bool, option: str = "folder"
 ) -> None:
-    """Refuses class folders that are in truth splits or "images", or have the classes in them.
+    """Checks that class folders are not splits, "images", or parents of the real class folders.
 
     Args:
       files: CLASS/.../NAME of all images.
-      sure: whether the user said that the folders are the classes: then nothing is refused.
-      option: how the user can say so: with `label=`.
+      sure: whether the user confirmed that the folders are classes, so that there is no error.
+      option: the value of `label=` that confirms it.
 
     Raises:
-      UserError: classes called like splits, or one of them with folders of images; one called
-        "images"; or one class alone, whose images are all in two or more folders below it.
+      UserError: classes named like splits or "images", or a single class with all its images in
+        folders below it.
     """
     direct, below = set(), {}
     for file in files:
@@ -160,7 +160,7 @@ def check_class_folders(
 
 
 def _splits_among(below: Mapping[str, Collection[str]], direct: Collection[str]) -> list[str]:
-    """The folders that are splits: all are called so, or two kinds are, or one has the classes.
+    """The folders that are splits: all are named so, or two kinds are, or one has the classes.
 
     Args:
       below: folder -> the folders in it; `direct`: the folders with images directly in them.
@@ -172,7 +172,7 @@ def _splits_among(below: Mapping[str, Collection[str]], direct: Collection[str])
         return sorted(below)
     if None not in kinds.values() or len({*kinds.values()} - {None}) > 1 or with_classes:
         return called
-    alike: dict[str, dict[str | None, str]] = {}  # but for a split's word in their names
+    alike: dict[str, dict[str | None, str]] = {}  # by their names without the split's word
     for one in below:
         if match := _SPLIT_WORD.search(one):
             rest = f"{one[: match.start()]}/{one[match.end() :]}".casefold()
@@ -181,29 +181,29 @@ def _splits_among(below: Mapping[str, Collection[str]], direct: Collection[str])
 
 
 def _masks(files: Collection[str]) -> list[str]:
-    """The files NAME_mask.png and the like, where NAME.png or the like is there as well."""
+    """The files such as NAME_mask.png beside NAME.png."""
     called = {f: m for f in files if "_mask" in f and (m := _MASK.search(f))}
     stems = {os.path.splitext(file)[0] for file in files} if called else set()
     return [file for file, match in called.items() if file[: match.start()] in stems]
 
 
 def _joined(split: str, folder: str) -> str:
-    """A folder in a split, as a split: ("train[:9%]", "images") -> "train/images[:9%]"."""
+    """The split of a folder in a split: ("train[:9%]", "images") -> "train/images[:9%]"."""
     name, bracket, part = split.partition("[")
     return (folder if name == "all" else f"{name}/{folder}") + bracket + part
 
 
 def few(names: Iterable[str]) -> str:
-    """The first of names in their order, and how many more there are."""
+    """The first five names, sorted, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def options(argument: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
-    """Takes "PATH,label=breed" to ("PATH", {"label": "breed"}); a comma in a path is one.
+    """Parses "PATH,label=breed" to ("PATH", {"label": "breed"}); paths may have commas.
 
     Raises:
-      UserError: an option that is not known, or twice.
+      UserError: an unknown option, or one that is given twice.
     """
     path, found = argument, {}
     while match := re.fullmatch(r"(.+),(\w+)=([^,]*)", path, re.DOTALL):

@@ -1,4 +1,4 @@
-"""What is in a tar or a zip: every file's name and place, links followed, nothing unpacked."""
+"""Lists the files in a tar or zip with their offsets, following links, without unpacking."""
 
 import functools
 import io
@@ -31,7 +31,7 @@ _FOREIGN = {
     b"<html": "a web page",
 }
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
-# How zips are compressed, by number; of others some programs never wrote a description.
+# Compression methods of zips that are not read, by number.
 _METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd"}
 
 
@@ -39,15 +39,16 @@ class Member(NamedTuple):
     """A file in an archive, or a link to one.
 
     Attributes:
-      name: as the archive has it.
-      outer: the path of the tar inside the archive that it is in, without ".tar"; or "".
-      offset: where its bytes are in the archive, `size` of them.
-      read: reads its first n bytes; to be called before the next member is asked for.
-      deflated: of so many bytes it is inflated (a zip's); -1 where it is stored as it is.
-      crc: the checksum of its bytes, in a zip; else -1.
-      holes: of a sparse file in a tar: which parts there are, as (start, length).
-      link: the path that it is a link to; it may not be there.
-      why: why there is nothing to read.
+      name: the path in the archive.
+      outer: the path of the inner tar that has it, without ".tar"; or "".
+      offset: the position of its bytes in the archive.
+      size: their number.
+      read: reads the first n bytes; only valid until the next member.
+      deflated: the compressed size in a zip; -1 if stored.
+      crc: the checksum of its bytes in a zip; else -1.
+      holes: for a sparse file in a tar, the (start, length) of the parts that are stored.
+      link: the target of a link, which may not exist.
+      why: why it cannot be read.
     """
 
     name: str
@@ -63,12 +64,12 @@ class Member(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Its path, a tar inside the archive being a folder."""
+        """The path, with inner tars as folders."""
         return f"{self.outer}/{self.name}" if self.outer else self.name
 
 
 def is_zip(path: str) -> bool:
-    """Whether a file begins as a zip does."""
+    """Whether a file is a zip, by its first bytes."""
     with open(path, "rb") as file:
         return file.read(4) in _ZIP
 
@@ -76,8 +77,8 @@ def is_zip(path: str) -> bool:
 def members(path: str) -> Iterator[Member]:
     """Every file in a tar and in the tars inside it, or in a zip.
 
-    A link, which comes last, has the place of what it leads to in the same archive. One that leads
-    nowhere says `why`, as devices and such do.
+    Links come last, with the offset of their target in the same archive. Links to nothing, devices
+    and the like have `why`.
 
     Raises:
       UserError: another file, one that is cut off or damaged, or an encrypted zip.
@@ -114,7 +115,7 @@ def _members(path: str) -> Iterator[Member]:
 
 
 def _linked(path: str, links: dict[str, Member]) -> Iterator[Member]:
-    """The links, each with the place of what it leads to. The archive is gone through again."""
+    """Yields the links with the offsets of their targets, reading the archive again."""
     wanted: dict[str, list[str]] = {}
     for link in links:
         target, seen = link, set()
@@ -163,14 +164,14 @@ def _tar_members(path: str) -> Iterator[Member]:
 
 
 def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The headers of all but folders."""
+    """Yields the headers of all entries but folders."""
     for member in archive:
         archive.members.clear()  # tarfile would keep them all, 1 KB for each
         if member.size < 0:
             raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
         if not member.isdir():
             yield member
-    # At a damaged header tarfile ends as if the archive did.
+    # At a damaged header, tarfile stops as at the end of the archive.
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"no header at byte {archive.offset}")
@@ -222,7 +223,7 @@ def _zip_members(path: str) -> Iterator[Member]:
 
 
 def _data_offset(raw: io.FileIO, info: zipfile.ZipInfo) -> int:
-    """Where a file's bytes start: behind a header whose length only itself says."""
+    """The offset of a file's bytes, behind its local header."""
     header = os.pread(raw.fileno(), 30, info.header_offset)
     if header[:4] != b"PK\x03\x04" or len(header) < 30:
         raise zipfile.BadZipFile(f"no header at byte {info.header_offset}")

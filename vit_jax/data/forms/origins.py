@@ -1,4 +1,4 @@
-"""What says which class an image of an archive has: one thing for all of them, or it is refused."""
+"""Where the labels of images in archives come from: the same origin for all, or an error."""
 
 import collections
 import json
@@ -12,9 +12,9 @@ from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# The endings of the files beside an image that may say its class, as in WebDataset's shards.
+# Endings of label files beside images, as in WebDataset's shards.
 BESIDE = ("cls", "json", "txt")
-# What `label=` may be, and how it is called.
+# Values of `label=`, and their names in messages.
 ORIGINS = {
     "cls": ".cls beside it",
     "json": "label in a .json beside it",
@@ -29,20 +29,20 @@ _WORDNET = re.compile(r"n\d+")
 
 
 class Wrong(str):
-    """Why what is beside an image says no class."""
+    """Why a file beside an image is no label."""
 
 
-Said = str | tuple[str, ...] | None  # a class, several, or nothing
+Said = str | tuple[str, ...] | None  # a class, several, or none
 
 
 class Beside:
-    """The files of one archive that may say the classes of the images beside them.
+    """The label files of one archive.
 
-    A file is beside an image if their names are the same but for the last ending. Where they are
-    so only up to the first full stop, as WebDataset counts, what is meant is not certain.
+    A file belongs to an image if their names are equal without the last ending. If they are equal
+    only up to the first full stop, which is WebDataset's rule, it is ambiguous.
 
     Args:
-      key: which value of a .json is the label.
+      key: the key of the label in a .json.
     """
 
     def __init__(self, key: str = "label"):
@@ -65,7 +65,7 @@ class Beside:
         self._samples[kind].setdefault(_sample(path), path)
 
     def of(self, kind: str, paths: Sequence[str]) -> list[Said]:
-        """What the files of that kind say of the images at these paths, all that there are."""
+        """The labels of all images, given by their paths, from the files of one kind."""
         said, samples = self._said[kind], self._samples[kind]
         if not said:
             return [None] * len(paths)
@@ -84,7 +84,7 @@ class Beside:
         return found
 
     def alone(self, paths: Sequence[str]) -> list[str]:
-        """The files that are beside none of the images at these paths."""
+        """The files that belong to none of the images."""
         samples = set(map(_sample, paths)) if self._paths else set()
         return [path for path in self._paths if _sample(path) not in samples]
 
@@ -108,7 +108,7 @@ class Beside:
 
 
 def _sample(path: str) -> str:
-    """WebDataset's key: a path up to the first full stop in the file's name."""
+    """WebDataset's key: a path up to the first full stop in the file name."""
     dot = path.find(".", path.rfind("/") + 2)
     return path if dot < 0 else path[:dot]
 
@@ -131,7 +131,7 @@ def _of_text(text: str) -> str:
 
 
 def _of_value(value: object) -> str:
-    """The class that a value of JSON says."""
+    """The label of a JSON value."""
     if isinstance(value, str) and value.strip():
         return _of_text(value.strip())
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -152,16 +152,16 @@ def choose(
     wanted: str | None,
     hint: str = "",
 ) -> tuple[str, Sequence[str] | Sequence[tuple[str, ...]]]:
-    """What says the classes, and the class, or the classes, of every image.
+    """Returns the origin of the labels, and the class, or the classes, of every image.
 
     Args:
-      said: of ORIGINS, what each says of every image.
-      wanted: the one that counts; None if the user did not say.
-      hint: the end of the message that nothing says the classes.
+      said: origin -> the label of every image.
+      wanted: the origin that the user selected, or None.
+      hint: the end of the message that there are no labels.
 
     Raises:
-      UserError: images whose classes come from different things, or from two that differ, or from
-        nothing; and what is no class.
+      UserError: images have labels from different origins, two that differ, none, or an invalid
+        one.
     """
     origin = wanted or _only(where, names, said, hint)
     column = said.get(origin, [None] * len(names))
@@ -194,7 +194,7 @@ def choose(
 
 
 def _only(where: str, names: Sequence[str], said: Mapping[str, Sequence[Said]], hint: str) -> str:
-    """The one origin that all images have."""
+    """The only origin that all images have."""
     present = [one for one in ("cls", "json", "tar") if any(x is not None for x in said[one])]
     if len(set(said["folder"])) > 1:
         present.append("folder")
@@ -223,7 +223,7 @@ def _only(where: str, names: Sequence[str], said: Mapping[str, Sequence[Said]], 
 def _last_resort(
     where: str, names: Sequence[str], said: Mapping[str, Sequence[Said]], hint: str
 ) -> str:
-    """Texts that repeat, the one folder that all are in, or the names of the archives."""
+    """Repeated texts, the one folder of all images, or the names of the archives."""
     texts = said["txt"]
     if any(text is not None for text in texts):
         if None in texts:
@@ -270,7 +270,7 @@ def _check_numbered(where: str, names: Sequence[str], stems: Sequence[str], opti
 def _check_numbers(
     where: str, names: Sequence[str], column: Sequence[Said], distinct: set[str], sure: bool
 ) -> None:
-    """Refuses numbers among names, unless `sure`, and numbers written in two ways."""
+    """Raises a UserError for numbers among names, unless `sure`, or numbers written in two ways."""
     numbers = {one for one in distinct if re.fullmatch(r"\d+", one, re.ASCII)}
     if numbers and numbers != distinct and not sure:
         pair = min(numbers), min(distinct - numbers)
@@ -295,7 +295,7 @@ def _first(names: Sequence[str], column: Sequence[Said], label: str) -> str:
 
 
 def _without_and_with(column: Sequence[Said]) -> tuple[int, int]:
-    """Where the first is that says nothing, and the first that says something."""
+    """The indices of the first image without a label, and the first with one."""
     return column.index(None), next(i for i, one in enumerate(column) if one is not None)
 
 

@@ -1,8 +1,4 @@
-"""Prepared data sets: TFDS in both of its formats, read without TensorFlow, and our own shards.
-
-Both hold `tf.train.Example` messages: ArrayRecord files know where their records are, for TFRecord
-files an index of offsets is made once.
-"""
+"""The source `records:`, ArrayRecord shards that `prepare` wrote; and images in any records."""
 
 import contextlib
 import dataclasses
@@ -38,11 +34,11 @@ class Records(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecordSource:
-    """Labelled images in records; `source[i]["image"]` is an image file's bytes.
+    """Images in `tf.train.Example` records; `source[i]["image"]` is an image file's bytes.
 
-    `keys` are the names of the image, the label and, if there is one, the example's name. Where
-    it is `multi_label`, labels are tuples of ints, which may be empty. `kept` is the file of the
-    hashes that `prepare` wrote, and their digest.
+    Attributes:
+      keys: the features of the image, the label and, if there is one, the example's name.
+      kept: the file of image hashes that `prepare` wrote, and their digest.
     """
 
     records: Records
@@ -57,10 +53,7 @@ class RecordSource:
         return len(self.records)
 
     def kept_content(self) -> UInt64[np.ndarray, " n"] | None:
-        """A hash of each example's image file, as `contents.content` has it; None if none is kept.
-
-        Those of another state of the shards count as none.
-        """
+        """The saved hash of each image (see `contents.content`); None if missing or outdated."""
         if self.kept is None:
             return None
         path, expected = self.kept
@@ -86,7 +79,7 @@ class RecordSource:
         except UserError:
             raise
         except (ValueError, IndexError, RuntimeError, struct.error) as error:
-            if _NOT_OPENED.search(str(error)):  # no fault of this record
+            if _NOT_OPENED.search(str(error)):  # not the fault of this record
                 raise UserError(f"{where} cannot be read: {error}") from None
             raise BadImage(f"{where}: {error}") from None
         file = str(index)
@@ -102,33 +95,33 @@ class RecordSource:
         return {"image": example[image], "label": label, "name": where, "file": file}
 
     def _label(self, record: bytes, example: Mapping[str, Any]) -> Any:
-        """An example's label, out of its record and the first value of each feature."""
+        """An example's label; `example` has the first value of each feature."""
         key = self.keys[1]
         if self.multi_label and key in example:
             return tuple(feature_values(record, key))
         return example.get(key)
 
 
-# What array_record says where a file, not a record, is at fault.
+# Errors of array_record that are about a file, not a record.
 _NOT_OPENED = re.compile(r"open\(\)|No such file|Too many open|at least 64KB")
 
 
 def allow_open_files() -> None:
-    """Allows as many open files as the system grants: array_record keeps one for each shard."""
+    """Raises the limit of open files to the maximum: array_record keeps each shard open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if most == resource.RLIM_INFINITY else most
-    with contextlib.suppress(ValueError, OSError):  # macOS grants fewer than it says
+    with contextlib.suppress(ValueError, OSError):  # macOS allows fewer than it reports
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def digest(told: tuple[Any, ...]) -> str:
-    """A fingerprint: 16 hex digits."""
+    """A fingerprint of 16 hex digits."""
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The part of a shard to be read, in the words of array_record's FileInstruction."""
+    """The part of a shard to read, with the fields of array_record's FileInstruction."""
 
     filename: str
     skip: int
@@ -136,18 +129,18 @@ class _Part:
     examples_in_shard: int
 
 
-INFO = "vit_jax_{split}.json"  # what `prepare` writes of a split, last
+INFO = "vit_jax_{split}.json"  # metadata of a split, written last
 CONTENT = "content_{split}.npy"  # a hash of each image file, uint64, in the order of the records
 FEATURES = ("image", "label", "name")
 
 
 def records(path: str, split: str) -> RecordSource:
-    """The ArrayRecord shards that `prepare` wrote (see prepare.py); `split` as for folders.
+    """The ArrayRecord shards that `prepare` wrote; `split` as for folders.
 
-    A part such as "train[:90%]" is one of a fixed random order, so that it has all classes.
+    A part such as "train[:90%]" is taken from a fixed random order, so that it has all classes.
 
     Raises:
-      UserError: no such folder or split, or one that was not finished or has changed.
+      UserError: no such folder or split, or one that is unfinished or has changed.
     """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -203,16 +196,13 @@ def record_splits(path: str) -> list[str]:
 
 
 def content_digest(hashes: UInt64[np.ndarray, " n"]) -> str:
-    """What a split's own file says of the hashes of its images: 16 hex digits."""
+    """A digest of image hashes, saved in the metadata: 16 hex digits."""
     return hashlib.sha256(hashes.astype("<u8")).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """Records `start` to `stop` of a fixed random order.
-
-    What `prepare` read class by class lies so in its shards, whose last percent is one class.
-    """
+    """Records `start` to `stop` in a fixed random order, as shards may be sorted by class."""
 
     records: Records
     start: int
@@ -225,8 +215,8 @@ class _Share:
         return self.records[self.place(index)]
 
     def place(self, index: int) -> int:
-        """Which record of all it is."""
-        # Grain imports jax, which takes a second: it is for those who shuffle.
+        """The number of a record among all."""
+        # Imported here, as Grain imports jax, which takes a second.
         from grain.experimental import index_shuffle
 
         last = len(self.records) - 1

@@ -1,4 +1,7 @@
-"""Data sets that TFDS prepared, as ArrayRecord or TFRecord, read without TensorFlow."""
+"""The source `tfds:`: data sets prepared by TFDS, read without TensorFlow.
+
+ArrayRecord files have an index; for TFRecord files, one is made once and cached.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -23,12 +26,11 @@ logger = logging.getLogger(__name__)
 def tfds(argument: str, split: str) -> RecordSource:
     """A data set that TFDS prepared: NAME, NAME/CONFIG:VERSION, or the path of its folder.
 
-    Names are looked up in the folder TFDS_DATA_DIR, or ~/tensorflow_datasets. TensorFlow is not
-    needed, nor the code that made the data set. `,label=KEY` after it says which feature is the
-    label: a class label, or a sequence of them, of which an example then has any number.
+    Names are looked up in TFDS_DATA_DIR, or ~/tensorflow_datasets. `,label=KEY` behind it selects
+    the label among the features: a class label, or a sequence of them for multi-label.
 
     Args:
-      split: as TFDS has it, such as "train[:98%]".
+      split: in TFDS's syntax, such as "train[:98%]".
 
     Raises:
       UserError: no such data set, split, option or label, a format that cannot be read by index,
@@ -36,7 +38,7 @@ def tfds(argument: str, split: str) -> RecordSource:
     """
     where, chosen = f"tfds:{argument}", None
     option = re.fullmatch(r"(.*),(\w+)=(.*)", argument)
-    if option and not os.path.isdir(os.path.expanduser(argument)):  # whose name may have commas
+    if option and not os.path.isdir(os.path.expanduser(argument)):  # names may have commas
         argument, name, chosen = option.groups()
         if name != "label":
             raise UserError(f"{where} has no option {name!r}; {nearest(name, ['label'])}")
@@ -52,10 +54,10 @@ def tfds(argument: str, split: str) -> RecordSource:
 
 
 def prepared(where: str, name: str, path: str | None = None) -> Any:
-    """TFDS's builder of the data set of that name, or of the one in the folder `path`.
+    """TFDS's builder of the data set `name`, or of the one in the folder `path`.
 
     Raises:
-      UserError: there is none, or what is there cannot be understood; it begins with `where`.
+      UserError: there is none, or it cannot be read; the message begins with `where`.
     """
     import tensorflow_datasets
     from google.protobuf import json_format
@@ -73,7 +75,7 @@ def prepared(where: str, name: str, path: str | None = None) -> Any:
                 return tensorflow_datasets.builder_from_directory(os.path.join(path, newest))
             parent, name = os.path.split(os.path.abspath(path))
             return read_only_builder.builder_from_files(name, data_dir=parent)
-        folder = os.environ.get("TFDS_DATA_DIR")  # which TFDS reads at its import only
+        folder = os.environ.get("TFDS_DATA_DIR")  # TFDS reads it only when imported
         return read_only_builder.builder_from_files(
             name, **({"data_dir": folder} if folder else {})
         )
@@ -87,7 +89,7 @@ def prepared(where: str, name: str, path: str | None = None) -> Any:
 
 
 def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[Any, ...]]:
-    """The records of a split of a prepared data set, and what their fingerprint is of.
+    """The records of a split of a prepared data set, and what identifies them.
 
     Raises:
       UserError: no such split, or a format that cannot be read by index.
@@ -123,7 +125,7 @@ def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[
 
 
 def class_names(where: str, info: Any, key: str) -> tuple[tuple[str, ...], bool]:
-    """The names of a label's classes, and whether an example has any number of them.
+    """The names of a label's classes, and whether it is multi-label.
 
     Raises:
       UserError: the data set has no class label of that name.
@@ -141,7 +143,7 @@ def class_names(where: str, info: Any, key: str) -> tuple[tuple[str, ...], bool]
 
 
 def _feature_keys(where: str, info: Any, label: str | None) -> tuple[str, str, str | None]:
-    """The names of a data set's image, label and text features; the supervised pair goes first."""
+    """The names of the image, label and text features; those of the supervised pair go first."""
     kinds: dict[str, list[str]] = {"Image": [], "ClassLabel": [], "Text": []}
     first = [key for key in info.supervised_keys or () if isinstance(key, str)]
     for key in [*first, *(key for key in info.features if key not in first)]:
@@ -157,7 +159,7 @@ def _feature_keys(where: str, info: Any, label: str | None) -> tuple[str, str, s
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfRecords:
-    """The records of TFRecord files, whose format has no index: each says only its own length."""
+    """Random access to the records of TFRecord files."""
 
     files: OpenFiles
     which: Int32[np.ndarray, " n"]
@@ -166,17 +168,17 @@ class TfRecords:
 
     @classmethod
     def of(cls, instructions: Sequence[Any], expected: int) -> "TfRecords":
-        """Reads the parts of files that TFDS's instructions (filename, skip, take) name.
+        """The records selected by TFDS's file instructions (filename, skip, take).
 
         Raises:
-          UserError: a file that is damaged, or has not as many records as the metadata says.
+          UserError: a damaged file, or another number of records than `expected`.
         """
         paths = [os.fspath(each.filename) for each in instructions]
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             starts = list(pool.map(record_starts, paths))
         parts = []
         for number, (each, found) in enumerate(zip(instructions, starts, strict=True)):
-            stop = len(found) - 1  # there is one start more than records
+            stop = len(found) - 1  # the last start is the end
             if each.take not in (None, -1):
                 stop = min(stop, each.skip + each.take)
             begin = found[each.skip : stop]
@@ -199,14 +201,14 @@ class TfRecords:
         )
 
 
-# A record of TFRecord: length (8 bytes), its checksum (4), the bytes, their checksum (4).
+# A TFRecord is its length (8 bytes), a checksum (4), the data, and a checksum (4).
 _BEFORE, _AROUND = 12, 16
 
 
 def record_starts(path: str) -> Int64[np.ndarray, " n_plus_1"]:
-    """Where the records of a TFRecord file start, and where the last one ends.
+    """The offsets of the records in a TFRecord file, and the end of the last one.
 
-    Kept in the user's cache folder, so that a file is gone through once.
+    Cached in the user's cache folder.
     """
     stat = os.stat(path)
     known = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"

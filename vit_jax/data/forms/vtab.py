@@ -75,7 +75,7 @@ def _group(labels: Sequence[int], classes: int) -> int:
 
 
 def _sixteen(classes: int) -> tuple[Callable[..., int], tuple[str, ...]]:
-    """The rule that makes 16 classes of more, and their names."""
+    """The rule that groups more classes into 16, and their names."""
     starts = [-(-classes * group // 16) for group in range(17)]
     names = tuple(f"{start} to {end - 1}" for start, end in itertools.pairwise(starts))
     return functools.partial(_group, classes=classes), names
@@ -87,12 +87,12 @@ class Task:
 
     Attributes:
       group: natural, specialized or structured.
-      data: what TFDS calls the data set.
-      parts: the splits, from the number of examples of TFDS's own train.
-      features: what the label is made of.
-      rule: how; without, it is the label.
-      names: of the classes that `rule` makes.
-      factor: what pixels are multiplied by.
+      data: the name of the data set in TFDS.
+      parts: the splits, given the number of examples in TFDS's train.
+      features: the features that the label is computed from.
+      rule: computes the label; without it, the feature is the label.
+      names: the classes of `rule`.
+      factor: pixels are multiplied by it.
     """
 
     group: str
@@ -163,14 +163,14 @@ class VtabSource(records.RecordSource):
 
 
 def vtab(argument: str, split: str) -> VtabSource:
-    """A task of TASKS, of the data set that TFDS prepared, which is found as `tfds:NAME` is.
+    """A task of TASKS, from a data set that TFDS prepared, looked up as for `tfds:NAME`.
 
     Args:
       split: one of SPLITS. VTAB-1k trains on train800val200 and is evaluated on test.
 
     Raises:
-      UserError: no such task or split, or a data set that is not there, has other features or too
-        few examples, or cannot be read by index.
+      UserError: no such task or split, or a data set that is missing, has other features or too few
+        examples, or cannot be read by index.
     """
     where = f"vtab:{argument}"
     if argument not in TASKS:
