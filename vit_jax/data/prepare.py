@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from vit_jax.data import shards
 from vit_jax.data.classes import with_labels
 from vit_jax.data.contents import content, image_hash, shared
 from vit_jax.data.forms.archives import TarSource, open_tar
@@ -27,18 +28,6 @@ from vit_jax.data.forms.files import WHOLE, PassedOver
 from vit_jax.data.forms.open_files import open_file
 from vit_jax.data.forms.records import RecordSource, records
 from vit_jax.data.images import BadImage, decode, encode
-from vit_jax.data.shards import (
-    NAME,
-    converted_images,
-    file_size,
-    finished_splits,
-    info_path,
-    read_json,
-    write_info,
-    write_json,
-    write_passed_over,
-    write_shard,
-)
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
@@ -153,9 +142,9 @@ def prepare(
         "upright": True,
     }
     with _locked(dst):
-        done = read_json(info_path(dst, split))
+        done = shards.read_json(shards.info_path(dst, split))
         work = os.path.join(dst, f".unfinished_{split}")
-        begun = done["plan"] if done else read_json(os.path.join(work, "plan.json"))
+        begun = done["plan"] if done else shards.read_json(os.path.join(work, "plan.json"))
         if begun and "upright" not in begun:  # of a version that turned images only with `exif`
             begun["upright"] = begun.get("short_side") is None or begun.get("exif", False)
         changed = [key for key in plan if begun and begun.get(key) != plan[key] and key != "source"]
@@ -168,27 +157,27 @@ def prepare(
             return done
         _refuse_again(dst, split, plan, part, source)
         os.makedirs(work, exist_ok=True)
-        write_json(os.path.join(work, "plan.json"), plan)
+        shards.write_json(os.path.join(work, "plan.json"), plan)
         starts = range(0, total, shard_examples)
-        shards = []
+        finished = []
         with (
             concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
             tqdm.tqdm(total=total, unit="image", desc=split, disable=None) as bar,
         ):
             for number, start in enumerate(starts):
                 indices = range(start, min(start + shard_examples, total))
-                file = f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
+                file = f"{shards.NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
                 metadata = os.path.join(work, f"{file}.json")
-                shard = read_json(metadata)
-                if shard is None or file_size(os.path.join(dst, file)) != shard["bytes"]:
-                    images = converted_images(source, indices, conversion, pool, sequential)
-                    shard = write_shard(os.path.join(dst, file), images, bar)
-                    write_json(metadata, shard)
+                shard = shards.read_json(metadata)
+                if shard is None or shards.file_size(os.path.join(dst, file)) != shard["bytes"]:
+                    images = shards.converted_images(source, indices, conversion, pool, sequential)
+                    shard = shards.write_shard(os.path.join(dst, file), images, bar)
+                    shards.write_json(metadata, shard)
                 else:
                     bar.update(len(indices))
-                shards.append(shard)
-        write_passed_over(dst, split, passed)
-        info = write_info(dst, split, plan, shards)
+                finished.append(shard)
+        shards.write_passed_over(dst, split, passed)
+        info = shards.write_info(dst, split, plan, finished)
         shutil.rmtree(work)
         _say_shared(dst, split)
         return info
@@ -223,7 +212,7 @@ def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[S
 
 def _class_names(dst: str, classes: str | None, found: Sequence[str]) -> tuple[str, ...]:
     """The class names: of the file `classes`, of the other splits in `dst`, or as found."""
-    others = list(finished_splits(dst).values())
+    others = list(shards.finished_splits(dst).values())
     names = tuple(others[0]["plan"]["label_names"]) if others else tuple(found)
     if classes is None:
         return names
@@ -252,9 +241,10 @@ def _refuse_again(
     dst: str, split: str, plan: dict[str, Any], part: str | None, source: Source
 ) -> None:
     """Raises a UserError if another split of `dst`, finished or not, has the same images."""
-    plans = {name: (info["plan"], "") for name, info in finished_splits(dst, but=split).items()}
+    finished = shards.finished_splits(dst, but=split)
+    plans = {name: (info["plan"], "") for name, info in finished.items()}
     for folder in sorted(n for n in os.listdir(dst) if n.startswith(".unfinished_")):
-        begun = read_json(os.path.join(dst, folder, "plan.json"))
+        begun = shards.read_json(os.path.join(dst, folder, "plan.json"))
         name = folder.removeprefix(".unfinished_")
         if begun and name not in (split, *plans):
             plans[name] = begun, f", begun (if it is not meant, delete {dst}/{folder})"
@@ -286,7 +276,7 @@ def _only_alike(source: Source, plan: dict[str, Any], known: Any) -> bool:
 
 def _say_shared(dst: str, split: str) -> None:
     """Warns if images of a new split are in other splits of `dst` too."""
-    for name in finished_splits(dst, but=split):
+    for name in shards.finished_splits(dst, but=split):
         try:
             found = _shared(records(dst, name), records(dst, split))
         except UserError as error:  # the other split is damaged, not this one
