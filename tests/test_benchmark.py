@@ -17,8 +17,8 @@ from flax import nnx
 from processes import Command
 
 from vit_jax.analysis.cost import flops_per_image
-from vit_jax.models.config import variant
 from vit_jax.models.create import structure
+from vit_jax.models.variants import variant
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "benchmarks"

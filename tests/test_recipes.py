@@ -40,8 +40,9 @@ from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.config import VARIANTS, ViTConfig
+from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
+from vit_jax.models.variants import VARIANTS
 from vit_jax.training.config import MODEL_KEYS, Config, count_steps, unpack
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluators import EVALUATORS, Evaluator

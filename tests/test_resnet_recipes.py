@@ -30,9 +30,10 @@ from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models import config as models
-from vit_jax.models.config import VARIANTS, ResNetConfig
+from vit_jax.models import variants as models
+from vit_jax.models.config import ResNetConfig
 from vit_jax.models.create import structure
+from vit_jax.models.variants import VARIANTS
 from vit_jax.training.config import Config, count_steps
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics

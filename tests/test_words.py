@@ -28,9 +28,10 @@ from vit_jax.data.transforms import _CV2, _PILLOW
 from vit_jax.errors import UserError, nearest, sentence
 from vit_jax.flags import make_parser
 from vit_jax.launch.launchers import LAUNCHERS
-from vit_jax.models.config import CHOICES, variant
+from vit_jax.models.config import CHOICES
 from vit_jax.models.create import structure
 from vit_jax.models.posembed import RESIZE_METHODS
+from vit_jax.models.variants import variant
 from vit_jax.training import optim
 from vit_jax.training.config import Config, count_steps, differences, keys, unpack
 from vit_jax.training.config_file import load_config

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # Public names and their modules, imported at first use: `import vit_jax` touches no device.
 _PUBLIC = {
-    "VARIANTS": "vit_jax.models.config",
+    "VARIANTS": "vit_jax.models.variants",
     "ResNet": "vit_jax.models.resnet",
     "ResNetConfig": "vit_jax.models.config",
     "ViT": "vit_jax.models.vit",

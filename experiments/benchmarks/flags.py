@@ -13,7 +13,8 @@ from names import MODES, read_name
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.launch.jobs import ENVIRONMENT as LAUNCHED
-from vit_jax.models.config import CHOICES, ModelConfig, ResNetConfig, variant
+from vit_jax.models.config import CHOICES, ModelConfig, ResNetConfig
+from vit_jax.models.variants import variant
 
 CONTESTANTS = (
     "ours",

@@ -35,7 +35,8 @@ from input import device, paths_of, spread, write_files
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
-from vit_jax.models.config import CHOICES, variant
+from vit_jax.models.config import CHOICES
+from vit_jax.models.variants import variant
 from vit_jax.training.config import Config
 from vit_jax.training.config_file import load_config
 from vit_jax.training.loop import train

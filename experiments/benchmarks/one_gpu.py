@@ -49,8 +49,9 @@ from vit_jax.analysis.chips import CHIPS
 from vit_jax.analysis.roofline import Roofline, read_kernels
 from vit_jax.compiler import OPTIONS, compiler_options
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import ModelConfig, variant
+from vit_jax.models.config import ModelConfig
 from vit_jax.models.create import init_params, structure
+from vit_jax.models.variants import variant
 
 ROOT = Path(__file__).parents[2]
 BEST = "timm-compile:max-autotune+cudnn"  # of timm's, with the attention that ours has

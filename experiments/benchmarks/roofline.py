@@ -21,7 +21,8 @@ from vit_jax.analysis.chips import CHIPS, GIB, GPUS, topology_devices
 from vit_jax.analysis.roofline import Roofline, read_kernels
 from vit_jax.analysis.roofline import tell as tell_kernel
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import ModelConfig, variant
+from vit_jax.models.config import ModelConfig
+from vit_jax.models.variants import variant
 
 COLUMNS = (
     "variant | image | batch | GPU | ms | images/s | of ceiling | kernels | GB | temporaries GiB"

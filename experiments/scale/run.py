@@ -20,7 +20,7 @@ import jax
 
 from vit_jax.analysis import chips, preflight
 from vit_jax.analysis.collectives import by_kind
-from vit_jax.models.config import variant
+from vit_jax.models.variants import variant
 from vit_jax.training.config_file import load_config
 from vit_jax.training.sharding import make_mesh
 

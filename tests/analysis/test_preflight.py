@@ -11,7 +11,7 @@ from conftest import DIGITS, TINY
 from vit_jax.__main__ import main
 from vit_jax.analysis import chips, cost, preflight
 from vit_jax.errors import UserError
-from vit_jax.models.config import variant
+from vit_jax.models.variants import variant
 from vit_jax.training.config_file import load_config
 from vit_jax.training.sharding import make_mesh
 

@@ -20,7 +20,7 @@ from vit_jax.checkpoints import published as module
 from vit_jax.checkpoints.published import AUGREG, fetch, published
 from vit_jax.data.labels import imagenet_labels, imagenet_synsets
 from vit_jax.errors import UserError
-from vit_jax.models.config import variant
+from vit_jax.models.variants import variant
 
 ROOT = pathlib.Path(__file__).parents[2]
 REGISTRY = importlib.import_module("fsspec.registry")._registry

@@ -17,7 +17,7 @@ from vit_jax.analysis.collectives import by_kind
 from vit_jax.analysis.hlo import parse
 from vit_jax.analysis.roofline import Roofline, read_kernels
 from vit_jax.errors import UserError
-from vit_jax.models.config import variant
+from vit_jax.models.variants import variant
 from vit_jax.training.config_file import load_config
 from vit_jax.training.sharding import make_mesh
 

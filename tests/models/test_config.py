@@ -9,7 +9,8 @@ from flax import nnx
 
 import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.models.config import VARIANTS, ViTConfig, variant
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.variants import VARIANTS, variant
 
 # 1000 classes, class token, 224 pixels, no representation layer; as timm counts them.
 PUBLISHED_COUNTS = {

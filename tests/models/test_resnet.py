@@ -16,8 +16,9 @@ from flax import nnx
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.models import resnet, stack
-from vit_jax.models.config import ResNetConfig, ViTConfig, variant
+from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.models.create import structure
+from vit_jax.models.variants import variant
 
 # 1000 classes, class token, 224 pixels; as timm counts them (ResNets: its resnetv2_*_bit).
 PUBLISHED_COUNTS = {

@@ -18,9 +18,10 @@ from flax import nnx
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.models import layers
-from vit_jax.models.config import ViTConfig, variant
+from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import init_params, structure
 from vit_jax.models.stack import CAPTURES
+from vit_jax.models.variants import variant
 from vit_jax.models.vit import ViT
 
 # Nothing square and nothing equal, so that no two axes can be confused.

@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.models.config import variant
 from vit_jax.models.create import structure
+from vit_jax.models.variants import variant
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
 names, contestants = (importlib.import_module(name) for name in ("names", "contestants"))

@@ -40,7 +40,8 @@ from vit_jax.checkpoints.opened import open_model
 from vit_jax.checkpoints.sidecars import timm_files
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.config import ResNetConfig, pair, variant
+from vit_jax.models.config import ResNetConfig, pair
+from vit_jax.models.variants import variant
 
 # -- timm ----------------------------------------------------------------------------------------
 

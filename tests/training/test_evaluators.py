@@ -20,10 +20,12 @@ from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.config import Split
 from vit_jax.data.sources import open_source
 from vit_jax.models.create import structure
-from vit_jax.training import evaluate, evaluators
+from vit_jax.training import evaluators
 from vit_jax.training.config import from_json, to_json
 from vit_jax.training.config_file import load_config
 from vit_jax.training.eval_steps import make_eval_step
+from vit_jax.training.evaluate import evaluate_run
+from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe
@@ -94,7 +96,7 @@ def test_features_of_every_example_in_order(run, features, devices, batch_size):
     )
     opened, mesh = open_model(workdir), make_mesh(MeshConfig(), jax.devices()[:devices])
     params, _ = place(opened, opened.card.config, shardings=lambda x: placement(x, mesh))
-    evaluation = evaluate.Evaluation(config, opened.card, mesh)
+    evaluation = Evaluation(config, opened.card, mesh)
     found = evaluation.features(params, "p", split)
     np.testing.assert_array_equal(found.y, features["test"].y)
     np.testing.assert_allclose(found.x, features["test"].x, atol=2e-6)
@@ -218,7 +220,7 @@ def test_a_model_without_a_head_has_features(run, tmp_path):
     config = load_config(DIGITS, flags)
     fields = {"near": evaluators.Knn(train=split, test=split, neighbours=(1,))}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
-    assert evaluate.evaluate_run(tmp_path / "headless.safetensors", config) == {"near/knn1": 1.0}
+    assert evaluate_run(tmp_path / "headless.safetensors", config) == {"near/knn1": 1.0}
 
 
 def test_several_labels_an_image_against_numpy():

@@ -30,7 +30,8 @@ from vit_jax.launch.page import write_report
 from vit_jax.models.create import structure
 from vit_jax.training import multilabel
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluate import Evaluation, evaluate_run
+from vit_jax.training.evaluate import evaluate_run
+from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.evaluators import Classification, Knn
 from vit_jax.training.loop import train
 from vit_jax.training.sharding import MeshConfig, make_mesh, placement

@@ -19,9 +19,10 @@ from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.config import Split
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
-from vit_jax.training import evaluate, evaluators
+from vit_jax.training import evaluators
 from vit_jax.training import segmentation as module
 from vit_jax.training.config_file import load_config
+from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.segmentation import (
     Dense,
     count,
@@ -150,7 +151,7 @@ def evaluation(run, devices, batch_size):
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, evaluators=fields))
     opened, mesh = open_model(run), make_mesh(MeshConfig(), jax.devices()[:devices])
     params, _ = place(opened, opened.card.config, shardings=lambda x: placement(x, mesh))
-    return evaluate.Evaluation(config, opened.card, mesh), params, splits
+    return Evaluation(config, opened.card, mesh), params, splits
 
 
 def test_evaluate_segments(tiny_run, capsys):

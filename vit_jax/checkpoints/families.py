@@ -18,7 +18,8 @@ from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import VARIANTS, ModelConfig, ResNetConfig, ViTConfig, variant_kind
+from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.models.variants import VARIANTS, variant_kind
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP = {

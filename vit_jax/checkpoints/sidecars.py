@@ -5,7 +5,8 @@ from typing import Any
 
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.config import VARIANTS, ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.models.variants import VARIANTS
 
 
 def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from vit_jax.models import resnet
-from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields, variant
+from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields
+from vit_jax.models.variants import variant
 from vit_jax.models.vit import ViT
 
 Model = ViT | resnet.ResNet

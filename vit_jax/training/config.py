@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -14,17 +13,12 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import (
-    CHOICES,
-    FAMILIES,
-)
+from vit_jax.models.config import CHOICES, FAMILIES
 from vit_jax.training import masking
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import OBJECTIVES, Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
-
-logger = logging.getLogger(__name__)
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 SIDES = ("model.image_size", "model.patch_size")  # (h, w), or one number, which means square

@@ -22,7 +22,7 @@ from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError
 from vit_jax.training.config import Config, read_config, to_json
 from vit_jax.training.datasets import DataSets, elsewhere
-from vit_jax.training.evaluate import Evaluation
+from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.metrics import (
     Diverged,
     Recorder,

@@ -19,16 +19,10 @@ from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import (
-    ModelConfig,
-    ViTConfig,
-    check_fields,
-    variant,
-    variant_fields,
-    variant_kind,
-)
+from vit_jax.models.config import ModelConfig, ViTConfig, check_fields
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
+from vit_jax.models.variants import variant, variant_fields, variant_kind
 from vit_jax.training import masking
 from vit_jax.training.config import Config, count_steps, differences, read_config
 

@@ -1,0 +1,350 @@
+"""Evaluation: counts every example once, for any batch size and number of devices."""
+
+import collections
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.checkpoints.card import ModelCard
+from vit_jax.compiler import compiler_options
+from vit_jax.data.config import Split
+from vit_jax.data.pipeline import BatchReader, eval_batches
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+from vit_jax.models.create import structure
+from vit_jax.training import masking, multilabel
+from vit_jax.training.config import Config
+from vit_jax.training.datasets import DataSets
+from vit_jax.training.eval_steps import make_eval_step, make_feature_step, make_masked_eval_step
+from vit_jax.training.evaluators import Classification, Evaluator
+from vit_jax.training.metrics import due
+from vit_jax.training.probes import Features
+from vit_jax.training.segmentation import Dense
+from vit_jax.training.sharding import (
+    batch_shards,
+    local_rows,
+    make_layout,
+    to_devices,
+    total,
+)
+
+logger = logging.getLogger(__name__)
+# How images with several labels are counted.
+_COUNTED = {
+    "any": "an image is right where any is found (ImageNet-ReaL), images without one are left out",
+    "each": "each is a question of its own (mAP, micro_f1, macro_f1), of images without one too",
+}
+
+
+class Evaluation:
+    """All evaluations of a config: val, test and eval.evaluators.
+
+    Opens all data at once, so that missing data is reported before training starts.
+
+    Args:
+      data: opens the splits; by default as the config says, relative to the current folder.
+
+    Raises:
+      UserError: a split that cannot be opened, is endless, has other classes than the model, or
+        is the same images as an evaluator's training split.
+    """
+
+    def __init__(self, config: Config, card: ModelCard, mesh: Mesh, data: DataSets | None = None):
+        data = data or DataSets()
+        self._config, self._mesh = config, mesh
+        self._evaluators: dict[str, Evaluator] = {
+            name: Classification(test=split, every=every)
+            for name, split, every in (
+                ("val", config.data.val, None),
+                ("test", config.data.test, 0),
+            )
+            if split is not None
+        }
+        self._evaluators |= config.eval.evaluators
+        masked = config.objective in masking.OBJECTIVES
+        if masked and card.objective != config.objective:
+            raise UserError(
+                f"objective {config.objective} measures predicted patches, which this model does "
+                f"not predict: its objective is {card.objective}. Name a run of the former, or "
+                f"set objective to {card.objective}"
+            )
+        # By evaluator and split: the classes of a split depend on the evaluator.
+        self._reads: dict[tuple[str, Split], BatchReader] = {}
+        self._several: dict[str, str | None] = {}
+        known: dict[tuple[Split, tuple[str, ...]], BatchReader] = {}
+        for name, evaluator in self._evaluators.items():
+            ours = isinstance(evaluator, Classification)
+            matched = not (ours and masked)  # labels that nothing reads need not be the model's
+            where = f"data.{name}" if name in ("val", "test") else f"eval.evaluators.{name}"
+            if ours and matched and not card.labels:
+                raise UserError(
+                    f"{where}: the model has no classes to tell images by: fine-tune it, or "
+                    "measure its features by eval.evaluators of type fewshot, knn or probe"
+                )
+            for splits in evaluator.data_sets():
+                labels = card.labels if ours else None
+                names = _names(where, evaluator, splits)
+                for named, split in zip(names, splits, strict=True):
+                    source = _open(data, named, split, evaluator.reads_masks)
+                    if labels is None:
+                        labels = data.labels(named, split)
+                    if matched:
+                        source = data.with_labels(named, split, labels)
+                        several = _several(named, source, split, evaluator, config, card)
+                        self._several[name] = several
+                    read = BatchReader.of(
+                        source, split, card.preprocess, on_corrupt=config.data.on_corrupt
+                    )
+                    self._reads[name, split] = known.setdefault((split, source.label_names), read)
+                if len(names) > 1:
+                    data.check(names, config)
+        graphdef, _ = structure(card.config)
+        layout = make_layout(mesh, card.config.dtype)
+        options = dict(objective=config.objective, layout=layout)
+        asked = compiler_options(mesh, deterministic=config.mesh.deterministic)
+        whole = NamedSharding(mesh, PartitionSpec())
+        if masked:
+            step = make_masked_eval_step(graphdef, card.preprocess, seed=config.seed, **options)
+            self._eval_step = jax.jit(step, compiler_options=asked)
+        else:
+            classes = card.config.num_classes
+            make = functools.partial(
+                make_eval_step, graphdef, card.preprocess, num_classes=classes, **options
+            )
+            step, each = make(), make(each=True)
+            self._eval_step = jax.jit(
+                lambda params, batch, start: step(params, batch), compiler_options=asked
+            )
+            self._each_step = jax.jit(each, out_shardings=whole, compiler_options=asked)
+        self._feature_steps = {
+            dense: jax.jit(
+                make_feature_step(graphdef, card.preprocess, dense=dense, layout=layout),
+                out_shardings=whole,
+                compiler_options=asked,
+            )
+            for dense in (False, True)
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The evaluations that the config has: val, test and the evaluators."""
+        return tuple(self._evaluators)
+
+    def due(self, step: int, total_steps: int) -> list[str]:
+        """The names of the evaluations that are due after `step` steps."""
+        default = self._config.eval.every
+        return [
+            name
+            for name, evaluator in self._evaluators.items()
+            if due(step, default if evaluator.every is None else evaluator.every, total_steps)
+        ]
+
+    def measure(self, names: list[str], params: Any) -> Iterator[dict[str, float]]:
+        """Yields {"NAME/METRIC": value} for each name, for the model with these parameters."""
+        known: dict[tuple[Split, tuple[str, ...]], Features] = {}
+        for name in names:
+            values = self._evaluators[name].measure(_Weighted(self, params, name, known))
+            yield {f"{name}/{key}": value for key, value in values.items()}
+
+    def classify(self, params: Any, name: str, split: Split) -> dict[str, float]:
+        """Returns means over all examples: accuracy (top-1), top5 and loss.
+
+        If images have several labels, the metrics are those of `evaluators.Classification`, with
+        the settings of the evaluator `name`.
+
+        For masked patch prediction, returns its loss and accuracy, with the same corruption of each
+        example at every evaluation.
+
+        Padding is masked; the sums of all batches are added on the host, and divided last. Images
+        that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
+        """
+        read, corrupt = self._reads[name, split], 0
+        each = self._several.get(name) == "each"
+
+        def results(batches):
+            nonlocal corrupt
+            for number, batch in enumerate(batches):
+                if read.on_corrupt == "skip":
+                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
+                on_device = self._to_devices(batch)
+                if each:
+                    yield self._each_step(params, on_device)
+                else:
+                    yield self._eval_step(params, on_device, number * self._batch_size)
+
+        logits, labels = [], []
+        with self._batches(read) as batches:
+            if each:
+                sums = []
+                for values in fetched(results(batches)):
+                    mask = values.pop("mask")
+                    logits.append(values.pop("logits")[mask])
+                    labels.append(values.pop("label")[mask])
+                    sums.append(values)
+            else:
+                sums = jax.device_get(list(results(batches)))
+        totals = {
+            name: np.sum([values[name] for values in sums], dtype=np.float64) for name in sums[0]
+        }
+        count = totals.pop("count")
+        if not count:
+            raise UserError(
+                f"{split.source} {split.split}: no image can be evaluated"
+                + (", as none has a label" if each and totals["images"] else "")
+            )
+        counts = dict.fromkeys(totals, count)
+        if each:
+            counts["loss"] = totals.pop("images")
+        means = {name: float(value / counts[name]) for name, value in totals.items()}
+        if each:
+            means |= multilabel.scores(np.concatenate(logits), np.concatenate(labels))
+        return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
+
+    def features(self, params: Any, name: str, split: Split) -> Features:
+        """Returns the head's inputs for all examples, in order, on the host of every process.
+
+        Labels are in the classes that the evaluator `name` has for the split.
+        """
+        return Features(*self._run(params, name, split, dense=False))
+
+    def dense(self, params: Any, name: str, split: Split) -> Dense:
+        """Returns dense features (each patch) and masks of all examples, as `features` does.
+
+        An example takes 4 bytes a number: 0.6 MB for ViT-B/16 at 224 pixels.
+        """
+        return Dense(*self._run(params, name, split, dense=True))
+
+    def _run(
+        self, params: Any, name: str, split: Split, *, dense: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        read, step = self._reads[name, split], self._feature_steps[dense]
+        with self._batches(read) as batches:
+            results = (step(params, self._to_devices(batch)) for batch in batches)
+            kept = [
+                (values["x"][values["mask"]], values["label"][values["mask"]])
+                for values in fetched(results)
+            ]
+        x, y = (np.concatenate(column) for column in zip(*kept, strict=True))
+        return x, y
+
+    def label_names(self, name: str, split: Split) -> tuple[str, ...]:
+        """The class names of a split's data set, for the evaluator `name`."""
+        return self._reads[name, split].source.label_names
+
+    @property
+    def _batch_size(self) -> int:
+        """The batch size, rounded up to a multiple of the devices; the rest is padding."""
+        shards = batch_shards(self._mesh)
+        size = self._config.eval.batch_size or self._config.batch_size
+        return -(-size // shards) * shards
+
+    def _batches(self, read: BatchReader) -> Any:
+        rows = local_rows(self._batch_size, self._mesh)
+        return eval_batches(read, self._batch_size, rows=rows, threads=self._config.data.threads)
+
+    def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return to_devices(batch, self._batch_size, self._mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weighted:
+    """A model with its weights, for one evaluator.
+
+    The features of a split are computed once and shared by evaluators with the same classes.
+    """
+
+    evaluation: Evaluation
+    params: Any
+    name: str
+    known: dict[tuple[Split, tuple[str, ...]], Features]
+
+    def classify(self, split: Split) -> dict[str, float]:
+        return self.evaluation.classify(self.params, self.name, split)
+
+    def features(self, split: Split) -> Features:
+        key = split, self.evaluation.label_names(self.name, split)
+        if key not in self.known:
+            self.known[key] = self.evaluation.features(self.params, self.name, split)
+        return self.known[key]
+
+    def dense(self, split: Split) -> Dense:
+        # Not cached: large, and rarely read by another evaluator.
+        return self.evaluation.dense(self.params, self.name, split)
+
+    def num_classes(self, split: Split) -> int:
+        return len(self.evaluation.label_names(self.name, split))
+
+
+def fetched(
+    results: Iterable[dict[str, jax.Array]], behind: int = 2
+) -> Iterator[dict[str, np.ndarray]]:
+    """Copies results to the host, `behind` steps late, so that the device does not wait for it."""
+    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for values in results:
+        pending.append(values)
+        if len(pending) > behind:
+            yield jax.device_get(pending.popleft())
+    yield from map(jax.device_get, pending)
+
+
+def _several(
+    where: str,
+    source: Source,
+    split: Split,
+    evaluator: Evaluator,
+    config: Config,
+    card: ModelCard,
+) -> str | None:
+    """How the labels of a split count ("any" or "each"); None if images have one each.
+
+    Raises:
+      UserError: an evaluator or an objective that does not support several labels.
+    """
+    asked = getattr(evaluator, "several", None)
+    if not getattr(source, "multi_label", False):
+        if asked == "each":
+            raise UserError(
+                f"{where}: {split.source} has one label an image: leave several=each out"
+            )
+        return None
+    if not isinstance(evaluator, Classification):
+        raise UserError(
+            f"{where}: {split.source} has several labels an image, which no evaluator of type "
+            f"{evaluator.type} takes: measure them by type classification"
+        )
+    several = asked or ("each" if card.multi_label else "any")
+    if several == "each" and config.objective != "sigmoid":
+        raise UserError(
+            f"{where}: {split.source} has several labels an image, each a question of its own, but "
+            f"the objective is {config.objective}: set --config.objective=sigmoid"
+        )
+    logger.info("%s: images have several labels: %s", where, _COUNTED[several])
+    return several
+
+
+def _names(where: str, evaluator: Evaluator, splits: tuple[Split, ...]) -> tuple[str, ...]:
+    """Names of the splits of one of an evaluator's data sets."""
+    if len(splits) == 1:
+        return (where,)
+    parts = [part for part in ("train", "val", "test") if getattr(evaluator, part, None)]
+    if len(parts) == len(splits):
+        return tuple(f"{where}.{part}" for part in parts)
+    return tuple(f"{where} {split.source} {split.split}" for split in splits)
+
+
+def _open(data: DataSets, where: str, split: Split, masks: bool) -> Source:
+    source = data.open(where, split)
+    if not isinstance(source, Sized):
+        raise UserError(f"{where}.source {split.source} is endless: name a finite split")
+    if masks != getattr(source, "masks", False):
+        said = "has no masks, which type segmentation reads: name a source such as scenes:digits"
+        if not masks:
+            said = "has masks for labels, which only an evaluator of type segmentation reads"
+        raise UserError(f"{where}: {split.source} {said}")
+    return source
