@@ -214,7 +214,7 @@ def _sums(model: Model, images: Float[Array, "b h w c"]) -> tuple[Array, Array, 
     weights = model(images, capture="attention")[1]["attention"]
     grid, prefix = config.grid, config.num_prefix_tokens
     # A class token that the head does not read (MAE with mean pooling) is not the output.
-    tokens = (grid, prefix, "token" in config.pool)
+    tokens = (grid, prefix, config.pools_class_token)
     return (
         attention_distance(weights, grid, prefix, config.patch_pixels),
         attention_maps(weights, *tokens),

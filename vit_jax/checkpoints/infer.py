@@ -64,7 +64,7 @@ def infer(
     fields["pool"] = _pool(weights, found, fields, wide_head, told.get("pool"))
     if dialect is TIMM and "dist_token" in found and not fields["num_classes"]:
         assumed["pool"] = "alone, where timm's output without a head is the mean with dist_token"
-    if ("cls_token" in found) != ("token" in fields["pool"]):
+    if ("cls_token" in found) != (fields["pool"] in ("token", "token_gap")):
         fields["class_token"] = "cls_token" in found
 
     qkv = found.get("blocks/attention/qkv/kernel")

@@ -123,7 +123,7 @@ class ViTConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"model.{name} is {value}; expected a positive number")
-        if self.pool in ("token", "token_gap") and not self.has_class_token:
+        if self.pools_class_token and not self.has_class_token:
             raise UserError(f"model.pool {self.pool!r} reads a class token: class_token is false")
         if self.distillation == "head" and (self.pool != "token" or self.representation_size):
             raise UserError(
@@ -181,8 +181,12 @@ class ViTConfig:
         return h // ph, w // pw
 
     @property
+    def pools_class_token(self) -> bool:
+        return self.pool in ("token", "token_gap")
+
+    @property
     def has_class_token(self) -> bool:
-        return "token" in self.pool if self.class_token is None else self.class_token
+        return self.pools_class_token if self.class_token is None else self.class_token
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -75,7 +75,8 @@ class ViT(nnx.Module):
           key: enables dropout and stochastic depth; without it the model is deterministic.
           capture: names of intermediates to return with the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
-            `encoded` [b n d], `pooled` [b d], `pre_logits` [b r].
+            `encoded` [b n d], `pooled` [b p], and `pre_logits` [b r], the head's input, which is
+            `pooled` without a representation_size.
           corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: the sharding on a mesh (see training/sharding.py).
 
@@ -173,7 +174,7 @@ class ViT(nnx.Module):
     def pooled(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
-        """The head's input (the class token in Eq. 4), and the distillation token, if any."""
+        """The head's input (the class token in Eq. 4), and that of `head_dist`, if there is one."""
         config = self.config
         x_dist = x[:, 1] if config.distillation == "head" else None
         if config.pool == "token":
@@ -211,13 +212,13 @@ class ViT(nnx.Module):
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
 
-        # Folding would move kernels that are sharded. All blocks are folded at once, except in a
-        # scan, which would be given them all.
+        # On one GPU, norms are folded into the next kernels (see `layers.folded`); with a layout
+        # that would gather sharded kernels. In a scan, the body folds: no copy of all blocks.
         fold = target() == "gpu" and layout is None
-        at_once = not scanned(self.config.scan, depth)
+        fold_before = not scanned(self.config.scan, depth)
 
         def body(x, params, index):
-            params = layers.folded(params) if fold and not at_once else params
+            params = layers.folded(params) if fold and not fold_before else params
             block, inner = nnx.merge(graphdef, params), Captures(captures.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
@@ -233,7 +234,7 @@ class ViT(nnx.Module):
             return x, inner.values
 
         stacked = nnx.to_pure_dict(stacked)
-        if fold and at_once:
+        if fold and fold_before:
             stacked = jax.vmap(layers.folded)(stacked)
         x, captured = run_block(body, pad(x), stacked, self.config, layout, depth=depth)
         captures.values.update(captured)

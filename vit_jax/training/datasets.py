@@ -195,7 +195,7 @@ def _is_section(kept: Any) -> bool:
     )
 
 
-def elsewhere(old: Config, new: Config) -> tuple[Config, dict[str, str]]:
+def with_recorded_sources(old: Config, new: Config) -> tuple[Config, dict[str, str]]:
     """Returns `new` with the sources of `old`, and the changed ones: "data.val" -> new source."""
     moved, parts = {}, {}
     for name in _SPLITS:

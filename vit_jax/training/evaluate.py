@@ -12,7 +12,7 @@ from vit_jax.checkpoints.opened import open_together
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config, differences, read_config
 from vit_jax.training.config_file import overridden
-from vit_jax.training.datasets import DataSets, elsewhere
+from vit_jax.training.datasets import DataSets, with_recorded_sources
 from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.sharding import (
     make_mesh,
@@ -31,7 +31,7 @@ def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict
       UserError: as `evaluate_run`, or flags that would make it another run.
     """
     own = read_config(workdir)
-    config, moved = elsewhere(own, overridden(dataclasses.asdict(own), overrides))
+    config, moved = with_recorded_sources(own, overridden(dataclasses.asdict(own), overrides))
     if changed := differences(own, config):
         raise UserError(
             f"{workdir} is evaluated as its config says ({'; '.join(changed)}): name --model and "

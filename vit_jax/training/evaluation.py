@@ -190,7 +190,8 @@ class Evaluation:
             else:
                 sums = jax.device_get(list(results(batches)))
         totals = {
-            name: np.sum([values[name] for values in sums], dtype=np.float64) for name in sums[0]
+            name: np.sum([values[name] for values in sums], axis=0, dtype=np.float64)
+            for name in sums[0]
         }
         count = totals.pop("count")
         if not count:

@@ -21,7 +21,7 @@ from vit_jax.checkpoints.store import Store, claim, write_atomically
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError
 from vit_jax.training.config import Config, read_config, to_json
-from vit_jax.training.datasets import DataSets, elsewhere
+from vit_jax.training.datasets import DataSets, with_recorded_sources
 from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.metrics import (
     Diverged,
@@ -105,8 +105,8 @@ def _run(
 ) -> dict[str, int | float]:
     config.check_trains()
     resume_step, data = store.newest(), DataSets()
-    if resume_step is not None:  # the same data may lie elsewhere by now
-        config, moved = elsewhere(read_config(workdir), config)
+    if resume_step is not None:  # with the recorded sources, and where they are now
+        config, moved = with_recorded_sources(read_config(workdir), config)
         data = DataSets.of_run(workdir, moved)
     source = distributed.each("data", lambda: data.open("data.train", config.data.train))
     mesh = make_mesh(config.mesh)

@@ -1,8 +1,9 @@
-"""The plan of a run: its model, data, length and starting point, all decided here.
+"""The plan of a run: its model, data, length and starting point.
 
 It is made from a config, the training data, and the checkpoint to start from. The data flow is
 config -> plan -> program (the compiled step) -> loop. `preflight` and `data` make the same plan
-without running it. No weights are read, and nothing is allocated.
+without running it. No weights are read, and nothing is allocated. Which checkpoint of a run folder
+is whole is found by the loop (`Store.newest`) and passed in.
 """
 
 import dataclasses
@@ -80,7 +81,10 @@ class Plan:
         return dataclasses.replace(self, card=dataclasses.replace(self.card, config=model))
 
     def reader(self, source: Source) -> BatchReader:
-        """Returns the reader of training batches, in the classes of `card`."""
+        """Returns the reader of training batches.
+
+        `source` must already have the classes of `card` (see `DataSets.with_labels`).
+        """
         config = self.config
         return BatchReader.of(
             source,
@@ -94,12 +98,13 @@ class Plan:
 def plan_run(
     config: Config, workdir: epath.PathLike, source: Source, resume_step: int | None
 ) -> Plan:
-    """Plans a run in a folder. It starts from the first of these that applies:
+    """Plans a run in a folder, which starts in one of three ways:
 
-    1. resume: the folder holds a complete checkpoint, and the config is the same;
-    2. fine-tune: `init_from` names another model; its head is replaced (paper, B.1.1), its position
-       embeddings are resized (section 3.2), its preprocessing is inherited;
-    3. scratch.
+    1. Resume, if `resume_step` is given: config and data must be those of the run.
+    2. Fine-tune, if `init_from` names a model: its head is replaced (paper, B.1.1) unless
+       model.head=keep, its position embeddings are resized (section 3.2), and its preprocessing is
+       taken at the new image size, with what data.val (or test, or train) sets otherwise.
+    3. From scratch.
 
     Raises:
       UserError: the folder holds a run with another config or other data; or as `make_plan`.

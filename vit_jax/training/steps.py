@@ -1,4 +1,4 @@
-"""The training step and the evaluation steps, as pure functions on pytrees."""
+"""The training step and its losses, as pure functions on pytrees (see also eval_steps.py)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,16 +49,16 @@ def class_loss(
 ) -> Loss:
     """Returns the classification loss, with the accuracy; batches may have a `partner` to mix in.
 
-    With labels [b k] an image is right if its top class is any of its labels, and the accuracy is
-    a share of `labelled`, the images that have any. For mixed images, the labels are those of the
-    larger part.
+    With multi-label targets [b k], an image is right if its top class is one of its labels; images
+    without labels do not count (`labelled` is the number of the others). With mixup or cutmix, the
+    accuracy uses the labels of the image with the larger share.
     """
     loss_of = objectives.OBJECTIVES[objective]
 
     def loss_fn(params, batch, key, weight):
         inputs, labels = images(batch, preprocess), batch["label"]
         targets = objectives.to_targets(labels, num_classes, smoothing)
-        several = labels.ndim == 2
+        multi_label = labels.ndim == 2
         if "partner" in batch:
             partner, mixing = batch["partner"], batch["mixing"]
             with jax.named_scope("mixing"):
@@ -66,12 +66,12 @@ def class_loss(
             others = objectives.to_targets(partner["label"], num_classes, smoothing)
             share = mixing["share"][:, None]
             targets = share * targets + (1 - share) * others
-            if several:
+            if multi_label:
                 labels = jnp.where(share >= 0.5, labels, partner["label"])
         logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
         with jax.named_scope("head"):
             loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
-            if several:
+            if multi_label:
                 best = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)[:, 0]
                 hits = jnp.sum((best > 0) & batch["mask"])
                 labelled = jnp.sum((labels.max(axis=-1) > 0) & batch["mask"])
