@@ -1,6 +1,7 @@
 """The list of faults.toml: each is in one place, and its tests are there (`make test-faults`)."""
 
 import collections
+import re
 
 from conftest import ROOT
 from faults import FAULTS, SOURCES, place, room
@@ -24,6 +25,11 @@ def test_every_fault_has_its_tests():
         for file, *names in files:
             text = (ROOT / file).read_text()
             assert all(f"def {name.partition('[')[0]}(" in text for name in names), fault["name"]
+        if "-k" in fault["tests"]:
+            words = re.findall(r"\w+", fault["tests"][fault["tests"].index("-k") + 1])
+            texts = " ".join([file, *((ROOT / file).read_text() for file, *_ in files)]).lower()
+            missing = [w for w in words if w not in ("and", "or", "not") and w.lower() not in texts]
+            assert not missing, (fault["name"], missing)
 
 
 def test_every_room_has_its_faults():
