@@ -124,6 +124,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     chosen = [fault for fault in FAULTS if args.only in title(fault)]
+    if not chosen:
+        parser.error(f"no fault has {args.only!r} in its room or name")
     counts, together, wrong = collections.defaultdict(collections.Counter), 0.0, 0
     for fault in [fault for fault in chosen if place(fault) is None]:
         chosen.remove(fault)
