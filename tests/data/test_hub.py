@@ -90,9 +90,13 @@ def test_a_group_is_read_once_for_rows_in_order_and_by_many_threads(pets, monkey
         hub.ParquetRows, "_read", lambda self, *place: reads.append(place) or read(self, *place)
     )
     source = open_source(f"hf-data:{pets}", "train")
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        images = list(pool.map(lambda i: source[i]["image"], range(8)))
-    assert images == [b"%d" % i for i in range(8)] and len(reads) == 5
+    assert [source[i]["image"] for i in range(8)] == [b"%d" % i for i in range(8)]
+    assert len(reads) == 5
+    reads.clear()
+    source = open_source(f"hf-data:{pets}", "train")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # of one group, which stays
+        assert set(pool.map(lambda i: source[i]["image"], [0] * 16)) == {b"0"}
+    assert len(reads) == 1
 
 
 def test_fingerprints_are_of_the_contents_alone(pets, tmp_path_factory):
