@@ -15,7 +15,7 @@ from jax import jit
 import vit_jax
 from vit_jax.analysis.cost import flops_per_image
 from vit_jax.analysis.preflight import open_plan
-from vit_jax.checkpoints import card as records
+from vit_jax.checkpoints import card
 from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data.transforms import Preprocess
@@ -470,7 +470,7 @@ def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(
     train(load_config(f"{DIGITS}:finetune", flags), tmp_path / "tuned")
     tuned = vit_jax.load(tmp_path / "tuned")
     assert (tuned.config.num_classes, tuned.config.patch_outputs) == (10, 0)
-    text = " ".join(" ".join(card.getMessage().split()) for card in caplog.records)
+    text = " ".join(" ".join(record.getMessage().split()) for record in caplog.records)
     for sentence in ("mask_token dropped", "patch_head/kernel dropped", "head/kernel fresh"):
         assert sentence in text
     assert len(next(tuned.predict([np.zeros((8, 8), "uint8")], topk=20))) == 10
@@ -506,7 +506,7 @@ def test_a_preflight_needs_neither_data_nor_classes():
 
 
 def test_a_record_may_name_every_objective_there_is():
-    assert set(records.OBJECTIVES) == {*objectives.OBJECTIVES, *masking.OBJECTIVES}
+    assert set(card.OBJECTIVES) == {*objectives.OBJECTIVES, *masking.OBJECTIVES}
 
 
 # What is set, and what is said of it before a run begins.

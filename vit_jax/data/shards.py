@@ -38,6 +38,7 @@ def finished_splits(dst: str, but: str | None = None) -> dict[str, dict[str, Any
 
 
 def info_path(dst: str, split: str) -> str:
+    """The path of the JSON file that describes a prepared split."""
     return os.path.join(dst, INFO.format(split=split))
 
 
@@ -218,6 +219,7 @@ def _features(num_classes: int) -> dict[str, Any]:
 
 
 def file_size(path: str) -> int:
+    """The size of a file in bytes; -1 if it is missing."""
     return os.path.getsize(path) if os.path.exists(path) else -1
 
 
@@ -231,6 +233,7 @@ def read_json(path: str) -> Any:
 
 
 def write_json(path: str, value: Any) -> None:
+    """Writes a JSON file atomically."""
     _write_text(path, json.dumps(value, indent=1))
 
 

@@ -26,13 +26,7 @@ from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
 from vit_jax.training.probes import Features
 from vit_jax.training.segmentation import Dense
-from vit_jax.training.sharding import (
-    batch_shards,
-    local_rows,
-    make_layout,
-    to_devices,
-    total,
-)
+from vit_jax.training.sharding import batch_shards, local_rows, make_layout, to_devices, total
 
 logger = logging.getLogger(__name__)
 # How images with several labels are counted.

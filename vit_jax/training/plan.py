@@ -43,6 +43,7 @@ class TrainingData:
 
     @classmethod
     def of(cls, source: Source) -> "TrainingData":
+        """Those of an open source."""
         return cls(
             source.label_names,
             source.fingerprint,
@@ -162,8 +163,6 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
 
 def _check_labels(config: Config, data: TrainingData) -> None:
     """Raises a UserError if the objective cannot use the data's kind of labels."""
-    if config.data.train is None:
-        return
     name = f"data.train.source {config.data.train.source}"
     if data.masks:
         raise UserError(

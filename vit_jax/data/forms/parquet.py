@@ -120,6 +120,7 @@ class ParquetSource:
 
 
 def is_list(kind: pyarrow.DataType) -> bool:
+    """Whether a column of this type holds lists, of any or of one length."""
     types = pyarrow.types
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
@@ -144,6 +145,7 @@ def holds_labels(kind: pyarrow.DataType) -> bool:
 
 
 def read_column(paths: Sequence[str], column: str) -> list[Any]:
+    """Reads one column of all files, in their order, as Python values; None for nulls."""
     found = []
     for path in paths:
         with reading(path):
