@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.special
 from etils import epath
 
 from vit_jax.checkpoints.store import write_atomically
@@ -13,9 +15,32 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
 
-OBJECTIVES = ("softmax", "sigmoid", "masked_colour", "masked_small", "masked_pixels")
 # Errors that malformed JSON may raise while a card is read.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What the outputs of a model trained with an objective mean.
+
+    Attributes:
+      probabilities: logits [k], float64 -> the probability of each of the k classes; None if the
+        model has no classes, as in masked patch prediction.
+      multi_label: whether each class is a question of its own, so that an image may have several.
+    """
+
+    probabilities: Callable[[np.ndarray], np.ndarray] | None = None
+    multi_label: bool = False
+
+
+# By name. Their losses are in training/objectives.py, and of patches in training/masking.py.
+OBJECTIVES = {
+    "softmax": Objective(scipy.special.softmax),
+    "sigmoid": Objective(scipy.special.expit, multi_label=True),
+    "masked_colour": Objective(),
+    "masked_small": Objective(),
+    "masked_pixels": Objective(),
+}
 _FAMILY_NAMES = {kind: name for name, kind in FAMILIES.items()}
 
 

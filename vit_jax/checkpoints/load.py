@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 
 from vit_jax.checkpoints import families
-from vit_jax.checkpoints.card import ModelCard, Report
+from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
 from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.compiler import compiler_options
@@ -82,11 +82,7 @@ class Loaded:
         params = nnx.state(self.model)
         for image in images:
             logits = np.asarray(self._forward(params, self.preprocess(image)[None])[0], np.float64)
-            if self.objective == "sigmoid":
-                probabilities = 1 / (1 + np.exp(-logits))
-            else:
-                weights = np.exp(logits - logits.max())
-                probabilities = weights / weights.sum()
+            probabilities = OBJECTIVES[self.objective].probabilities(logits)
             best = np.argsort(-probabilities, kind="stable")[:topk]
             yield [(self.labels[i], float(probabilities[i])) for i in best]
 
