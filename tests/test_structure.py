@@ -14,12 +14,13 @@ PACKAGE = ROOT / "vit_jax"
 BELOW = {
     "words": set(),
     "errors": {"words"},
+    "recipes": {"errors"},
     "distributed": {"errors"},
     "compiler": set(),
     "models": {"errors", "compiler"},
     "data": {"errors"},
     "checkpoints": {"errors", "distributed", "compiler", "models", "data"},
-    "training": {"errors", "distributed", "compiler", "models", "data", "checkpoints"},
+    "training": {"errors", "recipes", "distributed", "compiler", "models", "data", "checkpoints"},
     "analysis": {"errors", "distributed", "compiler", "models", "data", "checkpoints", "training"},
     "launch": {"errors", "distributed", "models", "data", "checkpoints", "training"},
 }

@@ -181,15 +181,15 @@ def test_flags_and_commands_are_suggested_of_those_that_exist(capsys, model, tmp
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["eval"], "did you mean 'evaluate'?"),
         (["finetune"], "did you mean 'train'?"),
-        (["predict"], "the following arguments are required: --model, IMAGE; see `python -m"),
+        (["predict"], "the following arguments are required: --model, IMAGE; see `vit-jax"),
     ):
         assert message in fails(capsys, *argv), argv
 
 
 def test_help_and_version(capsys):
     for argv, code, text in (
-        ([], 2, "usage: python -m vit_jax"),
-        (["help"], 0, "usage: python -m vit_jax"),
+        ([], 2, "usage: vit-jax"),
+        (["help"], 0, "usage: vit-jax"),
         (["help", "predict"], 0, "--topk"),
         (["--version"], 0, f"vit_jax {vit_jax.__version__}"),
     ):

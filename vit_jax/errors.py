@@ -58,7 +58,7 @@ def sentence(error: BaseException, has_config: bool) -> str | None:
         if has_config:
             advice = (
                 "lower batch_size or eval.batch_size, raise optim.accumulate, set "
-                "model.remat=full, or split the model by mesh.fsdp=-1; `python -m vit_jax "
+                "model.remat=full, or split the model by mesh.fsdp=-1; `vit-jax "
                 "preflight` says what a run needs"
             )
         return f"out of memory ({_brief(text) or type(error).__name__}): {advice}"

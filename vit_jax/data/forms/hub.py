@@ -64,7 +64,7 @@ def hub(argument: str, split: str) -> ParquetSource:
     if images.largest > _LARGE:
         logger.warning(
             "%s has %d MB of images in a group of rows, which is read for each image when they are "
-            "shuffled: `python -m vit_jax prepare` makes shards that are read image by image",
+            "shuffled: `vit-jax prepare` makes shards that are read image by image",
             where,
             images.largest // 2**20,
         )
