@@ -70,7 +70,7 @@ def load_sweep(spec: str) -> Sweep:
     """Loads `FILE` or `FILE:SCALE`, and checks every point, including its config.
 
     Config files are looked up from the current directory, then from the parent folders of the
-    sweep file, nearest first.
+    sweep file, nearest first; recipes are found by name from anywhere.
 
     Raises:
       UserError: no such file, function or scale; points with the same name, with a circular or
@@ -213,7 +213,7 @@ def _ordered(spec: str, points: list[Point]) -> list[Point]:
 
 def _find_config(config: str, sweep_file: str) -> str:
     path, colon, argument = config.partition(":")
-    if not os.path.exists(path):
+    if path.endswith(".py") and not os.path.exists(path):
         for folder in Path(os.path.abspath(sweep_file)).parents:
             if (folder / path).is_file():
                 return f"{folder / path}{colon}{argument}"

@@ -14,6 +14,7 @@ import ml_collections
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import pair
+from vit_jax.recipes import find
 from vit_jax.training.config import DURATIONS, SIDES, Config, not_none, typed_keys, unpack
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     """Loads a config file and applies `--config.KEY=VALUE` flags to it.
 
     Args:
-      spec: `FILE.py` or `FILE.py:ARGUMENT`; the file defines get_config, which gets the argument.
+      spec: `FILE.py` or `FILE.py:ARGUMENT`, or a recipe's name in the file's place (see
+        `recipes.find`); the file defines get_config, which gets the argument.
       overrides: flags for any key of the config, whether the file sets it or not. None unsets a
         key. A flag that sets a duration clears the file's.
 
@@ -130,9 +132,7 @@ def _item(text: str) -> int | float | str:
 
 
 def _run_config_file(spec: str) -> dict[str, Any]:
-    path, _, argument = os.path.expanduser(spec).partition(":")
-    if not os.path.isfile(path) or not path.endswith(".py"):
-        raise UserError(f"there is no config file {path!r} (--config={spec}); expected FILE.py")
+    path, argument = find(spec)
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
     with _importable(os.path.dirname(os.path.abspath(path))):
         module.__spec__.loader.exec_module(module)
