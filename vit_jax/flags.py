@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import vit_jax
 from vit_jax import distributed
@@ -75,7 +75,7 @@ def fields(pairs: list[str]) -> dict[str, object]:
 class Command(argparse.ArgumentParser):
     """A parser that accepts flags anywhere among images, and raises UserErrors.
 
-    Flags cannot be abbreviated.
+    Flags cannot be abbreviated. `--config.KEY VALUE` is `--config.KEY=VALUE`.
     """
 
     def __init__(self, **options):
@@ -86,6 +86,8 @@ class Command(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
     def parse_known_args(self, args=None, namespace=None):
+        if self.get_default("takes_overrides"):
+            args = _joined(args)
         self._check(args)
         namespace, rest = super().parse_known_args(args, namespace)
         if hasattr(namespace, "images"):  # argparse takes those before the first flag alone
@@ -105,7 +107,7 @@ class Command(argparse.ArgumentParser):
             if not re.match(r"--?[^\W\d]", flag) or name in self._option_string_actions:
                 continue
             if overrides and name.startswith("--config."):
-                if name == flag:
+                if "=" not in flag:
                     raise UserError(f"{flag} has no value: write {flag}=VALUE")
                 continue
             if overrides:
@@ -113,6 +115,19 @@ class Command(argparse.ArgumentParser):
 
                 known += [f"--config.{key}" for key in keys()]
             raise UserError(f"unknown argument {flag!r}; {nearest(name, known)}")
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """Joins `--config.KEY` and the value after it by "="; a value does not begin with "--"."""
+    joined: list[str] = []
+    for arg in args:
+        before = joined[-1] if joined else ""
+        waits = before.startswith("--config.") and "=" not in before
+        if waits and not arg.startswith("--"):
+            joined[-1] = f"{before}={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 class Last(argparse.Action):

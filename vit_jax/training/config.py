@@ -231,6 +231,8 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         return kind(**inner)
     if origin is tuple:
         kinds, items = typing.get_args(kind), value if isinstance(value, (tuple, list)) else None
+        if kinds[-1] is Ellipsis and items is None and type(value) in (int, float, str):
+            items = (value,)
         if items is not None and kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(items)
         if items is None or len(items) != len(kinds):
