@@ -20,6 +20,7 @@ from flax import nnx
 import vit_jax
 from vit_jax import extras, words
 from vit_jax.__main__ import COMMANDS, as_json, main
+from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.export import FORMATS
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.checkpoints.store import write_atomically
@@ -35,7 +36,6 @@ from vit_jax.models.variants import variant
 from vit_jax.training import optim
 from vit_jax.training.config import Config, count_steps, differences, keys, unpack
 from vit_jax.training.config_file import load_config
-from vit_jax.training.objectives import OBJECTIVES
 from vit_jax.training.plan import model_config
 
 

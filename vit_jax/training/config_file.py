@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -186,3 +186,38 @@ def _importable(folder: str) -> Iterator[None]:
         for name in set(sys.modules) - before:
             if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
                 del sys.modules[name]
+
+
+def as_flags(overrides: Mapping[str, Any]) -> list[str]:
+    """The flags of Python values: {"optim": {"lr": 1e-3}} and {"optim.lr": 1e-3} are the same.
+
+    Raises:
+      UserError: a value that no flag can express.
+    """
+    flags = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            flags += as_flags({f"{key}.{inner}": each for inner, each in value.items()})
+        else:
+            flags.append(f"--config.{key}={plain(key, value)}")
+    return flags
+
+
+def plain(name: str, value: Any) -> Any:
+    """Converts a value to what a flag can express; NumPy's numbers become Python's.
+
+    Raises:
+      UserError: it is something else; the message begins with `name`.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and hasattr(value, "dtype"):
+        value = value.item() if value.ndim == 0 else tuple(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(name, each) for each in value)
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise UserError(
+            f"{name} is {value!r}; an override is a number, a text, a bool, None or a "
+            "tuple of these, and a key of a section is written section.key"
+        )
+    return value
