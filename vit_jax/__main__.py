@@ -19,17 +19,19 @@ import warnings
 from vit_jax import distributed
 from vit_jax.errors import Stopped, UserError, sentence
 from vit_jax.flags import SLURM, fields, parse
-from vit_jax.recipes import listing
+from vit_jax.recipes import find, listing
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a model, or resumes a run that was stopped."""
     join(args, preemptible=True)
-    from vit_jax.analysis.plots import curves
-    from vit_jax.training import loop
     from vit_jax.training.config_file import load_config
 
-    results = loop.train(load_config(args.config, overrides), args.workdir)
+    config = load_config(args.config, overrides)
+    from vit_jax.analysis.plots import curves
+    from vit_jax.training import loop
+
+    results = loop.train(config, args.workdir)
     if distributed.is_lead():
         curves(args.workdir)
         print(json.dumps(results))
@@ -147,10 +149,12 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Reports the memory and time that a run will need; exit code 2 if it does not fit."""
-    from vit_jax.analysis.preflight import preflight
     from vit_jax.training.config_file import load_config
 
-    for line in preflight(load_config(args.config, overrides), args.topology):
+    config = load_config(args.config, overrides)
+    from vit_jax.analysis.preflight import preflight
+
+    for line in preflight(config, args.topology):
         print(line, flush=True)
 
 
@@ -203,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
         has_config = hasattr(args, "config")
+        if has_config and args.config:
+            find(args.config)  # before imports that take seconds
         args.function(args, rest)
         if sys.stdout is not None:
             sys.stdout.flush()  # a reader that is gone is noticed here

@@ -50,6 +50,8 @@ SLURM = {
 
 def fields(pairs: list[str]) -> dict[str, object]:
     """Parses NAME=VALUE pairs, for what a file does not say, as fields of the model's config."""
+    if not pairs:
+        return {}
     from vit_jax.models.config import FAMILIES, pair
     from vit_jax.training.config import MODEL_KEYS, SIDES
     from vit_jax.training.config_file import read_value

@@ -9,7 +9,6 @@ from typing import Any
 
 import ml_collections
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.config import DataConfig
@@ -295,6 +294,8 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 def flat(config: Config) -> dict[str, Any]:
     """All leaves of a config by name, such as "optim.lr": 0.001, as JSON types."""
+    from flax.traverse_util import flatten_dict
+
     return flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
 
 
