@@ -69,9 +69,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints: saved every `every` steps (0: only at the end); the last `keep` are kept."""
+    """Checkpoints, of which the last `keep` are kept.
+
+    They are saved every `every` steps, and `every_minutes` after the last one (0: never by steps or
+    by time), and at the end.
+    """
 
     every: int = 0
+    every_minutes: float = 10.0
     keep: int = 2
 
 
@@ -123,6 +128,7 @@ class Config:
             ("eval.batch_size", self.eval.batch_size, 1),
             ("eval.every", self.eval.every, 0),
             ("checkpoint.every", self.checkpoint.every, 0),
+            ("checkpoint.every_minutes", self.checkpoint.every_minutes, 0),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("log.every", self.log.every, 0),
             ("seed", self.seed, 0),
