@@ -1,6 +1,7 @@
 """Plots, with matplotlib from the `plot` extra."""
 
 import importlib.util
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def curves(workdir: str | os.PathLike) -> Any:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.margins(x=0.03)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(Path(os.path.abspath(workdir)).name, fontsize=10)
@@ -146,7 +148,9 @@ def _titles(vit: Loaded, images: Sequence[str | os.PathLike]) -> list[str]:
     titles = [Path(path).name for path in images]
     if vit.labels:
         best = [top for (top,) in vit.predict(images, topk=1)]
-        titles = [f"{t}: {label}, {p:.1%}" for t, (label, p) in zip(titles, best, strict=True)]
+        titles = [
+            f"{t}: predicted {label}, {p:.1%}" for t, (label, p) in zip(titles, best, strict=True)
+        ]
     return [title.replace("$", r"\$") for title in titles]  # else of mathematics
 
 
@@ -230,17 +234,18 @@ def attended(
 ) -> Any:
     """Plots an image, the image darkened where attention is low (Figure 6), and the map."""
     h, w, _ = image.shape
+    edges = (-0.5, w - 0.5, h - 0.5, -0.5)  # of the pixels, whose centres are whole numbers
     figure = _figure(9.0, min(max(2.7 * h / w, 1), 8) + 0.5 + 0.3 * bool(title))
     figure.suptitle(title, fontsize=11)
     left, middle, right = figure.subplots(1, 3)
     for axes, name, panel in (
-        (left, "input", image),
-        (middle, "attention", overlay(image, attention)),
+        (left, "image", image),
+        (middle, "darkened by attention", overlay(image, attention)),
     ):
         _show(axes, panel)
         axes.set_title(name, fontsize=10)
     share = attention / max(attention.max(), np.finfo(np.float32).tiny)
-    drawn = right.imshow(share, cmap=_COLOURS, vmin=0, vmax=1, extent=(0, w, h, 0))
+    drawn = right.imshow(share, cmap=_COLOURS, vmin=0, vmax=1, extent=edges)
     right.set_title("attention by patch", fontsize=10)
     _bare(right)
     figure.colorbar(drawn, label="share of the largest", shrink=0.8)
@@ -263,6 +268,7 @@ def attended_by_heads(
         np.linspace(0, size - 1, min(size, most)).round().astype(int)
         for size, most in ((depth, _LAYERS), (heads, _HEADS))
     )
+    edges = (-0.5, w - 0.5, h - 0.5, -0.5)
     across = max(1.4, 3.6 / len(columns))  # inches a panel; the title needs some width
     down = min(max(across * h / w, 0.6), 4.0)  # and the layer's name some height
     height = len(layers) * down + 0.6 + 0.3 * bool(title)
@@ -272,9 +278,7 @@ def attended_by_heads(
         for axes, head in zip(row, columns, strict=True):
             _show(axes, image.mean(axis=-1, keepdims=True))
             share = maps[layer, head] / max(maps[layer, head].max(), np.finfo(np.float32).tiny)
-            drawn = axes.imshow(
-                share, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=(0, w, h, 0)
-            )
+            drawn = axes.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=edges)
         row[0].set_ylabel(f"layer {layer + 1}", fontsize=8)
     for axes, head in zip(cells[0], columns, strict=True):
         axes.set_title(f"head {head + 1}", fontsize=8)
@@ -322,13 +326,20 @@ def _classes(count: int) -> Float[np.ndarray, "{count} 3"]:
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty Figure, with its size in inches, that needs no display."""
+    """An empty Figure, with its size in inches, that needs no display; notebooks show it."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure as Base
     except ImportError:
         raise UserError(
             f"pictures are drawn with matplotlib, which is missing: {install('plot')}"
         ) from None
+
+    class Figure(Base):
+        def _repr_png_(self) -> bytes:  # what a notebook asks for, even if nothing imports pyplot
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=100)
+            return file.getvalue()
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

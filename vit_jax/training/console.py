@@ -19,7 +19,6 @@ import jax
 import tqdm
 from etils import epath
 from jax.sharding import Mesh
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vit_jax import distributed
 from vit_jax.models.config import ViTConfig
@@ -31,7 +30,7 @@ from vit_jax.training.stopping import interruptible
 
 logger = logging.getLogger(__name__)
 PERIOD = 30.0  # seconds between two lines of progress where there is no bar
-# What progress shows of the last training metrics, and as what.
+# The training metrics that progress shows, and their names in a bar.
 SHOWN = {"train/loss": "loss", "train/accuracy": "acc", "images_per_second": "img/s"}
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
@@ -108,7 +107,7 @@ class Progress:
 
     def __init__(self, name: str, start_step: int, total_steps: int):
         self._name, self._start, self._total = name, start_step, total_steps
-        self._step, self._shown = start_step, dict[str, str]()
+        self._step, self._last = start_step, dict[str, float]()
         self._stack, self._bar = contextlib.ExitStack(), None
         self._lead = distributed.is_lead()
 
@@ -130,11 +129,10 @@ class Progress:
     def measured(self, step: int, values: Mapping[str, int | float]) -> None:
         """Shows the metrics of a step: those of training with the progress, others as a line."""
         if any(name.startswith("train/") for name in values):
-            self._shown = {
-                short: _number(values[name]) for name, short in SHOWN.items() if name in values
-            }
+            self._last = {name: values[name] for name in SHOWN if name in values}
             if self._bar is not None:
-                self._bar.set_postfix(self._shown, refresh=False)
+                known = {SHOWN[name]: _number(value) for name, value in self._last.items()}
+                self._bar.set_postfix(known, refresh=False)
             elif step == self._total:
                 self._tell()
         else:
@@ -152,7 +150,14 @@ class Progress:
 
     def _tell(self) -> None:
         self._told = now = time.monotonic()
-        words = [f"{name} {value}" for name, value in self._shown.items()]
+        train = [
+            f"{name.removeprefix('train/')} {_number(value)}"
+            for name, value in self._last.items()
+            if name.startswith("train/")
+        ]
+        words = [f"train {', '.join(train)}"] if train else []
+        if "images_per_second" in self._last:
+            words.append(f"{_number(self._last['images_per_second'])} images/s")
         if (done := self._step - self._first) and self._step < self._total:
             left = (self._total - self._step) * (now - self._began) / done
             words.append(f"{tqdm.tqdm.format_interval(left)} left")
@@ -164,6 +169,8 @@ class Progress:
             return _NotebookBar(**options)
         if not sys.stderr.isatty():
             return None
+        from tqdm.contrib.logging import logging_redirect_tqdm  # warns in a notebook
+
         loggers = [logging.getLogger("vit_jax"), logging.root]
         shown = [each for each in loggers if any(map(_is_console, each.handlers))]
         self._stack.enter_context(logging_redirect_tqdm(shown))
