@@ -9,12 +9,14 @@ RUNS ?= runs
 PARITY = $(VENV)-parity
 # And one for XLA's compiler for GPUs, which needs no GPU, but 4 GB and a jax for Python 3.12 or later.
 GPU = $(VENV)-gpu
+# And one for the documentation site, which needs neither JAX nor the package's other dependencies.
+DOCS = $(VENV)-docs
 TORCH_INDEX ?=
 
 # Large arrays in large pages: on a CPU worth a tenth (experiments/benchmarks).
 train seeds evidence: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train evidence test test-extras test-slow test-faults test-parity test-gpu-compile seeds lint clean
+.PHONY: train evidence test test-extras test-slow test-faults test-parity test-gpu-compile seeds docs lint clean
 train: $(VENV)/.train
 	$(BIN)/python experiments/digits/run.py --runs=$(RUNS)
 
@@ -50,6 +52,11 @@ test-gpu-compile:
 		$(GPU)/bin/python -m pytest -n 2 tests/gpu; \
 	else echo "test-gpu-compile is skipped: its jax needs Python 3.12 or later (PYTHON=python3.13)"; fi
 
+# The site, without a warning, in build/site: open build/site/index.html. It loads nothing from a network.
+docs: $(DOCS)/.docs
+	$(DOCS)/bin/python -m sphinx -q -W --keep-going -E -c docs -b html . build/site
+	! grep -rlE '<(script|link|img|iframe)[^>]+(src|href)="(https?:)?//' --include='*.html' build/site
+
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
@@ -79,6 +86,14 @@ $(GPU)/.gpu: setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(GPU)
 	$(GPU)/bin/python -m pip install --quiet --upgrade pip
 	$(GPU)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,cuda]'
+	touch $@
+
+$(DOCS)/.docs: setup.py constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --editable .
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt $$($(DOCS)/bin/python -c \
+		'import importlib.metadata as m; print(*(each.split(";")[0] for each in m.requires("vit_jax") if "docs" in each))')
 	touch $@
 
 clean:

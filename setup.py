@@ -54,6 +54,13 @@ setup(
         "gcs": ["gcsfs>=2024.6"],
         "hub": ["huggingface_hub>=0.30"],
         "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"],
+        "docs": [
+            "furo>=2025.9",
+            "myst-parser>=5.0",
+            "sphinx>=9.0",
+            "sphinx-autoapi>=3.8",
+            "sphinx-copybutton>=0.5.2",
+        ],
         "dev": ["pre-commit>=4.0", "ruff>=0.9"],
     },
 )

@@ -43,7 +43,8 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = "vit_jax"
-html_static_path = ["site"]
+html_static_path = ["site/style.css"]
+html_extra_path = ["site/index.html"]
 html_css_files = ["style.css"]
 html_show_sphinx = False
 html_copy_source = False
