@@ -31,7 +31,7 @@ extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon", "sphinx
 myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 3
 highlight_language = "none"
-smartquotes = False
+smartquotes_action = "D"  # dashes alone
 
 # The docstrings are read, not imported: the site needs neither JAX nor the package.
 autoapi_dirs = [str(ROOT / "vit_jax")]
@@ -87,16 +87,16 @@ class Commands(SphinxDirective):
                 if rows:
                     about = f"{group.title}: {group.description}" if group.description else ""
                     lines += [about, "", "| argument | what it is |\n|---|---|", *rows, ""]
-            lines += [command.epilog or ""]
+            lines += [(command.epilog or "").replace("--config.KEY=VALUE", "`--config.KEY=VALUE`")]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
 def row(action):
     """One flag's line of a table."""
-    names = ", ".join(action.option_strings) or action.metavar or action.dest
-    value = f" {action.metavar or action.dest.upper()}" if action.option_strings else ""
-    text = (action.help or "").replace("%%", "%").replace("|", "\\|")
-    return f"| `{names}{value}` | {text} |"
+    name, value = ", ".join(action.option_strings), action.metavar or action.dest.upper()
+    name = f"{name} {value}" if name and action.nargs != 0 else name or value
+    name, text = (each.replace("|", "\\|") for each in (name, action.help or ""))
+    return f"| `{name}` | {text.replace('%%', '%')} |"
 
 
 class Notebook(MystParser):
