@@ -43,14 +43,14 @@ from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.variants import VARIANTS
-from vit_jax.training.config import MODEL_KEYS, Config, count_steps, unpack
+from vit_jax.training.config import MODEL_KEYS, Config, unpack
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluators import EVALUATORS, Evaluator
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.objectives import sigmoid, softmax
 from vit_jax.training.optim import make_optimizer, make_schedule
-from vit_jax.training.plan import model_config
+from vit_jax.training.plan import count_steps, model_config
 
 CONFIGS = ROOT / "configs"
 

@@ -34,9 +34,9 @@ from vit_jax.models.create import structure
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.variants import variant
 from vit_jax.training import optim
-from vit_jax.training.config import Config, count_steps, differences, keys, unpack
+from vit_jax.training.config import Config, differences, keys, unpack
 from vit_jax.training.config_file import load_config
-from vit_jax.training.plan import model_config
+from vit_jax.training.plan import count_steps, model_config
 
 
 @pytest.fixture(scope="module")

@@ -349,7 +349,7 @@ def test_the_same_images_are_no_second_split(pets, tmp_path):
         make("train", **first)
         before = files(dst)
         base = second.get("part", "train").partition("[")[0]
-        hint = f"such as --part={base}[:90%] for one and --part={base}[90%:] for the other"
+        hint = f"such as '--part={base}[:90%]' for one and '--part={base}[90%:]' for the other"
         with pytest.raises(UserError, match=f"{SAME}, {re.escape(hint)}"):
             make("val", **second)
         assert files(dst) == before and not (dst / ".unfinished_val").exists()
