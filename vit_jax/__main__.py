@@ -1,9 +1,9 @@
 """The command line: `vit-jax COMMAND`, or `python -m vit_jax COMMAND`.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
-the run was lost or did not start (starting again resumes), 130 Ctrl-C, 141 nobody reads the output
-(as in `inspect X | head`), 143 stopped by SIGTERM after saving. With several processes, all end
-with the same one.
+the run was lost or did not start (starting again resumes), 130 Ctrl-C (training saves first), 141
+nobody reads the output (as in `inspect X | head`), 143 stopped by SIGTERM after saving. Several
+processes all end with the same one.
 """
 
 import argparse
@@ -28,18 +28,17 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.training.config_file import load_config
 
     config = load_config(args.config, overrides)
-    from vit_jax.analysis.plots import curves
-    from vit_jax.training import loop
+    from vit_jax.commands import run_training
 
-    results = loop.train(config, args.workdir)
+    results, lines = run_training(config, args.workdir)
     if distributed.is_lead():
-        curves(args.workdir)
-        print(json.dumps(results))
+        print(json.dumps(results) if args.json else "\n".join(lines))
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluates a run, or any model on the splits of a config."""
     join(args, preemptible=False)
+    from vit_jax.training import console
     from vit_jax.training.config_file import load_config
     from vit_jax.training.evaluate import evaluate_own, evaluate_run
 
@@ -50,7 +49,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         raise UserError("give --workdir=RUN, or --model=PATH and --config=FILE")
     if distributed.is_lead():
-        print(json.dumps(results))
+        lines = console.evaluated(args.workdir or args.model, results)
+        print(json.dumps(results) if args.json else "\n".join(lines))
 
 
 def join(args: argparse.Namespace, *, preemptible: bool) -> None:
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(error, SystemExit):
             raise
         elif isinstance(error, Stopped):
-            code, message = 143, str(error)
+            code, message = error.code, str(error)
         else:
             distributed.explain(error)
             if distributed.alone():

@@ -149,6 +149,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--workdir", type=path, required=True, help="the run folder; resumed if it exists"
     )
+    command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["train"], takes_overrides=True)
 
@@ -160,6 +161,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "--model", type=path, help="whatever vit_jax.load reads, evaluated as --config says"
     )
     command.add_argument("--config", metavar="FILE.py|NAME[:ARGUMENT]")
+    command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)
 

@@ -34,8 +34,10 @@ def test_every_key_is_explained_and_nothing_else():
 
 
 def test_the_page_is_written_from_the_docstrings():
-    page = (ROOT / "docs" / "config.md").read_text()
-    assert page == reference.page(), "python -m vit_jax.training.reference > docs/config.md"
+    page = (ROOT / "docs" / "reference" / "config.md").read_text()
+    assert page == reference.page(), (
+        "python -m vit_jax.training.reference > docs/reference/config.md"
+    )
 
 
 def told(capsys, *argv):

@@ -72,14 +72,16 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """The `checkpoint` section: when to save, and how many to keep.
+    """The `checkpoint` section: when to save, besides at the end, and how many to keep.
 
     Attributes:
-      every: steps between checkpoints; 0 is only at the end.
+      every: steps between checkpoints; 0 is not by steps.
+      every_minutes: minutes from a checkpoint to the next; 0 is not by time.
       keep: how many of the last checkpoints are kept.
     """
 
     every: int = 0
+    every_minutes: float = 10.0
     keep: int = 2
 
 
@@ -109,8 +111,6 @@ class Config:
 
     Attributes:
       batch_size: images in a batch, over all devices and micro-batches.
-      data: what is trained on and measured.
-      optim: how it is trained; None is a config that only evaluates.
       model: the model: `variant`, any field of its ViTConfig or ResNetConfig, and for fine-tuning
         `head` and `position_resize`. With `init_from`, fields missing here are the checkpoint's.
       model.variant: name of its sizes, such as B/16, R50+B/16 or R50x1 (see models/variants.py).
@@ -122,14 +122,9 @@ class Config:
       total_epochs: length of the run in passes over the training images.
       total_examples: length of the run in images.
       init_from: weights to start from: anything that `vit_jax.load` reads, such as a run folder.
-      augment: augmentation of whole batches.
       objective: the loss: `softmax`, `sigmoid` for images with several labels, or masked patch
         prediction of the mean colour, of 4x4 pixels or of all pixels of a patch.
       precision: dtype of the computation; parameters are always float32.
-      mesh: how devices share the work.
-      eval: when and what to evaluate.
-      checkpoint: when to save.
-      log: where metrics go.
     """
 
     batch_size: int
@@ -155,6 +150,7 @@ class Config:
             ("eval.batch_size", self.eval.batch_size, 1),
             ("eval.every", self.eval.every, 0),
             ("checkpoint.every", self.checkpoint.every, 0),
+            ("checkpoint.every_minutes", self.checkpoint.every_minutes, 0),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("log.every", self.log.every, 0),
             ("seed", self.seed, 0),

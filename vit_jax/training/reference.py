@@ -1,6 +1,6 @@
 """What the keys of a config mean, from its dataclasses' docstrings, and what a config resolves to.
 
-`vit-jax config` prints both. docs/config.md is written by `python -m vit_jax.training.reference`.
+`vit-jax config` prints both. docs/reference/config.md is written by `python -m vit_jax.training.reference`.
 """
 
 import contextlib
@@ -274,7 +274,7 @@ _TITLES = {"": "The config itself", "data.train": "`data.train`, `data.val`, `da
 
 
 def page() -> str:
-    """The text of docs/config.md."""
+    """The text of docs/reference/config.md."""
     parts = [_HEAD]
     for section in sections():
         if section.name in ("data.val", "data.test") or not section.leaves:
