@@ -1,6 +1,6 @@
 """What the keys of a config mean, from its dataclasses' docstrings, and what a config resolves to.
 
-`vit-jax config` prints both. docs/reference/config.md is written by `python -m vit_jax.training.reference`.
+`vit-jax config` prints both; `python -m vit_jax.training.reference` docs/reference/config.md.
 """
 
 import contextlib
