@@ -107,7 +107,7 @@ class Progress:
 
     def __init__(self, name: str, start_step: int, total_steps: int):
         self._name, self._start, self._total = name, start_step, total_steps
-        self._step, self._last = start_step, dict[str, float]()
+        self._step, self._last = start_step, dict[str, int | float]()
         self._stack, self._bar = contextlib.ExitStack(), None
         self._lead = distributed.is_lead()
 
@@ -126,7 +126,7 @@ class Progress:
         elif time.monotonic() - self._told > PERIOD:
             self._tell()
 
-    def measured(self, step: int, values: Mapping[str, float]) -> None:
+    def measured(self, step: int, values: Mapping[str, int | float]) -> None:
         """Shows the metrics of a step: those of training with the progress, others as a line."""
         if any(name.startswith("train/") for name in values):
             self._last = {name: values[name] for name in SHOWN if name in values}
@@ -174,8 +174,9 @@ class Progress:
         loggers = [logging.getLogger("vit_jax"), logging.root]
         shown = [each for each in loggers if any(map(_is_console, each.handlers))]
         self._stack.enter_context(logging_redirect_tqdm(shown))
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns  # 0: it does not say
-        return tqdm.tqdm(**options, dynamic_ncols=columns > 0, ncols=None if columns else 80)
+        if 0 in os.get_terminal_size(sys.stderr.fileno()):  # it does not say
+            return tqdm.tqdm(**options, ncols=80, nrows=24)
+        return tqdm.tqdm(**options, dynamic_ncols=True)
 
 
 class _NotebookBar(tqdm.tqdm):
@@ -231,7 +232,7 @@ def shown() -> Iterator[None]:
         ours.propagate = propagate
 
 
-def measured(values: Mapping[str, float]) -> list[str]:
+def measured(values: Mapping[str, int | float]) -> list[str]:
     """A line for each split or evaluator: "val accuracy 0.9721, top5 0.9989, loss 0.1021"."""
     lines: dict[str, list[str]] = {}
     for name, value in values.items():
@@ -241,14 +242,14 @@ def measured(values: Mapping[str, float]) -> list[str]:
     return [f"{split} {', '.join(found)}" for split, found in lines.items()]
 
 
-def evaluated(model: epath.PathLike, results: Mapping[str, float]) -> list[str]:
+def evaluated(model: epath.PathLike, results: Mapping[str, int | float]) -> list[str]:
     """The lines of an evaluation: the model, and a line for each split or evaluator."""
     step = f" at step {results['step']:,}" if "step" in results else ""
     return [f"{model}{step}:", *measured(results)]
 
 
 def finished(
-    config: Config, workdir: epath.PathLike, results: Mapping[str, float], picture: Any
+    config: Config, workdir: epath.PathLike, results: Mapping[str, int | float], picture: Any
 ) -> list[str]:
     """The last lines of a run: what was measured, where all is, and the commands that come next."""
     seconds = results.get("seconds")
@@ -263,7 +264,7 @@ def finished(
     return [*lines, "next:", *(f"  {command}" for command in commands)]
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     """Four digits, but no exponent for large numbers."""
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
