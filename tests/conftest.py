@@ -92,7 +92,7 @@ def whole_arrays():
 
     Tests of several processes leave that to it.
     """
-    if "orbax.checkpoint" in sys.modules:
+    if "vit_jax.checkpoints.store" in sys.modules:
         import jax
         import orbax.checkpoint as ocp
 

@@ -1,4 +1,4 @@
-"""The command line, `python -m vit_jax COMMAND`.
+"""The command line: `vit-jax COMMAND`, or `python -m vit_jax COMMAND`.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
 the run was lost or did not start (starting again resumes), 130 Ctrl-C (training saves first), 141
@@ -19,20 +19,19 @@ import warnings
 from vit_jax import distributed
 from vit_jax.errors import Stopped, UserError, sentence
 from vit_jax.flags import SLURM, fields, parse
+from vit_jax.recipes import find, listing
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a model, or resumes a run that was stopped."""
     join(args, preemptible=True)
-    from vit_jax.analysis.plots import write_curves
-    from vit_jax.training import console, loop
     from vit_jax.training.config_file import load_config
 
     config = load_config(args.config, overrides)
-    results = loop.train(config, args.workdir)
+    from vit_jax.commands import run_training
+
+    results, lines = run_training(config, args.workdir)
     if distributed.is_lead():
-        picture = write_curves(args.workdir)
-        lines = console.finished(config, args.workdir, results, picture)
         print(json.dumps(results) if args.json else "\n".join(lines))
 
 
@@ -150,10 +149,12 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Reports the memory and time that a run will need; exit code 2 if it does not fit."""
-    from vit_jax.analysis.preflight import preflight
     from vit_jax.training.config_file import load_config
 
-    for line in preflight(load_config(args.config, overrides), args.topology):
+    config = load_config(args.config, overrides)
+    from vit_jax.analysis.preflight import preflight
+
+    for line in preflight(config, args.topology):
         print(line, flush=True)
 
 
@@ -177,6 +178,11 @@ def report(args: argparse.Namespace, overrides: list[str]) -> None:
     print(write_report(args.folders, args.out), end="")
 
 
+def configs(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Lists the recipes: config files that come with the package."""
+    print(listing())
+
+
 COMMANDS = {
     function.__name__: function
     for function in (
@@ -190,6 +196,7 @@ COMMANDS = {
         sweep,
         report,
         prepare,
+        configs,
     )
 }
 
@@ -200,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
         has_config = hasattr(args, "config")
+        if has_config and args.config:
+            find(args.config)  # before imports that take seconds
         args.function(args, rest)
         if sys.stdout is not None:
             sys.stdout.flush()  # a reader that is gone is noticed here
@@ -255,6 +264,11 @@ def set_up_screen() -> None:
     warnings.filterwarnings("ignore", message="Palette images with Transparency")  # it is dropped
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The program: sets up the screen, runs the command of sys.argv, returns its exit code."""
     set_up_screen()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -20,6 +20,7 @@ from vit_jax.analysis.attention import (
 )
 from vit_jax.checkpoints.load import Loaded
 from vit_jax.errors import UserError
+from vit_jax.extras import install
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.training.config import read_config
 from vit_jax.training.metrics import read_metrics
@@ -330,7 +331,7 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure as Base
     except ImportError:
         raise UserError(
-            "pictures are drawn with matplotlib, which is missing: pip install 'vit_jax[plot]'"
+            f"pictures are drawn with matplotlib, which is missing: {install('plot')}"
         ) from None
 
     class Figure(Base):

@@ -1,6 +1,7 @@
 """`ModelCard`, the metadata saved with weights, and `Report`, how a model was loaded."""
 
 import dataclasses
+import html
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ class Line(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    fate: str
+    status: str
     source: str = ""
 
 
@@ -114,8 +115,7 @@ class Report:
     assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "what became of it", "in the file")]
-        rows += [(n, "x".join(map(str, s)) or "()", fate, src) for n, s, fate, src in self.lines]
+        rows = self._rows()
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         text = [f"{name + ':':16}{value}" for name, value in self.facts.items()]
         text += [f"{'assumed:':16}{name} {value}" for name, value in self.assumed.items()]
@@ -124,6 +124,25 @@ class Report:
             cells = (cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True))
             text.append("  ".join(cells).rstrip())
         return "\n".join(text)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with the parameters folded."""
+        head, *rows = [[html.escape(cell) for cell in row] for row in self._rows()]
+        facts = {**self.facts, **{f"assumed {name}": what for name, what in self.assumed.items()}}
+        summary = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(what))}</td></tr>"
+            for name, what in facts.items()
+        )
+        heads = "".join(f"<th>{cell}</th>" for cell in head)
+        body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
+        return (
+            f"<table>{summary}</table><details><summary>{len(rows)} parameters</summary>"
+            f"<table><tr>{heads}</tr>{body}</table></details>"
+        )
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        rows = [(n, "x".join(map(str, s)) or "()", status, key) for n, s, status, key in self.lines]
+        return [("parameter", "shape", "status", "in the file"), *rows]
 
 
 @dataclasses.dataclass(frozen=True)

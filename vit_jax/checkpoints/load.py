@@ -86,6 +86,15 @@ class Loaded:
             best = np.argsort(-probabilities, kind="stable")[:topk]
             yield [(self.labels[i], float(probabilities[i])) for i in best]
 
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.labels[:3])) + (", ..." if len(self.labels) > 3 else "")
+        h, w = self.config.image_size
+        return (
+            f"{type(self.model).__name__} {self.report.facts['variant']}, {h}x{w} pixels\n"
+            f"  {len(self.labels)} classes{': ' * bool(names)}{names}\n"
+            f"  from {self.report.facts['file']}"
+        )
+
     @property
     def card(self) -> ModelCard:
         """The metadata to save with the weights."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import ml_collections
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.config import DataConfig
@@ -242,6 +241,8 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         return kind(**inner)
     if origin is tuple:
         kinds, items = typing.get_args(kind), value if isinstance(value, (tuple, list)) else None
+        if kinds[-1] is Ellipsis and items is None and type(value) in (int, float, str):
+            items = (value,)
         if items is not None and kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(items)
         if items is None or len(items) != len(kinds):
@@ -299,6 +300,8 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 def flat(config: Config) -> dict[str, Any]:
     """All leaves of a config by name, such as "optim.lr": 0.001, as JSON types."""
+    from flax.traverse_util import flatten_dict
+
     return flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
 
 
