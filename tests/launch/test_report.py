@@ -15,7 +15,7 @@ from conftest import DIGITS
 
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
-from vit_jax.launch.compared import device_hours, read_runs
+from vit_jax.launch.comparison import device_hours, read_runs
 from vit_jax.launch.page import html_page, thinned, ticks, write_report
 from vit_jax.launch.report import compare, escape, group_table, run_table
 from vit_jax.training.config import to_json
