@@ -858,7 +858,7 @@ def test_images_arrive_at_the_recipes_size(spec, here):
 def test_what_a_file_of_weights_is_worth(argument, measured, flags, here, capsys):
     spec = f"--config={CONFIGS / 'evaluate.py'}:{argument}"
     flags = [*flags, "--config.data.same_images=True"]
-    assert main(["evaluate", "--model=B_16.npz", spec, *flags]) == 0
+    assert main(["evaluate", "--model=B_16.npz", spec, "--json", *flags]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {name.split("/")[0] for name in printed} == {*measured.split()}
     assert all(0 <= value < 100 for value in printed.values())

@@ -105,7 +105,7 @@ def test_features_of_every_example_in_order(run, features, devices, batch_size):
 
 def test_the_same_in_training_in_evaluate_and_written_out(run, features, capsys):
     workdir, result = run
-    assert main(["evaluate", f"--workdir={workdir}"]) == 0
+    assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     found = {name: value for name, value in result.items() if name.split("/")[0] in NAMES}
     assert {name.split("/")[0] for name in found} == set(NAMES)
@@ -202,7 +202,7 @@ def test_a_config_that_only_evaluates(tmp_path, capsys, run):
         "    test = dict(source='digits', split='test')\n"
         "    return ConfigDict(dict(batch_size=64, data=dict(test=test)))\n"
     )
-    assert main(["evaluate", f"--model={run[0]}", f"--config={path}"]) == 0
+    assert main(["evaluate", f"--model={run[0]}", f"--config={path}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test/accuracy"] == run[1]["test/accuracy"]
     assert main(["train", f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 2
     assert "data.train is not set: this config can evaluate" in capsys.readouterr().err
