@@ -20,6 +20,7 @@ from vit_jax.checkpoints.load import Loaded
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.training.metrics import read_metrics
+from vit_jax.writing import make_folder, replacing
 
 _COLOURS = "viridis"
 _LAYERS, _HEADS = 6, 8  # at most, in the picture of attention maps
@@ -46,7 +47,8 @@ def curves(workdir: str | os.PathLike) -> Path | None:
             axes.legend()
     figure.suptitle(str(workdir), fontsize=9)
     path = Path(workdir) / "curves.png"
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return path
 
 
@@ -65,10 +67,7 @@ def pictures(
       UserError: no matplotlib, an image that cannot be read, or a folder that is a file.
     """
     figures, notes = {"filters": filters(filter_components(embedding_filters(vit.model)))}, []
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{os.fspath(folder)!r} is no folder: where to put pictures?") from None
+    make_folder(folder, "--pictures")
     if isinstance(vit.config, ResNetConfig):
         notes.append("a ResNet has neither positions nor attention: there are only its filters")
         images = ()
@@ -86,7 +85,8 @@ def pictures(
             figures[f"rollout_{name}"] = attended(seen.images[i], seen.rollout[i])
     paths = [Path(folder) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     return paths, notes
 
 
