@@ -1166,8 +1166,8 @@ def test_a_mistake_is_one_sentence(command, tmp_path, capsys):
             capsys, command, path, out, "--format=timm"
         )
         assert "did you mean 'google'" in fails(capsys, command, path, out, "--format=gogle")
-        missing = fails(capsys, command, path, "/nowhere/x.npz", "--format=google")
-        assert "no folder" in missing
+        below = fails(capsys, command, path, path / "config.json" / "x.npz", "--format=google")
+        assert "config.json is a file; expected a folder" in below
         assert "are required: --format" in fails(capsys, command, path, out)
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
