@@ -21,11 +21,13 @@ from flax import nnx
 import vit_jax
 from vit_jax import words
 from vit_jax.__main__ import COMMANDS, as_json, main
+from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.export import FORMATS
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.sources import SOURCES
 from vit_jax.data.transforms import _CV2, _PILLOW
 from vit_jax.errors import UserError, name_extra, nearest, sentence
+from vit_jax.extras import install
 from vit_jax.flags import make_parser
 from vit_jax.launch.launchers import LAUNCHERS
 from vit_jax.models.config import CHOICES
@@ -35,7 +37,6 @@ from vit_jax.models.variants import variant
 from vit_jax.training import optim
 from vit_jax.training.config import Config, count_steps, differences, keys, unpack
 from vit_jax.training.config_file import load_config
-from vit_jax.training.objectives import OBJECTIVES
 from vit_jax.training.plan import model_config
 from vit_jax.writing import write_atomically
 
@@ -54,7 +55,6 @@ def model(tmp_path_factory):
 
 MEANT = {
     "optim.learning_rate": "optim.lr",
-    "lr": "optim.lr",
     "LR": "optim.lr",
     "optim.learning_rat": "optim.lr",
     "optimizer.lr": "optim.lr",
@@ -68,8 +68,6 @@ MEANT = {
     "model.resolution": "model.image_size",
     "model.heads": "model.num_heads",
     "arch": "model.variant",
-    "num_classes": "model.num_classes",
-    "drop_path": "model.drop_path",
     "wd": "optim.weight_decay",
     "warmup_epochs": "optim.warmup",
     "max_grad_norm": "optim.grad_clip",
@@ -84,13 +82,10 @@ MEANT = {
     "num_workers": "data.workers",
     "bf16": "precision",
     "gpus": "mesh.data",
-    "label_smoothing": "augment.label_smoothing",
     "smoothing": "augment.label_smoothing",
-    "cutmix": "augment.cutmix",
     "save_every": "checkpoint.every",
     "print_freq": "log.every",
     "eval_interval": "eval.every",
-    "every": "checkpoint.every eval.every log.every",
     "output_dir": "--workdir",
     "workdir": "--workdir",
 }
@@ -101,7 +96,7 @@ def test_a_key_is_known_by_the_names_that_others_give_it():
         unknown = f"unknown config key in --config.{name}=1; did"
         with pytest.raises(UserError, match=unknown) as error:
             load_config(DIGITS, [f"--config.{name}=1"])
-        wanted = " or ".join(map(repr, meant.split())).replace(" or ", ", ", name == "every")
+        wanted = " or ".join(map(repr, meant.split()))
         assert str(error.value).endswith(f"did you mean {wanted}?")
 
 
@@ -171,7 +166,10 @@ def test_flags_and_commands_are_suggested_of_those_that_exist(capsys, model, tmp
         ([*train, "--batch-size", "3"], "did you mean '--config.batch_size'?"),
         (["train", f"--config={DIGITS}", "--work=x"], "'--work=x'; did you mean '--workdir'?"),
         (["train", f"--config={DIGITS}", "--out=x"], "did you mean '--workdir'?"),
-        ([*train, "--config.optim.lr", "3"], "no value: write --config.optim.lr=VALUE"),
+        ([*train, "--config.optim.lr", "3", "--config.seed"], "write --config.seed=VALUE"),
+        ([*train, "--config.seed", "--config.lr=3"], "write --config.seed=VALUE"),
+        ([*train, "--config.every=3"], "any of --config.eval.every, --config.checkpoint.every, "),
+        ([*train, "--config.data=3"], "unknown config key in --config.data=3"),
         ([*train, "extra"], "unknown argument 'extra'"),
         (["predict", f"--model={model}", "--top_k=3", "a.png"], "did you mean '--topk'?"),
         (["predict", "--checkpoint=x", "a.png"], "did you mean '--model'?"),
@@ -182,15 +180,15 @@ def test_flags_and_commands_are_suggested_of_those_that_exist(capsys, model, tmp
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["eval"], "did you mean 'evaluate'?"),
         (["finetune"], "did you mean 'train'?"),
-        (["predict"], "the following arguments are required: --model, IMAGE; see `python -m"),
+        (["predict"], "the following arguments are required: --model, IMAGE; see `vit-jax"),
     ):
         assert message in fails(capsys, *argv), argv
 
 
 def test_help_and_version(capsys):
     for argv, code, text in (
-        ([], 2, "usage: python -m vit_jax"),
-        (["help"], 0, "usage: python -m vit_jax"),
+        ([], 2, "usage: vit-jax"),
+        (["help"], 0, "usage: vit-jax"),
         (["help", "predict"], 0, "--topk"),
         (["--version"], 0, f"vit_jax {vit_jax.__version__}"),
     ):
@@ -225,6 +223,29 @@ def test_one_side_and_two_equal_ones_are_no_difference():
     one, same, other = (load_config(DIGITS, [flag]) for flag in flags)
     assert differences(one, same) == []
     assert differences(one, other) == ["model.image_size: [8, 8] -> [8, 16]"]
+
+
+def test_the_end_of_a_key_will_do_and_a_space_for_the_equals_sign(caplog):
+    caplog.set_level("INFO", "vit_jax")
+    line = "train --config=x --workdir=y --config.mu_dtype bfloat16 --config.mesh.data -1"
+    _, flags = make_parser(COMMANDS).parse_known_args(line.split())
+    assert flags == ["--config.mu_dtype=bfloat16", "--config.mesh.data=-1"]
+    flags += ["--config.test.split=val", "--config.end_lr=1", "--config.optim.end_lr=2"]
+    config = load_config(DIGITS, flags)
+    assert (config.optim.mu_dtype, config.data.test.split) == ("bfloat16", "val")
+    assert config.optim.end_lr == 2.0
+    assert "--config.mu_dtype sets optim.mu_dtype" in caplog.messages
+    assert "--config.optim.end_lr=2 counts, not the 1 before it" in caplog.messages
+
+
+def test_one_value_stands_for_a_tuple_of_one():
+    section = {"source": "digits", "split": "train"}
+    knn = {"type": "knn", "train": section, "test": section, "neighbours": 5}
+    config = {"batch_size": 8, "eval": {"evaluators": {"knn": knn}}}
+    assert unpack(Config, config).eval.evaluators["knn"].neighbours == (5,)
+    section["affine"] = {"scale": 1.5}
+    with pytest.raises(UserError, match=r"affine\.scale is 1\.5; expected 2 values"):
+        unpack(Config, {"batch_size": 8, "data": {"train": section}})
 
 
 def test_values_are_read_by_the_type_of_their_key():
@@ -432,7 +453,7 @@ def test_a_gpu_that_lies_idle_is_named_with_what_to_install(caplog):
         "Falling back to cpu."
     )
     log.removeFilter(name_extra)
-    assert caplog.messages[0].endswith("to cpu. To use it: pip install 'vit_jax[cuda]'")
+    assert caplog.messages[0].endswith(f"to cpu. To use it: {install('cuda')}")
 
 
 def test_a_platform_that_is_not_here_is_named(monkeypatch):
@@ -446,8 +467,8 @@ def test_a_platform_that_is_not_here_is_named(monkeypatch):
     monkeypatch.setattr("os.path.exists", lambda path: False)
     assert sentence(AssertionError(), "train") == (
         "JAX_PLATFORMS=cuda, but JAX can use no such device here, and there is no NVIDIA GPU (no "
-        "/dev/nvidia0): unset it, set JAX_PLATFORMS=cpu, or install JAX for that device (pip "
-        "install 'vit_jax[cuda]')"
+        "/dev/nvidia0): unset it, set JAX_PLATFORMS=cpu, or install JAX for that device: "
+        + install("cuda")
     )
 
 

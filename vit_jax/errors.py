@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 
+from vit_jax.extras import install
 from vit_jax.words import nearest
 
 __all__ = ["Stopped", "UserError", "during", "name_extra", "nearest", "sentence", "why"]
@@ -26,7 +27,14 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """SIGTERM came (or SIGINT, to a sweep); all is saved, and the same command resumes."""
+    """SIGTERM or Ctrl-C came; all is saved, and the same command resumes.
+
+    `code` is the exit code: 143, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, code: int = 143):
+        super().__init__(message)
+        self.code = code
 
 
 # What to do about an error of the operating system; what is not here may be a bug of ours.
@@ -185,14 +193,12 @@ def _no_device(text: str) -> str:
     if not _platforms():
         return f"JAX cannot use this machine's device{reason}: mend that, or set JAX_PLATFORMS=cpu"
     extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(_platforms().partition(",")[0])
-    install = "install JAX for that device"
-    if extra:
-        install += f" (pip install 'vit_jax[{extra}]')"
+    wanted = f"install JAX for that device{f': {install(extra)}' if extra else ''}"
     if extra == "cuda" and not os.path.exists("/dev/nvidia0"):
         reason += ", and there is no NVIDIA GPU (no /dev/nvidia0)"
     return (
         f"JAX_PLATFORMS={_platforms()}, but JAX can use no such device here{reason}: unset it, "
-        f"set JAX_PLATFORMS=cpu, or {install}"
+        f"set JAX_PLATFORMS=cpu, or {wanted}"
     )
 
 
@@ -200,5 +206,5 @@ def name_extra(record: logging.LogRecord) -> bool:
     """A filter of JAX's log: its warning that a GPU or TPU lies idle also says what to install."""
     for kind, extra in {"NVIDIA GPU": "cuda", "Google TPU": "tpu"}.items():
         if f"{kind} may be present" in str(record.msg):
-            record.msg = f"{record.msg} To use it: pip install 'vit_jax[{extra}]'"
+            record.msg = f"{record.msg} To use it: {install(extra)}"
     return True

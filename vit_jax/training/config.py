@@ -9,14 +9,13 @@ from typing import Any
 
 import ml_collections
 from etils import epath
-from flax.traverse_util import flatten_dict
 
+from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, FAMILIES
-from vit_jax.training import masking
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
-from vit_jax.training.objectives import OBJECTIVES, Augment
+from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
 
@@ -70,9 +69,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints: saved every `every` steps (0: only at the end); the last `keep` are kept."""
+    """Checkpoints, of which the last `keep` are kept.
+
+    They are saved every `every` steps, and `every_minutes` after the last one (0: never by steps or
+    by time), and at the end.
+    """
 
     every: int = 0
+    every_minutes: float = 10.0
     keep: int = 2
 
 
@@ -124,6 +128,7 @@ class Config:
             ("eval.batch_size", self.eval.batch_size, 1),
             ("eval.every", self.eval.every, 0),
             ("checkpoint.every", self.checkpoint.every, 0),
+            ("checkpoint.every_minutes", self.checkpoint.every_minutes, 0),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("log.every", self.log.every, 0),
             ("seed", self.seed, 0),
@@ -131,7 +136,7 @@ class Config:
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         for name, value, known in (
-            ("objective", self.objective, (*OBJECTIVES, *masking.OBJECTIVES)),
+            ("objective", self.objective, OBJECTIVES),
             ("precision", self.precision, CHOICES["dtype"]),
         ):
             if value not in known:
@@ -145,7 +150,7 @@ class Config:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
 
-        if self.objective in masking.OBJECTIVES:
+        if not self.classifies:
             self._check_masked()
 
     def _check_masked(self) -> None:
@@ -161,6 +166,11 @@ class Config:
                     f"eval.evaluators.{name} classifies, but a model of objective {self.objective} "
                     "has no classes: use fewshot, knn or probe, which read features"
                 )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the objective is about classes; masked patch prediction reads no labels."""
+        return OBJECTIVES[self.objective].probabilities is not None
 
     def check_trains(self) -> None:
         """Raises a UserError for a config that can only evaluate."""
@@ -231,6 +241,8 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         return kind(**inner)
     if origin is tuple:
         kinds, items = typing.get_args(kind), value if isinstance(value, (tuple, list)) else None
+        if kinds[-1] is Ellipsis and items is None and type(value) in (int, float, str):
+            items = (value,)
         if items is not None and kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(items)
         if items is None or len(items) != len(kinds):
@@ -288,6 +300,8 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 def flat(config: Config) -> dict[str, Any]:
     """All leaves of a config by name, such as "optim.lr": 0.001, as JSON types."""
+    from flax.traverse_util import flatten_dict
+
     return flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
 
 
