@@ -54,10 +54,10 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(name, capsys, tmp_path):
     overrides, message = MISTAKES[name]
-    pathlib.Path(tmp_path, "keep").write_text("mine")
+    pathlib.Path(tmp_path, "keep.log").write_text("mine")
     err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={tmp_path}", *TINY, *overrides)
     assert pytest.RaisesExc(ValueError, match=message).matches(ValueError(err)), err
-    assert {p.name for p in tmp_path.iterdir()} <= {"keep", ".lock"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"keep.log", ".lock"}
 
 
 def test_mistakes_about_the_config_file(capsys, tmp_path):

@@ -447,6 +447,7 @@ def test_so_many_examples_of_an_endless_source(tmp_path):
 
 
 def test_shards_that_changed_are_refused(pets, tmp_path):
+    tmp_path = tmp_path / "shards"
     prepare(pets, str(tmp_path), shard_examples=4)
     shard, info = tmp_path / "images-train.array_record-00001-of-00003", "vit_jax_train.json"
     size = shard.stat().st_size
