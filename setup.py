@@ -12,7 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    packages=[*find_packages(include=["vit_jax", "vit_jax.*"]), "vit_jax.configs"],
+    package_dir={"vit_jax.configs": "configs"},  # the recipes, see vit_jax/recipes.py
     package_data={
         "vit_jax.data": ["imagenet_labels.txt"],
         "vit_jax.launch": ["page.css", "page.js"],
@@ -42,6 +43,7 @@ setup(
         "tensorflow-datasets>=4.9.8",
         "tqdm>=4.66",
     ],
+    entry_points={"console_scripts": ["vit-jax = vit_jax.__main__:run"]},
     extras_require={
         "demo": ["scikit-learn>=1.5"],
         "plot": ["matplotlib>=3.9"],

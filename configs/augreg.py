@@ -1,8 +1,8 @@
 """AugReg's pre-training, "How to train your ViT?": arXiv 2106.10270, as big_vision published it.
 
-    python -m vit_jax train --config=configs/augreg.py:B/16,imagenet --workdir=runs/augreg_b16
-    python -m vit_jax train --workdir=runs/augreg_s16 --config.total_epochs=30 \\
-        --config=configs/augreg.py:S/16,imagenet21k,light2,records:shards/imagenet21k
+    vit-jax train --config=augreg:B/16,imagenet --workdir=runs/augreg_b16
+    vit-jax train --workdir=runs/augreg_s16 --config.total_epochs=30 \\
+        --config=augreg:S/16,imagenet21k,light2,records:shards/imagenet21k
 
 The argument is VARIANT,DATA[,AUGMENTATION][,EVALUATOR...][,SOURCE]. DATA is `imagenet` or
 `imagenet21k`; AUGMENTATION is one of the paper's seven settings: none, light1, light2, medium1,
@@ -64,7 +64,7 @@ HYBRIDS = {
 
 
 def get_config(arg="B/16,imagenet"):
-    """VARIANT,DATA[,AUGMENTATION][,EVALUATOR...][,SOURCE] with DATA imagenet or imagenet21k."""
+    """VARIANT,DATA[,AUGMENTATION][,EVALUATOR...][,SOURCE]"""
     words = (*AUGMENTATIONS, *presets.EVALUATORS)
     args = presets.read(arg, ("imagenet", "imagenet21k"), words, kind="vit")
     data, many = args.data, args.name == "imagenet21k"

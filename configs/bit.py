@@ -1,10 +1,10 @@
 """BiT's fine-tuning of ResNets, "BiT-HyperRule": arXiv 1912.11370, section 3.3, and its code.
 
-    python -m vit_jax train --config=configs/bit.py:R50x1,cifar10 --workdir=runs/bit_cifar10 \\
+    vit-jax train --config=bit:R50x1,cifar10 --workdir=runs/bit_cifar10 \\
         --config.init_from=BiT-M-R50x1.npz
-    python -m vit_jax train --config=configs/bit.py:R50x1,cifar100 --workdir=runs/bit_cifar100 \\
+    vit-jax train --config=bit:R50x1,cifar100 --workdir=runs/bit_cifar100 \\
         --config.init_from=BiT-M-R50x1.npz --config.batch_size=128 --config.optim.lr=0.001
-    python -m vit_jax train --config=configs/bit.py:R152x2,imagenet --workdir=runs/bit_r152 \\
+    vit-jax train --config=bit:R152x2,imagenet --workdir=runs/bit_r152 \\
         --config.init_from=BiT-M-R152x2.npz --config.optim.accumulate=8
 
 The argument is VARIANT,DATA[,dev][,SIZE][,EVALUATOR...][,SOURCE]. DATA and `dev` are as in
@@ -51,7 +51,7 @@ def _rule(images):
 
 
 def get_config(arg="R50x1,cifar10"):
-    """VARIANT,DATA[,dev][,SIZE][,EVALUATOR...][,SOURCE]."""
+    """VARIANT,DATA[,dev][,SIZE][,EVALUATOR...][,SOURCE]"""
     args = presets.read(arg, tuple(IMAGES), ("dev", *presets.EVALUATORS), kind="resnet")
     data, small = args.data, args.name.startswith("cifar")
     size = args.size or (128 if small else 480)

@@ -1,10 +1,10 @@
 """BiT's pre-training of ResNets by SGD: arXiv 1912.11370, section 3.3; and big_vision's form of it.
 
-    python -m vit_jax train --config=configs/bit_pretrain.py:R50x1,imagenet --workdir=runs/bit_s
-    python -m vit_jax train --workdir=runs/bit_m \\
-        --config=configs/bit_pretrain.py:R152x2,imagenet21k,records:shards/imagenet21k
-    python -m vit_jax train --workdir=runs/bit_cosine \\
-        --config=configs/bit_pretrain.py:R50x1,imagenet,cosine,real,v2
+    vit-jax train --config=bit_pretrain:R50x1,imagenet --workdir=runs/bit_s
+    vit-jax train --workdir=runs/bit_m \\
+        --config=bit_pretrain:R152x2,imagenet21k,records:shards/imagenet21k
+    vit-jax train --workdir=runs/bit_cosine \\
+        --config=bit_pretrain:R50x1,imagenet,cosine,real,v2
 
 The argument is VARIANT,DATA[,cosine][,EVALUATOR...][,SOURCE]. DATA is `imagenet` (BiT-S),
 `imagenet21k` (BiT-M) or `jft` (BiT-L). With `cosine` it is big_vision's bit_i1k.py or bit_i21k.py,
@@ -30,7 +30,7 @@ import presets
 
 
 def get_config(arg="R50x1,imagenet"):
-    """VARIANT,DATA[,cosine][,EVALUATOR...][,SOURCE] with DATA one of imagenet, imagenet21k, jft."""
+    """VARIANT,DATA[,cosine][,EVALUATOR...][,SOURCE]"""
     names = ("imagenet", "imagenet21k", "jft")
     args = presets.read(arg, names, ("cosine", *presets.EVALUATORS), kind="resnet")
     data, cosine = args.data, "cosine" in args.words

@@ -1,7 +1,7 @@
 """A small ViT on real handwritten digits, from pixels to high-resolution fine-tuning.
 
-    python -m vit_jax train --config=configs/digits.py --workdir=runs/digits
-    python -m vit_jax train --config=configs/digits.py:finetune --workdir=runs/digits_16 \\
+    vit-jax train --config=digits --workdir=runs/digits
+    vit-jax train --config=digits:finetune --workdir=runs/digits_16 \\
         --config.init_from=runs/digits
 
 Data: the 1,797 images of 8x8 pixels that ship inside scikit-learn, split once and for all into
@@ -13,7 +13,10 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(arg="pretrain"):
-    """`pretrain` at 8x8 pixels; `finetune` such a run at 16x16, where the grid is 8x8, not 4x4."""
+    """pretrain|finetune
+
+    At 8x8 pixels, or such a run at 16x16, where the grid is 8x8 patches, not 4x4.
+    """
     if arg not in ("pretrain", "finetune"):
         raise ValueError(f"argument {arg!r}: expected pretrain or finetune")
     config = ConfigDict()

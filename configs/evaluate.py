@@ -1,9 +1,9 @@
 """What a model is worth, without training it: for `evaluate --model`.
 
-    python -m vit_jax evaluate --model=B_16.npz --config=configs/evaluate.py:imagenet
-    python -m vit_jax evaluate --model=B_16.npz \\
-        --config=configs/evaluate.py:imagenet,classify,real,v2
-    python -m vit_jax evaluate --model=B_16.npz --config=configs/evaluate.py:pets,knn,probe,vtab
+    vit-jax evaluate --model=B_16.npz --config=evaluate:imagenet
+    vit-jax evaluate --model=B_16.npz \\
+        --config=evaluate:imagenet,classify,real,v2
+    vit-jax evaluate --model=B_16.npz --config=evaluate:pets,knn,probe,vtab
 
 The argument is DATA[,WHAT...][,SOURCE]; DATA is imagenet, cifar10, cifar100, pets or flowers.
 WHAT is `classify` (the default): accuracy on the test images of DATA, whose classes the model has;
@@ -14,9 +14,9 @@ preprocessing says, but for few-shot and VTAB, which squash them.
 
 The argument `scenes` asks what patches know, in minutes on a laptop and without a download:
 
-    python -m vit_jax evaluate --model=runs/digits --config=configs/evaluate.py:scenes
-    python -m vit_jax evaluate --model=runs/fractals \\
-        --config=configs/evaluate.py:scenes,scenes:fractals,objects=2
+    vit-jax evaluate --model=runs/digits --config=evaluate:scenes
+    vit-jax evaluate --model=runs/fractals \\
+        --config=evaluate:scenes,scenes:fractals,objects=2
 
 A linear classifier of patches learns the masks of scenes of digits, or of another source of masks,
 and is measured in mIoU (type segmentation). Scenes are squashed to the model's size.
@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg="imagenet"):
-    """DATA[,WHAT...][,SOURCE]."""
+    """DATA[,WHAT...][,SOURCE], or scenes[,SOURCE]"""
     name, _, source = arg.partition(",")
     if name == "scenes":
         return scenes(source or "scenes:digits")

@@ -1,11 +1,11 @@
 """Small models on fractals, and then on digits: what experiments/ has its laptop-scale runs of.
 
     python experiments/evidence.py --data
-    python -m vit_jax train --config=configs/evidence.py --workdir=runs/small
-    python -m vit_jax train --config=configs/evidence.py:fractals,resnet --workdir=runs/small_resnet
-    python -m vit_jax train --config=configs/evidence.py:digits --workdir=runs/small_digits \\
+    vit-jax train --config=evidence --workdir=runs/small
+    vit-jax train --config=evidence:fractals,resnet --workdir=runs/small_resnet
+    vit-jax train --config=evidence:digits --workdir=runs/small_digits \\
         --config.init_from=runs/small
-    python -m vit_jax train --config=configs/evidence.py:digits,vit --workdir=runs/digits_scratch
+    vit-jax train --config=evidence:digits,vit --workdir=runs/digits_scratch
 
 The argument is DATA[,FAMILY]. DATA is `fractals`, to pre-train on 32,000 images of 100 classes, or
 `digits`, to fine-tune init_from on scikit-learn's 1,259, or with a FAMILY to train on them from
@@ -34,7 +34,7 @@ FAMILIES["hybrid"] = FAMILIES["vit"] | dict(variant="R+Ti/16", resnet_width=32, 
 
 
 def get_config(arg="fractals"):
-    """DATA[,FAMILY] with DATA fractals or digits, and FAMILY vit, resnet or hybrid."""
+    """fractals|digits[,vit|resnet|hybrid]"""
     data, _, family = arg.partition(",")
     if data not in ("fractals", "digits") or family not in ("", *FAMILIES):
         raise ValueError(f"argument {arg!r}: expected such as fractals, fractals,resnet or digits")

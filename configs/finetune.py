@@ -1,13 +1,13 @@
 """The paper's fine-tuning at a higher resolution: arXiv 2010.11929, Table 4 and section B.1.1.
 
-    python -m vit_jax train --config=configs/finetune.py:B/16,cifar100 --workdir=runs/b16 \\
+    vit-jax train --config=finetune:B/16,cifar100 --workdir=runs/b16 \\
         --config.init_from=B_16.npz --config.optim.lr=0.01
-    for lr in 0.001 0.003 0.01 0.03; do python -m vit_jax train --workdir=runs/b16_$lr \\
-        --config=configs/finetune.py:B/16,cifar100,dev --config.init_from=B_16.npz \\
+    for lr in 0.001 0.003 0.01 0.03; do vit-jax train --workdir=runs/b16_$lr \\
+        --config=finetune:B/16,cifar100,dev --config.init_from=B_16.npz \\
         --config.optim.lr=$lr; done
-    python -m vit_jax train --config=configs/finetune.py:L/16,imagenet,512 --workdir=runs/l16 \\
+    vit-jax train --config=finetune:L/16,imagenet,512 --workdir=runs/l16 \\
         --config.init_from=gs://vit_models/imagenet21k/ViT-L_16.npz
-    python -m vit_jax train --config=configs/finetune.py:R50+B/16,cifar100 --workdir=runs/r50_b16 \\
+    vit-jax train --config=finetune:R50+B/16,cifar100 --workdir=runs/r50_b16 \\
         --config.init_from=gs://vit_models/imagenet21k/R50+ViT-B_16.npz
 
 The argument is VARIANT,DATA[,dev][,SIZE][,EVALUATOR...][,SOURCE]. DATA is `imagenet`, `cifar10`,
@@ -40,7 +40,7 @@ DROPPED = ("L/16", "H/14", "R50+B/16", "R50+L/16", "R50+L/32")
 
 
 def get_config(arg="B/16,cifar100"):
-    """VARIANT,DATA[,dev][,SIZE][,EVALUATOR...][,SOURCE]."""
+    """VARIANT,DATA[,dev][,SIZE][,EVALUATOR...][,SOURCE]"""
     names = ("imagenet", "cifar10", "cifar100", "pets", "flowers")
     args = presets.read(arg, names, ("dev", *presets.EVALUATORS))
     data = args.data

@@ -1,15 +1,15 @@
 """A small ViT pre-trained on fractals, which are made by formula, then fine-tuned on digits.
 
-    python -m vit_jax train --config=configs/fractals.py --workdir=runs/fractals
-    python -m vit_jax train --config=configs/fractals.py:digits --workdir=runs/fractals_digits \\
+    vit-jax train --config=fractals --workdir=runs/fractals
+    vit-jax train --config=fractals:digits --workdir=runs/fractals_digits \\
         --config.init_from=runs/fractals
-    python -m vit_jax train --config=configs/fractals.py:digits --workdir=runs/digits_scratch
+    vit-jax train --config=fractals:digits --workdir=runs/digits_scratch
 
 Data: 100 classes of random iterated function systems, 16x16 pixels, grey, never the same image
 twice ("Pre-training without Natural Images", arXiv 2101.08515); then scikit-learn's digits at
 24x24 pixels, where the grid is 6x6, not 4x4. Nothing is downloaded. What came out is in
 experiments/fractals/README.md. At scale the same line is `fractals:classes=1000,size=224` with
-configs/images.py:B/16,fractals:classes=1000,size=224.
+images:B/16,fractals:classes=1000,size=224.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,10 @@ FRACTALS = "fractals:classes=100,size=16,color=false"
 
 
 def get_config(arg="pretrain"):
-    """`pretrain` on fractals; `digits` fine-tunes init_from or, without it, starts from scratch."""
+    """pretrain|digits
+
+    On fractals, or on digits: from init_from or, without it, from scratch.
+    """
     if arg not in ("pretrain", "digits"):
         raise ValueError(f"argument {arg!r}: expected pretrain or digits")
     config = ConfigDict()

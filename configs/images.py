@@ -1,7 +1,7 @@
 """A ViT from scratch on images of your own, or on any other source of them.
 
-    python -m vit_jax train --config=configs/images.py:S/16,folder:/data/pets --workdir=runs/pets
-    python -m vit_jax predict --model=runs/pets new.jpg
+    vit-jax train --config=images:S/16,folder:/data/pets --workdir=runs/pets
+    vit-jax predict --model=runs/pets new.jpg
 
 The argument is VARIANT,SOURCE, and where the splits are not called train and val,
 VARIANT,SOURCE,TRAIN,VAL: `Ti/16,folder:/data/pets,all[:90%],all[90%:]` holds a tenth of
@@ -21,7 +21,10 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(arg="S/16,folder:images"):
-    """`arg` is VARIANT,SOURCE or VARIANT,SOURCE,TRAIN,VAL; a source may itself have commas."""
+    """VARIANT,SOURCE[,TRAIN,VAL]
+
+    A source may itself have commas.
+    """
     variant, _, rest = arg.partition(",")
     parts = rest.split(",")
     named = len(parts) >= 3 and "=" not in parts[-1] + parts[-2]

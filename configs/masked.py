@@ -1,12 +1,12 @@
 """Self-supervised pre-training by masked patch prediction: arXiv 2010.11929, sections 4.6, B.1.2.
 
-    python -m vit_jax train --config=configs/masked.py:B/16,imagenet --workdir=runs/masked_b16
-    python -m vit_jax train --workdir=runs/masked_b16_jft \\
-        --config=configs/masked.py:B/16,jft,records:shards/mine
-    python -m vit_jax train --config=configs/finetune.py:B/16,imagenet --workdir=runs/b16 \\
+    vit-jax train --config=masked:B/16,imagenet --workdir=runs/masked_b16
+    vit-jax train --workdir=runs/masked_b16_jft \\
+        --config=masked:B/16,jft,records:shards/mine
+    vit-jax train --config=finetune:B/16,imagenet --workdir=runs/b16 \\
         --config.init_from=runs/masked_b16
-    python -m vit_jax train --config=configs/masked.py:fractals --workdir=runs/masked
-    python -m vit_jax train --config=configs/fractals.py:digits --workdir=runs/masked_digits \\
+    vit-jax train --config=masked:fractals --workdir=runs/masked
+    vit-jax train --config=fractals:digits --workdir=runs/masked_digits \\
         --config.init_from=runs/masked
 
 The argument is VARIANT,DATA[,small|pixels][,fewshot][,knn][,probe][,vtab][,SOURCE] with DATA one of
@@ -35,7 +35,7 @@ EVALUATORS = ("fewshot", "knn", "probe", "vtab")
 
 
 def get_config(arg="B/16,imagenet"):
-    """VARIANT,DATA[,small|pixels][,EVALUATOR...][,SOURCE]; or fractals[,small|pixels]."""
+    """VARIANT,DATA[,small|pixels][,EVALUATOR...][,SOURCE], or fractals[,small|pixels]"""
     name, _, word = arg.partition(",")
     if name == "fractals":
         if word not in ("", *OBJECTIVES):

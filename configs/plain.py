@@ -1,9 +1,9 @@
 """A good plain ViT on ImageNet in hours: "Better plain ViT baselines", arXiv 2205.01580.
 
-    python -m vit_jax train --config=configs/plain.py:S/16,imagenet --workdir=runs/plain_s16
-    python -m vit_jax train --config=configs/plain.py:S/16,imagenet,real,v2 \\
+    vit-jax train --config=plain:S/16,imagenet --workdir=runs/plain_s16
+    vit-jax train --config=plain:S/16,imagenet,real,v2 \\
         --workdir=runs/plain_s16_300 --config.total_epochs=300
-    python -m vit_jax train --config=configs/plain.py:S/16,imagenet,fractals:classes=1000 \\
+    vit-jax train --config=plain:S/16,imagenet,fractals:classes=1000 \\
         --workdir=runs/plain_fractals --config.data.train.split=train --config.data.val.split=val \\
         --config.data.test=None --config.total_steps=10000 --config.optim.warmup=1000
 
@@ -23,7 +23,7 @@ import presets
 
 
 def get_config(arg="S/16,imagenet"):
-    """VARIANT,imagenet[,EVALUATOR...][,SOURCE]."""
+    """VARIANT,imagenet[,EVALUATOR...][,SOURCE]"""
     args = presets.read(arg, ("imagenet",), presets.EVALUATORS, kind="vit")
     source, evaluated = args.data.source, presets.BIG_VISION_EVAL
 

@@ -1,6 +1,6 @@
 """What the recipes share: published data sets with their splits, and how arguments are read.
 
-A data set is named in a recipe's argument, `configs/finetune.py:B/16,cifar100`. It is looked for
+A data set is named in a recipe's argument, `finetune:B/16,cifar100`. It is looked for
 where tensorflow-datasets prepares it; one more word with a colon names another place of the same
 images, `B/16,imagenet,records:/data/imagenet`, whose splits have the same names.
 
@@ -46,7 +46,7 @@ DATASETS = {
     "pets": DataSet("tfds:oxford_iiit_pet", "train", "test", **_SMALL),
     # TFDS keeps the 2,040 training images in two splits.
     "flowers": DataSet("tfds:oxford_flowers102", "train+validation", "test", **_SMALL),
-    # No public TFDS data set has these: `python -m vit_jax prepare` makes them.
+    # No public TFDS data set has these: `vit-jax prepare` makes them.
     "imagenet21k": DataSet("records:imagenet21k", "train", None, held_out=1),
     "jft": DataSet("records:jft300m", "train", None, held_out=1),
 }

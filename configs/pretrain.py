@@ -1,12 +1,12 @@
 """The paper's supervised pre-training: arXiv 2010.11929, section 4.1 and Table 3.
 
-    python -m vit_jax train --config=configs/pretrain.py:B/16,imagenet --workdir=runs/b16_imagenet
-    python -m vit_jax train --workdir=runs/b16_imagenet21k \\
-        --config=configs/pretrain.py:B/16,imagenet21k,records:shards/imagenet21k
-    python -m vit_jax train --workdir=runs/l16 \\
-        --config=configs/pretrain.py:L/16,jft,records:shards/mine
-    python -m vit_jax train --workdir=runs/r50 \\
-        --config=configs/pretrain.py:R50x1,jft,records:shards/mine
+    vit-jax train --config=pretrain:B/16,imagenet --workdir=runs/b16_imagenet
+    vit-jax train --workdir=runs/b16_imagenet21k \\
+        --config=pretrain:B/16,imagenet21k,records:shards/imagenet21k
+    vit-jax train --workdir=runs/l16 \\
+        --config=pretrain:L/16,jft,records:shards/mine
+    vit-jax train --workdir=runs/r50 \\
+        --config=pretrain:R50x1,jft,records:shards/mine
 
 The argument is VARIANT,DATA[,EVALUATOR...][,SOURCE]. DATA is `imagenet`, `imagenet21k`, or `jft`
 for a private set of that size, in the shards of `prepare`. It chooses Table 3's row: epochs,
@@ -62,7 +62,7 @@ def _row(name, variant):
 
 
 def get_config(arg="B/16,imagenet"):
-    """VARIANT,DATA[,EVALUATOR...][,SOURCE] with DATA one of imagenet, imagenet21k, jft."""
+    """VARIANT,DATA[,EVALUATOR...][,SOURCE]"""
     args = presets.read(arg, ("imagenet", "imagenet21k", "jft"), presets.EVALUATORS)
     epochs, lr, schedule, weight_decay, dropout = _row(args.name, args.variant)
     source, many = args.data.source, args.name != "imagenet"

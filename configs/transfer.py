@@ -1,8 +1,8 @@
 """AugReg's fine-tuning: arXiv 2106.10270, section 3.5, as big_vision's transfer.py has it.
 
-    python -m vit_jax train --config=configs/transfer.py:B/32,cifar10 --workdir=runs/b32_cifar10 \\
+    vit-jax train --config=transfer:B/32,cifar10 --workdir=runs/b32_cifar10 \\
         --config.init_from=B_32.npz --config.optim.lr=0.003
-    python -m vit_jax train --config=configs/transfer.py:B/32,pets,dev,inception_crop \\
+    vit-jax train --config=transfer:B/32,pets,dev,inception_crop \\
         --workdir=runs/b32_pets --config.init_from=B_32.npz
 
 The argument is VARIANT,DATA[,dev][,CROP][,SIZE][,EVALUATOR...][,SOURCE]. DATA and `dev` are as in
@@ -31,7 +31,7 @@ CROPS = ("resmall_crop", "resize_crop", "inception_crop")
 
 
 def get_config(arg="B/32,cifar10"):
-    """VARIANT,DATA[,dev][,CROP][,SIZE][,EVALUATOR...][,SOURCE]."""
+    """VARIANT,DATA[,dev][,CROP][,SIZE][,EVALUATOR...][,SOURCE]"""
     names = ("cifar10", "cifar100", "imagenet", "pets", "flowers")
     args = presets.read(arg, names, ("dev", *CROPS, *presets.EVALUATORS))
     data, size = args.data, args.size or 384

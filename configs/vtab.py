@@ -1,6 +1,6 @@
 """VTAB-1k: each of 19 tasks fine-tuned on 1,000 images (arXiv 1910.04867), as in the ViT paper.
 
-    python -m vit_jax train --config=configs/vtab.py:B/16,pets --workdir=runs/vtab/pets \\
+    vit-jax train --config=vtab:B/16,pets --workdir=runs/vtab/pets \\
         --config.init_from=B_16.npz
     python experiments/recipes/vtab.py B/16 --init-from=B_16.npz --runs=runs/vtab  # all, and means
 
@@ -33,7 +33,7 @@ NOT_MIRRORED = "dsprites_location dsprites_orientation smallnorb_azimuth".split(
 
 
 def get_config(arg="B/16,caltech101"):
-    """VARIANT,TASK[,dev][,SIZE]."""
+    """VARIANT,TASK[,dev][,SIZE]"""
     args = presets.read(arg, tuple(TASKS), ("dev",), TABLE)
     source, size = args.data.source, args.size or (378 if args.variant.endswith("/14") else 384)
 

@@ -1,5 +1,6 @@
 """What a Markdown page holds: its fences and their marks, its commands, its paths and links."""
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -12,7 +13,7 @@ from vit_jax.training.config_file import load_config
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 _MARK = re.compile(r"<!-- needs: (.+) -->")
-_COMMAND = re.compile(r"^[^#\n]*?\bpython -m vit_jax ([^\n\";]+)", re.M)
+_COMMAND = re.compile(r"^[^#\n]*?\b(?:python -m vit_jax|vit-jax) ([^\n\";`]+)", re.M)
 
 
 # Options that the launcher of a cluster has.
@@ -47,7 +48,7 @@ def joined(text):
 
 
 def commands(text):
-    """The arguments of every `python -m vit_jax` in a text, at a line's start or behind others."""
+    """The arguments of every `vit-jax` and `python -m vit_jax` in a text, also behind others."""
     return [shlex.split(command.split("#")[0]) for command in _COMMAND.findall(joined(text))]
 
 
@@ -57,7 +58,8 @@ def check_command(argv):
     assert all(flag.startswith("--config.") for flag in rest), argv
     if getattr(args, "config", None):
         # What a shell would fill in is not known here.
-        load_config(str(ROOT / args.config), [flag for flag in rest if "$" not in flag])
+        with contextlib.chdir(ROOT):
+            load_config(args.config, [flag for flag in rest if "$" not in flag])
 
 
 def paths(text):

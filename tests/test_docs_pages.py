@@ -36,7 +36,7 @@ def smaller(argv):
     if argv[0] not in ("train", "preflight"):
         return argv
     argv = [arg for arg in argv if not DURATION.match(arg)] + SHORT
-    if any(arg.startswith("--config=configs/images.py") for arg in argv):
+    if any(arg.startswith(("--config=images:", "--config=configs/images.py")) for arg in argv):
         argv = [arg.replace("S/16,", "mu/16,") for arg in argv] + SMALL
     return argv
 
@@ -89,7 +89,7 @@ def test_a_page_runs_from_its_first_command_to_its_last(name, here):
             exec(compile(fence.text, where, "exec"), names)
         else:
             for line in joined(fence.text).splitlines():
-                if line.startswith("python -m vit_jax "):
+                if line.startswith(("vit-jax ", "python -m vit_jax ")):
                     (argv,) = commands(line)
                     check_command(argv)
                     assert main(smaller(argv)) == 0, line

@@ -83,6 +83,33 @@ def test_mistakes_about_the_config_file(capsys, tmp_path):
     assert "unknown config key batchsize; did you mean 'batch_size'" in err
 
 
+def test_recipes_are_found_by_name_from_any_folder(capsys, caplog, tmp_path, monkeypatch):
+    caplog.set_level("INFO", "vit_jax")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", "digits.py", "plain"):
+        (tmp_path / name).write_text("x = 1\n")
+    assert load_config("digits:finetune").optim.lr == 5e-4
+    assert "for digits.py in this folder write --config=digits.py" in caplog.text
+    assert load_config("images:S/16,folder:x,all[:90%],all[90%:]").data.val.split == "all[90%:]"
+    for spec, message in (
+        ("finetun", "there is no recipe 'finetun'; did you mean 'finetune'? (`vit-jax configs`"),
+        ("presets", "there is no recipe 'presets'"),
+        ("mine", "for the file write --config=mine.py"),
+        ("configs/bit.py:R50x1,[a]", "recipe of this name write '--config=bit:R50x1,[a]'"),
+        ("configs/bit", "'configs/bit' is no config file"),
+        ("digits.py", "no function get_config"),
+    ):
+        assert message in fails(capsys, "preflight", f"--config={spec}"), spec
+
+    assert main(["configs"]) == 0
+    out = capsys.readouterr().out
+    assert "finetune:VARIANT,DATA[,dev][,SIZE][,EVALUATOR...][,SOURCE]" in out
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert {line.partition(":")[0] for line in out.split("\n\n")[0].splitlines()[::2]} == (
+        files - {"presets"}
+    )
+
+
 def test_another_config_does_not_resume(capsys, tiny_run):
     workdir, _ = tiny_run
     before = (workdir / "config.json").read_text()

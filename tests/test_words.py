@@ -18,8 +18,9 @@ from etils import epath
 from flax import nnx
 
 import vit_jax
-from vit_jax import words
+from vit_jax import extras, words
 from vit_jax.__main__ import COMMANDS, as_json, main
+from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.export import FORMATS
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.checkpoints.store import write_atomically
@@ -35,7 +36,6 @@ from vit_jax.models.variants import variant
 from vit_jax.training import optim
 from vit_jax.training.config import Config, count_steps, differences, keys, unpack
 from vit_jax.training.config_file import load_config
-from vit_jax.training.objectives import OBJECTIVES
 from vit_jax.training.plan import model_config
 
 
@@ -181,15 +181,15 @@ def test_flags_and_commands_are_suggested_of_those_that_exist(capsys, model, tmp
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["eval"], "did you mean 'evaluate'?"),
         (["finetune"], "did you mean 'train'?"),
-        (["predict"], "the following arguments are required: --model, IMAGE; see `python -m"),
+        (["predict"], "the following arguments are required: --model, IMAGE; see `vit-jax"),
     ):
         assert message in fails(capsys, *argv), argv
 
 
 def test_help_and_version(capsys):
     for argv, code, text in (
-        ([], 2, "usage: python -m vit_jax"),
-        (["help"], 0, "usage: python -m vit_jax"),
+        ([], 2, "usage: vit-jax"),
+        (["help"], 0, "usage: vit-jax"),
         (["help", "predict"], 0, "--topk"),
         (["--version"], 0, f"vit_jax {vit_jax.__version__}"),
     ):
@@ -388,6 +388,27 @@ def test_a_platform_that_is_not_here_is_named(monkeypatch):
     assert sentence(AssertionError(), True).startswith(
         "JAX_PLATFORMS=cuda, but JAX can use no such device here: unset it"
     )
+
+
+def test_extras_are_installed_from_where_the_package_is_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert extras.install("cuda").endswith("pip install -e '.[cuda]'")
+    monkeypatch.setattr(extras, "__file__", str(tmp_path / "site-packages" / "vit_jax" / "x.py"))
+    git = {"url": "https://x.org/vit_jax.git", "vcs_info": {"vcs": "git", "commit_id": "6c832a"}}
+    gone, here = ({"url": f"file://{tmp_path}{name}"} for name in ("/gone.whl", ""))
+    named = "install 'jax[cuda13]>=0.10.0'"
+    for record, told in (
+        (git, "install 'vit_jax[cuda] @ git+https://x.org/vit_jax.git@6c832a'"),
+        ({**git, "subdirectory": "a"}, "vit_jax.git@6c832a#subdirectory=a'"),
+        (here, f"install 'vit_jax[cuda] @ file://{tmp_path}'"),
+        (gone, named),
+        (None, named),
+    ):
+        text = record and json.dumps(record)
+        requires = ["jax>=0.10.0", 'jax[cuda13]>=0.10.0; extra == "cuda"', 'x>=1; extra == "plot"']
+        found = Mock(requires=requires, read_text=lambda _, text=text: text)
+        monkeypatch.setattr(extras.metadata, "distribution", lambda _, found=found: found)
+        assert extras.install("cuda").endswith(told), record
 
 
 # The shell. --------------------------------------------------------------------------------------

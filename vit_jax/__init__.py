@@ -12,9 +12,13 @@ _PUBLIC = {
     "ViT": "vit_jax.models.vit",
     "ViTConfig": "vit_jax.models.config",
     "create": "vit_jax.models.create",
+    "evaluate": "vit_jax.commands",
     "load": "vit_jax.checkpoints.load",
+    "open_source": "vit_jax.data.sources",
+    "predict": "vit_jax.commands",
     "published": "vit_jax.checkpoints.published",
     "save": "vit_jax.checkpoints.export",
+    "train": "vit_jax.commands",
 }
 __all__ = list(_PUBLIC)
 

@@ -1,4 +1,4 @@
-"""The command line, `python -m vit_jax COMMAND`.
+"""The command line: `vit-jax COMMAND`, or `python -m vit_jax COMMAND`.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
 the run was lost or did not start (starting again resumes), 130 Ctrl-C, 141 nobody reads the output
@@ -19,6 +19,7 @@ import warnings
 from vit_jax import distributed
 from vit_jax.errors import Stopped, UserError, sentence
 from vit_jax.flags import SLURM, fields, parse
+from vit_jax.recipes import listing
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -173,6 +174,11 @@ def report(args: argparse.Namespace, overrides: list[str]) -> None:
     print(write_report(args.folders, args.out), end="")
 
 
+def configs(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Lists the recipes: config files that come with the package."""
+    print(listing())
+
+
 COMMANDS = {
     function.__name__: function
     for function in (
@@ -186,6 +192,7 @@ COMMANDS = {
         sweep,
         report,
         prepare,
+        configs,
     )
 }
 
@@ -251,6 +258,11 @@ def set_up_screen() -> None:
     warnings.filterwarnings("ignore", message="Palette images with Transparency")  # it is dropped
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The program: sets up the screen, runs the command of sys.argv, returns its exit code."""
     set_up_screen()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

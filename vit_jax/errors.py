@@ -4,6 +4,7 @@ import errno
 import os
 import re
 
+from vit_jax.extras import install
 from vit_jax.words import nearest
 
 __all__ = ["Stopped", "UserError", "nearest", "sentence"]
@@ -58,7 +59,7 @@ def sentence(error: BaseException, has_config: bool) -> str | None:
         if has_config:
             advice = (
                 "lower batch_size or eval.batch_size, raise optim.accumulate, set "
-                "model.remat=full, or split the model by mesh.fsdp=-1; `python -m vit_jax "
+                "model.remat=full, or split the model by mesh.fsdp=-1; `vit-jax "
                 "preflight` says what a run needs"
             )
         return f"out of memory ({_brief(text) or type(error).__name__}): {advice}"
@@ -94,8 +95,10 @@ def _no_device(text: str) -> str:
     reason = re.sub(r"^Unable to initialize backend '\w+': ", "", reason)
     reason = f" ({reason})" if reason else ""
     if _platforms():
+        wanted = [install(extra) for extra in ("cuda", "tpu") if extra in _platforms().split(",")]
         return (
             f"JAX_PLATFORMS={_platforms()}, but JAX can use no such device here{reason}: unset it, "
-            "set JAX_PLATFORMS=cpu, or install JAX for that device"
+            f"set JAX_PLATFORMS=cpu, or install JAX for that device{': ' if wanted else ''}"
+            f"{' '.join(wanted)}"
         )
     return f"JAX cannot use this machine's device{reason}: mend that, or set JAX_PLATFORMS=cpu"

@@ -1,4 +1,4 @@
-"""Command line flags of `python -m vit_jax COMMAND`; unknown flags are refused."""
+"""Command line flags of `vit-jax COMMAND`; unknown flags are refused."""
 
 import argparse
 import dataclasses
@@ -130,9 +130,7 @@ class Last(argparse.Action):
 
 def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     """Builds the parser of all commands; `--config.KEY=VALUE` flags are left over."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax", description=vit_jax.__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="vit-jax", description=vit_jax.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"vit_jax {vit_jax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
@@ -141,7 +139,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help=functions["train"].__doc__,
         epilog="--config.KEY=VALUE changes any key of the config.",
     )
-    command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
     command.add_argument(
         "--workdir", type=path, required=True, help="the run folder; resumed if it exists"
     )
@@ -155,7 +153,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--model", type=path, help="whatever vit_jax.load reads, evaluated as --config says"
     )
-    command.add_argument("--config", metavar="FILE.py[:ARGUMENT]")
+    command.add_argument("--config", metavar="FILE.py|NAME[:ARGUMENT]")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)
 
@@ -204,7 +202,9 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "spec", type=path, nargs="?", metavar="SPEC", help="such as folder:/data/pets"
     )
     command.add_argument("--split", help="one of them alone (default: all that there are)")
-    command.add_argument("--config", metavar="FILE.py[:ARGUMENT]", help="its data in SPEC's place")
+    command.add_argument(
+        "--config", metavar="FILE.py|NAME[:ARGUMENT]", help="its data in SPEC's place"
+    )
     command.add_argument(
         "--model", type=path, help="whatever vit_jax.load reads: what its classes are in it"
     )
@@ -218,7 +218,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help=functions["preflight"].__doc__,
         epilog="--config.KEY=VALUE changes any key of the config.",
     )
-    command.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
     command.add_argument(
         "--topology",
         help="what to compile for, where there is none: v5e:4x4, h100:8, h200:2x8, ...",
@@ -273,6 +273,9 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     ):
         command.add_argument(f"--{name}", type=kind, default=default, help=what)
     command.set_defaults(function=functions["prepare"], takes_overrides=False)
+
+    command = commands.add_parser("configs", help=functions["configs"].__doc__)
+    command.set_defaults(function=functions["configs"], takes_overrides=False)
     return parser
 
 

@@ -12,6 +12,7 @@ import workers
 from names import MODES, read_name
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.extras import install
 from vit_jax.launch.jobs import ENVIRONMENT as LAUNCHED
 from vit_jax.models.config import CHOICES, ModelConfig, ResNetConfig
 from vit_jax.models.variants import variant
@@ -88,7 +89,7 @@ def _check_files(args: argparse.Namespace) -> None:
         if path is not None and not path.parent.is_dir():
             raise UserError(f"--{flag}={path}: there is no folder {path.parent}; make it first")
     if args.picture and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--picture needs matplotlib: pip install 'vit_jax[plot]'")
+        raise UserError(f"--picture needs matplotlib: {install('plot')}")
     if args.read is not None and not args.read.is_file():
         raise UserError(f"--read={args.read}: there is no such file; name one that --json wrote")
     if args.read is not None:

@@ -49,6 +49,7 @@ from vit_jax.analysis.chips import CHIPS
 from vit_jax.analysis.roofline import Roofline, read_kernels
 from vit_jax.compiler import OPTIONS, compiler_options
 from vit_jax.errors import UserError, nearest
+from vit_jax.extras import install
 from vit_jax.models.config import ModelConfig
 from vit_jax.models.create import init_params, structure
 from vit_jax.models.variants import variant
@@ -332,7 +333,7 @@ def _check(args: Namespace) -> None:
     if args.picture and (args.read is None or not args.picture.parent.is_dir()):
         raise UserError(f"--picture={args.picture}: it goes with --read, into a folder that exists")
     if args.picture and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--picture needs matplotlib: pip install 'vit_jax[plot]'")
+        raise UserError(f"--picture needs matplotlib: {install('plot')}")
     for kind in [kind for kind in args.only.split(",") if kind not in KINDS]:
         raise UserError(f"--only={args.only}: no jobs {kind!r}; {nearest(kind, KINDS)}")
     if not args.seconds >= LEAST:

@@ -4,7 +4,7 @@
     python experiments/scale/run.py --compile-time    # the last table
 
 Writes what it finds to results.json, row by row, and README.md from all of it. Needs libtpu
-(`pip install 'vit_jax[tpu]'`) or XLA's compiler for GPUs (`pip install 'jax[cuda13]'`), one core
+(`pip install -e '.[tpu]'`) or XLA's compiler for GPUs (`pip install -e '.[cuda]'`), one core
 and, for the largest, 8 GB of memory.
 """
 

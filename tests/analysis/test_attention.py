@@ -404,7 +404,7 @@ def test_mistakes_about_pictures(files, capsys, monkeypatch):
     assert "'dog.png' is no folder" in fails(capsys, *inspect, "--pictures=dog.png")
     assert "unknown argument '--picture" in fails(capsys, *inspect, "cat.jpg", "--picturez=x")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'vit_jax[plot]'" in fails(capsys, *inspect, "--pictures=other")
+    assert "[plot]'" in fails(capsys, *inspect, "--pictures=other")
     assert not (files / "other").exists()
 
 

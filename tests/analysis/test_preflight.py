@@ -123,7 +123,7 @@ def test_a_config_that_only_evaluates_is_refused():
 
 def test_a_topology_needs_libtpu(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'vit_jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[tpu\]'"):
         chips.topology_devices("v5e:4x4")
 
 

@@ -171,14 +171,14 @@ def test_read_accounted_for_and_written_back(name, loaded, tmp_path):
     assert vit.step is None and len(vit.labels) == vit.config.num_classes
 
     # Every key and every parameter is accounted for.
-    fates = {"kept": [], "left over": []}
+    statuses = {"kept": [], "left over": []}
     for line in vit.report.lines:
-        fates[line.fate].append(line)
-    assert sorted(line.name for line in fates["kept"]) == sorted(example.params())
-    assert sorted(line.name for line in fates["left over"]) == sorted(example.leftover)
-    sources = [key for line in fates["kept"] for key in keys_of(line.source)]
+        statuses[line.status].append(line)
+    assert sorted(line.name for line in statuses["kept"]) == sorted(example.params())
+    assert sorted(line.name for line in statuses["left over"]) == sorted(example.leftover)
+    sources = [key for line in statuses["kept"] for key in keys_of(line.source)]
     assert sorted([*sources, *example.leftover]) == sorted(example.arrays)  # and none twice
-    for line in fates["left over"]:
+    for line in statuses["left over"]:
         assert line.shape == example.arrays[line.name].shape
     printed = str(vit.report).splitlines()
     for line in vit.report.lines:
@@ -186,7 +186,7 @@ def test_read_accounted_for_and_written_back(name, loaded, tmp_path):
     if name in ("google paper", "big_vision map", "timm map", "hf dinov2"):
         seen = inspect(example.write(tmp_path / "seen"), **example.known).lines
         assert [x[:2] + x[3:] for x in seen] == [x[:2] + x[3:] for x in vit.report.lines]
-        assert {line.fate for line in seen} <= {"as it is", "left over"}
+        assert {line.status for line in seen} <= {"as it is", "left over"}
 
     path = tmp_path / f"out{example.ending}"
     report = vit_jax.save(vit, path, format=example.format)
@@ -403,7 +403,7 @@ def test_a_grid_that_is_no_square_has_to_be_told(put):
         assert (vit.config.image_size, vit.config.grid) == (size, grid)
         assert vit.preprocess.image_size == size
         np.testing.assert_array_equal(vit.model.pos_embed[...], table)
-        assert {line.fate for line in vit.report.lines} == {"kept"}
+        assert {line.status for line in vit.report.lines} == {"kept"}
 
 
 def test_patches_that_are_no_squares(put):
@@ -518,8 +518,10 @@ def test_another_image_size_resizes_the_positions(put):
     found = parameters(vit.model)
     np.testing.assert_allclose(found.pop("pos_embed"), expected, atol=1e-6)
     assert_same(found, {k: v for k, v in PAPER.params().items() if k != "pos_embed"})
-    fates = {line.name: line.fate for line in vit.report.lines}
-    assert fates.pop("pos_embed") == "resized 2x2 -> 3x5 (zoom)" and set(fates.values()) == {"kept"}
+    statuses = {line.name: line.status for line in vit.report.lines}
+    assert statuses.pop("pos_embed") == "resized 2x2 -> 3x5 (zoom)" and set(statuses.values()) == {
+        "kept"
+    }
 
     vit = vit_jax.load(path, image_size=(12, 20), position_resize="bilinear")
     grid = table[1:].reshape(2, 2, 8)
@@ -539,8 +541,8 @@ def test_each_family_resizes_in_its_own_way(put):
     }.items():
         example = EXAMPLES[name]
         vit = vit_jax.load(put(example), image_size=16, **example.known)
-        (fate,) = [line.fate for line in vit.report.lines if line.name == "pos_embed"]
-        assert fate == f"resized 2x2 -> 4x4 ({method})"
+        (status,) = [line.status for line in vit.report.lines if line.name == "pos_embed"]
+        assert status == f"resized 2x2 -> 4x4 ({method})"
         rows = vit.config.num_position_prefix
         table = np.asarray(vit.model.pos_embed)
         assert table.shape == (rows + 16, 8)
@@ -555,9 +557,9 @@ def test_another_patch_size_is_the_pseudo_inverse_of_a_resize(put):
         new = np.asarray(vit.model.patch_embed.kernel[...])
         assert new.shape == (*patch, 3, 8)
         np.testing.assert_allclose(new.reshape(-1, 3 * 8), resampled(old, patch), atol=1e-5)
-        fates = {line.name: line.fate for line in vit.report.lines}
-        assert fates["patch_embed/kernel"] == f"resampled 4x4 -> {patch[0]}x{patch[1]}"
-        assert fates["pos_embed"] == "kept"
+        statuses = {line.name: line.status for line in vit.report.lines}
+        assert statuses["patch_embed/kernel"] == f"resampled 4x4 -> {patch[0]}x{patch[1]}"
+        assert statuses["pos_embed"] == "kept"
         if min(patch) >= 4:  # an enlarged patch embeds as it did before
             image = np.random.default_rng(2).normal(size=(4, 4, 3))
             larger = np.stack([bilinear(image[..., c], patch) for c in range(3)], axis=-1)
@@ -565,8 +567,8 @@ def test_another_patch_size_is_the_pseudo_inverse_of_a_resize(put):
             np.testing.assert_allclose(*embedded, atol=2e-5)
     vit = vit_jax.load(path, patch_size=2)  # at the same image size
     assert (vit.config.image_size, vit.config.grid) == ((8, 8), (4, 4))
-    fates = {line.name: line.fate for line in vit.report.lines}
-    assert fates["pos_embed"] == "resized 2x2 -> 4x4 (zoom)"
+    statuses = {line.name: line.status for line in vit.report.lines}
+    assert statuses["pos_embed"] == "resized 2x2 -> 4x4 (zoom)"
 
 
 def test_another_number_of_channels(put):
@@ -580,9 +582,9 @@ def test_another_number_of_channels(put):
         assert vit.config.in_channels == vit.preprocess.in_channels == channels
         assert vit.preprocess.mean == pytest.approx(0.5)  # of 0.25, 0.5 and 0.75
         assert vit.preprocess.std == pytest.approx(1.25 / 3)
-        fates = {line.name: line.fate for line in vit.report.lines}
-        assert fates.pop("patch_embed/kernel") == f"3 -> {channels} channels"
-        assert set(fates.values()) == {"kept"}
+        statuses = {line.name: line.status for line in vit.report.lines}
+        assert statuses.pop("patch_embed/kernel") == f"3 -> {channels} channels"
+        assert set(statuses.values()) == {"kept"}
 
     # Grey weights for coloured images.
     name = "vit.embeddings.patch_embeddings.projection.weight"
@@ -601,8 +603,8 @@ def test_another_head_starts_at_zero(put):
     assert not found.pop("head/bias").any()
     gone = ("head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias")
     assert_same(found, {k: v for k, v in target.params().items() if k not in gone})
-    fates = {line.name: line.fate for line in vit.report.lines}
-    assert [fates[name] for name in gone] == ["fresh", "fresh", "dropped", "dropped"]
+    statuses = {line.name: line.status for line in vit.report.lines}
+    assert [statuses[name] for name in gone] == ["fresh", "fresh", "dropped", "dropped"]
 
     vit = vit_jax.load(put(EXAMPLES["hf dinov2"]), num_classes=3)
     assert vit.model.head.kernel.shape == (16, 3)  # token and mean side by side

@@ -30,7 +30,7 @@ def test_loads_model_preprocessing_and_labels(vit, run):
     assert_same(parameters(vit.model), run[1])  # the average, not what was trained at last
     assert vit.labels == tuple(f"class {i}" for i in range(10))
     assert vit.config.image_size == (8, 8) and vit.step == 24
-    assert {line.fate for line in vit.report.lines} == {"kept"}
+    assert {line.status for line in vit.report.lines} == {"kept"}
     prepared = vit.preprocess(np.full((5, 9), 255, np.uint8))
     assert prepared.shape == (8, 8, 1) and prepared.dtype == np.float32
     np.testing.assert_array_equal(prepared, 1.0)
@@ -39,9 +39,9 @@ def test_loads_model_preprocessing_and_labels(vit, run):
 def test_another_resolution_head_and_dtype(run):
     vit = vit_jax.load(run[0], image_size=(12, 20), num_classes=3, dtype="bfloat16")
     assert vit.config.grid == (6, 10) and vit.config.dtype == "bfloat16"
-    fates = {line.name: line.fate for line in vit.report.lines}
-    assert fates["pos_embed"] == "resized 4x4 -> 6x10 (zoom)"
-    assert fates["head/kernel"] == "fresh" and fates["pre_logits/kernel"] == "dropped"
+    statuses = {line.name: line.status for line in vit.report.lines}
+    assert statuses["pos_embed"] == "resized 4x4 -> 6x10 (zoom)"
+    assert statuses["head/kernel"] == "fresh" and statuses["pre_logits/kernel"] == "dropped"
     image = vit.preprocess(np.zeros((40, 30, 3), np.uint8))[None]
     assert jax.eval_shape(vit.model, image).shape == (1, 3)
     assert not np.asarray(vit.model.head.kernel).any() and not np.asarray(vit.model.head.bias).any()

@@ -38,9 +38,9 @@ def test_our_format_holds_them_all_and_others_do_not(kind, tmp_path):
         refused(message, path, image_size=(24, 20))
     else:
         resized = vit_jax.load(path, image_size=(24, 20))
-        fates = {line.name: line.fate for line in resized.report.lines}
-        tables = [name for name in fates if "pos_embed" in name and "prefix" not in name]
-        assert tables and {fates[name] for name in tables} == {"resized 3x5 -> 6x5 (zoom)"}
+        statuses = {line.name: line.status for line in resized.report.lines}
+        tables = [name for name in statuses if "pos_embed" in name and "prefix" not in name]
+        assert tables and {statuses[name] for name in tables} == {"resized 3x5 -> 6x5 (zoom)"}
         assert jax.eval_shape(resized.model.positions).shape[-2:] == (31, 8)
         assert resized.report.facts["positions"].startswith(model.config.position)
     for format, ending in FORMATS.items() if kind in ("layers", "2d, shared", "relative") else ():

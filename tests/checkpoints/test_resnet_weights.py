@@ -43,8 +43,8 @@ def test_read_and_written_back(name, loaded, tmp_path):
     if example.kind is ViTConfig:  # whose open fields the file fills in
         expected = dataclasses.replace(expected, position_prefix=vit.config.position_prefix)
     assert vit.config == expected
-    fates = {line.name: line.fate for line in vit.report.lines}
-    assert {name for name, fate in fates.items() if fate != "kept"} == set(example.leftover)
+    statuses = {line.name: line.status for line in vit.report.lines}
+    assert {name for name, status in statuses.items() if status != "kept"} == set(example.leftover)
 
     path = tmp_path / f"out{example.ending}"
     vit_jax.save(vit, path, format=example.format)
@@ -86,8 +86,11 @@ def test_another_head_channels_and_size(example, tmp_path):
     if example.kind is ViTConfig:
         assert found.pop("pos_embed").shape == (1 + 4 * 6, dialects.D)
     assert_same(found, expected)
-    fates = {line.name: line.fate for line in vit.report.lines}
-    assert fates["resnet/conv_root/kernel"] == "3 -> 1 channels" and fates["head/bias"] == "fresh"
+    statuses = {line.name: line.status for line in vit.report.lines}
+    assert (
+        statuses["resnet/conv_root/kernel"] == "3 -> 1 channels"
+        and statuses["head/bias"] == "fresh"
+    )
 
 
 def test_patches_of_a_feature_map(tmp_path):

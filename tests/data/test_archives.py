@@ -257,7 +257,7 @@ def test_a_tar_of_a_tar_for_each_class(tmp_path, prefix):
     again = open_tar(written(tmp_path / "a.tar.gz", gzip.compress(outer)))
     assert told(again) == expected and again.fingerprint == source.fingerprint
     assert again[0] == {**source[0], "name": again[0]["name"]}  # going back is possible
-    message = r"a\.tar\.gz is compressed, .* `python -m vit_jax prepare`"
+    message = r"a\.tar\.gz is compressed, .* `vit-jax prepare`"
     with pytest.raises(UserError, match=message):
         tar(tmp_path / "a.tar.gz")
 

@@ -132,6 +132,7 @@ MISTAKES = {
     "section": ("[{'optim': {'lr': 1}}]", "a key of a section is written section.key"),
     "cannot train": ("[{'optim': None}]", "optim is not set"),
     "no config": ("[{'config': 'configs/digit.py'}]", "there is no config file"),
+    "no recipe": ("[{'config': 'digit'}]", "did you mean 'digits'"),
     "argument": (f"[{{'config': '{DIGITS}:finetun'}}]", "argument 'finetun'"),
     "no dict": ("[('seed', 1)]", r"yields \('seed', 1\); expected a dict"),
     "one name": ("[{'name': 'a'}, {'name': 'a', 'seed': 1}]", "2 points .* 'a' .different"),

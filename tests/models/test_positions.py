@@ -125,11 +125,11 @@ def test_tables_of_rows_and_columns_are_resized_each_by_itself():
     random = np.random.default_rng(0)
     for name, old, new in (("pos_embed_row", 3, 6), ("pos_embed_column", 4, 9)):
         table = random.normal(size=(old, 5))
-        got, fate = refit(name, table, position="learned2d")
+        got, status = refit(name, table, position="learned2d")
         places = np.linspace(0, old - 1, new)  # the ends stay in place
         wanted = [np.interp(places, np.arange(old), column) for column in table.T]
         np.testing.assert_allclose(got, np.stack(wanted, axis=1), atol=1e-6)
-        assert fate == "resized 3x4 -> 6x9 (zoom)"
+        assert status == "resized 3x4 -> 6x9 (zoom)"
         smooth, _ = refit(name, table, "bilinear_antialias", position="learned2d")
         wanted = jax.image.resize(table, (new, 5), "bilinear", antialias=True)
         np.testing.assert_allclose(smooth, wanted, atol=1e-5)

@@ -226,7 +226,7 @@ def test_a_folder(name, folders, record):
     assert_same_preprocessing(vit.preprocess, case.processor.from_pretrained(folders(name)))
     if vit.config.num_classes == 5:
         assert vit.labels == tuple(LABELS["id2label"].values())
-    left = {line.name for line in vit.report.lines if line.fate == "left over"}
+    left = {line.name for line in vit.report.lines if line.status == "left over"}
     tower = [f"{prefix}{key}" for key in tower_of(model).state_dict() for prefix in ("", "vit.")]
     assert not left & set(tower) - {"embeddings.mask_token", "vit.embeddings.mask_token"}
 

@@ -462,22 +462,22 @@ def test_the_record_loads_and_fine_tuning_drops_what_predicts_patches(
 
 
 @pytest.mark.parametrize(
-    "flags, fate",
+    "flags, status",
     [
         ([], "fresh"),
         (["--config.model.head=keep"], "kept"),
         (["--config.model.head=keep", "--config.objective=masked_pixels"], "fresh"),
     ],
 )
-def test_pre_training_goes_on_with_another_target(run, flags, fate):
+def test_pre_training_goes_on_with_another_target(run, flags, status):
     """The patch head of one target is of no use for another; the [mask] is."""
     opened, config = open_model(run[0]), config_of(*flags)
     plan = make_plan(config, TrainingData(tuple("0123456789")), opened)
     card, keeps = plan.card, plan.keep_head
     assert (card.labels, card.objective) == ((), config.objective)
     _, lines = place(opened, card.config, head="keep" if keeps else "fresh")
-    fates = {line.name: line.fate for line in lines}
-    assert (fates["patch_head/kernel"], fates["mask_token"]) == (fate, "kept")
+    statuses = {line.name: line.status for line in lines}
+    assert (statuses["patch_head/kernel"], statuses["mask_token"]) == (status, "kept")
 
 
 def test_a_preflight_needs_neither_data_nor_classes():
@@ -489,7 +489,9 @@ def test_a_preflight_needs_neither_data_nor_classes():
 
 
 def test_a_record_may_name_every_objective_there_is():
-    assert set(card.OBJECTIVES) == {*objectives.OBJECTIVES, *masking.OBJECTIVES}
+    assert set(card.OBJECTIVES) == {*objectives.LOSSES, *masking.TARGETS}
+    classifying = {name for name, kind in card.OBJECTIVES.items() if kind.probabilities}
+    assert classifying == set(objectives.LOSSES)
 
 
 # What is set, and what is said of it before a run begins.

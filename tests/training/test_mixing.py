@@ -17,7 +17,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.training import steps
-from vit_jax.training.objectives import OBJECTIVES, Augment, draw_mixing, mix_images
+from vit_jax.training.objectives import LOSSES, Augment, draw_mixing, mix_images
 from vit_jax.training.optim import OptimConfig, make_optimizer
 from vit_jax.training.sharding import MeshConfig, make_mesh, to_devices
 from vit_jax.training.state import TrainState, abstract_state, make_state
@@ -175,7 +175,7 @@ def test_settings_that_cannot_be_are_refused(fields, message):
 
 def test_labels_are_mixed_as_their_images_are(monkeypatch):
     """Each image is full in the channel of its label: mixed, its means are what it should be."""
-    monkeypatch.setitem(OBJECTIVES, "apart", lambda found, wanted: jnp.abs(found - wanted).sum(-1))
+    monkeypatch.setitem(LOSSES, "apart", lambda found, wanted: jnp.abs(found - wanted).sum(-1))
     monkeypatch.setattr(steps, "merged", lambda *_: lambda x, **_: x.mean(axis=(1, 2)))
     label = np.tile(np.arange(5, dtype=np.int32), 4)
     full = np.uint8(255) * np.eye(5, dtype=np.uint8)[label, None, None]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.extras import install
 
 GIB = 2**30
 
@@ -115,9 +116,9 @@ def _gpus(name: str, kind: str) -> list[Any]:
         raise UserError(
             f"--topology={name}: expected a number of GPUs as {kind}:8, nodes x GPUs as {kind}:2x8"
         )
-    install = "runs anywhere, with jax 0.10.2 or later: pip install 'jax[cuda13]'"
+    how = f"runs anywhere, with jax 0.10.2 or later: {install('cuda')}"
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise UserError(f"--topology={name} needs the compiler for GPUs, which {install}")
+        raise UserError(f"--topology={name} needs the compiler for GPUs, which {how}")
     from jax.experimental import topologies
 
     try:
@@ -129,7 +130,7 @@ def _gpus(name: str, kind: str) -> list[Any]:
     except Exception as error:  # noqa: BLE001  plugins raise what they like
         raise UserError(
             f"--topology={name}: the compiler for GPUs does not start: {_first_line(error)}; it "
-            f"{install}"
+            f"{how}"
         ) from None
     return list(topology.devices)
 
@@ -152,8 +153,7 @@ def target_config(kind: str) -> str:
 def _tpus(name: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "--topology needs the compiler for TPUs, which runs anywhere: pip install "
-            "'vit_jax[tpu]'"
+            f"--topology needs the compiler for TPUs, which runs anywhere: {install('tpu')}"
         )
     # Otherwise libtpu spends long looking for a local TPU, and locks it.
     for variable, value in (

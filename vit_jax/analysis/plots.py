@@ -18,6 +18,7 @@ from vit_jax.analysis.attention import (
 )
 from vit_jax.checkpoints.load import Loaded
 from vit_jax.errors import UserError
+from vit_jax.extras import install
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.training.metrics import read_metrics
 
@@ -269,7 +270,7 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
-            "pictures are drawn with matplotlib, which is missing: pip install 'vit_jax[plot]'"
+            f"pictures are drawn with matplotlib, which is missing: {install('plot')}"
         ) from None
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -28,7 +28,6 @@ from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
 from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
 from vit_jax.models.create import structure
-from vit_jax.training import masking
 from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan, TrainingData, make_plan
 from vit_jax.training.program import Program, make_program
@@ -288,8 +287,7 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
     try:
         source = open_source(config.data.train.source, config.data.train.split)
     except UserError as error:
-        masked = config.objective in masking.OBJECTIVES
-        classes = 0 if masked else config.model.get("num_classes")
+        classes = config.model.get("num_classes") if config.classifies else 0
         if classes is None:
             raise UserError(
                 f"{error}; to go on without the data, say how many classes it has: "

@@ -1,10 +1,13 @@
 """`ModelCard`, the metadata saved with weights, and `Report`, how a model was loaded."""
 
 import dataclasses
+import html
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.special
 from etils import epath
 
 from vit_jax.checkpoints.store import write_atomically
@@ -13,9 +16,32 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
 
-OBJECTIVES = ("softmax", "sigmoid", "masked_colour", "masked_small", "masked_pixels")
 # Errors that malformed JSON may raise while a card is read.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What the outputs of a model trained with an objective mean.
+
+    Attributes:
+      probabilities: logits [k], float64 -> the probability of each of the k classes; None if the
+        model has no classes, as in masked patch prediction.
+      multi_label: whether each class is a question of its own, so that an image may have several.
+    """
+
+    probabilities: Callable[[np.ndarray], np.ndarray] | None = None
+    multi_label: bool = False
+
+
+# By name. Their losses are in training/objectives.py, and of patches in training/masking.py.
+OBJECTIVES = {
+    "softmax": Objective(scipy.special.softmax),
+    "sigmoid": Objective(scipy.special.expit, multi_label=True),
+    "masked_colour": Objective(),
+    "masked_small": Objective(),
+    "masked_pixels": Objective(),
+}
 _FAMILY_NAMES = {kind: name for name, kind in FAMILIES.items()}
 
 
@@ -70,7 +96,7 @@ class Line(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    fate: str
+    status: str
     source: str = ""
 
 
@@ -89,8 +115,7 @@ class Report:
     assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "what became of it", "in the file")]
-        rows += [(n, "x".join(map(str, s)) or "()", fate, src) for n, s, fate, src in self.lines]
+        rows = self._rows()
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         text = [f"{name + ':':16}{value}" for name, value in self.facts.items()]
         text += [f"{'assumed:':16}{name} {value}" for name, value in self.assumed.items()]
@@ -99,6 +124,25 @@ class Report:
             cells = (cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True))
             text.append("  ".join(cells).rstrip())
         return "\n".join(text)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with the parameters folded."""
+        head, *rows = [[html.escape(cell) for cell in row] for row in self._rows()]
+        facts = {**self.facts, **{f"assumed {name}": what for name, what in self.assumed.items()}}
+        summary = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(what))}</td></tr>"
+            for name, what in facts.items()
+        )
+        heads = "".join(f"<th>{cell}</th>" for cell in head)
+        body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
+        return (
+            f"<table>{summary}</table><details><summary>{len(rows)} parameters</summary>"
+            f"<table><tr>{heads}</tr>{body}</table></details>"
+        )
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        rows = [(n, "x".join(map(str, s)) or "()", status, key) for n, s, status, key in self.lines]
+        return [("parameter", "shape", "status", "in the file"), *rows]
 
 
 @dataclasses.dataclass(frozen=True)

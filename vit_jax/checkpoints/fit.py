@@ -71,30 +71,30 @@ def fitted(
         if name in made:
             yield made.pop(name), Line(name, shape, "fresh")
             continue
-        value, fate = opened.read(name), "kept"
+        value, status = opened.read(name), "kept"
         if name == "patch_embed/kernel":
-            value, fate = _fit_stem(value, new.patch_channels, new.patch_size)
+            value, status = _fit_stem(value, new.patch_channels, new.patch_size)
         elif name == "resnet/conv_root/kernel":
-            value, fate = _fit_stem(value, new.in_channels, value.shape[:2])
+            value, status = _fit_stem(value, new.in_channels, value.shape[:2])
         elif name.endswith(positions.NAMES):
-            value, fate = positions.fitted(name, value, old, new, method)
+            value, status = positions.fitted(name, value, old, new, method)
         if value.shape != shape:
             raise UserError(
                 f"parameter {name} is {list(value.shape)} in the checkpoint and {list(shape)} in "
                 "the model: only image_size, patch_size, in_channels and the head may change"
             )
-        yield value, Line(name, shape, fate, opened.sources[name])
+        yield value, Line(name, shape, status, opened.sources[name])
 
 
 def _fit_stem(kernel: np.ndarray, channels: int, patch: tuple[int, ...]) -> tuple[np.ndarray, str]:
-    (*old_patch, old_channels, _), fates = kernel.shape, []
+    (*old_patch, old_channels, _), statuses = kernel.shape, []
     if old_channels != channels:
         kernel = posembed.adapt_channels(kernel, channels)
-        fates.append(f"{old_channels} -> {channels} channels")
+        statuses.append(f"{old_channels} -> {channels} channels")
     if tuple(old_patch) != patch:
         kernel = posembed.resample_patches(kernel, patch)
-        fates.append("resampled {}x{} -> {}x{}".format(*old_patch, *patch))
-    return kernel, ", ".join(fates) or "kept"
+        statuses.append("resampled {}x{} -> {}x{}".format(*old_patch, *patch))
+    return kernel, ", ".join(statuses) or "kept"
 
 
 def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 
 from vit_jax.checkpoints import families
-from vit_jax.checkpoints.card import ModelCard, Report
+from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
 from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.compiler import compiler_options
@@ -82,13 +82,18 @@ class Loaded:
         params = nnx.state(self.model)
         for image in images:
             logits = np.asarray(self._forward(params, self.preprocess(image)[None])[0], np.float64)
-            if self.objective == "sigmoid":
-                probabilities = 1 / (1 + np.exp(-logits))
-            else:
-                weights = np.exp(logits - logits.max())
-                probabilities = weights / weights.sum()
+            probabilities = OBJECTIVES[self.objective].probabilities(logits)
             best = np.argsort(-probabilities, kind="stable")[:topk]
             yield [(self.labels[i], float(probabilities[i])) for i in best]
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.labels[:3])) + (", ..." if len(self.labels) > 3 else "")
+        h, w = self.config.image_size
+        return (
+            f"{type(self.model).__name__} {self.report.facts['variant']}, {h}x{w} pixels\n"
+            f"  {len(self.labels)} classes{': ' * bool(names)}{names}\n"
+            f"  from {self.report.facts['file']}"
+        )
 
     @property
     def card(self) -> ModelCard:

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.extras import install
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _fetch_from_hub(name: str) -> str:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f'{name} needs huggingface_hub: pip install "vit_jax[hub]". To do without it: {by_hand}'
+            f"{name} needs huggingface_hub: {install('hub')}. To do without it: {by_hand}"
         ) from None
     try:
         if file:
@@ -110,7 +111,7 @@ def _fetch_from_store(url: str) -> str:
     if url.startswith(_GOOGLE):
         address = f"https://storage.googleapis.com/{quote(url.partition('://')[2])}"
         if isinstance(cause, ImportError):
-            problem += ': pip install "vit_jax[gcs]"'
+            problem += f": {install('gcs')}"
     raise UserError(
         f"{problem}. To fetch it by hand: download {address} and give the path of the file"
     ) from cause

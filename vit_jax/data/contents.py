@@ -175,7 +175,7 @@ def check_splits(
     if unread:
         lines.append(
             f"whether {' and '.join(unread)} share images was not looked at, by their contents "
-            f"(more than {most:,}): `python -m vit_jax data --config=FILE` does"
+            f"(more than {most:,}): `vit-jax data --config=FILE` does"
         )
     return lines
 
@@ -195,7 +195,7 @@ def _check_classes(train: Source) -> None:
         )
         raise UserError(
             f"data.train {said}, {alone!r}: nothing to tell apart; name the folder whose "
-            "sub-folders are the classes (`python -m vit_jax data SPEC` says what is seen)"
+            "sub-folders are the classes (`vit-jax data SPEC` says what is seen)"
         )
 
 

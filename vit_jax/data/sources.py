@@ -67,7 +67,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
 }
 
 
-def open_source(spec: str, split: str) -> Source:
+def open_source(spec: str, split: str = "train") -> Source:
     """Opens `NAME` or `NAME:ARGUMENT`, such as "digits" or "folder:/data/pets".
 
     Raises:

@@ -70,7 +70,7 @@ def load_sweep(spec: str) -> Sweep:
     """Loads `FILE` or `FILE:SCALE`, and checks every point, including its config.
 
     Config files are looked up from the current directory, then from the parent folders of the
-    sweep file, nearest first.
+    sweep file, nearest first; recipes are found by name from anywhere.
 
     Raises:
       UserError: no such file, function or scale; points with the same name, with a circular or
@@ -134,22 +134,10 @@ def _point(spec: str, fields: Any, default: Any) -> Point:
         )
     if not isinstance(after, (list, tuple)) or not all(isinstance(each, str) for each in after):
         raise UserError(f"{spec}: `after` is {after!r}; expected the name of a point, or several")
-    overrides = {key: _plain(spec, key, value) for key, value in overrides.items()}
+    from vit_jax.training.config_file import plain
+
+    overrides = {key: plain(f"{spec}: {key}", value) for key, value in overrides.items()}
     return Point(name, config, overrides, tuple(after))
-
-
-def _plain(spec: str, key: str, value: Any) -> Any:
-    """Converts a value to what a flag can express; NumPy's numbers become Python's."""
-    if hasattr(value, "item") and hasattr(value, "dtype"):
-        value = value.item() if value.ndim == 0 else tuple(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(spec, key, each) for each in value)
-    if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise UserError(
-            f"{spec}: {key} is {value!r}; an override is a number, a text, a bool, None or a "
-            "tuple of these, and a key of a section is written section.key"
-        )
-    return value
 
 
 def _refers(value: Any) -> bool:
@@ -225,7 +213,7 @@ def _ordered(spec: str, points: list[Point]) -> list[Point]:
 
 def _find_config(config: str, sweep_file: str) -> str:
     path, colon, argument = config.partition(":")
-    if not os.path.exists(path):
+    if path.endswith(".py") and not os.path.exists(path):
         for folder in Path(os.path.abspath(sweep_file)).parents:
             if (folder / path).is_file():
                 return f"{folder / path}{colon}{argument}"

@@ -11,12 +11,12 @@ import ml_collections
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, FAMILIES
-from vit_jax.training import masking
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
-from vit_jax.training.objectives import OBJECTIVES, Augment
+from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.sharding import MeshConfig
 
@@ -131,7 +131,7 @@ class Config:
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         for name, value, known in (
-            ("objective", self.objective, (*OBJECTIVES, *masking.OBJECTIVES)),
+            ("objective", self.objective, OBJECTIVES),
             ("precision", self.precision, CHOICES["dtype"]),
         ):
             if value not in known:
@@ -145,7 +145,7 @@ class Config:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
 
-        if self.objective in masking.OBJECTIVES:
+        if not self.classifies:
             self._check_masked()
 
     def _check_masked(self) -> None:
@@ -161,6 +161,11 @@ class Config:
                     f"eval.evaluators.{name} classifies, but a model of objective {self.objective} "
                     "has no classes: use fewshot, knn or probe, which read features"
                 )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the objective is about classes; masked patch prediction reads no labels."""
+        return OBJECTIVES[self.objective].probabilities is not None
 
     def check_trains(self) -> None:
         """Raises a UserError for a config that can only evaluate."""

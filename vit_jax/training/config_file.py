@@ -7,13 +7,14 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import pair
+from vit_jax.recipes import find
 from vit_jax.training.config import DURATIONS, SIDES, Config, not_none, typed_keys, unpack
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     """Loads a config file and applies `--config.KEY=VALUE` flags to it.
 
     Args:
-      spec: `FILE.py` or `FILE.py:ARGUMENT`; the file defines get_config, which gets the argument.
+      spec: `FILE.py` or `FILE.py:ARGUMENT`, or a recipe's name in the file's place (see
+        `recipes.find`); the file defines get_config, which gets the argument.
       overrides: flags for any key of the config, whether the file sets it or not. None unsets a
         key. A flag that sets a duration clears the file's.
 
@@ -130,9 +132,7 @@ def _item(text: str) -> int | float | str:
 
 
 def _run_config_file(spec: str) -> dict[str, Any]:
-    path, _, argument = os.path.expanduser(spec).partition(":")
-    if not os.path.isfile(path) or not path.endswith(".py"):
-        raise UserError(f"there is no config file {path!r} (--config={spec}); expected FILE.py")
+    path, argument = find(spec)
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
     with _importable(os.path.dirname(os.path.abspath(path))):
         module.__spec__.loader.exec_module(module)
@@ -159,3 +159,38 @@ def _importable(folder: str) -> Iterator[None]:
         for name in set(sys.modules) - before:
             if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
                 del sys.modules[name]
+
+
+def as_flags(overrides: Mapping[str, Any]) -> list[str]:
+    """The flags of Python values: {"optim": {"lr": 1e-3}} and {"optim.lr": 1e-3} are the same.
+
+    Raises:
+      UserError: a value that no flag can express.
+    """
+    flags = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            flags += as_flags({f"{key}.{inner}": each for inner, each in value.items()})
+        else:
+            flags.append(f"--config.{key}={plain(key, value)}")
+    return flags
+
+
+def plain(name: str, value: Any) -> Any:
+    """Converts a value to what a flag can express; NumPy's numbers become Python's.
+
+    Raises:
+      UserError: it is something else; the message begins with `name`.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and hasattr(value, "dtype"):
+        value = value.item() if value.ndim == 0 else tuple(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(name, each) for each in value)
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise UserError(
+            f"{name} is {value!r}; an override is a number, a text, a bool, None or a "
+            "tuple of these, and a key of a section is written section.key"
+        )
+    return value

@@ -17,7 +17,6 @@ from vit_jax.data import classes, contents, describe
 from vit_jax.data.config import Split
 from vit_jax.data.sources import Source, located, open_source
 from vit_jax.errors import UserError
-from vit_jax.training import masking
 from vit_jax.training.config import Config
 
 logger = logging.getLogger(__name__)
@@ -160,10 +159,9 @@ class DataSets:
         """
         if self._looked_at.issuperset(names):
             return
-        labelled = config.objective not in masking.OBJECTIVES
         named = {name: self.opened[name] for name in names}
         allow = config.data.same_images
-        for line in contents.check_splits(named, allow=allow, classes=labelled):
+        for line in contents.check_splits(named, allow=allow, classes=config.classifies):
             logger.warning("%s", line)
 
     def check_held_out(self, config: Config) -> None:

@@ -33,7 +33,7 @@ def make_eval_step(
         a loss, too: `loss` is then the sum over all images, `images` their number, and the rows
         that `multilabel.scores` reads are added: logits (float32), label, mask.
     """
-    loss_of = objectives.OBJECTIVES[objective]
+    loss_of = objectives.LOSSES[objective]
 
     def eval_step(params, batch):
         logits = merged(graphdef, params, layout)(images(batch, preprocess), layout=layout)

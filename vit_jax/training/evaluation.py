@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.card import OBJECTIVES, ModelCard
 from vit_jax.compiler import compiler_options
 from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models.create import structure
-from vit_jax.training import masking, multilabel
+from vit_jax.training import multilabel
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
 from vit_jax.training.eval_steps import make_eval_step, make_feature_step, make_masked_eval_step
@@ -61,7 +61,7 @@ class Evaluation:
             if split is not None
         }
         self._evaluators |= config.eval.evaluators
-        masked = config.objective in masking.OBJECTIVES
+        masked = not config.classifies
         if masked and card.objective != config.objective:
             raise UserError(
                 f"objective {config.objective} measures predicted patches, which this model does "
@@ -314,7 +314,7 @@ def _several(
             f"{evaluator.type} takes: measure them by type classification"
         )
     several = asked or ("each" if card.multi_label else "any")
-    if several == "each" and config.objective != "sigmoid":
+    if several == "each" and not OBJECTIVES[config.objective].multi_label:
         raise UserError(
             f"{where}: {split.source} has several labels an image, each a question of its own, but "
             f"the objective is {config.objective}: set --config.objective=sigmoid"

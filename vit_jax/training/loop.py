@@ -209,7 +209,7 @@ def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
     )
     logger.info("starting from %s: %d parameters", plan.init.facts["file"], len(lines))
     for line in lines:
-        logger.info("  %-32s %s", line.name, line.fate)
+        logger.info("  %-32s %s", line.name, line.status)
     return params
 
 

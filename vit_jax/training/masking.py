@@ -36,7 +36,7 @@ class Target:
         return (self.cells**2, 2 ** (BITS * channels)) if self.cells else (ph * pw * channels,)
 
 
-OBJECTIVES = {"masked_colour": Target(1), "masked_small": Target(4), "masked_pixels": Target(0)}
+TARGETS = {"masked_colour": Target(1), "masked_small": Target(4), "masked_pixels": Target(0)}
 
 
 def patch_outputs(objective: str, config: ModelConfig) -> int:
@@ -55,7 +55,7 @@ def patch_outputs(objective: str, config: ModelConfig) -> int:
             f"model.representation_size is {config.representation_size}, but a model of objective "
             f"{objective} has no head: set it to None"
         )
-    target, (ph, pw) = OBJECTIVES[objective], config.patch_pixels
+    target, (ph, pw) = TARGETS[objective], config.patch_pixels
     if target.cells and (ph % target.cells or pw % target.cells):
         raise UserError(
             f"objective {objective} shrinks each patch to 4x4 pixels, but patches are {ph}x{pw}: "
@@ -127,7 +127,7 @@ def targets(
     where: Int[Array, "b m"],
 ) -> Int[Array, "b m q"] | Float[Array, "b m v"]:
     """Targets of the corrupted patches, from images in 0 to 255."""
-    target = OBJECTIVES[objective]
+    target = TARGETS[objective]
     if not target.cells:
         pixels = preprocess.normalise(pixels)
     patches = cut(pixels, config.patch_pixels)
@@ -146,7 +146,7 @@ def losses(
 
     The loss is the cross-entropy of colours, or the squared error of normalised pixels.
     """
-    if not OBJECTIVES[objective].cells:
+    if not TARGETS[objective].cells:
         return jnp.square(predictions - wanted).mean(axis=(1, 2)), {}
     logits = predictions.reshape(*wanted.shape, -1)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, wanted)

@@ -17,6 +17,7 @@ from etils import epath
 from vit_jax import distributed
 from vit_jax.checkpoints.store import write_atomically
 from vit_jax.errors import UserError
+from vit_jax.extras import install
 from vit_jax.training.config import Config, to_json
 
 logger = logging.getLogger(__name__)
@@ -230,8 +231,8 @@ def check_wandb() -> None:
         wandb = None
     if not hasattr(wandb, "init"):  # a folder of that name, such as its own, is imported too
         raise UserError(
-            "log.wandb is on, but wandb is not installed: pip install 'vit_jax[wandb]', or leave "
-            "log.wandb out"
+            f"log.wandb is on, but wandb is not installed: {install('wandb')}, or leave log.wandb "
+            "out"
         )
 
 

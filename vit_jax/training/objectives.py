@@ -52,7 +52,8 @@ def sigmoid(logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Float[
     return loss.sum(axis=-1)
 
 
-OBJECTIVES: dict[str, Callable[[Array, Array], Array]] = {"softmax": softmax, "sigmoid": sigmoid}
+# By objective (`card.OBJECTIVES` says what its logits mean).
+LOSSES: dict[str, Callable[[Array, Array], Array]] = {"softmax": softmax, "sigmoid": sigmoid}
 
 
 def to_targets(

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.card import OBJECTIVES, ModelCard
 from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
@@ -143,8 +143,7 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
     labels, keep_head = _labels(config, data, base)
     model = model_config(config, base and base.config, len(labels), keep_head)
     if model.num_classes != len(labels):
-        masked = config.objective in masking.OBJECTIVES
-        what = f"objective {config.objective}" if masked else config.data.train.source
+        what = config.data.train.source if config.classifies else f"objective {config.objective}"
         raise UserError(
             f"model.num_classes is {model.num_classes}, but {what} has {len(labels)} classes: "
             "leave model.num_classes out"
@@ -169,10 +168,10 @@ def _check_labels(config: Config, data: TrainingData) -> None:
             f"{name} has masks for labels, and models learn labels of whole images: masks go with "
             "the evaluator type segmentation"
         )
-    if data.multi_label and config.objective == "softmax":
+    if data.multi_label and config.classifies and not OBJECTIVES[config.objective].multi_label:
         raise UserError(
-            f"{name} has several labels an image, of which objective softmax would choose one: set "
-            "--config.objective=sigmoid"
+            f"{name} has several labels an image, of which objective {config.objective} would "
+            "choose one: set --config.objective=sigmoid"
         )
 
 
@@ -181,7 +180,7 @@ def _labels(
 ) -> tuple[tuple[str, ...], bool]:
     """The model's classes, and whether the head of `base` is kept."""
     keep_head = base is not None and config.model.get("head") == "keep"
-    if config.objective in masking.OBJECTIVES:
+    if not config.classifies:
         # A patch head is only useful for the target that it was trained for.
         return (), keep_head and not base.labels and base.objective == config.objective
     train, keep_head = config.data.train, keep_head and bool(base.labels)
@@ -267,7 +266,7 @@ def _network(is_vit: bool, units: Any, style: Any) -> str:
 def _with_patch_outputs(config: Config, model: ModelConfig) -> ModelConfig:
     """Adds the outputs for each patch that the objective needs."""
     given, wanted = config.model.get("patch_outputs"), 0
-    if config.objective in masking.OBJECTIVES:
+    if not config.classifies:
         wanted = masking.patch_outputs(config.objective, model)
     if given not in (None, wanted):
         raise UserError(

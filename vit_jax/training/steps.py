@@ -53,7 +53,7 @@ def class_loss(
     without labels do not count (`labelled` is the number of the others). With mixup or cutmix, the
     accuracy uses the labels of the image with the larger share.
     """
-    loss_of = objectives.OBJECTIVES[objective]
+    loss_of = objectives.LOSSES[objective]
 
     def loss_fn(params, batch, key, weight):
         inputs, labels = images(batch, preprocess), batch["label"]
@@ -142,7 +142,7 @@ def make_train_step(
     none for pixels; for several labels see `class_loss`), grad_norm (before clipping), param_norm
     (after the update) and lr.
     """
-    if objective in masking.OBJECTIVES:
+    if objective in masking.TARGETS:
         loss_fn = patch_loss(graphdef, preprocess, objective, layout)
     else:
         smoothing = augment.label_smoothing

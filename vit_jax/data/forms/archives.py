@@ -99,7 +99,7 @@ def tar(path: str, split: str) -> TarSource:
         if not isinstance(open_file(file), io.FileIO):
             raise UserError(
                 f"tar:{file} is compressed, so that no image can be read without all before it: "
-                "`python -m vit_jax prepare` makes shards of it"
+                "`vit-jax prepare` makes shards of it"
             )
     return open_tar(path, split)
 

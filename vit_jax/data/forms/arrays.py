@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.extras import install
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,8 +73,7 @@ def digits(argument: str, split: str) -> ArraySource:
         bunch = _digits()
     except ImportError:
         raise UserError(
-            "the source digits needs scikit-learn, which ships the images: pip install "
-            "'vit_jax[demo]'"
+            f"the source digits needs scikit-learn, which ships the images: {install('demo')}"
         ) from None
     if argument:
         raise UserError(f"the source digits takes no argument, found digits:{argument}")

@@ -26,6 +26,7 @@ from vit_jax.data.forms.parquet import (
     reading,
 )
 from vit_jax.errors import UserError, nearest
+from vit_jax.extras import install
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def hub(argument: str, split: str) -> ParquetSource:
     if images.largest > _LARGE:
         logger.warning(
             "%s has %d MB of images in a group of rows, which is read for each image when they are "
-            "shuffled: `python -m vit_jax prepare` makes shards that are read image by image",
+            "shuffled: `vit-jax prepare` makes shards that are read image by image",
             where,
             images.largest // 2**20,
         )
@@ -146,8 +147,8 @@ def _fetch(name: str) -> str:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"hf-data:{name}: there is no such folder, and the hub needs huggingface_hub: pip "
-            f'install "vit_jax[hub]". To do without it: {by_hand}'
+            f"hf-data:{name}: there is no such folder, and the hub needs huggingface_hub: "
+            f"{install('hub')}. To do without it: {by_hand}"
         ) from None
     try:
         only = dict(revision=revision, allow_patterns=["*.parquet", "README.md"])

@@ -163,7 +163,7 @@ def records(path: str, split: str) -> RecordSource:
         missing = os.path.basename(error.filename or "")
         raise UserError(
             f"{where} has no split {name!r} ({missing} is not there); {nearest(name, known)}. "
-            "`python -m vit_jax prepare` writes such folders"
+            "`vit-jax prepare` writes such folders"
         ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, UserError):

@@ -1,0 +1,139 @@
+"""The commands `train`, `evaluate` and `predict` as Python functions."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from vit_jax import distributed
+from vit_jax.checkpoints.load import Loaded, load
+from vit_jax.errors import UserError
+from vit_jax.training import evaluate as evaluation
+from vit_jax.training import loop
+from vit_jax.training.config import Config
+from vit_jax.training.config_file import as_flags, load_config, overridden
+
+ConfigLike = epath.PathLike | Mapping[str, Any] | ml_collections.ConfigDict | Config
+
+
+def train(config: ConfigLike, workdir: epath.PathLike, **overrides: Any) -> dict[str, int | float]:
+    """Trains a model, or resumes the run in `workdir` if it was stopped.
+
+    In a script with several processes, call `vit_jax.distributed.connect()` first.
+
+    Args:
+      config: as `--config`: a recipe's name or a file, with its argument ("digits",
+        "configs/images.py:Ti/16,folder:pets"), an ml_collections ConfigDict, nested dicts or a
+        `Config`.
+      workdir: the run folder. `vit_jax.load(workdir)` loads the model.
+      **overrides: values that replace the config's: `total_epochs=20`, `optim={"lr": 1e-3}`, or
+        `**{"optim.lr": 1e-3}`.
+
+    Returns:
+      The last value of every metric of the run, as in its metrics.jsonl.
+
+    Raises:
+      UserError: an unknown key or a value of another type; the config does not fit the data, the
+        devices or the run in `workdir`; the loss is no longer finite. What was saved is intact.
+      Stopped: SIGTERM came; the run has saved a checkpoint and can be resumed.
+    """
+    read = _config(config, overrides)
+    with _messages():
+        results = loop.train(read, workdir)
+        if distributed.is_lead():
+            from vit_jax.analysis.plots import curves
+
+            curves(workdir)
+    return results
+
+
+def evaluate(
+    model: epath.PathLike,
+    config: ConfigLike | None = None,
+    **overrides: Any,
+) -> dict[str, int | float]:
+    """Evaluates a run on its own data, or any model on the splits of a config.
+
+    Args:
+      model: a run folder, or with `config` any path that `load` takes.
+      config: as for `train`; only its `data` and `eval` sections matter. None is the run's own.
+      **overrides: as for `train`. For a run on its own data only new places of the same data, and
+        what may change on resuming: `**{"data.val.source": "folder:/new/pets"}`.
+
+    Returns:
+      {"val/accuracy": ..., "val/loss": ..., ...}, and the "step" of a run.
+
+    Raises:
+      UserError: no model or config there, no split to evaluate, or classes that do not agree.
+    """
+    with _messages():
+        if config is not None:
+            return evaluation.evaluate_run(model, _config(config, overrides))
+        return evaluation.evaluate_own(model, as_flags(overrides))
+
+
+def predict(
+    model: epath.PathLike | Loaded, images: Any, topk: int = 5
+) -> Iterator[list[tuple[str, float]]]:
+    """Yields the top classes of each image: [(name, probability), ...], most likely first.
+
+    Args:
+      model: any path that `load` takes, or what it returned.
+      images: one image (a path, a file's bytes, a Pillow image, uint8 [h w c] or [h w]), or an
+        iterable of them.
+      topk: how many classes to return, at least 1, at most all.
+
+    Raises:
+      UserError: no model there, it has no head, or `topk` or `images` is invalid; while iterating,
+        an image cannot be read.
+    """
+    return (model if isinstance(model, Loaded) else load(model)).predict(images, topk)
+
+
+def _config(config: Any, overrides: Mapping[str, Any]) -> Config:
+    flags = as_flags(overrides)
+    if isinstance(config, (str, os.PathLike)):
+        return load_config(os.fspath(config), flags)
+    if isinstance(config, Config):
+        return overridden(dataclasses.asdict(config), flags) if flags else config
+    fields = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    if not isinstance(fields, Mapping):
+        raise UserError(
+            f"config is of type {type(config).__name__}; expected a recipe's name, a file, a "
+            "ConfigDict or nested dicts"
+        )
+    return overridden(_nested(fields), flags)
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, as `overridden` changes its dicts in place."""
+    return {
+        name: _nested(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+    }
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """Shows the messages of vit_jax, unless the program has set up logging itself."""
+    ours = logging.getLogger("vit_jax")
+    if ours.handlers or ours.isEnabledFor(logging.INFO) or ours.level:
+        yield
+        return
+    # A notebook marks what comes from stderr as an error.
+    handler = logging.StreamHandler(sys.stdout if "ipykernel" in sys.modules else sys.stderr)
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO if distributed.is_lead() else logging.WARNING)
+    ours.propagate = False  # to absl's handler, which a library may have added
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(logging.NOTSET)
+        ours.propagate = True
