@@ -111,7 +111,7 @@ def test_parameter_counts_are_the_published_ones(name):
 def test_logits_and_captures_equal_the_written_out_equations(case):
     config, params, images, wanted = tiny(case)
     names = CAPTURES[type(config)]
-    logits, captured = run(config, params, images, names)
+    logits, captured = run(config, params, images, capture=names)
     assert logits.dtype == jnp.float32
     assert set(captured) == set(names)
     for name, value in {**captured, "logits": logits}.items():
@@ -202,7 +202,7 @@ def test_bfloat16_stays_near_float32(case):
     config, params, images, wanted = tiny(case)
     config = dataclasses.replace(config, dtype="bfloat16")
     name = "encoded" if case == "v1" else "patches"  # what the ResNet alone comes to
-    logits, captured = run(config, params, images, name)
+    logits, captured = run(config, params, images, capture=name)
     assert logits.dtype == jnp.float32 and captured[name].dtype == jnp.bfloat16
     # A dozen convolutions, each rounded to 8 bits: 0.4%, and some of it adds up.
     assert 1e-3 < relative_error(captured[name], wanted[name]) < 0.05
