@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     flags += ["--config.optim.accumulate=1", "--config.data.train.affine=None"]
     config = load_config(DIGITS, [*TINY, *flags])
     plan, _, _ = preflight.open_plan(config)
-    found = preflight.rehearse(plan, mesh := make_mesh(config.mesh))
+    found = preflight.rehearse(plan, make_mesh(config.mesh))
     needs = found.peak_bytes
     monkeypatch.setattr(preflight, "memory_limit", lambda device: int(0.7 * needs))
     monkeypatch.setattr(preflight, "_SECONDS_OF_DATA", 0.1)
@@ -104,9 +104,7 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     clock = itertools.count(step=60)
     monkeypatch.setattr(preflight.time, "monotonic", lambda: next(clock))
     tries = preflight.preflight(config, search_seconds=200)
-    with pytest.raises(
-        UserError, match=r"nor with the 2 of \d+ changes tried in 200 s: give more"
-    ):
+    with pytest.raises(UserError, match=r"nor with the 2 of \d+ changes tried in 200 s: give more"):
         list(tries)
     with pytest.raises(UserError, match="does not fit on the devices: use more or larger ones"):
         list(preflight.preflight(config, search_seconds=0))
