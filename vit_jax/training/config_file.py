@@ -38,6 +38,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
 def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
     """Applies flags, as for `load_config`, to nested dicts and returns the config."""
     given = _given(overrides)
+    for name in given:  # flags may name new groups
+        if (group := name.split("."))[:2] == ["optim", "groups"] and len(group) == 4:
+            optim = config.get("optim") or {}
+            config["optim"] = {**optim, "groups": {**(optim.get("groups") or {})}}
+            config["optim"]["groups"].setdefault(group[2], {})
     keys = dict(typed_keys(Config, config))
     for name, text in given.items():
         section = text == "None" and any(key.startswith(f"{name}.") for key in keys)
