@@ -1,9 +1,9 @@
 """The command line: `vit-jax COMMAND`, or `python -m vit_jax COMMAND`.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
-the run was lost or did not start (starting again resumes), 130 Ctrl-C, 141 nobody reads the output
-(as in `inspect X | head`), 143 stopped by SIGTERM after saving. With several processes, all end
-with the same one.
+the run was lost or did not start (starting again resumes), 130 Ctrl-C (training saves first), 141
+nobody reads the output (as in `inspect X | head`), 143 stopped by SIGTERM after saving. Several
+processes all end with the same one.
 """
 
 import argparse
@@ -19,25 +19,26 @@ import warnings
 from vit_jax import distributed
 from vit_jax.errors import Stopped, UserError, sentence
 from vit_jax.flags import SLURM, fields, parse
-from vit_jax.recipes import listing
+from vit_jax.recipes import find, listing
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a model, or resumes a run that was stopped."""
     join(args, preemptible=True)
-    from vit_jax.analysis.plots import curves
-    from vit_jax.training import loop
     from vit_jax.training.config_file import load_config
 
-    results = loop.train(load_config(args.config, overrides), args.workdir)
+    config = load_config(args.config, overrides)
+    from vit_jax.commands import run_training
+
+    results, lines = run_training(config, args.workdir)
     if distributed.is_lead():
-        curves(args.workdir)
-        print(json.dumps(results))
+        print(json.dumps(results) if args.json else "\n".join(lines))
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluates a run, or any model on the splits of a config."""
     join(args, preemptible=False)
+    from vit_jax.training import console
     from vit_jax.training.config_file import load_config
     from vit_jax.training.evaluate import evaluate_own, evaluate_run
 
@@ -48,7 +49,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         raise UserError("give --workdir=RUN, or --model=PATH and --config=FILE")
     if distributed.is_lead():
-        print(json.dumps(results))
+        lines = console.evaluated(args.workdir or args.model, results)
+        print(json.dumps(results) if args.json else "\n".join(lines))
 
 
 def join(args: argparse.Namespace, *, preemptible: bool) -> None:
@@ -147,10 +149,12 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Reports the memory and time that a run will need; exit code 2 if it does not fit."""
-    from vit_jax.analysis.preflight import preflight
     from vit_jax.training.config_file import load_config
 
-    for line in preflight(load_config(args.config, overrides), args.topology):
+    config = load_config(args.config, overrides)
+    from vit_jax.analysis.preflight import preflight
+
+    for line in preflight(config, args.topology):
         print(line, flush=True)
 
 
@@ -203,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
         has_config = hasattr(args, "config")
+        if has_config and args.config:
+            find(args.config)  # before imports that take seconds
         args.function(args, rest)
         if sys.stdout is not None:
             sys.stdout.flush()  # a reader that is gone is noticed here
@@ -219,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(error, SystemExit):
             raise
         elif isinstance(error, Stopped):
-            code, message = 143, str(error)
+            code, message = error.code, str(error)
         else:
             distributed.explain(error)
             if distributed.alone():

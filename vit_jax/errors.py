@@ -23,7 +23,14 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """SIGTERM came (or SIGINT, to a sweep); all is saved, and the same command resumes."""
+    """SIGTERM or Ctrl-C came; all is saved, and the same command resumes.
+
+    `code` is the exit code: 143, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, code: int = 143):
+        super().__init__(message)
+        self.code = code
 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}

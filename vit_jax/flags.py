@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import vit_jax
 from vit_jax import distributed
@@ -50,6 +50,8 @@ SLURM = {
 
 def fields(pairs: list[str]) -> dict[str, object]:
     """Parses NAME=VALUE pairs, for what a file does not say, as fields of the model's config."""
+    if not pairs:
+        return {}
     from vit_jax.models.config import FAMILIES, pair
     from vit_jax.training.config import MODEL_KEYS, SIDES
     from vit_jax.training.config_file import read_value
@@ -75,7 +77,7 @@ def fields(pairs: list[str]) -> dict[str, object]:
 class Command(argparse.ArgumentParser):
     """A parser that accepts flags anywhere among images, and raises UserErrors.
 
-    Flags cannot be abbreviated.
+    Flags cannot be abbreviated. `--config.KEY VALUE` is `--config.KEY=VALUE`.
     """
 
     def __init__(self, **options):
@@ -86,6 +88,8 @@ class Command(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
     def parse_known_args(self, args=None, namespace=None):
+        if self.get_default("takes_overrides"):
+            args = _joined(args)
         self._check(args)
         namespace, rest = super().parse_known_args(args, namespace)
         if hasattr(namespace, "images"):  # argparse takes those before the first flag alone
@@ -105,7 +109,7 @@ class Command(argparse.ArgumentParser):
             if not re.match(r"--?[^\W\d]", flag) or name in self._option_string_actions:
                 continue
             if overrides and name.startswith("--config."):
-                if name == flag:
+                if "=" not in flag:
                     raise UserError(f"{flag} has no value: write {flag}=VALUE")
                 continue
             if overrides:
@@ -113,6 +117,19 @@ class Command(argparse.ArgumentParser):
 
                 known += [f"--config.{key}" for key in keys()]
             raise UserError(f"unknown argument {flag!r}; {nearest(name, known)}")
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """Joins `--config.KEY` and the value after it by "="; a value does not begin with "--"."""
+    joined: list[str] = []
+    for arg in args:
+        before = joined[-1] if joined else ""
+        waits = before.startswith("--config.") and "=" not in before
+        if waits and not arg.startswith("--"):
+            joined[-1] = f"{before}={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 class Last(argparse.Action):
@@ -143,6 +160,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--workdir", type=path, required=True, help="the run folder; resumed if it exists"
     )
+    command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["train"], takes_overrides=True)
 
@@ -154,6 +172,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "--model", type=path, help="whatever vit_jax.load reads, evaluated as --config says"
     )
     command.add_argument("--config", metavar="FILE.py|NAME[:ARGUMENT]")
+    command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)
 

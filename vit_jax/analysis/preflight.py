@@ -4,7 +4,6 @@ With a topology, the step is compiled by the real compiler for TPUs or GPUs that
 not have.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -31,7 +30,7 @@ from vit_jax.models.create import structure
 from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan, TrainingData, make_plan
 from vit_jax.training.program import Program, make_program
-from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
+from vit_jax.training.sharding import batch_shards, device_memory, make_mesh, unsplit
 
 _SECONDS_OF_DATA = 5.0
 
@@ -117,11 +116,8 @@ def memory_limit(device: Any) -> int | None:
 
     For a GPU of a topology, the share of its memory that JAX allocates by default.
     """
-    if device.platform == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total // jax.local_device_count()
-    with contextlib.suppress(Exception):  # a topology's devices have none, and say so variously
-        return int(device.memory_stats()["bytes_limit"])
+    if (memory := device_memory(device)) is not None:
+        return memory
     known = CHIPS.get(device.device_kind)
     if known is None or device.platform != "gpu":
         return known and known.memory

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from vit_jax import distributed
@@ -42,7 +41,7 @@ class Store:
         self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
         self.keep = keep
         self._together = together and distributed.count() > 1
-        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._orbax: Any = None  # an AsyncCheckpointer; to import Orbax takes a second
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
 
@@ -56,6 +55,8 @@ class Store:
         path = self.directory / str(step)
         distributed.first("make room", lambda: self._make_room(path))
         with _writing(path):
+            import orbax.checkpoint as ocp
+
             if self._orbax is None:
                 everyone = range(distributed.count())
                 self._orbax = ocp.AsyncCheckpointer(
@@ -153,6 +154,7 @@ class Store:
           target: nested dict of jax.ShapeDtypeStruct with a sharding, or of NumPy arrays or
             ShapeDtypeStructs without one, which are read into NumPy arrays.
         """
+        import orbax.checkpoint as ocp
 
         def arguments(leaf):
             if getattr(leaf, "sharding", None) is None:
@@ -220,14 +222,18 @@ def _shared(name: str, files: list[str], work: Callable[[str], str]) -> dict[str
 
 def _of(processes: Iterable[int]) -> Any:
     """Orbax's option for who takes part; with it, Orbax does not synchronise through devices."""
+    import orbax.checkpoint as ocp
+
     processes = set(processes)
     return ocp.options.MultiprocessingOptions(
         primary_host=min(processes), active_processes=processes
     )
 
 
-def _reader() -> ocp.Checkpointer:
+def _reader() -> Any:
     """An Orbax reader that does not wait for other processes."""
+    import orbax.checkpoint as ocp
+
     alone = _of({distributed.index()})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)

@@ -171,7 +171,10 @@ def _amount(value: float | None) -> str:
 
 
 def group_table(report: Report) -> Table:
-    """A table with a row for each group: number of seeds, mean and standard deviation."""
+    """A table with a row for each group: number of seeds, mean and standard deviation.
+
+    Columns without any known value are left out, such as deviations of one seed each.
+    """
     metrics = [name for name in (report.metric, report.test) if name]
     headers = ["point"]
     headers += [head for name in metrics for head in (f"{name}, mean", "std")]
@@ -184,7 +187,7 @@ def group_table(report: Report) -> Table:
         for group in report.groups
     ]
     headers.append("seeds")
-    return Table(headers, rows, [False] + [True] * (len(headers) - 1))
+    return _known(Table(headers, rows, [False] + [True] * (len(headers) - 1)))
 
 
 def _of(some: int, all_of_them: int) -> str:
@@ -218,10 +221,17 @@ def run_table(report: Report) -> Table:
         ("device-hours", True, lambda run: _amount(run.device_hours)),
         ("note", False, lambda run: run.note),
     ]
-    made = [(head, right, [make(run) for run in report.runs]) for head, right, make in columns]
-    made = [each for each in made if each[0] == "run" or set(each[2]) - {_DASH, ""}]
-    heads, rights, cells = zip(*made, strict=True)
-    return Table(list(heads), [list(row) for row in zip(*cells, strict=True)], list(rights))
+    heads, rights, makers = zip(*columns, strict=True)
+    rows = [[make(run) for make in makers] for run in report.runs]
+    return _known(Table(list(heads), rows, list(rights)))
+
+
+def _known(table: Table) -> Table:
+    """The table without columns of which nothing is known, but for the first."""
+    cells = zip(*table.rows, strict=True)
+    kept = [i for i, column in enumerate(cells) if i == 0 or set(column) - {_DASH, ""}]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return Table([table.headers[i] for i in kept], rows, [table.numeric[i] for i in kept])
 
 
 def _setting(run: Run, key: str) -> str:
@@ -239,9 +249,12 @@ def _best(run: Run, metric: str) -> str:
 
 
 def curve_names(report: Report) -> list[str]:
-    """The metrics to plot: those measured more than once, the most important first."""
+    """The metrics to plot: those that change in a run, the most important first."""
     names = dict.fromkeys(
-        name for run in report.runs for name, points in run.curves.items() if len(points) > 1
+        name
+        for run in report.runs
+        for name, points in run.curves.items()
+        if len({value for _, value in points}) > 1
     )
     names = [name for name in names if not name.endswith(_NO_CURVE)]
     order = ["val", "", "train"]  # evaluators have names of their own

@@ -9,7 +9,6 @@ from typing import Any
 
 import ml_collections
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.config import DataConfig
@@ -70,9 +69,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints: saved every `every` steps (0: only at the end); the last `keep` are kept."""
+    """Checkpoints, of which the last `keep` are kept.
+
+    They are saved every `every` steps, and `every_minutes` after the last one (0: never by steps or
+    by time), and at the end.
+    """
 
     every: int = 0
+    every_minutes: float = 10.0
     keep: int = 2
 
 
@@ -124,6 +128,7 @@ class Config:
             ("eval.batch_size", self.eval.batch_size, 1),
             ("eval.every", self.eval.every, 0),
             ("checkpoint.every", self.checkpoint.every, 0),
+            ("checkpoint.every_minutes", self.checkpoint.every_minutes, 0),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("log.every", self.log.every, 0),
             ("seed", self.seed, 0),
@@ -239,6 +244,8 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         return kind(**inner)
     if origin is tuple:
         kinds, items = typing.get_args(kind), value if isinstance(value, (tuple, list)) else None
+        if kinds[-1] is Ellipsis and items is None and type(value) in (int, float, str):
+            items = (value,)
         if items is not None and kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(items)
         if items is None or len(items) != len(kinds):
@@ -298,6 +305,8 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 def flat(config: Config) -> dict[str, Any]:
     """All leaves of a config by name, such as "optim.lr": 0.001, as JSON types."""
+    from flax.traverse_util import flatten_dict
+
     return flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=False)
 
 
