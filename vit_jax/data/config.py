@@ -29,6 +29,8 @@ class Split:
       flip: whether to mirror half of them.
       rand_augment: changes colours and geometry further (see augment.py).
       erasing: the share of images that get a box of noise (see `augment.RandomErasing`).
+      balance: of data.train: how equally often classes come, from 0, as they do in the data, to 1,
+        all equally often (see `order.Balance`).
     """
 
     source: str
@@ -46,11 +48,14 @@ class Split:
     flip: bool = False
     rand_augment: RandAugment | None = None
     erasing: float = 0.0
+    balance: float = 0.0
 
     def __post_init__(self):
         RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
+        if not 0 <= self.balance <= 1:
+            raise UserError(f"data.train.balance is {self.balance}; it must be in [0, 1]")
 
     def preprocess(self, base: Preprocess, image_size: tuple[int, int] | None = None) -> Preprocess:
         """`base` as this split uses it: with its own resize rule, at another image size."""
@@ -100,6 +105,6 @@ class DataConfig:
                 f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, _ON_CORRUPT)}"
             )
         for name, split in {"val": self.val, "test": self.test}.items():
-            for key in AUGMENTATIONS:
+            for key in (*AUGMENTATIONS, "balance"):
                 if split and getattr(split, key):
                     raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")

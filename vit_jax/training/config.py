@@ -154,7 +154,7 @@ class Config:
             self._check_masked()
 
     def _check_masked(self) -> None:
-        for name in ("mixup", "cutmix", "label_smoothing"):
+        for name in ("mixup", "cutmix", "label_smoothing", "class_weights", "focal"):
             if getattr(self.augment, name):
                 raise UserError(
                     f"augment.{name} is for classification: set it to 0 with objective "

@@ -72,6 +72,7 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
         seed=config.seed,
         layout=layout,
         trainable=learning,
+        class_weights=plan.class_weights,
     )
     return Program(
         mesh,

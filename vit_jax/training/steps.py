@@ -1,10 +1,12 @@
 """The training step and its losses, as pure functions on pytrees (see also eval_steps.py)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
@@ -48,6 +50,8 @@ def class_loss(
     smoothing: float,
     layout: Layout | None,
     frozen: int = 0,
+    weights: tuple[float, ...] | None = None,
+    focal: float = 0.0,
 ) -> Loss:
     """Returns the classification loss, with the accuracy; batches may have a `partner` to mix in.
 
@@ -57,7 +61,8 @@ def class_loss(
     without labels do not count (`labelled` is the number of the others). With mixup or cutmix, the
     accuracy uses the labels of the image with the larger share.
     """
-    loss_of = objectives.LOSSES[objective]
+    weights = None if weights is None else np.asarray(weights, np.float32)
+    loss_of = functools.partial(objectives.LOSSES[objective], weights=weights, focal=focal)
 
     def loss_fn(params, batch, key, weight):
         inputs, labels = images(batch, preprocess), batch["label"]
@@ -148,6 +153,7 @@ def make_train_step(
     seed: int = 0,
     layout: Layout | None = None,
     trainable: Trainable | None = None,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -163,6 +169,7 @@ def make_train_step(
         loss_fn = patch_loss(graphdef, preprocess, objective, **options)
     else:
         smoothing = augment.label_smoothing
+        options |= dict(weights=class_weights, focal=augment.focal)
         loss_fn = class_loss(graphdef, preprocess, objective, num_classes, smoothing, **options)
 
     def loss_of(learned, params, *inputs):
