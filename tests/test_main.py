@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import DIGITS, ROOT, TINY, fails
+from conftest import DIGITS, ROOT, TINY, fails, write_config
 
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
@@ -54,10 +54,10 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(name, capsys, tmp_path):
     overrides, message = MISTAKES[name]
-    pathlib.Path(tmp_path, "keep").write_text("mine")
+    pathlib.Path(tmp_path, "keep.log").write_text("mine")
     err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={tmp_path}", *TINY, *overrides)
     assert pytest.RaisesExc(ValueError, match=message).matches(ValueError(err)), err
-    assert {p.name for p in tmp_path.iterdir()} <= {"keep", ".lock"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"keep.log", ".lock"}
 
 
 def test_mistakes_about_the_config_file(capsys, tmp_path):
@@ -78,11 +78,7 @@ def test_mistakes_about_the_config_file(capsys, tmp_path):
     assert "get_config" in fails(capsys, "train", f"--config={nothing}:arg", workdir)
     err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={nothing}", *TINY)
     assert "is a file" in err
-    unknown = tmp_path / "unknown.py"
-    unknown.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config():\n    return ConfigDict({'batchsize': 3})\n"
-    )
+    unknown = write_config(tmp_path / "unknown.py", "batchsize=3")
     err = fails(capsys, "train", f"--config={unknown}", workdir)
     assert "unknown config key batchsize; did you mean 'batch_size'" in err
 

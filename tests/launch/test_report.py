@@ -11,7 +11,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import DIGITS
+from conftest import DIGITS, fails
 
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
@@ -225,9 +225,7 @@ def test_damage_is_told_and_the_rest_is_read(tmp_path):
     ],
 )
 def test_a_folder_that_is_neither_is_refused(tmp_path, make, message, capsys):
-    assert main(["report", str(make(tmp_path))]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.search(message, error)
+    assert re.search(message, fails(capsys, "report", make(tmp_path)))
 
 
 def test_the_command_writes_a_page_and_a_table(tmp_path, capsys):

@@ -34,6 +34,7 @@ from vit_jax.launch.report import (
     text,
     title,
 )
+from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +57,19 @@ def write_report(folders: Sequence[str], out: str | None = None) -> str:
     Raises:
       UserError: a folder is neither a run's nor a sweep's, or nothing in them can be read.
     """
-    from vit_jax.checkpoints.store import write_atomically
-
     path = epath.Path(out or os.path.join(folders[0], "report.html"))
     if path.suffix != ".html":
         raise UserError(f"--out is {out}; expected FILE.html, beside which FILE.md is written")
     report = compare(read_runs(folders), title(folders))
     table = markdown(report)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, html_page(report))
-        write_atomically(path.with_suffix(".md"), table)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise UserError(f"{path} cannot be written: name a file by --out=FILE.html") from None
+    beside = path.with_suffix(".md")
+    if beside.exists() and not path.exists():  # such as README.md
+        raise UserError(
+            f"{beside}, which would be written beside {path}, is there and no report: name another "
+            "--out=FILE.html"
+        )
+    write_atomically(path, html_page(report))
+    write_atomically(beside, table)
     logger.info("%s", path)
     return table
 

@@ -106,7 +106,7 @@ def compare(runs: Sequence[Run], title: str) -> Report:
     known = [run.settings for run in runs if run.settings]
     keys = list(dict.fromkeys(key for settings in known for key in settings))
     varied = [key for key in keys if len({repr(each.get(key)) for each in known}) > 1]
-    common = {key: known[0][key] for key in keys if key not in varied}
+    common = {key: known[0].get(key) for key in keys if key not in varied}
     counted = [run for run in runs if run.state == "finished"] or list(runs)
     counted = [run for run in counted if run.last(metric) is not None]
     sign = -1 if lower_is_better(metric or "") else 1

@@ -13,11 +13,11 @@ import jax
 from etils import epath
 
 from vit_jax import distributed
-from vit_jax.checkpoints.store import write_atomically
 from vit_jax.errors import UserError
 from vit_jax.extras import install
 from vit_jax.training.config import Config, to_json
 from vit_jax.training.console import Progress
+from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
