@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
 
     # The clock of the search: a step of it is a minute.
     monkeypatch.setattr(preflight, "memory_limit", lambda device: 1 + found.state_bytes)
-    clock = itertools.count(step=60)
+    clock = itertools.count(0.0, 60.0)
     monkeypatch.setattr(preflight.time, "monotonic", lambda: next(clock))
     tries = preflight.preflight(config, search_seconds=200)
     with pytest.raises(UserError, match=r"nor with the 2 of \d+ changes tried in 200 s: give more"):
