@@ -37,6 +37,7 @@ MISTAKES = {
     "mesh": (["--config.mesh.data=3"], "does not fit 8 devices"),
     "warm-up": (["--config.optim.warmup=999"], "longer than the run"),
     "negative seed": (["--config.seed=-1"], "seed is -1"),
+    "minutes": (["--config.checkpoint.every_minutes=nan"], r"checkpoint\.every_minutes is nan"),
     "evaluation batch": (["--config.eval.batch_size=-3"], r"eval\.batch_size is -3"),
     "infinite rate": (["--config.optim.lr=inf"], r"optim\.lr is inf"),
     "augmented evaluation": (["--config.data.val.flip=True"], r"data\.val is evaluated as it is"),

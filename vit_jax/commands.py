@@ -40,7 +40,7 @@ def train(config: ConfigLike, workdir: epath.PathLike, **overrides: Any) -> dict
     Raises:
       UserError: an unknown key or a value of another type; the config does not fit the data, the
         devices or the run in `workdir`; the loss is no longer finite. What was saved is intact.
-      Stopped: SIGTERM came; the run has saved a checkpoint and can be resumed.
+      Stopped: SIGTERM or Ctrl-C came; the run has saved a checkpoint and can be resumed.
     """
     with console.shown():
         results, lines = run_training(_config(config, overrides), workdir)

@@ -65,7 +65,7 @@ def rehearse(name: str) -> dict:
     devices = chips.topology_devices(topology)
     plan, _, _ = preflight.open_plan(config)
     began = time.perf_counter()
-    found = preflight.rehearse(plan, make_mesh(config.mesh, devices))
+    found = preflight.compile_step(plan, make_mesh(config.mesh, devices))
     return {
         "command": f"python -m vit_jax preflight --config=configs/pretrain.py:{argument} "
         f"--topology={topology} {' '.join(flags)}",
@@ -112,7 +112,7 @@ def compile_times() -> dict:
             )
             jax.clear_caches()
             began = time.perf_counter()
-            preflight.rehearse(plan.with_model(vit), mesh)
+            preflight.compile_step(plan.with_model(vit), mesh)
             key = f"{how} {depth}"
             times[key] = min(times.get(key, 1e9), time.perf_counter() - began)
     return times

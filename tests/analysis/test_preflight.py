@@ -52,7 +52,7 @@ def test_the_report_says_what_the_run_will_be(report):
 def test_state_is_a_share_and_the_least_traffic_is_counted():
     config = load_config(DIGITS, [*TINY, "--config.mesh.fsdp=8", "--config.mesh.data=1"])
     plan, _, _ = preflight.open_plan(config)
-    found = preflight.rehearse(plan, make_mesh(config.mesh))
+    found = preflight.compile_step(plan, make_mesh(config.mesh))
     leaves = jax.tree.leaves(found.program.state)
     # AdamW: two moments; and the average: four times the parameters and some counters.
     params = sum(leaf.size for leaf in jax.tree.leaves(found.program.state.params))
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     flags += ["--config.optim.accumulate=1", "--config.data.train.affine=None"]
     config = load_config(DIGITS, [*TINY, *flags])
     plan, _, _ = preflight.open_plan(config)
-    found = preflight.rehearse(plan, make_mesh(config.mesh))
+    found = preflight.compile_step(plan, make_mesh(config.mesh))
     needs = found.peak_bytes
     monkeypatch.setattr(preflight, "memory_limit", lambda device: int(0.7 * needs))
     monkeypatch.setattr(preflight, "_SECONDS_OF_DATA", 0.1)
@@ -98,7 +98,9 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     (advice,) = re.findall(r"it does with (.*)", err)
     assert advice.startswith("--config.optim.accumulate=")
     changed = load_config(DIGITS, [*TINY, *flags, *advice.split()])
-    found = preflight.rehearse(dataclasses.replace(plan, config=changed), make_mesh(changed.mesh))
+    found = preflight.compile_step(
+        dataclasses.replace(plan, config=changed), make_mesh(changed.mesh)
+    )
     assert found.fits and found.peak_bytes <= 0.7 * needs
 
     # The clock of the search: a step of it is a minute.
@@ -116,7 +118,7 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
 def test_small_changes_come_first():
     config = load_config(DIGITS, [*TINY, "--config.optim.accumulate=1"])
     plan, _, _ = preflight.open_plan(config)
-    found = preflight.rehearse(plan, make_mesh(config.mesh))
+    found = preflight.compile_step(plan, make_mesh(config.mesh))
     flags = [flags for flags, *_ in preflight.smaller(config, plan.card.config, found)]
     assert flags[:3] == [
         "--config.optim.accumulate=2",
@@ -160,4 +162,4 @@ def test_the_peak_has_two_more_batches_and_aliases_once(monkeypatch):
     program = dataclasses.replace(preflight.make_program(plan, mesh), step=step)
     monkeypatch.setattr(preflight, "make_program", lambda *_: program)
     batch = 32 * (8 * 8 + 4 + 1)  # pixels, label and mask of an image
-    assert preflight.rehearse(plan, mesh).peak_bytes == 53721 + 2 * batch
+    assert preflight.compile_step(plan, mesh).peak_bytes == 53721 + 2 * batch

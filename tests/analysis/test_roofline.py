@@ -308,7 +308,7 @@ def test_every_scope_is_set_somewhere():
 
     config = load_config(DIGITS, [*TINY, "--config.augment.mixup=0.2"])
     plan, _, _ = preflight.open_plan(config)
-    program = preflight.rehearse(plan, make_mesh(config.mesh)).program
+    program = preflight.compile_step(plan, make_mesh(config.mesh)).program
     text = program.step.lower(program.state, program.batch).as_text(debug_info=True)
     found = {scope for scope in PARTS if f"{scope}/" in text or f"({scope})" in text}
     assert found == set(PARTS) - {"resnet"}

@@ -31,24 +31,24 @@ PRETRAIN = f"{ROOT}/configs/pretrain.py:S/16,jft"
 SMALL = dict(width=256, num_heads=4, mlp_dim=1024, depth=2)
 
 
-def rehearsed(topology, *overrides, **fields):
+def compiled(topology, *overrides, **fields):
     flags = [f"--config.{each}" for each in ("precision=bfloat16", "model.num_classes=10")]
     flags += [f"--config.{each}" for each in ("batch_size=64", *overrides)]
     config = load_config(PRETRAIN, flags)
     plan, _, _ = preflight.open_plan(config)
     vit = dataclasses.replace(plan.card.config, **SMALL | fields)
     mesh = make_mesh(config.mesh, chips.topology_devices(topology))
-    return preflight.rehearse(plan.with_model(vit), mesh)
+    return preflight.compile_step(plan.with_model(vit), mesh)
 
 
 def launches_of_a_block(**fields):
-    two, four = (rehearsed("h100:1", depth=depth, **fields).roofline for depth in (2, 4))
+    two, four = (compiled("h100:1", depth=depth, **fields).roofline for depth in (2, 4))
     return (four.launches - two.launches) / 2
 
 
 @pytest.mark.parametrize("image_size, tokens", [(224, 197), (208, 170)])
 def test_attention_is_cudnns_for_odd_and_even_numbers_of_tokens(image_size, tokens):
-    found = rehearsed("h100:1", image_size=image_size)
+    found = compiled("h100:1", image_size=image_size)
     assert found.fused_attention == 2 * 2  # there and back, two blocks
     assert found.fits and found.limit_bytes == 60 * 2**30
     shapes = {kernel.arrays for kernel in found.roofline.kernels if "attend" in kernel.op_name}
@@ -134,21 +134,21 @@ def test_only_data_spans_nodes():
 
 
 def test_fsdp_moves_little_more_than_it_needs():
-    found = rehearsed("h100:2x4", "mesh.data=2", "mesh.fsdp=4", depth=4, width=512, num_heads=8)
+    found = compiled("h100:2x4", "mesh.data=2", "mesh.fsdp=4", depth=4, width=512, num_heads=8)
     assert 0.8 < found.moved_bytes / found.least_bytes < 1.25
-    replicated = rehearsed("h100:8", "mesh.data=8", depth=4)
+    replicated = compiled("h100:8", "mesh.data=8", depth=4)
     assert 0.9 < replicated.moved_bytes / replicated.least_bytes < 1.1
 
 
 def test_tensor_parallelism_gathers_nothing():
-    found = rehearsed("h100:8", "mesh.data=4", "mesh.tensor=2")
+    found = compiled("h100:8", "mesh.data=4", "mesh.tensor=2")
     kinds = by_kind(found.collectives)
     assert sum(kinds.get(kind, (0, 0))[1] for kind in ("all-gather", "all-to-all")) < 100
     assert 0.9 < found.moved_bytes / found.least_bytes < 1.15
 
 
 def test_a_deterministic_program_compiles():
-    found = rehearsed("h100:1", "mesh.deterministic=True")
+    found = compiled("h100:1", "mesh.deterministic=True")
     assert found.fits
     mesh = make_mesh(load_config(PRETRAIN, []).mesh, chips.topology_devices("h100:1"))
     options = compiler.compiler_options(mesh, deterministic=True)

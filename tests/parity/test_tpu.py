@@ -16,18 +16,18 @@ from vit_jax.training.sharding import make_mesh
 PRETRAIN = Path(__file__).parents[2] / "configs" / "pretrain.py"
 
 
-def rehearsed(topology, *overrides, depth=2):
+def compiled(topology, *overrides, depth=2):
     flags = [f"--config.{each}" for each in ("precision=bfloat16", "model.num_classes=10")]
     flags += [f"--config.{each}" for each in overrides]
     config = load_config(f"{PRETRAIN}:S/16,jft", flags)
     plan, _, _ = preflight.open_plan(config)
     vit = dataclasses.replace(plan.card.config, width=512, num_heads=8, mlp_dim=2048, depth=depth)
     mesh = make_mesh(config.mesh, chips.topology_devices(topology))
-    return preflight.rehearse(plan.with_model(vit), mesh)
+    return preflight.compile_step(plan.with_model(vit), mesh)
 
 
 def test_fsdp_moves_little_more_than_it_needs():
-    found = rehearsed(
+    found = compiled(
         "v5e:2x2", "mesh.data=1", "mesh.fsdp=4", "batch_size=32", "model.remat=full", depth=6
     )
     assert found.fits and found.limit_bytes == 16 * 2**30
@@ -40,7 +40,7 @@ def test_fsdp_moves_little_more_than_it_needs():
 
 
 def test_what_a_chip_cannot_hold_is_found_out():
-    found = rehearsed("v5e:2x2", "batch_size=16384")
+    found = compiled("v5e:2x2", "batch_size=16384")
     assert found.peak_bytes is None and not found.fits
 
 

@@ -37,7 +37,7 @@ _SECONDS_OF_DATA = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsal:
+class CompiledStep:
     """A training step, compiled but not run; bytes are per device.
 
     Attributes:
@@ -70,7 +70,7 @@ class Rehearsal:
         return sum(each.times * each.bytes for each in self.collectives)
 
 
-def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
+def compile_step(plan: Plan, mesh: Mesh) -> CompiledStep:
     """Compiles the training step of a plan for the devices of `mesh`, which need not exist."""
     program = make_program(plan, mesh)
     state_bytes = shard_bytes(program.state)
@@ -82,7 +82,7 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Rehearsal(program, time.monotonic() - began, state_bytes, None, limit)
+        return CompiledStep(program, time.monotonic() - began, state_bytes, None, limit)
     seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     # All temporaries are one block, which is allocated as a whole; two more batches are being
@@ -96,7 +96,7 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
         + 2 * shard_bytes(program.batch)
     )
     hlo = compiled.as_text()
-    return Rehearsal(
+    return CompiledStep(
         program,
         seconds,
         state_bytes,
@@ -165,21 +165,21 @@ def preflight(
     flops = step_flops(config, vit)
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
-    rehearsal = rehearse(plan, mesh)
-    calls = rehearsal.fused_attention
+    compiled = compile_step(plan, mesh)
+    calls = compiled.fused_attention
     if isinstance(vit, ViTConfig) and calls is not None:
         yield _line("attention", f"cuDNN's, {calls} kernels in the program" if calls else "XLA's")
-    for parameter in unsplit(rehearsal.program.state.params, mesh):
+    for parameter in unsplit(compiled.program.state.params, mesh):
         yield _line("not split", str(parameter))
-    yield _line("memory", _memory(rehearsal))
-    if rehearsal.collectives:
-        for kind, (count, size) in by_kind(rehearsal.collectives).items():
+    yield _line("memory", _memory(compiled))
+    if compiled.collectives:
+        for kind, (count, size) in by_kind(compiled.collectives).items():
             yield _line("moves", f"{count:,} x {kind}, {size / 1e9:.3f} GB a device and step")
-        ratio = rehearsal.moved_bytes / rehearsal.least_bytes
-        least = f"the least, {rehearsal.least_bytes / 1e9:.3f} GB"
-        yield _line("", f"together {rehearsal.moved_bytes / 1e9:.3f} GB, {ratio:.2f} times {least}")
-    if rehearsal.roofline is not None:
-        seconds, told = rehearsal.roofline.seconds, "by its roofline, at the least"
+        ratio = compiled.moved_bytes / compiled.least_bytes
+        least = f"the least, {compiled.least_bytes / 1e9:.3f} GB"
+        yield _line("", f"together {compiled.moved_bytes / 1e9:.3f} GB, {ratio:.2f} times {least}")
+    if compiled.roofline is not None:
+        seconds, told = compiled.roofline.seconds, "by its roofline, at the least"
     elif devices[0] in jax.local_devices():
         rate, told = flop_rate(devices, vit)
         seconds = flops / rate
@@ -190,22 +190,22 @@ def preflight(
         whole = f", {_duration(steps * seconds)} for {steps:,} steps" if steps else ""
         rate = f"{config.batch_size / seconds:,.0f} images/s"
         yield _line("time", f"about {seconds * 1e3:.4g} ms a step, {rate}{whole} ({told})")
-    if rehearsal.roofline is not None:
-        yield from roofline_lines(rehearsal.roofline)
+    if compiled.roofline is not None:
+        yield from roofline_lines(compiled.roofline)
     needed = None if seconds is None else config.batch_size / seconds / hosts
     if source is None:
         yield _line("data", f"not measured: {missing}")
     else:
         yield _line("data", _data_rate(plan, source, config.batch_size // hosts, needed))
-    if rehearsal.fits:
+    if compiled.fits:
         return
 
-    changes = list(smaller(config, vit, rehearsal))
+    changes = list(smaller(config, vit, compiled))
     if not changes or search_seconds <= 0:
         raise UserError("this does not fit on the devices: use more or larger ones")
     yield (
         f"This does not fit. Looking for the smallest of {len(changes)} changes that does; the one "
-        f"above took {rehearsal.seconds:.3g} s to compile, and after {search_seconds:g} s of them "
+        f"above took {compiled.seconds:.3g} s to compile, and after {search_seconds:g} s of them "
         "(--search-seconds) no other is begun:"
     )
     began = time.monotonic()
@@ -218,7 +218,7 @@ def preflight(
             )
         there = plan.with_model(dataclasses.replace(vit, remat=remat))
         there = dataclasses.replace(there, config=changed)
-        tried = rehearse(there, make_mesh(changed.mesh, devices))
+        tried = compile_step(there, make_mesh(changed.mesh, devices))
         yield f"  {flags}: {_memory(tried)}"
         if tried.fits:
             raise UserError(f"this does not fit on the devices; it does with {flags}")
@@ -229,21 +229,21 @@ def preflight(
 
 
 def smaller(
-    config: Config, vit: ModelConfig, rehearsal: Rehearsal
+    config: Config, vit: ModelConfig, compiled: CompiledStep
 ) -> Iterator[tuple[str, Config, str]]:
     """Yields changes that save memory, smallest first: flags, the changed config, its `remat`.
 
     Changes of one thing by little come first: halving the micro-batch, more rematerialisation,
     doubling the devices along `fsdp` (at the expense of `data`).
     """
-    mesh, limit = rehearsal.program.mesh, rehearsal.limit_bytes or math.inf
+    mesh, limit = compiled.program.mesh, compiled.limit_bytes or math.inf
     remats = CHOICES["remat"][CHOICES["remat"].index(vit.remat) :]
     halves = [2**i for i in range(6)]
     wider = [2**i for i in range(20) if mesh.shape["data"] % 2**i == 0]
     choices = itertools.product(range(len(halves)), range(len(remats)), range(len(wider)))
     for a, r, f in sorted(choices, key=_size_of_change):
         accumulate, fsdp = config.optim.accumulate * halves[a], mesh.shape["fsdp"] * wider[f]
-        state = rehearsal.state_bytes * mesh.shape["fsdp"] / fsdp
+        state = compiled.state_bytes * mesh.shape["fsdp"] / fsdp
         rows = config.batch_size % (batch_shards(mesh) * accumulate)
         if (a, r, f) == (0, 0, 0) or rows or state > limit:
             continue
@@ -343,13 +343,13 @@ def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> s
     return f"{told}, a host needs {needed:,.0f}: {enough}"
 
 
-def _memory(rehearsal: Rehearsal) -> str:
-    state, limit = rehearsal.state_bytes / GIB, rehearsal.limit_bytes
+def _memory(compiled: CompiledStep) -> str:
+    state, limit = compiled.state_bytes / GIB, compiled.limit_bytes
     of = "" if limit is None else f" of {limit / GIB:.2f}"
-    if rehearsal.peak_bytes is None:
+    if compiled.peak_bytes is None:
         return f"the compiler needs more than the device has{of and of + ' GiB'}"
-    told = f"{rehearsal.peak_bytes / GIB:.2f}{of} GiB a device at the peak, {state:.2f} of it state"
-    return told if rehearsal.fits else f"{told}: too much"
+    told = f"{compiled.peak_bytes / GIB:.2f}{of} GiB a device at the peak, {state:.2f} of it state"
+    return told if compiled.fits else f"{told}: too much"
 
 
 def _line(name: str, what: str) -> str:

@@ -155,7 +155,7 @@ class Config:
             ("log.every", self.log.every, 0),
             ("seed", self.seed, 0),
         ):
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
         for name, value, known in (
             ("objective", self.objective, OBJECTIVES),

@@ -113,17 +113,17 @@ def device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
         inside,
         (slices, 1, 1),
         devices,
-        process_is_granule=_rehearsed_gpus(devices),
+        process_is_granule=_topology_gpus(devices),
         allow_split_physical_axes=True,
     )
 
 
 def _slices(devices: list[Any]) -> int:
-    attribute = "process_index" if _rehearsed_gpus(devices) else "slice_index"
+    attribute = "process_index" if _topology_gpus(devices) else "slice_index"
     return len({getattr(device, attribute, 0) for device in devices})
 
 
-def _rehearsed_gpus(devices: list[Any]) -> bool:
+def _topology_gpus(devices: list[Any]) -> bool:
     """Whether these are simulated GPUs of a topology: real ones have their node as slice."""
     first = devices[0]
     return first.platform == "gpu" and getattr(first, "local_hardware_id", None) is None

@@ -43,7 +43,8 @@ class SaveTimer:
         now = time.monotonic()
         left = self._saved + self._seconds - now
         a_step = (now - self._began) / (step - self._first)
-        ahead = 1 if distributed.count() == 1 else max(1, int(left / 2 / max(a_step, 1e-6)))
+        fit = min(left / 2 / max(a_step, 1e-6), 1e6)  # of endless minutes as well
+        ahead = 1 if distributed.count() == 1 else max(1, int(fit))
         return [left <= 0, step + ahead]
 
 
