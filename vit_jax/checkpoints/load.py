@@ -134,6 +134,7 @@ def load(
     position_resize: str | None = None,
     shardings: Callable[[Any], Any] | None = None,
     architecture: str | None = None,
+    step: int | str | None = None,
     **known: Any,
 ) -> Loaded:
     """Loads a model: weights of any code base, or a run folder of ours.
@@ -155,13 +156,15 @@ def load(
       architecture: the name of a timm or transformers model that computes the same as this one:
         "vit_base_patch16_224", "Dinov2Model". It overrides the name in config.json, which is
         refused unless it is known (see `architectures`).
+      step: of a run folder: the number of a kept checkpoint, or "best" (see checkpoint.best);
+        None is the last. RUN/checkpoints/STEP and RUN/checkpoints/best name the same as a path.
       **known: fields of the config that a file does not say, such as gelu="tanh" or num_heads=8.
 
     Raises:
       UserError: no such file, a damaged one, or one of another model; sizes that do not fit.
     """
     size = None if image_size is None else pair(image_size, "image_size")
-    opened = open_model(path, file_size=size, architecture=architecture, **known)
+    opened = open_model(path, file_size=size, architecture=architecture, step=step, **known)
     card = opened.card
     changes: dict[str, Any] = {"image_size": size, "in_channels": in_channels, "dtype": dtype}
     if patch_size is not None:

@@ -60,6 +60,7 @@ def open_model(
     *,
     file_size: tuple[int, int] | None = None,
     architecture: str | None = None,
+    step: int | str | None = None,
     **known: Any,
 ) -> Opened:
     """Identifies what is at `path` and accounts for every key; reads no weights yet.
@@ -68,6 +69,7 @@ def open_model(
       file_size: the image size (h, w) in pixels, needed if the file does not say it and its
         position grid is not square.
       architecture: as in `load`.
+      step: as in `load`.
       known: config fields given by the caller, which override the file.
 
     Raises:
@@ -75,11 +77,18 @@ def open_model(
     """
     path = os.path.expanduser(path)
     local = fetch(path)
+    run, name = os.path.split(os.fspath(local).rstrip("/"))
+    if os.path.basename(run) == "checkpoints" and (name.isdigit() or name == "best"):
+        if step is not None:
+            raise UserError(f"{path} is one checkpoint already: leave step={step!r} out")
+        local, step = os.path.dirname(run) or ".", name if name == "best" else int(name)
     if not epath.Path(local).exists():
         raise UserError(f"there is no {os.fspath(path)!r} to load a model from")
     if (epath.Path(local) / "model" / "model.json").exists():
         told = known if architecture is None else {**known, "architecture": architecture}
-        return _open_run(epath.Path(local), **told)
+        return _open_run(epath.Path(local), step, **told)
+    if step is not None:
+        raise UserError(f"{path} is no run folder, which alone has checkpoints: leave step out")
     foreign = read_foreign(local, file_size=file_size, architecture=architecture, **known)
     weights, config, assumed = foreign.weights, foreign.config, dict(foreign.assumed)
     if weights.card:
@@ -164,14 +173,19 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     }
 
 
-def _open_run(workdir: epath.Path, **known: Any) -> Opened:
-    """Opens a run folder: its newest complete checkpoint, with the EMA weights, if any."""
+def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Opened:
+    """Opens a run folder: a complete checkpoint, or the newest, with the EMA weights, if any."""
     if known:
         raise UserError(f"{workdir} is a run folder, which says itself what {min(known)} is")
     card = ModelCard.read(workdir)
     store = Store(workdir)
+    if wanted is not None:
+        if wanted != "best" and type(wanted) is not int:
+            raise UserError(f"step is {wanted!r}; expected the number of a step, or 'best'")
+        wanted = store.best() if wanted == "best" else wanted
+        store.whole(wanted)
     while True:
-        step = store.newest()
+        step = store.newest() if wanted is None else wanted
         if step is None:
             raise UserError(f"{workdir} holds no checkpoint yet: the run has not saved one")
         try:

@@ -2,6 +2,7 @@
 
 WORKDIR/checkpoints/STEP/state/          Orbax's files
 WORKDIR/checkpoints/STEP/checksums.json  written last: a checkpoint without it is incomplete
+WORKDIR/checkpoints/best.json            which one is the best, if the run keeps it
 """
 
 import concurrent.futures
@@ -26,7 +27,7 @@ from vit_jax.writing import check_own, check_text, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
-_STATE, _CHECKSUMS = "state", "checksums.json"
+_STATE, _CHECKSUMS, _BEST = "state", "checksums.json", "best.json"
 # What may be in the folder of a run that begins: what an earlier start left, and logs.
 RUN_FILES = (
     *("checkpoints", "model", "config.json", "data.json", "metrics.jsonl", "starts.jsonl"),
@@ -54,6 +55,8 @@ class Store:
         self._orbax: Any = None  # an AsyncCheckpointer; to import Orbax takes a second
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
+        # None: nobody said which, and best.json is left as it is.
+        self._best: tuple[int | None, dict[str, float]] | None = None
 
     def save(self, step: int, tree: Any) -> None:
         """Starts saving a nested dict of arrays; once it returns, they may be overwritten.
@@ -93,15 +96,62 @@ class Store:
     def _mark(self, path: epath.Path, sums: dict[str, str]) -> None:
         with _writing(path):
             write_atomically(path / _CHECKSUMS, json.dumps(sums, indent=1))
+            self._write_best()
             # Newer ones can only be damaged, as this run started from an older one.
             kept = [step for step in self.steps() if step <= int(path.name)][-self.keep :]
             for step, committed in self._found():
-                if step < kept[0]:
+                if step < kept[0] and (self._best is None or step != self._best[0]):
                     # checksums.json goes first, so that a kill during the deletion leaves an
                     # incomplete checkpoint, not a damaged one.
                     if committed:
                         (self.directory / str(step) / _CHECKSUMS).unlink()
                     (self.directory / str(step)).rmtree()
+
+    def keep_best(self, step: int | None, values: dict[str, float]) -> None:
+        """Keeps the checkpoint of a step beside the last ones, as the best one; None keeps none.
+
+        best.json says so as soon as that checkpoint is complete. `values` are written with it.
+        """
+        self.wait()
+        if self._best != (step, values):
+            self._best = step, values
+            if distributed.is_lead():
+                self._write_best()
+
+    def _write_best(self) -> None:
+        if self._best is None:
+            return
+        step, values = self._best
+        path = self.directory / _BEST
+        if step is None:
+            path.unlink(missing_ok=True)
+        elif step in self.steps():
+            write_atomically(path, json.dumps({"step": step, **values}))
+
+    def best(self) -> int:
+        """The step of the best checkpoint.
+
+        Raises:
+          UserError: the run keeps none, or has not saved it yet.
+        """
+        path = self.directory / _BEST
+        try:
+            return int(json.loads(path.read_text())["step"])
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.directory.parent} has no best checkpoint: a run keeps one with "
+                "--config.checkpoint.best=val/accuracy"
+            ) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is damaged: {error!r}") from None
+
+    def whole(self, step: int) -> None:
+        """Raises a UserError unless the checkpoint of this step is there and undamaged."""
+        if step not in self.steps():
+            kept = ", ".join(f"{each:,}" for each in self.steps()) or "none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step:,}; it has: {kept}")
+        if problem := verify(self.directory / str(step)):
+            raise UserError(f"the checkpoint of step {step:,} is damaged: {problem}")
 
     def wait(self) -> None:
         """Waits for the current save, and raises its error if it failed."""

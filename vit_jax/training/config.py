@@ -17,6 +17,7 @@ from vit_jax.models.config import CHOICES, FAMILIES
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import Group, OptimConfig
+from vit_jax.training.selection import Metric, StopConfig
 from vit_jax.training.sharding import MeshConfig
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
@@ -26,7 +27,7 @@ RESUMABLE = (
     "mesh",
     *(f"data.{name}" for name in ("workers", "threads", "on_corrupt", "same_images")),
 )
-RESUMABLE += ("log", "eval", "checkpoint")
+RESUMABLE += ("log", "eval", "checkpoint", "stop")
 
 
 def not_none(kind: Any) -> Any:
@@ -78,11 +79,19 @@ class CheckpointConfig:
       every: steps between checkpoints; 0 is not by steps.
       every_minutes: minutes from a checkpoint to the next; 0 is not by time.
       keep: how many of the last checkpoints are kept.
+      best: a metric such as val/accuracy or val/loss (`:min` or `:max` says what is better, where
+        its name does not): a checkpoint is saved at each evaluation that is the best so far, and
+        the best one is kept beside the last.
     """
 
     every: int = 0
     every_minutes: float = 10.0
     keep: int = 2
+    best: str | None = None
+
+    def __post_init__(self):
+        if self.best is not None:
+            Metric.parse("checkpoint.best", self.best)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +151,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    stop: StopConfig = dataclasses.field(default_factory=StopConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def __post_init__(self):
@@ -172,6 +182,8 @@ class Config:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
 
+        if self.stop.patience and self.stop.metric is None and self.checkpoint.best is None:
+            raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
         if not self.classifies:
             self._check_masked()
 

@@ -130,6 +130,21 @@ class Evaluation:
         """The evaluations that the config has: val, test and the evaluators."""
         return tuple(self._evaluators)
 
+    def during(self) -> dict[str, tuple[str, ...] | None]:
+        """What is measured during the run, not only at its end: name -> its metrics.
+
+        None where they are not known before the first measurement.
+        """
+        found: dict[str, tuple[str, ...] | None] = {}
+        for name, evaluator in self._evaluators.items():
+            every = self._config.eval.every if evaluator.every is None else evaluator.every
+            if every:
+                known = ("accuracy", "top5", "loss") if self._config.classifies else None
+                if self._several.get(name) == "each":
+                    known = (*known, "mAP", "micro_f1", "macro_f1")
+                found[name] = known if isinstance(evaluator, Classification) else None
+        return found
+
     def due(self, step: int, total_steps: int) -> list[str]:
         """The names of the evaluations that are due after `step` steps."""
         default = self._config.eval.every

@@ -29,11 +29,13 @@ from vit_jax.training.metrics import (
     due,
     last_values,
     read_corrupt,
+    read_metrics,
     record_corrupt,
     record_start,
 )
 from vit_jax.training.plan import Plan, plan_run
 from vit_jax.training.program import make_program
+from vit_jax.training.selection import Selection
 from vit_jax.training.sharding import (
     check_batch,
     local_rows,
@@ -161,6 +163,8 @@ def _run(
     )
     if distributed.is_lead():
         record_start(workdir, start_step, total_steps, mesh.size)
+    selection = Selection(config, evaluation.during(), read_metrics(workdir, start_step))
+    keep_best(store, selection)
     recorder = Recorder(workdir, start_step, total_steps, config)
     stack.push(lambda kind, *_: recorder.close(failed=kind is not None))
 
@@ -168,7 +172,7 @@ def _run(
     corrupt = read_corrupt(workdir, start_step) if skips else 0
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     timer = SaveTimer(config.checkpoint.every_minutes, start_step)
-    for step in range(start_step + 1, total_steps + 1):
+    for step in range(start_step + 1, total_steps + 1) if not selection.ended else ():
         first = "compiling or " if step == start_step + 1 else ""
         doing = f"{first}running step {step} of {total_steps}"
         began = time.perf_counter()
@@ -185,7 +189,8 @@ def _run(
 
         stopping = stop(step)
         measuring = evaluation.due(step, total_steps)
-        saving = due(step, config.checkpoint.every, total_steps) or stopping or timer.due(step)
+        saving = due(step, config.checkpoint.every, total_steps) or bool(stopping)
+        saving |= timer.due(step)
         if measuring or saving:
             recorder.flush()
             with recorder.pause():
@@ -193,11 +198,21 @@ def _run(
                 weights = state.params if state.ema is None else state.ema
                 for values in evaluation.measure(measuring, weights):
                     recorder.write(step, values)
+                    saving |= selection.add(step, values)
+                if selection.ended and step < total_steps:
+                    logger.info("stopping early at step %d: %s", step, selection.ended)
+                    last = [name for name in evaluation.names if name not in measuring]
+                    for values in evaluation.measure(last, weights):
+                        recorder.write(step, values)
+                    saving = True
+                keep_best(store, selection)
                 if saving:
                     if skips and distributed.is_lead():
                         record_corrupt(workdir, step, int(corrupt))
                     store.save(step, to_saved(state))
                     timer.saved()
+        if selection.ended:
+            break
         if stopping and step < total_steps:
             store.wait()
             raise Stopped(
@@ -206,12 +221,22 @@ def _run(
                 130 if stopping == "Ctrl-C" else 143,
             )
     store.wait()
+    if (best := selection.best) and best.step:
+        logger.info("best %s: %.4g at step %s", best.metric.name, best.value, f"{best.step:,}")
     if (n := int(corrupt)) and distributed.is_lead():
         count = "an image" if n == 1 else f"{n} images"
         logger.warning(
             "%s of %s could not be read: the next took its place", count, config.data.train.source
         )
     return distributed.first("results", lambda: last_values(workdir))
+
+
+def keep_best(store: Store, selection: Selection) -> None:
+    """Tells the store which checkpoint is the best, from when it is written."""
+    if (best := selection.best) and best.step:
+        store.keep_best(best.step, {best.metric.name: best.value})
+    elif not best:
+        store.keep_best(None, {})
 
 
 def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:

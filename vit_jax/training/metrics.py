@@ -27,9 +27,13 @@ TIMING_KEYS = ("images_per_second", "input_wait_fraction", "seconds")
 FINITE = ("loss", "grad_norm", "param_norm")
 
 
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Reads a run's metrics.jsonl; an incomplete last line, left by a kill, is dropped."""
-    return _read_lines(epath.Path(workdir) / "metrics.jsonl")
+def read_metrics(workdir: epath.PathLike, last: int | float = math.inf) -> list[dict[str, Any]]:
+    """Reads a run's metrics.jsonl, up to step `last`.
+
+    An incomplete last line, left by a kill, is dropped.
+    """
+    lines = _read_lines(epath.Path(workdir) / "metrics.jsonl")
+    return [line for line in lines if line["step"] <= last]
 
 
 def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
@@ -107,7 +111,7 @@ class Recorder:
 
     def __init__(self, workdir: epath.Path, start_step: int, total_steps: int, config: Config):
         self._every, self._total_steps = config.log.every, total_steps
-        lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
+        lines = read_metrics(workdir, start_step)
         self._file, self._events, self._wandb = None, None, None
         if distributed.is_lead():
             path = workdir / "metrics.jsonl"
