@@ -228,10 +228,15 @@ def test_the_end_of_a_key_will_do_and_a_space_for_the_equals_sign(caplog):
     line = "train --config=x --workdir=y --config.mu_dtype bfloat16 --config.mesh.data -1"
     _, flags = make_parser(COMMANDS).parse_known_args(line.split())
     assert flags == ["--config.mu_dtype=bfloat16", "--config.mesh.data=-1"]
-    flags += ["--config.test.split=val", "--config.end_lr=1", "--config.optim.end_lr=2"]
+    flags += [
+        "--config.flip=true",
+        "--config.test.split=val",
+        "--config.end_lr=1",
+        "--config.optim.end_lr=2",
+    ]
     config = load_config(DIGITS, flags)
     assert (config.optim.mu_dtype, config.data.test.split) == ("bfloat16", "val")
-    assert config.optim.end_lr == 2.0
+    assert config.optim.end_lr == 2.0 and config.data.train.flip
     assert "--config.mu_dtype sets optim.mu_dtype" in caplog.messages
     assert "--config.optim.end_lr=2 counts, not the 1 before it" in caplog.messages
 

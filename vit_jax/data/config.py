@@ -10,6 +10,11 @@ ON_CORRUPT = ("stop", "skip")
 AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
 
 
+def is_possible(key: str) -> bool:
+    """Whether a key of a config can be set: augmentations are for data.train alone."""
+    return key.startswith("data.train.") or not {*key.split(".")} & {*AUGMENTATIONS}
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """One split of the `data` section: where its examples come from, what is done to them.
