@@ -16,13 +16,15 @@ BELOW = {
     "extras": set(),
     "errors": {"words", "extras"},
     "recipes": {"errors"},
+    "writing": {"errors"},
     "distributed": {"errors"},
     "compiler": set(),
     "models": {"errors", "compiler"},
-    "data": {"errors", "extras"},
-    "checkpoints": {"errors", "extras", "distributed", "compiler", "models", "data"},
+    "data": {"errors", "writing", "extras"},
+    "checkpoints": {"errors", "writing", "extras", "distributed", "compiler", "models", "data"},
     "training": {
         "errors",
+        "writing",
         "extras",
         "recipes",
         "distributed",
@@ -33,6 +35,7 @@ BELOW = {
     },
     "analysis": {
         "errors",
+        "writing",
         "extras",
         "distributed",
         "compiler",
@@ -41,7 +44,7 @@ BELOW = {
         "checkpoints",
         "training",
     },
-    "launch": {"errors", "distributed", "models", "data", "checkpoints", "training"},
+    "launch": {"errors", "writing", "distributed", "models", "data", "checkpoints", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -77,8 +80,10 @@ def test_configs_import_nothing_of_ours():
 def test_importing_the_package_starts_nothing():
     code = (
         "import sys, vit_jax; heavy = {'jax', 'grain', 'orbax', 'matplotlib', 'tensorflow'};"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
-        "vit_jax.ViT; vit_jax.VARIANTS; from jax._src import xla_bridge;"
+        "loaded = {*heavy, 'flax'} & set(sys.modules); assert not loaded, loaded;"
+        "assert {'create', 'load', 'ViT', 'ViTConfig', 'VARIANTS'} <= set(dir(vit_jax));"
+        "vit_jax.create, vit_jax.ViT, vit_jax.ViTConfig, vit_jax.VARIANTS;"
+        "from jax._src import xla_bridge;"
         "assert not xla_bridge._backends, 'a device was touched';"
         "heavy.remove('jax'); assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

@@ -17,7 +17,7 @@ import traceback
 import warnings
 
 from vit_jax import distributed
-from vit_jax.errors import Stopped, UserError, sentence
+from vit_jax.errors import Stopped, UserError, name_extra, sentence
 from vit_jax.flags import fields, parse
 from vit_jax.recipes import find, listing
 
@@ -154,7 +154,7 @@ def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     from vit_jax.analysis.preflight import preflight
 
-    for line in preflight(config, args.topology):
+    for line in preflight(config, args.topology, args.search_seconds):
         print(line, flush=True)
 
 
@@ -218,21 +218,24 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    code, message, has_config = 0, "", False
+    code, message, command = 0, "", ""
     try:
-        args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
-        has_config = hasattr(args, "config")
-        if has_config and args.config:
+        try:
+            args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
+        except SystemExit:
+            _flush()  # of --help
+            raise
+        command = args.function.__name__
+        if getattr(args, "config", None):
             find(args.config)  # before imports that take seconds
         args.function(args, rest)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a reader that is gone is noticed here
+        _flush()
     except UserError as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         code = 130
     except BaseException as error:
-        told = sentence(error, has_config)
+        told = sentence(error, command)
         if isinstance(error, BrokenPipeError) and _reader_left():
             code = 141  # as a shell tells of SIGPIPE
         elif told is not None:
@@ -249,6 +252,12 @@ def main(argv: list[str] | None = None) -> int:
             code, message = 1, f"error: process {distributed.index()} failed: {error!r}"
     distributed.leave(code, message)
     return code
+
+
+def _flush() -> None:
+    """Writes out what is printed; that nobody reads it is noticed here."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _reader_left() -> bool:
@@ -274,6 +283,7 @@ def set_up_screen() -> None:
     # Orbax's threads log a failed save at length; the store raises it as one sentence.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("jax._src.xla_bridge").addFilter(name_extra)
     sys.unraisablehook = lambda unraisable: None
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     warnings.filterwarnings("ignore", message="Palette images with Transparency")  # it is dropped

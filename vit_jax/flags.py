@@ -231,6 +231,13 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "--topology",
         help="what to compile for, where there is none: v5e:4x4, h100:8, h200:2x8, ...",
     )
+    command.add_argument(
+        "--search-seconds",
+        type=number(0),
+        default=120,
+        metavar="SECONDS",
+        help="how long to try changes of a run that does not fit (default 120; 0: none)",
+    )
     command.set_defaults(function=functions["preflight"], takes_overrides=True)
 
     command = commands.add_parser("sweep", help=functions["sweep"].__doc__)

@@ -24,6 +24,7 @@ from vit_jax.extras import install
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.training.config import read_config
 from vit_jax.training.metrics import read_metrics
+from vit_jax.writing import make_folder, replacing
 
 _COLOURS = "viridis"
 _LAYERS, _HEADS = 6, 8  # at most, in the picture of attention maps
@@ -84,7 +85,8 @@ def write_curves(workdir: str | os.PathLike) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         return None
     path = Path(workdir) / "curves.png"
-    curves(workdir).savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        curves(workdir).savefig(temporary, format="png", dpi=110)
     return path
 
 
@@ -103,10 +105,7 @@ def pictures(
       UserError: no matplotlib, an image that cannot be read, or a folder that is a file.
     """
     figures, notes = {"filters": filters(filter_components(embedding_filters(vit.model)))}, []
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{os.fspath(folder)!r} is no folder: where to put pictures?") from None
+    make_folder(folder, "--pictures")
     if isinstance(vit.config, ResNetConfig):
         notes.append("a ResNet has neither positions nor attention: there are only its filters")
         images = ()
@@ -126,7 +125,8 @@ def pictures(
             figures[f"rollout_{name}"] = attended(seen.images[i], rollout, title)
     paths = [Path(folder) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     return paths, notes
 
 

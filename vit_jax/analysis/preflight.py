@@ -32,6 +32,7 @@ from vit_jax.training.plan import Plan, TrainingData, make_plan
 from vit_jax.training.program import Program, make_program
 from vit_jax.training.sharding import batch_shards, device_memory, make_mesh, unsplit
 
+SEARCH_SECONDS = 120
 _SECONDS_OF_DATA = 5.0
 
 
@@ -40,6 +41,7 @@ class Rehearsal:
     """A training step, compiled but not run; bytes are per device.
 
     Attributes:
+      seconds: how long compiling took.
       state_bytes: parameters, optimiser state and EMA.
       peak_bytes: peak memory; None if compiling failed.
       limit_bytes: the device's memory, None if unknown.
@@ -50,6 +52,7 @@ class Rehearsal:
     """
 
     program: Program
+    seconds: float
     state_bytes: int
     peak_bytes: int | None
     limit_bytes: int | None
@@ -73,12 +76,14 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
     state_bytes = shard_bytes(program.state)
     device = mesh.devices.flat[0]
     limit, chip = memory_limit(device), CHIPS.get(device.device_kind)
+    began = time.monotonic()
     try:
         compiled = program.step.trace(program.state, program.batch).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Rehearsal(program, state_bytes, None, limit)
+        return Rehearsal(program, time.monotonic() - began, state_bytes, None, limit)
+    seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     # All temporaries are one block, which is allocated as a whole; two more batches are being
     # prefetched (see loop.on_device).
@@ -93,6 +98,7 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
     hlo = compiled.as_text()
     return Rehearsal(
         program,
+        seconds,
         state_bytes,
         peak,
         limit,
@@ -128,11 +134,15 @@ def memory_limit(device: Any) -> int | None:
     return int(float(share) * known.memory)
 
 
-def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
+def preflight(
+    config: Config, topology: str | None = None, search_seconds: int | float = SEARCH_SECONDS
+) -> Iterator[str]:
     """Yields the lines of a config's preflight report, as they are computed.
 
     Args:
       topology: the devices to compile for (see `topology_devices`); None for this machine's.
+      search_seconds: after how long no further change is tried, if the run does not fit; 0 for no
+        search.
 
     Raises:
       UserError: the config cannot train, or does not fit into memory; the message then suggests a
@@ -190,15 +200,32 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     if rehearsal.fits:
         return
 
-    yield "This does not fit. Looking for the smallest change that does:"
-    for flags, changed, remat in smaller(config, vit, rehearsal):
+    changes = list(smaller(config, vit, rehearsal))
+    if not changes or search_seconds <= 0:
+        raise UserError("this does not fit on the devices: use more or larger ones")
+    yield (
+        f"This does not fit. Looking for the smallest of {len(changes)} changes that does; the one "
+        f"above took {rehearsal.seconds:.3g} s to compile, and after {search_seconds:g} s of them "
+        "(--search-seconds) no other is begun:"
+    )
+    began = time.monotonic()
+    for count, (flags, changed, remat) in enumerate(changes):
+        if time.monotonic() - began >= search_seconds:
+            raise UserError(
+                f"this does not fit on the devices, nor with the {count} of {len(changes)} changes "
+                f"tried in {search_seconds:g} s: give more --search-seconds, or use more or larger "
+                "devices"
+            )
         there = plan.with_model(dataclasses.replace(vit, remat=remat))
         there = dataclasses.replace(there, config=changed)
         tried = rehearse(there, make_mesh(changed.mesh, devices))
         yield f"  {flags}: {_memory(tried)}"
         if tried.fits:
             raise UserError(f"this does not fit on the devices; it does with {flags}")
-    raise UserError("this does not fit, nor does any change tried: use more or larger devices")
+    raise UserError(
+        f"this does not fit, nor does any of the {len(changes)} changes tried: use more or larger "
+        "devices"
+    )
 
 
 def smaller(

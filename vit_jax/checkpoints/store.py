@@ -6,6 +6,7 @@ WORKDIR/checkpoints/STEP/checksums.json  written last: a checkpoint without it i
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,11 +21,20 @@ import numpy as np
 from etils import epath
 
 from vit_jax import distributed
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, why
+from vit_jax.writing import check_own, check_text, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 _STATE, _CHECKSUMS = "state", "checksums.json"
+# What may be in the folder of a run that begins: what an earlier start left, and logs.
+RUN_FILES = (
+    *("checkpoints", "model", "config.json", "data.json", "metrics.jsonl", "starts.jsonl"),
+    *("corrupt.jsonl", "curves.png", "tensorboard", "wandb", "wandb_id", "report.html"),
+    *("report.md", "*.log", "*.out", "*.err", "lost+found"),
+)
+# Errors that tensorstore reports as text.
+_REFUSALS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE)
 
 
 class Store:
@@ -260,13 +270,13 @@ def _writing(path: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        known = ("No space left", "File too large", "Disk quota", "Permission denied", "Read-only")
-        reason = next((text for text in known if text in str(error)), None)
-        if reason is None and not isinstance(error, OSError):
+        number = next((n for n in _REFUSALS if os.strerror(n) in str(error)), None)
+        if number is None and not isinstance(error, OSError):
             raise
+        reason = error if number is None else OSError(number, os.strerror(number))
         raise UserError(
-            f"the checkpoint {path} could not be written ({reason or error}): make room and start "
-            "the same command again; it goes on from the checkpoint before this one"
+            f"the checkpoint {path} could not be written: {why(reason)}, and start the same "
+            "command again; it goes on from the checkpoint before this one"
         ) from error
 
 
@@ -275,10 +285,10 @@ def claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
     token = epath.Path(workdir / f".seen_by_{os.getpid()}_{time.time_ns()}")
 
     def make() -> str:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
+        check_text(workdir)
+        if not (workdir / "config.json").exists():  # of a run that was begun
+            check_own(workdir, RUN_FILES, "a run")
+        make_folder(workdir, "--workdir")
         stack.enter_context(lock(workdir))
         if distributed.count() > 1:
             token.touch()
@@ -297,13 +307,6 @@ def claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
         distributed.each("see", see)
     finally:
         token.unlink(missing_ok=True)
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file atomically: a kill leaves either the old content or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may be no text
-    temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from pathlib import Path
 from vit_jax.errors import Stopped, UserError
 from vit_jax.launch.jobs import ENVIRONMENT, Change, Job, option, signals
 from vit_jax.launch.slurm_queue import FOLDER, Queued, Record, ask, cancel, queue
+from vit_jax.writing import write_atomically
 
 SAVING = 120  # seconds before its end that a job is told of it
 ARRAY = 1000  # points an array; Slurm's own limit, unless configured otherwise, is 1001
@@ -212,12 +213,13 @@ class Slurm:
         name = f"{folder.parent.name}-{secrets.token_hex(3)}"
         for job in jobs:
             (folder / f"{job.name}.exit").unlink(missing_ok=True)
-            (folder / f"{job.name}.sh").write_text(self.script(job))
+            write_atomically(folder / f"{job.name}.sh", self.script(job))
         scripts = [shlex.quote(str(folder / f"{job.name}.sh")) for job in jobs]
         cases = [f"  {i}) exec bash {script} ;;" for i, script in enumerate(scripts)]
         path = folder / f"_{name}.sh"
         head = self._head(name, _literal(folder / f"_{name}_") + "%a.out")
-        path.write_text("\n".join([head, 'case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", ""]))
+        lines = [head, 'case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", ""]
+        write_atomically(path, "\n".join(lines))
 
         limit = f"%{self.jobs}" if self.jobs else ""
         command = ["sbatch", "--parsable", f"--array=0-{len(jobs) - 1}{limit}"]

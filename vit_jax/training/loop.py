@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from vit_jax import distributed
 from vit_jax.checkpoints.fit import place
-from vit_jax.checkpoints.store import Store, claim, write_atomically
+from vit_jax.checkpoints.store import Store, claim
 from vit_jax.data.pipeline import Batch, train_batches
-from vit_jax.errors import Stopped, UserError
+from vit_jax.errors import Stopped, UserError, during
 from vit_jax.training import console
 from vit_jax.training.config import Config, read_config, to_json
 from vit_jax.training.datasets import DataSets, with_recorded_sources
@@ -45,6 +45,7 @@ from vit_jax.training.sharding import (
 )
 from vit_jax.training.state import from_saved, make_state, to_saved
 from vit_jax.training.stopping import SaveTimer, Stop
+from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def _run(
     stack: contextlib.ExitStack,
 ) -> dict[str, int | float]:
     config.check_trains()
+    doing = "reading the data and making the model"
+    stack.enter_context(during(lambda: doing))
     resume_step, data = store.newest(), DataSets()
     if resume_step is not None:  # with the recorded sources, and where they are now
         config, moved = with_recorded_sources(read_config(workdir), config)
@@ -126,6 +129,11 @@ def _run(
     start_step = resume_step or 0
     for line in console.summary(plan, mesh, program.state, data.summary(), workdir, start_step):
         logger.info("%s", line)
+    if (count := plan.examples) is not None and count < config.batch_size:
+        logger.info(
+            "batch_size is %d, and data.train has %d images: each step sees images more than once",
+            *(config.batch_size, count),
+        )
 
     if resume_step is None:
         state = make_state(
@@ -161,6 +169,8 @@ def _run(
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     timer = SaveTimer(config.checkpoint.every_minutes, start_step)
     for step in range(start_step + 1, total_steps + 1):
+        first = "compiling or " if step == start_step + 1 else ""
+        doing = f"{first}running step {step} of {total_steps}"
         began = time.perf_counter()
         batch, unread = next(arriving)
         waited = time.perf_counter() - began
@@ -197,9 +207,9 @@ def _run(
             )
     store.wait()
     if (n := int(corrupt)) and distributed.is_lead():
-        told = "an image" if n == 1 else f"{n} images"
+        count = "an image" if n == 1 else f"{n} images"
         logger.warning(
-            "%s of %s could not be read: the next took its place", told, config.data.train.source
+            "%s of %s could not be read: the next took its place", count, config.data.train.source
         )
     return distributed.first("results", lambda: last_values(workdir))
 
@@ -216,8 +226,10 @@ def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
         seed=plan.config.seed,
         shardings=functools.partial(placement, mesh=mesh),
     )
-    logger.info("starting from %s: %d parameters", plan.init.facts["file"], len(lines))
-    for line in lines:
+    changed = [line for line in lines if line.status != "kept"]
+    kept = len(lines) - len(changed)
+    logger.info("starting from %s: %d parameters kept, the others:", plan.init.facts["file"], kept)
+    for line in changed:
         logger.info("  %-32s %s", line.name, line.status)
     return params
 

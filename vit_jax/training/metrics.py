@@ -13,11 +13,11 @@ import jax
 from etils import epath
 
 from vit_jax import distributed
-from vit_jax.checkpoints.store import write_atomically
 from vit_jax.errors import UserError
 from vit_jax.extras import install
 from vit_jax.training.config import Config, to_json
 from vit_jax.training.console import Progress
+from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,8 @@ class Recorder:
         pending, self._pending = self._pending, []
         for step, values in jax.device_get(pending):
             if not all(math.isfinite(values[name]) for name in FINITE):
-                told = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
-                raise Diverged(f"the run diverged at step {step} ({told})")
+                values_text = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
+                raise Diverged(f"the run diverged at step {step} ({values_text})")
             if self._due(step):
                 seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
                 line = {f"train/{name}": float(value) for name, value in values.items()}

@@ -174,8 +174,8 @@ def _read_lines(folder: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     except OSError as error:
         return [], [f"metrics.jsonl cannot be read: {error}"]
     if written > len(lines) + 1:
-        told = f"metrics.jsonl is damaged in line {len(lines) + 1} of {written}; it ends there"
-        return lines, [told]
+        note = f"metrics.jsonl is damaged in line {len(lines) + 1} of {written}; it ends there"
+        return lines, [note]
     return lines, []
 
 
