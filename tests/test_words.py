@@ -19,7 +19,7 @@ from etils import epath
 from flax import nnx
 
 import vit_jax
-from vit_jax import words
+from vit_jax import extras, words
 from vit_jax.__main__ import COMMANDS, as_json, main
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.export import FORMATS
@@ -471,6 +471,27 @@ def test_a_platform_that_is_not_here_is_named(monkeypatch):
         "/dev/nvidia0): unset it, set JAX_PLATFORMS=cpu, or install JAX for that device: "
         + install("cuda")
     )
+
+
+def test_extras_are_installed_from_where_the_package_is_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert extras.install("cuda").endswith("pip install -e '.[cuda]'")
+    monkeypatch.setattr(extras, "__file__", str(tmp_path / "site-packages" / "vit_jax" / "x.py"))
+    git = {"url": "https://x.org/vit_jax.git", "vcs_info": {"vcs": "git", "commit_id": "6c832a"}}
+    gone, here = ({"url": f"file://{tmp_path}{name}"} for name in ("/gone.whl", ""))
+    named = "install 'jax[cuda13]>=0.10.0'"
+    for record, told in (
+        (git, "install 'vit_jax[cuda] @ git+https://x.org/vit_jax.git@6c832a'"),
+        ({**git, "subdirectory": "a"}, "vit_jax.git@6c832a#subdirectory=a'"),
+        (here, f"install 'vit_jax[cuda] @ file://{tmp_path}'"),
+        (gone, named),
+        (None, named),
+    ):
+        text = record and json.dumps(record)
+        requires = ["jax>=0.10.0", 'jax[cuda13]>=0.10.0; extra == "cuda"', 'x>=1; extra == "plot"']
+        found = Mock(requires=requires, read_text=lambda _, text=text: text)
+        monkeypatch.setattr(extras.metadata, "distribution", lambda _, found=found: found)
+        assert extras.install("cuda").endswith(told), record
 
 
 # The shell. --------------------------------------------------------------------------------------
