@@ -1,6 +1,7 @@
 """The `data` section of a config: its splits, and how they are read."""
 
 import dataclasses
+import re
 
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
@@ -8,11 +9,13 @@ from vit_jax.errors import UserError, nearest
 
 ON_CORRUPT = ("stop", "skip")
 AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
+TRAINING_KEYS = (*AUGMENTATIONS, "balance")  # of data.train alone
 
 
 def is_possible(key: str) -> bool:
-    """Whether a key of a config can be set: augmentations are for data.train alone."""
-    return key.startswith("data.train.") or not {*key.split(".")} & {*AUGMENTATIONS}
+    """Whether a key of a config can be set: TRAINING_KEYS of a split are for data.train alone."""
+    split = re.match(r"(?:data|eval\.evaluators\.\w+)\.(?:train|val|test)\.(\w+)", key)
+    return key.startswith("data.train.") or not (split and split[1] in TRAINING_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Split:
       flip: whether to mirror half of the training images.
       rand_augment: changes colours and geometry of training images further.
       erasing: probability that a training image gets a box of noise (see `RandomErasing`).
+      balance: of data.train: how equally often classes come: 0 as in the data, 1 all equally often,
+        between them in proportion to images ** (1 - balance).
     """
 
     source: str
@@ -57,11 +62,14 @@ class Split:
     flip: bool = False
     rand_augment: RandAugment | None = None
     erasing: float = 0.0
+    balance: float = 0.0
 
     def __post_init__(self):
         RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
+        if not 0 <= self.balance <= 1:
+            raise UserError(f"data.train.balance is {self.balance}; it must be in [0, 1]")
 
     def preprocess(self, base: Preprocess, image_size: tuple[int, int] | None = None) -> Preprocess:
         """`base` as this split uses it: with its own resize rule, at another image size."""
@@ -116,6 +124,6 @@ class DataConfig:
                 f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, ON_CORRUPT)}"
             )
         for name, split in {"val": self.val, "test": self.test}.items():
-            for key in AUGMENTATIONS:
+            for key in TRAINING_KEYS:
                 if split and getattr(split, key):
                     raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")

@@ -114,6 +114,8 @@ def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Sec
         elif inner == dict[str, Evaluator]:
             for type_name, evaluator in EVALUATORS.items():
                 nested += sections(evaluator, f"{key}.NAME", f"type {type_name}")
+        elif inner == dict[str, optim.Group]:
+            nested += sections(optim.Group, f"{key}.NAME")
         elif dataclasses.is_dataclass(inner) and not only:
             nested += sections(inner, key)
         else:
@@ -288,7 +290,7 @@ def page() -> str:
             kind = ", ".join(f"`{each}`" for each in leaf.choices) or leaf.kind
             default = "required" if leaf.default is None else leaf.default
             alone = "ViT" if leaf.only == "ViT" else ""
-            if section.name == "data.train" and name in data.AUGMENTATIONS:
+            if section.name == "data.train" and name in data.TRAINING_KEYS:
                 alone = "data.train"
             meaning = _sentence(leaf.meaning) + (f" `{alone}` only." if alone else "")
             cells = [each.replace("|", "\\|") for each in (kind, default, meaning)]
