@@ -19,7 +19,7 @@ from etils import epath
 from flax import nnx
 
 import vit_jax
-from vit_jax import words
+from vit_jax import extras, words
 from vit_jax.__main__ import COMMANDS, as_json, main
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.export import FORMATS
@@ -168,7 +168,6 @@ def test_flags_and_commands_are_suggested_of_those_that_exist(capsys, model, tmp
         (["train", f"--config={DIGITS}", "--out=x"], "did you mean '--workdir'?"),
         ([*train, "--config.optim.lr", "3", "--config.seed"], "write --config.seed=VALUE"),
         ([*train, "--config.seed", "--config.lr=3"], "write --config.seed=VALUE"),
-        ([*train, "--config.every=3"], "any of --config.eval.every, --config.checkpoint.every, "),
         ([*train, "--config.data=3"], "unknown config key in --config.data=3"),
         ([*train, "extra"], "unknown argument 'extra'"),
         (["predict", f"--model={model}", "--top_k=3", "a.png"], "did you mean '--topk'?"),
@@ -225,12 +224,19 @@ def test_the_end_of_a_key_will_do_and_a_space_for_the_equals_sign(caplog):
     line = "train --config=x --workdir=y --config.mu_dtype bfloat16 --config.mesh.data -1"
     _, flags = make_parser(COMMANDS).parse_known_args(line.split())
     assert flags == ["--config.mu_dtype=bfloat16", "--config.mesh.data=-1"]
-    flags += ["--config.test.split=val", "--config.end_lr=1", "--config.optim.end_lr=2"]
+    flags += [
+        "--config.flip=true",
+        "--config.test.split=val",
+        "--config.end_lr=1",
+        "--config.optim.end_lr=2",
+    ]
     config = load_config(DIGITS, flags)
     assert (config.optim.mu_dtype, config.data.test.split) == ("bfloat16", "val")
-    assert config.optim.end_lr == 2.0
+    assert config.optim.end_lr == 2.0 and config.data.train.flip
     assert "--config.mu_dtype sets optim.mu_dtype" in caplog.messages
     assert "--config.optim.end_lr=2 counts, not the 1 before it" in caplog.messages
+    with pytest.raises(UserError, match=r"any of --config\.eval\.every, --config\.checkpoint\."):
+        load_config(DIGITS, ["--config.every=3"])
 
 
 def test_one_value_stands_for_a_tuple_of_one():
@@ -465,6 +471,27 @@ def test_a_platform_that_is_not_here_is_named(monkeypatch):
         "/dev/nvidia0): unset it, set JAX_PLATFORMS=cpu, or install JAX for that device: "
         + install("cuda")
     )
+
+
+def test_extras_are_installed_from_where_the_package_is_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert extras.install("cuda").endswith("pip install -e '.[cuda]'")
+    monkeypatch.setattr(extras, "__file__", str(tmp_path / "site-packages" / "vit_jax" / "x.py"))
+    git = {"url": "https://x.org/vit_jax.git", "vcs_info": {"vcs": "git", "commit_id": "6c832a"}}
+    gone, here = ({"url": f"file://{tmp_path}{name}"} for name in ("/gone.whl", ""))
+    named = "install 'jax[cuda13]>=0.10.0'"
+    for record, told in (
+        (git, "install 'vit_jax[cuda] @ git+https://x.org/vit_jax.git@6c832a'"),
+        ({**git, "subdirectory": "a"}, "vit_jax.git@6c832a#subdirectory=a'"),
+        (here, f"install 'vit_jax[cuda] @ file://{tmp_path}'"),
+        (gone, named),
+        (None, named),
+    ):
+        text = record and json.dumps(record)
+        requires = ["jax>=0.10.0", 'jax[cuda13]>=0.10.0; extra == "cuda"', 'x>=1; extra == "plot"']
+        found = Mock(requires=requires, read_text=lambda _, text=text: text)
+        monkeypatch.setattr(extras.metadata, "distribution", lambda _, found=found: found)
+        assert extras.install("cuda").endswith(told), record
 
 
 # The shell. --------------------------------------------------------------------------------------

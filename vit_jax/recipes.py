@@ -81,8 +81,9 @@ def find(spec: str) -> tuple[str, str]:
             f"{told} (--config={spec}); expected FILE.py, or a recipe of `vit-jax configs`"
         )
     if name in recipes():
-        path = recipes()[name].path
-        _mention_file(name, path)
+        path, here = recipes()[name].path, Path(f"{name}.py")
+        if here.is_file() and not here.samefile(path):
+            _mention(name, path, here)
         return str(path), argument
     if os.path.isfile(f"{name}.py"):
         raise UserError(f"there is no recipe {name!r}; for the file write --config={name}.py")
@@ -98,13 +99,11 @@ def find(spec: str) -> tuple[str, str]:
 
 
 @functools.cache
-def _mention_file(name: str, path: Path) -> None:
-    here = Path(f"{name}.py")
-    if here.is_file() and not here.samefile(path):
-        logger.info(
-            "config %s is the recipe %s; for %s in this folder write --config=%s",
-            *(name, path, here, here),
-        )
+def _mention(name: str, path: Path, here: Path) -> None:
+    logger.info(
+        "config %s is the recipe %s; for %s in this folder write --config=%s",
+        *(name, path, here, here),
+    )
 
 
 def listing() -> str:

@@ -1,6 +1,7 @@
 """The `data` section of a config: its splits, and how they are read."""
 
 import dataclasses
+import re
 
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
@@ -9,6 +10,12 @@ from vit_jax.errors import UserError, nearest
 ON_CORRUPT = ("stop", "skip")
 AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
 TRAINING_KEYS = (*AUGMENTATIONS, "balance")  # of data.train alone
+
+
+def is_possible(key: str) -> bool:
+    """Whether a key of a config can be set: TRAINING_KEYS of a split are for data.train alone."""
+    split = re.match(r"(?:data|eval\.evaluators\.\w+)\.(?:train|val|test)\.(\w+)", key)
+    return key.startswith("data.train.") or not (split and split[1] in TRAINING_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from vit_jax.data.config import is_possible
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import pair
 from vit_jax.recipes import find
@@ -102,7 +103,7 @@ def _whole_name(name: str, keys: Iterable[str]) -> str:
     """
     if name in keys or any(key.startswith(f"{name}.") for key in keys):
         return name
-    ends = [key for key in keys if key.endswith(f".{name}")]
+    ends = [key for key in keys if key.endswith(f".{name}") and is_possible(key)]
     if len(ends) > 1:
         several = ", ".join(f"--config.{key}" for key in ends)
         raise UserError(f"--config.{name} may be any of {several}: write one of them")

@@ -107,8 +107,8 @@ def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Sec
     leaves, nested = [], []
     for field in dataclasses.fields(kind):
         key, inner = f"{prefix}{field.name}", not_none(hints[field.name])
-        if kind is data.Split and name != "data.train" and field.name in data.TRAINING_KEYS:
-            continue  # they are for training
+        if not data.is_possible(key):
+            continue
         if key == "model":
             nested.append(Section(key, told[key], list(_model_leaves(told))))
         elif inner == dict[str, Evaluator]:
@@ -192,9 +192,9 @@ def explained(leaf: Leaf, value: str = "") -> str:
     """A key as lines of text: its name, "=VALUE" if given, type and default; its meaning."""
     default = "required" if leaf.default is None else f"default {leaf.default}"
     kind = " | ".join(leaf.choices) or leaf.kind
-    told = f"{leaf.meaning}; {leaf.only} only" if leaf.only else leaf.meaning
-    lines = textwrap.wrap(f"{kind}; {default}", 96) + textwrap.wrap(f"{told}.", 96)
-    return "\n".join([f"{leaf.key}{value}", *(f"    {line}" for line in lines)])
+    only = f" ({leaf.only})" if leaf.only else ""
+    lines = textwrap.wrap(f"{kind}; {default}", 96) + textwrap.wrap(f"{leaf.meaning}.", 96)
+    return "\n".join([f"{leaf.key}{value}{only}", *(f"    {line}" for line in lines)])
 
 
 def resolved(spec: str, overrides: Sequence[str] = ()) -> dict[str, tuple[Any, str]]:
@@ -216,9 +216,8 @@ def resolved(spec: str, overrides: Sequence[str] = ()) -> dict[str, tuple[Any, s
     model = {**config.model, **{name: value for name, (value, _) in unsaid.items()}}
     found = {}
     for key, value in _flattened(dataclasses.replace(config, model=model)):
-        section, _, name = key.rpartition(".")
-        if name in data.TRAINING_KEYS and section != "data.train":
-            continue  # it cannot be set
+        if not data.is_possible(key):
+            continue
         by_flag = any(key == flag or key.startswith(f"{flag}.") for flag in flags)
         origin = "flag" if by_flag else "file" if said.get(key) is not None else "default"
         found[key] = value, origin
@@ -290,8 +289,9 @@ def page() -> str:
             _, _, name = leaf.key.rpartition(".")
             kind = ", ".join(f"`{each}`" for each in leaf.choices) or leaf.kind
             default = "required" if leaf.default is None else leaf.default
-            alone = leaf.only if leaf.only == "ViT" else ""
-            alone = "data.train" if _for_training(leaf.key) else alone
+            alone = "ViT" if leaf.only == "ViT" else ""
+            if section.name == "data.train" and name in data.TRAINING_KEYS:
+                alone = "data.train"
             meaning = _sentence(leaf.meaning) + (f" `{alone}` only." if alone else "")
             cells = [each.replace("|", "\\|") for each in (kind, default, meaning)]
             parts.append(f"| `{name}` | {' | '.join(cells)} |")
@@ -301,11 +301,6 @@ def page() -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:].removesuffix('.')}."
-
-
-def _for_training(key: str) -> bool:
-    section, _, name = key.rpartition(".")
-    return section == "data.train" and name in data.TRAINING_KEYS
 
 
 if __name__ == "__main__":
