@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import importlib.metadata
+import logging
 import os
 import pathlib
 import sys
@@ -25,6 +26,9 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later have no such
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 EIGHT = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = f"{EIGHT} {os.environ.get('XLA_FLAGS', '')}"
+
+# A run prints its messages unless a level is set, as the command line does.
+logging.getLogger("vit_jax").setLevel(logging.WARNING)
 
 import jaxtyping  # noqa: E402
 from beartype import BeartypeConf, beartype  # noqa: E402
@@ -88,7 +92,7 @@ def whole_arrays():
 
     Tests of several processes leave that to it.
     """
-    if "orbax.checkpoint" in sys.modules:
+    if "vit_jax.checkpoints.store" in sys.modules:
         import jax
         import orbax.checkpoint as ocp
 

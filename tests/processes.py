@@ -37,7 +37,8 @@ class Command:
     def __init__(self, folder, argv, *, devices=8, dies=None, cwd=None, text=None, **env):
         from conftest import QUICK
 
-        run_forks_of("vit_jax.__main__", "vit_jax.analysis.plots", "vit_jax.training.loop")
+        late = ("grain.experimental", "orbax.checkpoint", "scipy.ndimage")  # imported when used
+        run_forks_of("vit_jax.__main__", "vit_jax.analysis.plots", "vit_jax.training.loop", *late)
         self.files = [folder / f"{name}{next(_NUMBERS)}" for name in ("out", "err")]
         env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK}"
         arguments = ([str(arg) for arg in argv], text, dies, cwd, env, self.files)
@@ -115,4 +116,4 @@ def die_at(number, what, step, patch=setattr):
         patch(Store, "_commit", die_and_commit)
 
 
-SIGKILL, SIGTERM = signal.SIGKILL, signal.SIGTERM
+SIGINT, SIGKILL, SIGTERM = signal.SIGINT, signal.SIGKILL, signal.SIGTERM

@@ -43,14 +43,14 @@ from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.variants import VARIANTS
-from vit_jax.training.config import MODEL_KEYS, Config, count_steps, unpack
+from vit_jax.training.config import MODEL_KEYS, Config, unpack
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluators import EVALUATORS, Evaluator
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.objectives import sigmoid, softmax
 from vit_jax.training.optim import make_optimizer, make_schedule
-from vit_jax.training.plan import model_config
+from vit_jax.training.plan import count_steps, model_config
 
 CONFIGS = ROOT / "configs"
 
@@ -837,7 +837,7 @@ def test_images_arrive_at_the_recipes_size(spec, here):
 def test_what_a_file_of_weights_is_worth(argument, measured, flags, here, capsys):
     spec = f"--config={CONFIGS / 'evaluate.py'}:{argument}"
     flags = [*flags, "--config.data.same_images=True"]
-    assert main(["evaluate", "--model=B_16.npz", spec, *flags]) == 0
+    assert main(["evaluate", "--model=B_16.npz", spec, "--json", *flags]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {name.split("/")[0] for name in printed} == {*measured.split()}
     assert all(0 <= value < 100 for value in printed.values())

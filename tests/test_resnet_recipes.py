@@ -29,11 +29,11 @@ from vit_jax.models import variants as models
 from vit_jax.models.config import ResNetConfig
 from vit_jax.models.create import structure
 from vit_jax.models.variants import VARIANTS
-from vit_jax.training.config import Config, count_steps
+from vit_jax.training.config import Config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optim import is_kernel, make_schedule
-from vit_jax.training.plan import model_config
+from vit_jax.training.plan import count_steps, model_config
 
 folder, here = test_recipes.folder, test_recipes.here
 

@@ -16,13 +16,15 @@ BELOW = {
     "extras": set(),
     "errors": {"words", "extras"},
     "recipes": {"errors"},
+    "writing": {"errors"},
     "distributed": {"errors"},
     "compiler": set(),
     "models": {"errors", "compiler"},
-    "data": {"errors", "extras"},
-    "checkpoints": {"errors", "extras", "distributed", "compiler", "models", "data"},
+    "data": {"errors", "writing", "extras"},
+    "checkpoints": {"errors", "writing", "extras", "distributed", "compiler", "models", "data"},
     "training": {
         "errors",
+        "writing",
         "extras",
         "recipes",
         "distributed",
@@ -33,6 +35,7 @@ BELOW = {
     },
     "analysis": {
         "errors",
+        "writing",
         "extras",
         "distributed",
         "compiler",
@@ -41,7 +44,7 @@ BELOW = {
         "checkpoints",
         "training",
     },
-    "launch": {"errors", "distributed", "models", "data", "checkpoints", "training"},
+    "launch": {"errors", "writing", "distributed", "models", "data", "checkpoints", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,9 +1,9 @@
 """The command line: `vit-jax COMMAND`, or `python -m vit_jax COMMAND`.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
-the run was lost or did not start (starting again resumes), 130 Ctrl-C, 141 nobody reads the output
-(as in `inspect X | head`), 143 stopped by SIGTERM after saving. With several processes, all end
-with the same one.
+the run was lost or did not start (starting again resumes), 130 Ctrl-C (training saves first), 141
+nobody reads the output (as in `inspect X | head`), 143 stopped by SIGTERM after saving. Several
+processes all end with the same one.
 """
 
 import argparse
@@ -17,27 +17,28 @@ import traceback
 import warnings
 
 from vit_jax import distributed
-from vit_jax.errors import Stopped, UserError, sentence
-from vit_jax.flags import SLURM, fields, parse
-from vit_jax.recipes import listing
+from vit_jax.errors import Stopped, UserError, name_extra, sentence
+from vit_jax.flags import fields, parse
+from vit_jax.recipes import find, listing
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a model, or resumes a run that was stopped."""
     join(args, preemptible=True)
-    from vit_jax.analysis.plots import curves
-    from vit_jax.training import loop
     from vit_jax.training.config_file import load_config
 
-    results = loop.train(load_config(args.config, overrides), args.workdir)
+    config = load_config(args.config, overrides)
+    from vit_jax.commands import run_training
+
+    results, lines = run_training(config, args.workdir)
     if distributed.is_lead():
-        curves(args.workdir)
-        print(json.dumps(results))
+        print(json.dumps(results) if args.json else "\n".join(lines))
 
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluates a run, or any model on the splits of a config."""
     join(args, preemptible=False)
+    from vit_jax.training import console
     from vit_jax.training.config_file import load_config
     from vit_jax.training.evaluate import evaluate_own, evaluate_run
 
@@ -48,7 +49,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         raise UserError("give --workdir=RUN, or --model=PATH and --config=FILE")
     if distributed.is_lead():
-        print(json.dumps(results))
+        lines = console.evaluated(args.workdir or args.model, results)
+        print(json.dumps(results) if args.json else "\n".join(lines))
 
 
 def join(args: argparse.Namespace, *, preemptible: bool) -> None:
@@ -147,21 +149,24 @@ def data(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
     """Reports the memory and time that a run will need; exit code 2 if it does not fit."""
-    from vit_jax.analysis.preflight import preflight
     from vit_jax.training.config_file import load_config
 
-    for line in preflight(load_config(args.config, overrides), args.topology):
+    config = load_config(args.config, overrides)
+    from vit_jax.analysis.preflight import preflight
+
+    for line in preflight(config, args.topology, args.search_seconds):
         print(line, flush=True)
 
 
 def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs every point of a sweep file, or resumes a sweep that was stopped."""
-    from vit_jax.launch.launchers import make_launcher
+    from vit_jax.launch.jobs import options
+    from vit_jax.launch.launchers import LAUNCHERS, make_launcher
     from vit_jax.launch.run import failures, run_sweep
     from vit_jax.launch.sweep import load_sweep
 
-    options = {name: getattr(args, name) for name in ("jobs", *SLURM)}
-    launcher = make_launcher(args.launcher, **options)
+    names = {field.name for each in LAUNCHERS.values() for field in options(each)}
+    launcher = make_launcher(args.launcher, **{name: getattr(args, name) for name in names})
     failed = failures(run_sweep(load_sweep(args.file), args.workdir, launcher))
     if failed:
         raise UserError(failed)
@@ -172,6 +177,19 @@ def report(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.launch.page import write_report
 
     print(write_report(args.folders, args.out), end="")
+
+
+def config(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Shows the keys of a config with their values, or what keys mean."""
+    from vit_jax.training.reference import explained, is_key, lines, matching
+
+    if args.prefix is None and is_key(args.file):
+        if overrides:
+            raise UserError(f"{overrides[0]} is for a config file, but {args.file} is a key")
+        print(*map(explained, matching(args.file)), sep="\n")
+        return
+    for line in lines(args.file, overrides, args.prefix):
+        print(line)
 
 
 def configs(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -192,6 +210,7 @@ COMMANDS = {
         sweep,
         report,
         prepare,
+        config,
         configs,
     )
 }
@@ -199,19 +218,24 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    code, message, has_config = 0, "", False
+    code, message, command = 0, "", ""
     try:
-        args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
-        has_config = hasattr(args, "config")
+        try:
+            args, rest = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
+        except SystemExit:
+            _flush()  # of --help
+            raise
+        command = args.function.__name__
+        if getattr(args, "config", None):
+            find(args.config)  # before imports that take seconds
         args.function(args, rest)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a reader that is gone is noticed here
+        _flush()
     except UserError as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         code = 130
     except BaseException as error:
-        told = sentence(error, has_config)
+        told = sentence(error, command)
         if isinstance(error, BrokenPipeError) and _reader_left():
             code = 141  # as a shell tells of SIGPIPE
         elif told is not None:
@@ -219,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(error, SystemExit):
             raise
         elif isinstance(error, Stopped):
-            code, message = 143, str(error)
+            code, message = error.code, str(error)
         else:
             distributed.explain(error)
             if distributed.alone():
@@ -228,6 +252,12 @@ def main(argv: list[str] | None = None) -> int:
             code, message = 1, f"error: process {distributed.index()} failed: {error!r}"
     distributed.leave(code, message)
     return code
+
+
+def _flush() -> None:
+    """Writes out what is printed; that nobody reads it is noticed here."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _reader_left() -> bool:
@@ -253,6 +283,7 @@ def set_up_screen() -> None:
     # Orbax's threads log a failed save at length; the store raises it as one sentence.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("jax._src.xla_bridge").addFilter(name_extra)
     sys.unraisablehook = lambda unraisable: None
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     warnings.filterwarnings("ignore", message="Palette images with Transparency")  # it is dropped

@@ -1,10 +1,8 @@
 """The commands `train`, `evaluate` and `predict` as Python functions."""
 
-import contextlib
 import dataclasses
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,11 +12,12 @@ from etils import epath
 from vit_jax import distributed
 from vit_jax.checkpoints.load import Loaded, load
 from vit_jax.errors import UserError
+from vit_jax.training import console, loop
 from vit_jax.training import evaluate as evaluation
-from vit_jax.training import loop
 from vit_jax.training.config import Config
 from vit_jax.training.config_file import as_flags, load_config, overridden
 
+logger = logging.getLogger(__name__)
 ConfigLike = epath.PathLike | Mapping[str, Any] | ml_collections.ConfigDict | Config
 
 
@@ -43,14 +42,23 @@ def train(config: ConfigLike, workdir: epath.PathLike, **overrides: Any) -> dict
         devices or the run in `workdir`; the loss is no longer finite. What was saved is intact.
       Stopped: SIGTERM came; the run has saved a checkpoint and can be resumed.
     """
-    read = _config(config, overrides)
-    with _messages():
-        results = loop.train(read, workdir)
-        if distributed.is_lead():
-            from vit_jax.analysis.plots import curves
-
-            curves(workdir)
+    with console.shown():
+        results, lines = run_training(_config(config, overrides), workdir)
+        for line in lines:
+            logger.info("%s", line)
     return results
+
+
+def run_training(
+    config: Config, workdir: epath.PathLike
+) -> tuple[dict[str, int | float], list[str]]:
+    """Trains as `train` does; also returns the lines that sum up the run, for process 0."""
+    results = loop.train(config, workdir)
+    if not distributed.is_lead():
+        return results, []
+    from vit_jax.analysis.plots import write_curves
+
+    return results, console.finished(config, workdir, results, write_curves(workdir))
 
 
 def evaluate(
@@ -72,7 +80,7 @@ def evaluate(
     Raises:
       UserError: no model or config there, no split to evaluate, or classes that do not agree.
     """
-    with _messages():
+    with console.shown():
         if config is not None:
             return evaluation.evaluate_run(model, _config(config, overrides))
         return evaluation.evaluate_own(model, as_flags(overrides))
@@ -117,23 +125,3 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
         name: _nested(value) if isinstance(value, Mapping) else value
         for name, value in fields.items()
     }
-
-
-@contextlib.contextmanager
-def _messages() -> Iterator[None]:
-    """Shows the messages of vit_jax, unless the program has set up logging itself."""
-    ours = logging.getLogger("vit_jax")
-    if ours.handlers or ours.isEnabledFor(logging.INFO) or ours.level:
-        yield
-        return
-    # A notebook marks what comes from stderr as an error.
-    handler = logging.StreamHandler(sys.stdout if "ipykernel" in sys.modules else sys.stderr)
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO if distributed.is_lead() else logging.WARNING)
-    ours.propagate = False  # to absl's handler, which a library may have added
-    try:
-        yield
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(logging.NOTSET)
-        ours.propagate = True

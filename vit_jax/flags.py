@@ -6,11 +6,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 
 import vit_jax
 from vit_jax import distributed
 from vit_jax.errors import UserError, nearest
+from vit_jax.launch.jobs import options
+from vit_jax.launch.launchers import LAUNCHERS
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -33,23 +36,10 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-SLURM = {
-    "partition": (str, "NAME", "where to run"),
-    "nodes": (number(1), "N", "several are one run (default 1)"),
-    "tasks_per_node": (
-        number(1),
-        "N",
-        "processes (default: a GPU each on several nodes, otherwise 1)",
-    ),
-    "gpus_per_node": (str, "[KIND:]N", "such as 8 or a100:4"),
-    "cpus_per_task": (number(1), "N", "cores of a process"),
-    "time": (str, "LIMIT", "such as 8:00:00; a run that is longer is queued again"),
-    "sbatch": (str, "OPTIONS", 'more of sbatch, in quotes: --sbatch="--account=x --mem=8G"'),
-}
-
-
 def fields(pairs: list[str]) -> dict[str, object]:
     """Parses NAME=VALUE pairs, for what a file does not say, as fields of the model's config."""
+    if not pairs:
+        return {}
     from vit_jax.models.config import FAMILIES, pair
     from vit_jax.training.config import MODEL_KEYS, SIDES
     from vit_jax.training.config_file import read_value
@@ -75,7 +65,7 @@ def fields(pairs: list[str]) -> dict[str, object]:
 class Command(argparse.ArgumentParser):
     """A parser that accepts flags anywhere among images, and raises UserErrors.
 
-    Flags cannot be abbreviated.
+    Flags cannot be abbreviated. `--config.KEY VALUE` is `--config.KEY=VALUE`.
     """
 
     def __init__(self, **options):
@@ -86,6 +76,8 @@ class Command(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
     def parse_known_args(self, args=None, namespace=None):
+        if self.get_default("takes_overrides"):
+            args = _joined(args)
         self._check(args)
         namespace, rest = super().parse_known_args(args, namespace)
         if hasattr(namespace, "images"):  # argparse takes those before the first flag alone
@@ -105,7 +97,7 @@ class Command(argparse.ArgumentParser):
             if not re.match(r"--?[^\W\d]", flag) or name in self._option_string_actions:
                 continue
             if overrides and name.startswith("--config."):
-                if name == flag:
+                if "=" not in flag:
                     raise UserError(f"{flag} has no value: write {flag}=VALUE")
                 continue
             if overrides:
@@ -113,6 +105,19 @@ class Command(argparse.ArgumentParser):
 
                 known += [f"--config.{key}" for key in keys()]
             raise UserError(f"unknown argument {flag!r}; {nearest(name, known)}")
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """Joins `--config.KEY` and the value after it by "="; a value does not begin with "--"."""
+    joined: list[str] = []
+    for arg in args:
+        before = joined[-1] if joined else ""
+        waits = before.startswith("--config.") and "=" not in before
+        if waits and not arg.startswith("--"):
+            joined[-1] = f"{before}={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 class Last(argparse.Action):
@@ -132,17 +137,19 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     """Builds the parser of all commands; `--config.KEY=VALUE` flags are left over."""
     parser = argparse.ArgumentParser(prog="vit-jax", description=vit_jax.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"vit_jax {vit_jax.__version__}")
+    overrides = "--config.KEY=VALUE changes any key of the config (see `vit-jax config`)."
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
     command = commands.add_parser(
         "train",
         help=functions["train"].__doc__,
-        epilog="--config.KEY=VALUE changes any key of the config.",
+        epilog=overrides,
     )
     command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
     command.add_argument(
         "--workdir", type=path, required=True, help="the run folder; resumed if it exists"
     )
+    command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["train"], takes_overrides=True)
 
@@ -154,6 +161,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "--model", type=path, help="whatever vit_jax.load reads, evaluated as --config says"
     )
     command.add_argument("--config", metavar="FILE.py|NAME[:ARGUMENT]")
+    command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)
 
@@ -196,7 +204,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command = commands.add_parser(
         "data",
         help=functions["data"].__doc__,
-        epilog="--config.KEY=VALUE changes any key of the config.",
+        epilog=overrides,
     )
     command.add_argument(
         "spec", type=path, nargs="?", metavar="SPEC", help="such as folder:/data/pets"
@@ -216,12 +224,19 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command = commands.add_parser(
         "preflight",
         help=functions["preflight"].__doc__,
-        epilog="--config.KEY=VALUE changes any key of the config.",
+        epilog=overrides,
     )
     command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
     command.add_argument(
         "--topology",
         help="what to compile for, where there is none: v5e:4x4, h100:8, h200:2x8, ...",
+    )
+    command.add_argument(
+        "--search-seconds",
+        type=number(0),
+        default=120,
+        metavar="SECONDS",
+        help="how long to try changes of a run that does not fit (default 120; 0: none)",
     )
     command.set_defaults(function=functions["preflight"], takes_overrides=True)
 
@@ -235,15 +250,13 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--launcher", default="local", help="local (default), slurm, or print commands"
     )
-    command.add_argument(
-        "--jobs",
-        type=number(1),
-        metavar="N",
-        help="how many at a time (default: local 1, slurm all)",
-    )
-    group = command.add_argument_group("slurm", "what one point gets; jobs outlive this command")
-    for name, (kind, metavar, what) in SLURM.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=what)
+    for name, launcher in LAUNCHERS.items():
+        group = command.add_argument_group(name, (launcher.__doc__ or "").partition("\n")[0])
+        for field in options(launcher):
+            whole = int in (field.type, *typing.get_args(field.type))
+            flag = f"--{field.name.replace('_', '-')}"
+            if flag not in command._option_string_actions:  # several launchers have --jobs
+                group.add_argument(flag, type=number(1) if whole else str, **field.metadata)
     command.set_defaults(function=functions["sweep"], takes_overrides=False)
 
     command = commands.add_parser("report", help=functions["report"].__doc__)
@@ -273,6 +286,16 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     ):
         command.add_argument(f"--{name}", type=kind, default=default, help=what)
     command.set_defaults(function=functions["prepare"], takes_overrides=False)
+
+    command = commands.add_parser("config", help=functions["config"].__doc__, epilog=overrides)
+    command.add_argument("file", metavar="FILE.py|NAME[:ARGUMENT]|KEY", help="a config, or a key")
+    command.add_argument(
+        "prefix",
+        nargs="?",
+        metavar="KEY",
+        help="what this key means, or all of a section, `optim.`",
+    )
+    command.set_defaults(function=functions["config"], takes_overrides=True)
 
     command = commands.add_parser("configs", help=functions["configs"].__doc__)
     command.set_defaults(function=functions["configs"], takes_overrides=False)

@@ -20,7 +20,7 @@ CONFIG = "configs/digits.py"
 def train(config: str, workdir: Path, *overrides: str) -> dict[str, float]:
     """Runs the training command and returns the last value of every metric."""
     command = [sys.executable, "-m", "vit_jax", "train", f"--config={config}"]
-    command += [f"--workdir={workdir}", *overrides]
+    command += [f"--workdir={workdir}", "--json", *overrides]
     print("\n$ python " + " ".join(command[1:]), flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves, then ends

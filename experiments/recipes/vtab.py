@@ -27,7 +27,7 @@ def train(variant: str, task: str, workdir: Path, overrides: list[str]) -> float
         "train",
         f"--config=configs/vtab.py:{variant},{task}",
     ]
-    command += [f"--workdir={workdir}", *overrides]
+    command += [f"--workdir={workdir}", "--json", *overrides]
     print("\n$ python " + " ".join(command[1:]), flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves, then ends

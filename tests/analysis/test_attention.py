@@ -425,17 +425,18 @@ def test_pictures_of_large_grids_and_odd_channels():
     assert mosaic[0, 0] == pytest.approx(1) and mosaic[-1, -1] == pytest.approx(1)
     image = np.random.default_rng(0).uniform(size=(20, 60, 4))
     maps = random_weights(13, 11, 2, 6)  # more layers and heads than there is room for
-    axes = plots.attended_by_heads(image, maps[:1]).axes
+    *axes, scale = plots.attended_by_heads(image, maps[:1]).axes
+    assert scale.get_ylabel() == "share of each panel's largest"
     assert len(axes) == 8 and axes[0].get_ylabel() == "layer 1"
     assert (axes[0].get_title(), axes[-1].get_title()) == ("head 1", "head 11")
-    axes = plots.attended_by_heads(image, maps[:, :1]).axes
+    *axes, _ = plots.attended_by_heads(image, maps[:, :1]).axes
     names = [f"layer {i}" for i in (1, 3, 6, 8, 11, 13)]
     assert [cell.get_ylabel() for cell in axes] == names
     for cell, layer in zip(axes, (0, 2, 5, 7, 10, 12), strict=True):
         _, drawn = cell.images  # over the image
         one = maps[layer, 0]
         np.testing.assert_allclose(drawn.get_array(), one / one.max(), rtol=1e-6)
-        assert list(drawn.get_extent()) == [0, 60, 20, 0]
+        assert list(drawn.get_extent()) == list(cell.images[0].get_extent())
     components = filter_components(np.random.default_rng(0).normal(size=(4, 4, 2, 16)), 3)
     figure = plots.filters(components)
     assert [len(axes.images) for axes in figure.axes] == [1, 1, 1]

@@ -1,7 +1,10 @@
 """What a run will need: the report's numbers, and the change that makes a config fit."""
 
 import dataclasses
+import itertools
 import re
+import time
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import jax
@@ -81,17 +84,33 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     flags += ["--config.optim.accumulate=1", "--config.data.train.affine=None"]
     config = load_config(DIGITS, [*TINY, *flags])
     plan, _, _ = preflight.open_plan(config)
-    needs = preflight.rehearse(plan, make_mesh(config.mesh)).peak_bytes
+    found = preflight.rehearse(plan, make_mesh(config.mesh))
+    needs = found.peak_bytes
     monkeypatch.setattr(preflight, "memory_limit", lambda device: int(0.7 * needs))
     monkeypatch.setattr(preflight, "_SECONDS_OF_DATA", 0.1)
     assert main(["preflight", f"--config={DIGITS}", *TINY, *flags]) == 2
     out, err = capsys.readouterr()
     assert "too much" in out
+    limited = dataclasses.replace(found, limit_bytes=int(0.7 * needs))
+    count = len(list(preflight.smaller(config, plan.card.config, limited)))
+    told = rf"smallest of {count} changes that does; the one above took [\d.]+ s to compile, and "
+    assert re.search(rf"{told}after 120 s of them", out), out
     (advice,) = re.findall(r"it does with (.*)", err)
     assert advice.startswith("--config.optim.accumulate=")
     changed = load_config(DIGITS, [*TINY, *flags, *advice.split()])
     found = preflight.rehearse(dataclasses.replace(plan, config=changed), make_mesh(changed.mesh))
     assert found.fits and found.peak_bytes <= 0.7 * needs
+
+    # The clock of the search: a step of it is a minute.
+    monkeypatch.setattr(preflight, "memory_limit", lambda device: 1 + found.state_bytes)
+    clock = itertools.count(0.0, step=60.0)
+    own = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(preflight, "time", own)
+    tries = preflight.preflight(config, search_seconds=200)
+    with pytest.raises(UserError, match=r"nor with the 2 of \d+ changes tried in 200 s: give more"):
+        list(tries)
+    with pytest.raises(UserError, match="does not fit on the devices: use more or larger ones"):
+        list(preflight.preflight(config, search_seconds=0))
 
 
 def test_small_changes_come_first():

@@ -347,7 +347,7 @@ def test_the_same_images_are_no_second_split(pets, tmp_path):
         make("train", **first)
         before = files(dst)
         base = second.get("part", "train").partition("[")[0]
-        hint = f"such as --part={base}[:90%] for one and --part={base}[90%:] for the other"
+        hint = f"such as '--part={base}[:90%]' for one and '--part={base}[90%:]' for the other"
         with pytest.raises(UserError, match=f"{SAME}, {re.escape(hint)}"):
             make("val", **second)
         assert files(dst) == before and not (dst / ".unfinished_val").exists()
@@ -445,6 +445,7 @@ def test_so_many_examples_of_an_endless_source(tmp_path):
 
 
 def test_shards_that_changed_are_refused(pets, tmp_path):
+    tmp_path = tmp_path / "shards"
     prepare(pets, str(tmp_path), shard_examples=4)
     shard, info = tmp_path / "images-train.array_record-00001-of-00003", "vit_jax_train.json"
     size = shard.stat().st_size

@@ -371,7 +371,7 @@ def test_the_table_shows_how_far_a_run_is(tmp_path, monkeypatch, capsys):
     (tmp_path / "a" / "metrics.jsonl").write_text(
         '{"step": 50, "train/loss": 2.25, "seconds": 20.0}\n{"step": 60, "train/lo'
     )
-    (tmp_path / "a.log").write_text("resuming runs/a at step 0 of 200\n")
+    (tmp_path / "a" / "starts.jsonl").write_text('{"step": 0, "total_steps": 200}\n')
     rows = drawn("24")
     assert len(rows) == 7 and all(len(row) < 70 for row in rows)
     assert rows[0].split() == ["..." + "x" * 20, "running", "0/?"]

@@ -105,7 +105,7 @@ def test_features_of_every_example_in_order(run, features, devices, batch_size):
 
 def test_the_same_in_training_in_evaluate_and_written_out(run, features, capsys):
     workdir, result = run
-    assert main(["evaluate", f"--workdir={workdir}"]) == 0
+    assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     found = {name: value for name, value in result.items() if name.split("/")[0] in NAMES}
     assert {name.split("/")[0] for name in found} == set(NAMES)
@@ -193,7 +193,7 @@ def test_a_mistake_is_one_sentence(name, tmp_path, capsys, run):
 def test_a_config_that_only_evaluates(tmp_path, capsys, run):
     values = "batch_size=64, data=dict(test=dict(source='digits', split='test'))"
     path = write_config(tmp_path / "config.py", values)
-    assert main(["evaluate", f"--model={run[0]}", f"--config={path}"]) == 0
+    assert main(["evaluate", f"--model={run[0]}", f"--config={path}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test/accuracy"] == run[1]["test/accuracy"]
     error = fails(capsys, "train", f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert "data.train is not set: this config can evaluate" in error

@@ -109,6 +109,11 @@ def test_finetuning_keeps_resizes_and_renews(tiny_run, tmp_path, caplog, untrain
         "pos_embed +resized 4x4 -> 8x8",
         "head/kernel +fresh",
         "pre_logits/.* dropped",
+        "^devices     8 x cpu, .* GiB of memory each, mesh data=8$",
+        "^model       ViT with width 16, depth 2; 16x16 pixels, 10 classes, 5,786 parameters$",
+        "^steps       1 of 8 images each, 0.006354 epochs$",
+        f"^run folder  {tmp_path}/tuned, saved every 200 steps or 10 minutes, and at the end$",
+        "^compiled in .* s$",
     ):
         assert any(re.search(sentence, r.getMessage()) for r in caplog.records)
 

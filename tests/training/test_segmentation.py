@@ -156,7 +156,7 @@ def evaluation(run, devices, batch_size):
 
 def test_evaluate_segments(tiny_run, capsys):
     """Features of every example once and in order; the command, and the same from its parts."""
-    command = ["evaluate", f"--model={tiny_run[0]}", f"--config={CONFIG}:scenes,{SMALL}"]
+    command = ["evaluate", f"--model={tiny_run[0]}", f"--config={CONFIG}:scenes,{SMALL}", "--json"]
     flags = ["--config.eval.evaluators.scenes.steps=5", "--config.eval.evaluators.scenes.l2=(0.1,)"]
     assert main([*command, *flags]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -1,5 +1,7 @@
 """Plots, with matplotlib from the `plot` extra."""
 
+import importlib.util
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,34 +22,71 @@ from vit_jax.checkpoints.load import Loaded
 from vit_jax.errors import UserError
 from vit_jax.extras import install
 from vit_jax.models.config import ResNetConfig, ViTConfig
+from vit_jax.training.config import read_config
 from vit_jax.training.metrics import read_metrics
+from vit_jax.writing import make_folder, replacing
 
 _COLOURS = "viridis"
 _LAYERS, _HEADS = 6, 8  # at most, in the picture of attention maps
 _TILES = 16  # to a side of the picture of positions; of larger grids some are left out
 
 
-def curves(workdir: str | os.PathLike) -> Path | None:
-    """Plots a run's loss and accuracy to WORKDIR/curves.png; None if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+def curves(workdir: str | os.PathLike) -> Any:
+    """Plots a run's loss, and accuracy or mAP, by step; returns a matplotlib Figure.
+
+    Training metrics are those of single batches: faint, below their running mean.
+
+    Raises:
+      UserError: nothing has been measured in this run folder, or no matplotlib.
+    """
     lines = read_metrics(workdir)
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in ("train", "val", "test"):
+    if not lines:
+        raise UserError(f"{os.fspath(workdir)} has no metrics.jsonl with measurements to plot")
+    config = read_config(workdir)
+    names = {name.partition("/")[2] for line in lines for name in line}
+    shown = ["loss", *(name for name in ("accuracy", "mAP") if name in names)]
+    figure = _figure(4.6 * len(shown), 3.5)
+    for axes, name in zip(np.ravel(figure.subplots(1, len(shown))), shown, strict=True):
+        for split, colour in (("train", "C0"), ("val", "C1"), ("test", "C2")):
             points = [(x["step"], x[f"{split}/{name}"]) for x in lines if f"{split}/{name}" in x]
             if points:
-                marker = "o" if len(points) < 30 else None
-                axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=split)
-        axes.set(xlabel="step", title=name)
+                _curve(axes, split, np.array(points, np.float64), colour)
+        axes.set(xlabel=f"step ({config.batch_size:,} images each)", ylabel=name)
+        if name == "loss" and config.classifies:
+            axes.set_ylabel("loss (cross-entropy, nats)")
+        elif name != "loss":
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.margins(x=0.03)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
-        if axes.lines:  # there is no accuracy of predicted pixels
-            axes.legend()
-    figure.suptitle(str(workdir), fontsize=9)
+        axes.legend(fontsize=8)
+    figure.suptitle(Path(os.path.abspath(workdir)).name, fontsize=10)
+    return figure
+
+
+def _curve(axes: Any, split: str, points: Float[np.ndarray, "n 2"], colour: str) -> None:
+    """Plots the steps and values of a metric; those of training with their running mean."""
+    steps, values = points.T
+    window = len(points) // 16 * 2 + 1 if split == "train" else 1  # odd, so that it has a centre
+    if window == 1:
+        marker = "o" if len(points) < 30 else None
+        label = f"{split}, one batch" if split == "train" else split
+        axes.plot(steps, values, marker=marker, markersize=4, label=label, color=colour, zorder=3)
+        return
+    ones = np.ones(window)
+    mean = np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, mean, color=colour, label=f"{split}, mean of {window} batches")
+
+
+def write_curves(workdir: str | os.PathLike) -> Path | None:
+    """Plots `curves` to WORKDIR/curves.png; returns its path, None if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
     path = Path(workdir) / "curves.png"
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        curves(workdir).savefig(temporary, format="png", dpi=110)
     return path
 
 
@@ -66,10 +105,7 @@ def pictures(
       UserError: no matplotlib, an image that cannot be read, or a folder that is a file.
     """
     figures, notes = {"filters": filters(filter_components(embedding_filters(vit.model)))}, []
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{os.fspath(folder)!r} is no folder: where to put pictures?") from None
+    make_folder(folder, "--pictures")
     if isinstance(vit.config, ResNetConfig):
         notes.append("a ResNet has neither positions nor attention: there are only its filters")
         images = ()
@@ -82,12 +118,15 @@ def pictures(
     if images:
         seen = inspect_attention(vit, images)
         figures["attention_distance"] = distances(seen.distance, vit.config)
-        for i, name in enumerate(_names(images)):
-            figures[f"attention_{name}"] = attended_by_heads(seen.images[i], seen.maps[:, i])
-            figures[f"rollout_{name}"] = attended(seen.images[i], seen.rollout[i])
+        titles = _titles(vit, images)
+        for i, (name, title) in enumerate(zip(_names(images), titles, strict=True)):
+            maps, rollout = seen.maps[:, i], seen.rollout[i]
+            figures[f"attention_{name}"] = attended_by_heads(seen.images[i], maps, title)
+            figures[f"rollout_{name}"] = attended(seen.images[i], rollout, title)
     paths = [Path(folder) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     return paths, notes
 
 
@@ -102,6 +141,17 @@ def _names(paths: Iterable[str | os.PathLike]) -> list[str]:
             name = f"{stem}_{number}"
         names.append(name)
     return names
+
+
+def _titles(vit: Loaded, images: Sequence[str | os.PathLike]) -> list[str]:
+    """The name of each image's file and, if the model has classes, what it predicts."""
+    titles = [Path(path).name for path in images]
+    if vit.labels:
+        best = [top for (top,) in vit.predict(images, topk=1)]
+        titles = [
+            f"{t}: predicted {label}, {p:.1%}" for t, (label, p) in zip(titles, best, strict=True)
+        ]
+    return [title.replace("$", r"\$") for title in titles]  # else of mathematics
 
 
 def filters(components: Float[np.ndarray, "n p q c"]) -> Any:
@@ -179,19 +229,23 @@ def distances(distance: Float[np.ndarray, "depth heads"], config: ViTConfig) -> 
     return figure
 
 
-def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh gw"]) -> Any:
+def attended(
+    image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh gw"], title: str = ""
+) -> Any:
     """Plots an image, the image darkened where attention is low (Figure 6), and the map."""
     h, w, _ = image.shape
-    figure = _figure(9.0, min(max(2.7 * h / w, 1), 8) + 0.5)
+    edges = (-0.5, w - 0.5, h - 0.5, -0.5)  # of the pixels, whose centres are whole numbers
+    figure = _figure(9.0, min(max(2.7 * h / w, 1), 8) + 0.5 + 0.3 * bool(title))
+    figure.suptitle(title, fontsize=11)
     left, middle, right = figure.subplots(1, 3)
-    for axes, title, panel in (
-        (left, "input", image),
-        (middle, "attention", overlay(image, attention)),
+    for axes, name, panel in (
+        (left, "image", image),
+        (middle, "darkened by attention", overlay(image, attention)),
     ):
         _show(axes, panel)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(name, fontsize=10)
     share = attention / max(attention.max(), np.finfo(np.float32).tiny)
-    drawn = right.imshow(share, cmap=_COLOURS, vmin=0, vmax=1, extent=(0, w, h, 0))
+    drawn = right.imshow(share, cmap=_COLOURS, vmin=0, vmax=1, extent=edges)
     right.set_title("attention by patch", fontsize=10)
     _bare(right)
     figure.colorbar(drawn, label="share of the largest", shrink=0.8)
@@ -199,7 +253,9 @@ def attended(image: Float[np.ndarray, "h w c"], attention: Float[np.ndarray, "gh
 
 
 def attended_by_heads(
-    image: Float[np.ndarray, "h w c"], maps: Float[np.ndarray, "depth heads gh gw"]
+    image: Float[np.ndarray, "h w c"],
+    maps: Float[np.ndarray, "depth heads gh gw"],
+    title: str = "",
 ) -> Any:
     """Plots the output's attention by layer (rows) and head (appendix D.8).
 
@@ -212,19 +268,24 @@ def attended_by_heads(
         np.linspace(0, size - 1, min(size, most)).round().astype(int)
         for size, most in ((depth, _LAYERS), (heads, _HEADS))
     )
+    edges = (-0.5, w - 0.5, h - 0.5, -0.5)
     across = max(1.4, 3.6 / len(columns))  # inches a panel; the title needs some width
     down = min(max(across * h / w, 0.6), 4.0)  # and the layer's name some height
-    figure = _figure(len(columns) * across + 0.4, len(layers) * down + 0.6)
+    height = len(layers) * down + 0.6 + 0.3 * bool(title)
+    figure = _figure(len(columns) * across + 1.2, height)
     cells = figure.subplots(len(layers), len(columns), squeeze=False)
     for row, layer in zip(cells, layers, strict=True):
         for axes, head in zip(row, columns, strict=True):
             _show(axes, image.mean(axis=-1, keepdims=True))
             share = maps[layer, head] / max(maps[layer, head].max(), np.finfo(np.float32).tiny)
-            axes.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=(0, w, h, 0))
+            drawn = axes.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=edges)
         row[0].set_ylabel(f"layer {layer + 1}", fontsize=8)
     for axes, head in zip(cells[0], columns, strict=True):
         axes.set_title(f"head {head + 1}", fontsize=8)
-    figure.suptitle("What the output attends to", fontsize=10)
+    figure.suptitle(f"{title}\n".lstrip() + "Attention of the output", fontsize=10)
+    scale = figure.colorbar(drawn, ax=cells, shrink=min(1.0, 3 / height), aspect=15)
+    scale.set_label("share of each panel's largest", fontsize=8)
+    scale.ax.tick_params(labelsize=8)
     return figure
 
 
@@ -265,13 +326,20 @@ def _classes(count: int) -> Float[np.ndarray, "{count} 3"]:
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty Figure, with its size in inches, that needs no display."""
+    """An empty Figure, with its size in inches, that needs no display; notebooks show it."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure as Base
     except ImportError:
         raise UserError(
             f"pictures are drawn with matplotlib, which is missing: {install('plot')}"
         ) from None
+
+    class Figure(Base):
+        def _repr_png_(self) -> bytes:  # what a notebook asks for, even if nothing imports pyplot
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=100)
+            return file.getvalue()
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

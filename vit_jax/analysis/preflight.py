@@ -4,7 +4,6 @@ With a topology, the step is compiled by the real compiler for TPUs or GPUs that
 not have.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -31,8 +30,9 @@ from vit_jax.models.create import structure
 from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan, TrainingData, make_plan
 from vit_jax.training.program import Program, make_program
-from vit_jax.training.sharding import batch_shards, make_mesh, unsplit
+from vit_jax.training.sharding import batch_shards, device_memory, make_mesh, unsplit
 
+SEARCH_SECONDS = 120
 _SECONDS_OF_DATA = 5.0
 
 
@@ -41,6 +41,7 @@ class Rehearsal:
     """A training step, compiled but not run; bytes are per device.
 
     Attributes:
+      seconds: how long compiling took.
       state_bytes: parameters, optimiser state and EMA.
       peak_bytes: peak memory; None if compiling failed.
       limit_bytes: the device's memory, None if unknown.
@@ -51,6 +52,7 @@ class Rehearsal:
     """
 
     program: Program
+    seconds: float
     state_bytes: int
     peak_bytes: int | None
     limit_bytes: int | None
@@ -74,12 +76,14 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
     state_bytes = shard_bytes(program.state)
     device = mesh.devices.flat[0]
     limit, chip = memory_limit(device), CHIPS.get(device.device_kind)
+    began = time.monotonic()
     try:
         compiled = program.step.trace(program.state, program.batch).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Rehearsal(program, state_bytes, None, limit)
+        return Rehearsal(program, time.monotonic() - began, state_bytes, None, limit)
+    seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     # All temporaries are one block, which is allocated as a whole; two more batches are being
     # prefetched (see loop.on_device).
@@ -94,6 +98,7 @@ def rehearse(plan: Plan, mesh: Mesh) -> Rehearsal:
     hlo = compiled.as_text()
     return Rehearsal(
         program,
+        seconds,
         state_bytes,
         peak,
         limit,
@@ -117,11 +122,8 @@ def memory_limit(device: Any) -> int | None:
 
     For a GPU of a topology, the share of its memory that JAX allocates by default.
     """
-    if device.platform == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total // jax.local_device_count()
-    with contextlib.suppress(Exception):  # a topology's devices have none, and say so variously
-        return int(device.memory_stats()["bytes_limit"])
+    if (memory := device_memory(device)) is not None:
+        return memory
     known = CHIPS.get(device.device_kind)
     if known is None or device.platform != "gpu":
         return known and known.memory
@@ -132,11 +134,15 @@ def memory_limit(device: Any) -> int | None:
     return int(float(share) * known.memory)
 
 
-def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
+def preflight(
+    config: Config, topology: str | None = None, search_seconds: int | float = SEARCH_SECONDS
+) -> Iterator[str]:
     """Yields the lines of a config's preflight report, as they are computed.
 
     Args:
       topology: the devices to compile for (see `topology_devices`); None for this machine's.
+      search_seconds: after how long no further change is tried, if the run does not fit; 0 for no
+        search.
 
     Raises:
       UserError: the config cannot train, or does not fit into memory; the message then suggests a
@@ -194,15 +200,32 @@ def preflight(config: Config, topology: str | None = None) -> Iterator[str]:
     if rehearsal.fits:
         return
 
-    yield "This does not fit. Looking for the smallest change that does:"
-    for flags, changed, remat in smaller(config, vit, rehearsal):
+    changes = list(smaller(config, vit, rehearsal))
+    if not changes or search_seconds <= 0:
+        raise UserError("this does not fit on the devices: use more or larger ones")
+    yield (
+        f"This does not fit. Looking for the smallest of {len(changes)} changes that does; the one "
+        f"above took {rehearsal.seconds:.3g} s to compile, and after {search_seconds:g} s of them "
+        "(--search-seconds) no other is begun:"
+    )
+    began = time.monotonic()
+    for count, (flags, changed, remat) in enumerate(changes):
+        if time.monotonic() - began >= search_seconds:
+            raise UserError(
+                f"this does not fit on the devices, nor with the {count} of {len(changes)} changes "
+                f"tried in {search_seconds:g} s: give more --search-seconds, or use more or larger "
+                "devices"
+            )
         there = plan.with_model(dataclasses.replace(vit, remat=remat))
         there = dataclasses.replace(there, config=changed)
         tried = rehearse(there, make_mesh(changed.mesh, devices))
         yield f"  {flags}: {_memory(tried)}"
         if tried.fits:
             raise UserError(f"this does not fit on the devices; it does with {flags}")
-    raise UserError("this does not fit, nor does any change tried: use more or larger devices")
+    raise UserError(
+        f"this does not fit, nor does any of the {len(changes)} changes tried: use more or larger "
+        "devices"
+    )
 
 
 def smaller(

@@ -10,11 +10,11 @@ import numpy as np
 import scipy.special
 from etils import epath
 
-from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
+from vit_jax.writing import write_atomically
 
 # Errors that malformed JSON may raise while a card is read.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -201,9 +201,8 @@ class ModelCard:
 
     def write(self, workdir: epath.PathLike) -> None:
         """Writes WORKDIR/model/model.json."""
-        folder = epath.Path(workdir) / "model"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "model.json", json.dumps(self.to_json(), indent=1))
+        path = epath.Path(workdir) / "model" / "model.json"
+        write_atomically(path, json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def read(cls, workdir: epath.PathLike) -> "ModelCard":

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.checkpoints import sidecars
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
-from vit_jax.checkpoints.files import Weights, write_text, write_weights
+from vit_jax.checkpoints.files import Weights, write_weights
 from vit_jax.checkpoints.load import Loaded
 from vit_jax.checkpoints.opened import facts
 from vit_jax.checkpoints.rows import Dialect, Row
@@ -37,6 +37,7 @@ from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
 from vit_jax.models.create import Model
 from vit_jax.models.resnet import STYLES
+from vit_jax.writing import check_own, write_atomically
 
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
 # Endings of files: a path with one of them is not a folder.
@@ -273,23 +274,14 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     return found
 
 
-def _check_folder(path: str) -> None:
-    """Raises if a folder holds anything but a model that may be overwritten."""
-    there = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    there = [name for name in there if not name.startswith(".")]
-    if there and not {"model.safetensors", "model.safetensors.index.json"} & set(there):
-        raise UserError(
-            f"{path} holds other things ({', '.join(there[:3])}{', ...' if there[3:] else ''}): "
-            "name a new or an empty folder, or one whose model.safetensors is to be replaced"
-        )
-
-
 def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") -> Report:
     """Saves a model in the format of a code base, with its metadata.
 
+    Missing parent folders are made.
+
     Args:
       vit: the result of `load`, or a bare model, which is saved with the default `Preprocess` and
-        with numbers as class names.
+        no names of classes.
       path: FILE.npz for google and big_vision (metadata in FILE.json), FILE.safetensors for the
         others (metadata in its header), or, for timm and hf, a folder that they can load:
         model.safetensors and the config files that they expect.
@@ -300,7 +292,7 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
 
     Raises:
       UserError: the format cannot hold the model, the path does not fit the format, or it is a
-        folder that holds other things than weights.
+        folder that holds other things than such a model.
     """
     path = os.path.expanduser(path)
     if isinstance(vit, Model):
@@ -311,25 +303,30 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
     suffix = os.path.splitext(path)[1].lower()
     arrays, config, notes = to_names(params, vit.config, format)
     ending = ".npz" if format in ("google", "big_vision") else ".safetensors"
-    card = dataclasses.replace(vit.card, config=config).to_json()
+    card = dataclasses.replace(vit.card, config=config)
     if path.endswith(ending):
-        write_weights(path, arrays, card)
+        write_weights(path, arrays, card.to_json())
     elif suffix in (".npz", ".safetensors") or ending == ".npz":
-        raise UserError(f"{path}: a {format} file is named ...{ending}")
+        raise UserError(f"{path}: the name of a {format} file ends in {ending}")
     elif suffix in _NO_FOLDERS and not os.path.isdir(path):
         raise UserError(
-            f"{path}: a {format} file is named ...{ending}, and a folder is not named ...{suffix}"
+            f"{path}: the name of a {format} file ends in {ending}, and that of a folder does not "
+            f"end in {suffix}"
         )
     else:
-        _check_folder(path)
+        # Numbers stand for names that are not known, but in a run, whose data has them.
+        named = vit.step is not None or vit.labels != tuple(map(str, range(config.num_classes)))
         described = {"hf": sidecars.hf_files, "timm": sidecars.timm_files}.get(format)
-        files = described(config, vit.preprocess, vit.labels) if described else {}
-        try:
-            os.makedirs(path, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{path} is a file; expected a folder, or a name {ending}") from None
-        write_weights(os.path.join(path, "model.safetensors"), arrays, card)
+        files = described(config, vit.preprocess, vit.labels if named else ()) if described else {}
+        names = ("model.safetensors", *files)
+        check_own(path, (*names, "README.md", "LICENSE*"), f"a model in {format}'s names")
+        write_weights(os.path.join(path, names[0]), arrays, card.to_json())
         for name, content in files.items():
-            write_text(os.path.join(path, name), json.dumps(content, indent=2))
+            write_atomically(os.path.join(path, name), json.dumps(content, indent=2))
+        if format == "timm" and isinstance(config, ViTConfig) and not sidecars.timm_name(config):
+            notes["architecture"] = (
+                "timm has no name for these sizes: config.json has "
+                f"{files['config.json']['architecture']} and, in model_args, what makes it this one"
+            )
     lines = tuple(Line(name, array.shape, "written", name) for name, array in arrays.items())
     return Report(lines, facts(f"{format}, {path}", config), {**caveats(config, format), **notes})

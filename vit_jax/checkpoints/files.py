@@ -25,6 +25,7 @@ import safetensors.numpy
 from jaxtyping import Float32, Shaped
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.writing import replacing, write_atomically
 
 WEIGHTS = (".npz", ".safetensors")
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -425,40 +426,17 @@ def read_json(path: str) -> dict[str, Any]:
 def write_weights(path: str, arrays: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
     """Writes an .npz (with the card next to it, as .json) or a .safetensors file, by its ending.
 
-    The write is atomic: a kill leaves at most a file named .NAME.tmp.
-
     Raises:
-      UserError: the path has another ending, or the folder does not exist.
+      UserError: the path has another ending, or is a folder.
     """
-    folder, name = os.path.split(path)
-    if not name.endswith(WEIGHTS):
-        raise UserError(f"{path}: {nearest(os.path.splitext(name)[1], WEIGHTS)}")
-    if folder and not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder!r} to write {name} into")
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; expected the name of a file")
-    temporary = os.path.join(folder, f".{name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777  # as the user's umask has it
-        if name.endswith(".npz"):
+    if not path.endswith(WEIGHTS):
+        raise UserError(f"{path}: {nearest(os.path.splitext(path)[1], WEIGHTS)}")
+    with replacing(path) as temporary:
+        if path.endswith(".npz"):
             with open(temporary, "wb") as file:
                 np.savez(file, **arrays)
             described = {"vit_jax": card, "weights": _fingerprint(temporary)}
-            write_text(f"{path.removesuffix('.npz')}.json", json.dumps(described, indent=1))
+            write_atomically(f"{path.removesuffix('.npz')}.json", json.dumps(described, indent=1))
         else:
             metadata = {"format": "pt", "vit_jax": json.dumps(card)}
             safetensors.numpy.save_file(dict(arrays), temporary, metadata=metadata)
-            os.chmod(temporary, mode)  # safetensors writes for the owner alone
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a text file atomically."""
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)

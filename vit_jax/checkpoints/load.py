@@ -21,7 +21,7 @@ from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, during, nearest
 from vit_jax.models import posembed
 from vit_jax.models.config import ModelConfig, check_fields, pair
 from vit_jax.models.create import Model, structure
@@ -80,8 +80,10 @@ class Loaded:
 
     def _answers(self, images: Iterable[Any], topk: int) -> Iterator[list[tuple[str, float]]]:
         params = nnx.state(self.model)
-        for image in images:
-            logits = np.asarray(self._forward(params, self.preprocess(image)[None])[0], np.float64)
+        for number, image in enumerate(images, 1):
+            with during(lambda number=number: f"predicting image {number}"):
+                logits = self._forward(params, self.preprocess(image)[None])[0]
+                logits = np.asarray(logits, np.float64)
             probabilities = OBJECTIVES[self.objective].probabilities(logits)
             best = np.argsort(-probabilities, kind="stable")[:topk]
             yield [(self.labels[i], float(probabilities[i])) for i in best]

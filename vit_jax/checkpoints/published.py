@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.extras import install
+from vit_jax.writing import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,6 @@ def _copy(fs: Any, remote: str, local: Path, *, unless_as_long: bool = False) ->
     size = fs.info(remote)["size"]
     if unless_as_long and local.is_file() and local.stat().st_size == size:
         return
-    local.parent.mkdir(parents=True, exist_ok=True)
     for part in local.parent.glob("*.part"):
         # An active download writes more often than once an hour.
         with contextlib.suppress(FileNotFoundError):
@@ -153,14 +153,11 @@ def _copy(fs: Any, remote: str, local: Path, *, unless_as_long: bool = False) ->
     bar = dict(desc=local.name, unit="B", unit_scale=True, unit_divisor=1024, delay=1)
     # Progress bars: of small files on a terminal only (None), of large ones in log files, too.
     bar |= dict(mininterval=1, disable=None if (size or 0) < 8 << 20 else False)
-    try:
+    with replacing(local, str(part)) as temporary:
         with TqdmCallback(tqdm_kwargs=bar) as callback:
-            fs.get_file(remote, str(part), callback=callback)
+            fs.get_file(remote, temporary, callback=callback)
         if size not in (None, came := part.stat().st_size):
             raise OSError(f"{came} of {size} bytes came")
-        part.replace(local)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _cache_path(url: str) -> Path:

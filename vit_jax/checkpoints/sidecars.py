@@ -1,8 +1,10 @@
 """Config files for timm and transformers, written by `save` next to the weights in a folder."""
 
 import math
+import re
 from typing import Any
 
+from vit_jax.checkpoints.architectures import TIMM
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
@@ -10,7 +12,10 @@ from vit_jax.models.variants import VARIANTS
 
 
 def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json and preprocessor_config.json for transformers."""
+    """The config.json and preprocessor_config.json for transformers.
+
+    Without `labels` (their names are not known) it has those of transformers: LABEL_0, LABEL_1, ...
+    """
     gelus = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
     square = vit.image_size[0] == vit.image_size[1] and vit.patch_size[0] == vit.patch_size[1]
     if not square:
@@ -27,6 +32,7 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
         "patch_size": vit.patch_size[0],
     }
     if vit.num_classes:
+        labels = labels or tuple(f"LABEL_{i}" for i in range(vit.num_classes))
         config["id2label"] = {str(i): name for i, name in enumerate(labels)}
         config["label2id"] = {name: i for i, name in enumerate(labels)}
     head = vit.num_classes > 0
@@ -106,12 +112,33 @@ def _per_channel(value: Any, channels: int) -> list[float]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * channels
 
 
-# timm's hybrids and BiT ResNets, by units and width.
+# timm's word for a width, depth, number of heads and mlp_dim.
+_TIMM_SIZES = {
+    (192, 12, 3, 768): "tiny",
+    (256, 10, 4, 1024): "xsmall",
+    (256, 14, 4, 1280): "wee",
+    (320, 14, 5, 1792): "little",
+    (384, 12, 6, 1536): "small",
+    (512, 12, 8, 2048): "medium",
+    (512, 20, 8, 2048): "mediumd",
+    (640, 12, 10, 2560): "betwixt",
+    (768, 12, 12, 3072): "base",
+    (832, 21, 13, 2176): "so150m2",
+    (896, 18, 14, 2304): "so150m",
+    (1024, 24, 16, 4096): "large",
+    (1152, 27, 16, 4304): "so400m",
+    (1280, 32, 16, 5120): "huge",
+    (1408, 40, 16, 6144): "giant",
+    (1536, 40, 16, 6144): "giantopt",
+    (1536, 40, 24, 4096): "giant",
+    (1664, 48, 16, 8192): "gigantic",
+}
+# timm's hybrids and BiT ResNets, by units and width: how the name goes on, and one to change.
 _TIMM_HYBRIDS = {
-    ((), 64): "vit_tiny_r_s16_p8_224",
-    ((2, 2, 2, 2), 64): "vit_base_r26_s32_224",
-    ((3, 4, 9), 64): "vit_base_r50_s16_224",
-    ((3, 4, 6, 3), 64): "vit_large_r50_s32_224",
+    ((), 64): ("r_s16_p8", "vit_tiny_r_s16_p8_224"),
+    ((2, 2, 2, 2), 64): ("r26_s32", "vit_base_r26_s32_224"),
+    ((3, 4, 9), 64): ("r50_s16", "vit_base_r50_s16_224"),
+    ((3, 4, 6, 3), 64): ("r50_s32", "vit_large_r50_s32_224"),
 }
 _TIMM_RESNETS = {
     (VARIANTS[name]["resnet"], VARIANTS[name]["resnet_width"]): f"resnetv2_{name[1:]}_bit"
@@ -123,7 +150,8 @@ def timm_files(model: ModelConfig, pre: Preprocess, labels: tuple[str, ...]) -> 
     """The config.json for `timm.create_model("local-dir:FOLDER")`.
 
     timm has no argument for a LayerNorm epsilon: CLIP's architectures have 1e-5, the others 1e-6.
-    Nor has it one for the units of a ResNet: only the named architectures can be built.
+    Nor has it one for the units of a ResNet: only the named architectures can be built. Without
+    `labels` (their names are not known) it has none.
 
     Raises:
       UserError: timm has no architecture for this model.
@@ -160,12 +188,52 @@ def timm_files(model: ModelConfig, pre: Preprocess, labels: tuple[str, ...]) -> 
             **named,
         },
     }
-    if model.num_classes:
+    if labels:
         config["label_names"] = list(labels)
     return {"config.json": config}
 
 
-def _timm_named(names: dict[Any, str], sizes: tuple[tuple[int, ...], int]) -> str:
+def timm_name(vit: ViTConfig) -> str | None:
+    """timm's name of an architecture, at its nearest resolution; None if it has no such."""
+    size = _TIMM_SIZES.get((vit.width, vit.depth, vit.num_heads, vit.mlp_dim))
+    (patch, across), learned = vit.patch_size, vit.position == "learned"
+    clip = vit.layernorm_eps == 1e-5
+    if size is None or patch != across or not learned or vit.pre_norm != clip:
+        return None
+    swiglu = size == "giant" and vit.width == 1536
+    if (vit.mlp == "swiglu") != swiglu:
+        return None
+    scaled, count = vit.layer_scale is not None, vit.registers
+    apart = vit.num_position_prefix == 0  # no position of the class token
+    start, registers = f"vit_{size}_patch{patch}", f"_reg{count}" if count else ""
+    token = vit.pool == "token"
+    plain = vit.has_class_token and not scaled and not count and not apart
+    if vit.resnet is not None:
+        named = _timm_named(_TIMM_HYBRIDS, (vit.resnet, vit.resnet_width))[0]
+        name = f"vit_{size}_{named}" if plain else None
+    elif vit.distillation != "none":
+        name = f"deit_{size}_distilled_patch{patch}"
+    elif vit.pool == "map":
+        name = None if scaled else f"{start}{registers}_{'map' if count else 'siglip'}"
+    elif not vit.has_class_token:
+        name = f"{start}{registers}_gap"
+        if not scaled and not count and any(n.startswith(f"{start}_siglip_gap") for n in TIMM):
+            name = f"{start}_siglip_gap"
+    elif plain:
+        name = start + ("_clip" if clip else "") + ("_quickgelu" if vit.gelu == "quick" else "")
+    elif token and scaled and (count or not apart):
+        name = f"{start}{registers}_{'tipsv2' if count == 1 else 'dinov2'}"
+    elif token and not count:
+        name = f"deit3_{size}_patch{patch}" if scaled else f"flexivit_{size}"
+    else:
+        name = None
+    if name in TIMM:
+        return name
+    sizes = {int(n.removeprefix(f"{name}_")): n for n in TIMM if re.fullmatch(rf"{name}_\d+", n)}
+    return sizes[min(sizes, key=lambda side: abs(side - vit.image_size[0]))] if sizes else None
+
+
+def _timm_named(names: dict[Any, Any], sizes: tuple[tuple[int, ...], int]) -> Any:
     if sizes not in names:
         raise UserError(
             f"timm has no architecture with a ResNet of {sizes[0]} units and {sizes[1]} channels: "
@@ -197,6 +265,10 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "pre_norm": vit.pre_norm,
         "act_layer": gelus[vit.gelu],
     }
+    if name := timm_name(vit):
+        if vit.mlp == "swiglu":
+            del args["act_layer"]
+        return name, args
     architecture = "vit_base_patch16_224"
     if vit.layernorm_eps == 1e-5:
         architecture = "vit_base_patch16_clip_224"
@@ -206,5 +278,5 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
     if vit.distillation != "none":
         architecture = "deit_base_distilled_patch16_224"
     if vit.resnet is not None:
-        architecture = _timm_named(_TIMM_HYBRIDS, (vit.resnet, vit.resnet_width))
+        architecture = _timm_named(_TIMM_HYBRIDS, (vit.resnet, vit.resnet_width))[1]
     return architecture, args

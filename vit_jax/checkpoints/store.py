@@ -6,6 +6,7 @@ WORKDIR/checkpoints/STEP/checksums.json  written last: a checkpoint without it i
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,15 +18,23 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from vit_jax import distributed
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, why
+from vit_jax.writing import check_own, check_text, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 _STATE, _CHECKSUMS = "state", "checksums.json"
+# What may be in the folder of a run that begins: what an earlier start left, and logs.
+RUN_FILES = (
+    *("checkpoints", "model", "config.json", "data.json", "metrics.jsonl", "starts.jsonl"),
+    *("corrupt.jsonl", "curves.png", "tensorboard", "wandb", "wandb_id", "report.html"),
+    *("report.md", "*.log", "*.out", "*.err", "lost+found"),
+)
+# Errors that tensorstore reports as text.
+_REFUSALS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE)
 
 
 class Store:
@@ -42,7 +51,7 @@ class Store:
         self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
         self.keep = keep
         self._together = together and distributed.count() > 1
-        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._orbax: Any = None  # an AsyncCheckpointer; to import Orbax takes a second
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
 
@@ -56,6 +65,8 @@ class Store:
         path = self.directory / str(step)
         distributed.first("make room", lambda: self._make_room(path))
         with _writing(path):
+            import orbax.checkpoint as ocp
+
             if self._orbax is None:
                 everyone = range(distributed.count())
                 self._orbax = ocp.AsyncCheckpointer(
@@ -153,6 +164,7 @@ class Store:
           target: nested dict of jax.ShapeDtypeStruct with a sharding, or of NumPy arrays or
             ShapeDtypeStructs without one, which are read into NumPy arrays.
         """
+        import orbax.checkpoint as ocp
 
         def arguments(leaf):
             if getattr(leaf, "sharding", None) is None:
@@ -220,14 +232,18 @@ def _shared(name: str, files: list[str], work: Callable[[str], str]) -> dict[str
 
 def _of(processes: Iterable[int]) -> Any:
     """Orbax's option for who takes part; with it, Orbax does not synchronise through devices."""
+    import orbax.checkpoint as ocp
+
     processes = set(processes)
     return ocp.options.MultiprocessingOptions(
         primary_host=min(processes), active_processes=processes
     )
 
 
-def _reader() -> ocp.Checkpointer:
+def _reader() -> Any:
     """An Orbax reader that does not wait for other processes."""
+    import orbax.checkpoint as ocp
+
     alone = _of({distributed.index()})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
@@ -254,13 +270,13 @@ def _writing(path: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        known = ("No space left", "File too large", "Disk quota", "Permission denied", "Read-only")
-        reason = next((text for text in known if text in str(error)), None)
-        if reason is None and not isinstance(error, OSError):
+        number = next((n for n in _REFUSALS if os.strerror(n) in str(error)), None)
+        if number is None and not isinstance(error, OSError):
             raise
+        reason = error if number is None else OSError(number, os.strerror(number))
         raise UserError(
-            f"the checkpoint {path} could not be written ({reason or error}): make room and start "
-            "the same command again; it goes on from the checkpoint before this one"
+            f"the checkpoint {path} could not be written: {why(reason)}, and start the same "
+            "command again; it goes on from the checkpoint before this one"
         ) from error
 
 
@@ -269,10 +285,10 @@ def claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
     token = epath.Path(workdir / f".seen_by_{os.getpid()}_{time.time_ns()}")
 
     def make() -> str:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{workdir} is a file; --workdir must be a folder") from None
+        check_text(workdir)
+        if not (workdir / "config.json").exists():  # of a run that was begun
+            check_own(workdir, RUN_FILES, "a run")
+        make_folder(workdir, "--workdir")
         stack.enter_context(lock(workdir))
         if distributed.count() > 1:
             token.touch()
@@ -291,13 +307,6 @@ def claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
         distributed.each("see", see)
     finally:
         token.unlink(missing_ok=True)
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file atomically: a kill leaves either the old content or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may be no text
-    temporary.replace(path)
 
 
 @contextlib.contextmanager

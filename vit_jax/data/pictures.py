@@ -19,6 +19,7 @@ from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Preprocess
 from vit_jax.errors import UserError
+from vit_jax.writing import make_folder, replacing
 
 SIDE, GAP, CAPTION = 224, 12, 42  # of a tile, around it, and below it, in pixels
 _PAPER, _EMPTY, _INK, _GREY = (255, 255, 255), (236, 236, 236), (20, 20, 20), (110, 110, 110)
@@ -155,10 +156,7 @@ def draw(folder: str, name: str, source: Source, read: BatchReader, how: str) ->
     Raises:
       UserError: the folder is a file.
     """
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder} is a file; expected a folder") from None
+    make_folder(folder)
     indices = chosen(source)
     tiles = stored(source, indices)
     start = os.path.join(folder, re.sub(r"\W+", "_", name).strip("_") or "all")
@@ -168,6 +166,7 @@ def draw(folder: str, name: str, source: Source, read: BatchReader, how: str) ->
         ("model", as_read(read, indices, tiles), f"as the model gets them ({how})"),
     ):
         path = f"{start}_{end}.png"
-        sheet(shown).save(path)
+        with replacing(path) as temporary:
+            sheet(shown).save(temporary, "PNG")
         lines.append(f"{path}: {len(indices)} examples of {name}, {what}")
     return lines

@@ -18,10 +18,8 @@ from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, Split
@@ -232,6 +230,8 @@ def shuffled(seed: int, n: int, positions: np.ndarray) -> np.ndarray:
     Equal to `grain.MapDataset.range(n).seed(seed).shuffle().repeat()`, without its cost for each
     element.
     """
+    from grain.experimental import index_shuffle
+
     first = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
     return np.array(
         [
@@ -294,7 +294,7 @@ def train_batches(
         preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
     read = dataclasses.replace(read, preprocess=preprocess, replace=True)
     step = _Step(read, _train_indices, batch_size, rows, _threads(workers, threads))
-    return _iterate(grain.MapDataset.range(start_step, stop_step).map(step), workers)
+    return _iterate(step, range(start_step, stop_step), workers)
 
 
 def eval_batches(
@@ -306,7 +306,7 @@ def eval_batches(
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns every example once, in order, the last batch padded, to be used in a `with`."""
     step = _Step(read, _eval_indices, batch_size, rows, _threads(0, threads))
-    return _iterate(grain.MapDataset.range(-(-len(read.source) // batch_size)).map(step), 0)
+    return _iterate(step, range(-(-len(read.source) // batch_size)), 0)
 
 
 def _threads(workers: int, threads: int | None) -> int:
@@ -317,7 +317,10 @@ def _threads(workers: int, threads: int | None) -> int:
     return 1 if workers else threads or cores
 
 
-def _iterate(batches: Any, workers: int) -> contextlib.closing[Iterator[Batch]]:
+def _iterate(step: _Step, steps: range, workers: int) -> contextlib.closing[Iterator[Batch]]:
+    import grain  # late, as it takes a second
+
+    batches = grain.MapDataset.range(steps.start, steps.stop).map(step)
     # Two batches at a time, so that no thread is idle while the last rows of one are read.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     dataset = batches.to_iter_dataset(ahead)

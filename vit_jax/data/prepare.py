@@ -31,6 +31,7 @@ from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
+from vit_jax.writing import check_own, check_text, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +126,9 @@ def prepare(
     if total is None:
         raise UserError(f"{src} is endless: say how many --examples to take")
     total = min(total, total if examples is None else examples)
-    try:
-        os.makedirs(dst, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{dst} is a file; expected a folder") from None
+    check_text(dst)
+    check_own(dst, shards.FILES, "prepared data")
+    make_folder(dst)
     names = _class_names(dst, classes, source.label_names)
     passed = getattr(source, "passed_over", PassedOver())
     source = _with_labels(src, dst, source, names)
@@ -256,8 +256,8 @@ def _refuse_again(
             continue
         raise UserError(
             f"{plan['source']} as split {split!r} is the same images as split {name!r} of "
-            f"{dst}{note}: say which part each split is, such as --part={base}[:90%] for one and "
-            f"--part={base}[90%:] for the other, or --part=NAME of another folder or split"
+            f"{dst}{note}: say which part each split is, such as '--part={base}[:90%]' for one and "
+            f"'--part={base}[90%:]' for the other, or --part=NAME of another folder or split"
         )
 
 

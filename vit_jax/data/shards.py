@@ -24,10 +24,16 @@ from vit_jax.data.forms.records import CONTENT, INFO, content_digest, record_spl
 from vit_jax.data.images import BadImage
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
+from vit_jax.writing import replacing, write_atomically
 
 logger = logging.getLogger(__name__)
 
 NAME = "images"  # of the data set, as TFDS calls it
+# What `prepare` writes.
+FILES = (
+    *(f"{NAME}-*.array_record-*", "vit_jax_*", "content_*", "features.json", "label.labels.txt"),
+    *("dataset_info.json", "bad_images_*.jsonl", "passed_over_*.jsonl", "lost+found"),
+)
 _LEFT_FREE = 256 * 2**20  # bytes of disk
 
 
@@ -91,28 +97,26 @@ def write_shard(
     """Writes a shard and returns its metadata, which marks it as complete once it is saved."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    folder, partial = os.path.dirname(path), f"{path}.partial"
+    folder = os.path.dirname(path)
     digest, count, total, bad, hashes = hashlib.sha256(), 0, 0, [], []
-    # No compression, as image files have it; groups of one record for random access.
-    writer = ArrayRecordWriter(partial, "group_size:1,uncompressed")
-    for record, hashed, name, why in examples:
-        bar.update()
-        if record is None:
-            bad.append({"name": name, "why": why})
-            continue
-        # Checked every 64 MB.
-        if total % 2**26 < len(record) and shutil.disk_usage(folder).free < _LEFT_FREE:
-            raise OSError(errno.ENOSPC, "the disk is nearly full", path)
+    with replacing(path) as temporary:
+        # No compression, as image files have it; groups of one record for random access.
+        writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
+        for record, hashed, name, why in examples:
+            bar.update()
+            if record is None:
+                bad.append({"name": name, "why": why})
+                continue
+            # Checked every 64 MB.
+            if total % 2**26 < len(record) and shutil.disk_usage(folder).free < _LEFT_FREE:
+                raise OSError(errno.ENOSPC, "the disk is nearly full", path)
+            with _writing(path):
+                writer.write(record)
+            digest.update(record)
+            hashes.append(hashed)
+            count, total = count + 1, total + len(record)
         with _writing(path):
-            writer.write(record)
-        digest.update(record)
-        hashes.append(hashed)
-        count, total = count + 1, total + len(record)
-    with _writing(path):
-        writer.close()
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())  # the shard must be on disk before its metadata is
-    os.replace(partial, path)
+            writer.close()
     return {
         "file": os.path.basename(path),
         "bytes": os.path.getsize(path),
@@ -130,7 +134,9 @@ def _writing(path: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OSError(errno.ENOSPC, str(error), path) from None
+        numbers = (errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+        number = next((n for n in numbers if os.strerror(n) in str(error)), errno.ENOSPC)
+        raise OSError(number, os.strerror(number), path) from None
 
 
 def write_info(
@@ -144,7 +150,7 @@ def write_info(
         raise UserError(f"none of the {len(bad)} images of {plan['source']} can be read{why}")
     log = os.path.join(dst, f"bad_images_{split}.jsonl")
     if bad:
-        _write_text(log, "".join(json.dumps(each) + "\n" for each in bad))
+        write_atomically(log, "".join(json.dumps(each) + "\n" for each in bad))
     digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode())
     digest.update(json.dumps(plan["label_names"]).encode())
     info = {
@@ -161,7 +167,7 @@ def write_info(
         info["content"] = content_digest(whole)
     others = finished_splits(dst, but=split).items()
     write_json(os.path.join(dst, "features.json"), _features(len(plan["label_names"])))
-    _write_text(os.path.join(dst, "label.labels.txt"), "\n".join(plan["label_names"]) + "\n")
+    write_atomically(os.path.join(dst, "label.labels.txt"), "\n".join(plan["label_names"]) + "\n")
     write_json(os.path.join(dst, "dataset_info.json"), _tfds_info([*others, (split, info)]))
     write_json(info_path(dst, split), info)
     return info
@@ -174,7 +180,7 @@ def write_passed_over(dst: str, split: str, passed: PassedOver) -> None:
         lines = [{"name": name, "why": why} for name, why in passed.files]
         if len(passed) > len(lines):
             lines.append({"more": len(passed) - len(lines)})
-        _write_text(path, "".join(json.dumps(each) + "\n" for each in lines))
+        write_atomically(path, "".join(json.dumps(each) + "\n" for each in lines))
         logger.info("%s, listed in %s", passed, path)
 
 
@@ -234,22 +240,10 @@ def read_json(path: str) -> Any:
 
 def write_json(path: str, value: Any) -> None:
     """Writes a JSON file atomically."""
-    _write_text(path, json.dumps(value, indent=1))
+    write_atomically(path, json.dumps(value, indent=1))
 
 
 def _write_array(path: str, values: UInt64[np.ndarray, " n"]) -> None:
     out = io.BytesIO()
     np.save(out, values)
-    _write_bytes(path, out.getvalue())
-
-
-def _write_text(path: str, text: str) -> None:
-    _write_bytes(path, text.encode("utf-8"))
-
-
-def _write_bytes(path: str, data: bytes) -> None:
-    with open(f"{path}.partial", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.partial", path)
+    write_atomically(path, out.getvalue())

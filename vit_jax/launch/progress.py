@@ -1,6 +1,5 @@
 """Progress display of a sweep: a live table on a terminal, otherwise a line for each change."""
 
-import re
 import shutil
 import sys
 import time
@@ -56,13 +55,13 @@ class Progress:
         began = self._began.get(change.name)  # not known of one that ran before this
         took = "" if began is None else f" in {time.monotonic() - began:.0f} s"
         code = with_code(change.exit_code)
-        told = {
+        sentences = {
             "finished": f"finished{took}, {measured(self._results[change.name])}",
             "failed": f"failed{code}: {self._last_words(change.name)}",
             "stopped": f"stopped{code}",
             "waiting": f"preempted{code}, will be started again",
         }
-        return f"{change.name}: {told[change.state]}"
+        return f"{change.name}: {sentences[change.state]}"
 
     def _last_words(self, name: str) -> str:
         lines = [line for line in _tail(self._root / f"{name}.log").splitlines() if line.strip()]
@@ -105,9 +104,11 @@ class Progress:
         return row
 
     def _total(self, name: str) -> int | None:
-        """The run's total steps, from its log: only the run itself knows, as it reads the data."""
-        found = re.findall(r"step \d+(?:/| of )(\d+)", _tail(self._root / f"{name}.log"))
-        return int(found[-1]) if found else None
+        """The run's total steps, as it noted when it began: only it knows, as it reads the data."""
+        from vit_jax.training.metrics import read_starts
+
+        starts = read_starts(self._root / name)
+        return starts[-1].get("total_steps") if starts else None
 
 
 def measured(result: Any, metrics: Mapping[str, Any] | None = None) -> str:

@@ -1,6 +1,6 @@
 """Compares runs: groups, statistics and tables, as plain text, numbers and Markdown.
 
-compared.py reads a folder into a `Run`; this module makes a `Report` of several; page.py renders
+comparison.py reads a folder into a `Run`; this module makes a `Report` of several; page.py renders
 it as HTML, and writes both.
 """
 
@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from vit_jax.launch.compared import Run, lower_is_better
+from vit_jax.launch.comparison import Run, lower_is_better
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def compare(runs: Sequence[Run], title: str) -> Report:
     known = [run.settings for run in runs if run.settings]
     keys = list(dict.fromkeys(key for settings in known for key in settings))
     varied = [key for key in keys if len({repr(each.get(key)) for each in known}) > 1]
-    common = {key: known[0][key] for key in keys if key not in varied}
+    common = {key: known[0].get(key) for key in keys if key not in varied}
     counted = [run for run in runs if run.state == "finished"] or list(runs)
     counted = [run for run in counted if run.last(metric) is not None]
     sign = -1 if lower_is_better(metric or "") else 1
@@ -135,12 +135,12 @@ def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
         for key in varied
         if key != "seed" and len({repr(run.settings.get(key)) for run in runs}) == 1
     ]
-    told = [
+    parts = [
         f"{short(key, varied)}={text(runs[0].settings[key])}"
         for key in shared
         if key in runs[0].settings
     ]
-    return ", ".join(told) or (runs[0].name if len(runs) == 1 else "all seeds")
+    return ", ".join(parts) or (runs[0].name if len(runs) == 1 else "all seeds")
 
 
 def short(key: str, keys: Sequence[str]) -> str:
@@ -171,7 +171,10 @@ def _amount(value: float | None) -> str:
 
 
 def group_table(report: Report) -> Table:
-    """A table with a row for each group: number of seeds, mean and standard deviation."""
+    """A table with a row for each group: number of seeds, mean and standard deviation.
+
+    Columns without any known value are left out, such as deviations of one seed each.
+    """
     metrics = [name for name in (report.metric, report.test) if name]
     headers = ["point"]
     headers += [head for name in metrics for head in (f"{name}, mean", "std")]
@@ -184,7 +187,7 @@ def group_table(report: Report) -> Table:
         for group in report.groups
     ]
     headers.append("seeds")
-    return Table(headers, rows, [False] + [True] * (len(headers) - 1))
+    return _known(Table(headers, rows, [False] + [True] * (len(headers) - 1)))
 
 
 def _of(some: int, all_of_them: int) -> str:
@@ -218,10 +221,17 @@ def run_table(report: Report) -> Table:
         ("device-hours", True, lambda run: _amount(run.device_hours)),
         ("note", False, lambda run: run.note),
     ]
-    made = [(head, right, [make(run) for run in report.runs]) for head, right, make in columns]
-    made = [each for each in made if each[0] == "run" or set(each[2]) - {_DASH, ""}]
-    heads, rights, cells = zip(*made, strict=True)
-    return Table(list(heads), [list(row) for row in zip(*cells, strict=True)], list(rights))
+    heads, rights, makers = zip(*columns, strict=True)
+    rows = [[make(run) for make in makers] for run in report.runs]
+    return _known(Table(list(heads), rows, list(rights)))
+
+
+def _known(table: Table) -> Table:
+    """The table without columns of which nothing is known, but for the first."""
+    cells = zip(*table.rows, strict=True)
+    kept = [i for i, column in enumerate(cells) if i == 0 or set(column) - {_DASH, ""}]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return Table([table.headers[i] for i in kept], rows, [table.numeric[i] for i in kept])
 
 
 def _setting(run: Run, key: str) -> str:
@@ -239,9 +249,12 @@ def _best(run: Run, metric: str) -> str:
 
 
 def curve_names(report: Report) -> list[str]:
-    """The metrics to plot: those measured more than once, the most important first."""
+    """The metrics to plot: those that change in a run, the most important first."""
     names = dict.fromkeys(
-        name for run in report.runs for name, points in run.curves.items() if len(points) > 1
+        name
+        for run in report.runs
+        for name, points in run.curves.items()
+        if len({value for _, value in points}) > 1
     )
     names = [name for name in names if not name.endswith(_NO_CURVE)]
     order = ["val", "", "train"]  # evaluators have names of their own
@@ -261,13 +274,13 @@ def curve_names(report: Report) -> list[str]:
 def summary(report: Report) -> str:
     """One line: the number of runs, their states, and their cost."""
     states = [run.state for run in report.runs]
-    told = [f"{len(states)} run{'s' * (len(states) != 1)}"]
+    parts = [f"{len(states)} run{'s' * (len(states) != 1)}"]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    told += [f"{'all' if n == len(states) > 1 else n} {state}" for state, n in counts.items()]
+    parts += [f"{'all' if n == len(states) > 1 else n} {state}" for state, n in counts.items()]
     hours = [run.device_hours for run in report.runs if run.device_hours is not None]
     if hours:
-        told.append(f"{_amount(sum(hours))} device-hours" + _of(len(hours), len(states)))
-    return ", ".join(told)
+        parts.append(f"{_amount(sum(hours))} device-hours" + _of(len(hours), len(states)))
+    return ", ".join(parts)
 
 
 # Markdown
@@ -277,11 +290,11 @@ def markdown(report: Report) -> str:
     """Formats the report as GitHub-flavoured Markdown tables."""
     parts = [f"# {escape(report.title)}", escape(summary(report)) + "."]
     if report.best is not None:
-        told = f"Best by {escape(report.metric)}: **{escape(report.best.name)}**, "
-        told += f"{number(report.best.last(report.metric))}"
+        line = f"Best by {escape(report.metric)}: **{escape(report.best.name)}**, "
+        line += f"{number(report.best.last(report.metric))}"
         score = report.best.last(report.test)
-        told += f"; {escape(report.test)} {number(score)}" if score is not None else ""
-        parts.append(f"{told}.")
+        line += f"; {escape(report.test)} {number(score)}" if score is not None else ""
+        parts.append(f"{line}.")
     if report.common:
         same = ", ".join(f"{key}={text(value)}" for key, value in report.common.items())
         parts.append(f"The same in all: {escape(same)}.")

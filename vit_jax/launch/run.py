@@ -8,6 +8,7 @@ WORKDIR/sweep.json   every point and its state, always up to date
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 import os
 import time
@@ -22,6 +23,7 @@ from vit_jax.launch.launchers import python
 from vit_jax.launch.progress import Progress, with_code
 from vit_jax.launch.slurm_queue import Record
 from vit_jax.launch.sweep import RECORD, Sweep, point_config
+from vit_jax.writing import check_own, check_text, make_folder, write_atomically
 
 PATIENCE = 10.0  # seconds that a run which was just killed may still hold its folder
 
@@ -70,6 +72,7 @@ def run_sweep(
 
     if "://" in os.fspath(workdir):
         raise UserError(f"{workdir}: a sweep's folder must be on a local or mounted disk so far")
+    check_text(workdir)
     root = epath.Path(os.path.abspath(workdir))
     names = [point.name for point in sweep.points]
     jobs = {
@@ -91,10 +94,10 @@ def run_sweep(
         list(launcher.run(list(jobs.values())))
         return []
     with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{root} is a file; --workdir must be a folder") from None
+        if not (root / RECORD).exists():
+            logs = (f"{glob.escape(name)}*" for name in names)
+            check_own(root, (*logs, "slurm", "report.*", "*.log", "*.out", "*.err"), "this sweep")
+        make_folder(root, "--workdir")
         stack.enter_context(lock(root))
         results = {
             point.name: Result(point.name, point.config, point.overrides, point.after)
@@ -128,10 +131,10 @@ def failures(results: Sequence[Result]) -> str | None:
     failed = [result for result in results if result.state == "failed"]
     if not failed:
         return None
-    told = [f"{result.name}{with_code(result.exit_code)}" for result in failed]
+    names = [f"{result.name}{with_code(result.exit_code)}" for result in failed]
     waiting = [result.name for result in results if result.state == "waiting"]
     rest = f"; not run, as they are after these: {', '.join(waiting)}" if waiting else ""
-    return f"{len(failed)} of {len(results)} points failed: {', '.join(told)} (see NAME.log){rest}"
+    return f"{len(failed)} of {len(results)} points failed: {', '.join(names)} (see NAME.log){rest}"
 
 
 def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:
@@ -253,7 +256,5 @@ def _read(root: epath.Path) -> list[Result]:
 
 
 def _write(root: epath.Path, spec: str, results: Iterable[Result]) -> None:
-    from vit_jax.checkpoints.store import write_atomically
-
     record = {"sweep": spec, "points": [dataclasses.asdict(result) for result in results]}
     write_atomically(root / RECORD, json.dumps(record, indent=1))

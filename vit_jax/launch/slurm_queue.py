@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.writing import write_atomically
 
 FOLDER = "slurm"  # in a sweep's folder
 # squeue's states of jobs that will run, or run. A job in any other state has ended.
@@ -67,9 +68,7 @@ class Record:
 
     def write(self) -> None:
         path = self.folder / "jobs.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"arrays": self.arrays}, indent=1))
-        os.replace(partial, path)
+        write_atomically(path, json.dumps({"arrays": self.arrays}, indent=1))
 
     def numbers(self) -> dict[str, str]:
         """The job id of each point, as "12_0"."""

@@ -1,7 +1,6 @@
 """Fixed position embeddings, and resizing of position and patch embeddings to a new model."""
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import Float
 
 from vit_jax.errors import UserError, nearest
@@ -43,6 +42,8 @@ def resize(
     prefix, grid = embedding[:num_prefix_tokens], embedding[num_prefix_tokens:]
     grid = grid.reshape(*old_grid, -1)
     if method == "zoom":
+        import scipy.ndimage
+
         factors = (new_grid[0] / old_grid[0], new_grid[1] / old_grid[1], 1)
         # Rounding puts the last sample of some grids (24 -> 42) just outside of the old one, where
         # scipy's default mode reads zeros; everywhere else the two modes agree.

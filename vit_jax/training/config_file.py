@@ -1,13 +1,14 @@
 """Loads a config file, with command line overrides, into a `Config`."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -27,17 +28,22 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
       spec: `FILE.py` or `FILE.py:ARGUMENT`, or a recipe's name in the file's place (see
         `recipes.find`); the file defines get_config, which gets the argument.
       overrides: flags for any key of the config, whether the file sets it or not. None unsets a
-        key. A flag that sets a duration clears the file's.
+        key. A flag that sets a duration clears the file's. The end of a key will do if no other
+        key ends so: `--config.lr` sets optim.lr, with a message.
 
     Raises:
       UserError: no such file or key, a value of another type, or an inconsistent config.
     """
-    return overridden(_run_config_file(spec), overrides)
+    return overridden(run_config_file(spec), overrides)
 
 
 def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
     """Applies flags, as for `load_config`, to nested dicts and returns the config."""
-    given = _given(overrides)
+    return apply(config, given_by_flags(config, overrides))
+
+
+def apply(config: dict[str, Any], given: Mapping[str, str]) -> Config:
+    """Applies the texts of flags, key -> text, to nested dicts and returns the config."""
     keys = dict(typed_keys(Config, config))
     for name, text in given.items():
         section = text == "None" and any(key.startswith(f"{name}.") for key in keys)
@@ -62,11 +68,13 @@ def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
     return unpack(Config, config)
 
 
-def _given(overrides: Sequence[str]) -> dict[str, str]:
+def given_by_flags(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
     """Parses flags to key -> text; the last one counts if a key is repeated."""
+    keys = [key for key, _ in typed_keys(Config, config)]
     found: dict[str, str] = {}
     for flag in overrides:
         name, _, text = flag.removeprefix("--config.").partition("=")
+        name = _whole_name(name, keys)
         if found.get(name, text) != text:
             logger.info("--config.%s=%s counts, not the %s before it", name, text, found[name])
         found[name] = text
@@ -77,6 +85,30 @@ def _given(overrides: Sequence[str]) -> dict[str, str]:
                     f"--config.{name}=None and --config.{other}={found[other]} exclude each other"
                 )
     return found
+
+
+def _whole_name(name: str, keys: Iterable[str]) -> str:
+    """The key that a flag's name is the end of, such as "optim.lr" for "lr", if it is only one's.
+
+    Names of keys and sections, and unknown ones, are returned as they are.
+
+    Raises:
+      UserError: several keys end so.
+    """
+    if name in keys or any(key.startswith(f"{name}.") for key in keys):
+        return name
+    ends = [key for key in keys if key.endswith(f".{name}")]
+    if len(ends) > 1:
+        several = ", ".join(f"--config.{key}" for key in ends)
+        raise UserError(f"--config.{name} may be any of {several}: write one of them")
+    if ends:
+        _mention_name(name, ends[0])
+    return ends[0] if ends else name
+
+
+@functools.cache
+def _mention_name(name: str, key: str) -> None:
+    logger.info("--config.%s sets %s", name, key)
 
 
 _EXPECTED = {int: "a whole number", float: "a number", bool: "True or False"}
@@ -131,7 +163,8 @@ def _item(text: str) -> int | float | str:
     return text[1:-1] if quoted else text
 
 
-def _run_config_file(spec: str) -> dict[str, Any]:
+def run_config_file(spec: str) -> dict[str, Any]:
+    """What a config file returns, as nested dicts."""
     path, argument = find(spec)
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
     with _importable(os.path.dirname(os.path.abspath(path))):

@@ -12,12 +12,12 @@ from typing import Any
 
 from etils import epath
 
-from vit_jax.checkpoints.store import write_atomically
 from vit_jax.data import classes, contents, describe
 from vit_jax.data.config import Split
 from vit_jax.data.sources import Source, located, open_source
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config
+from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 FILE = "data.json"

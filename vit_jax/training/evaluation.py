@@ -16,7 +16,7 @@ from vit_jax.compiler import compiler_options
 from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.data.sources import Source
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, during
 from vit_jax.models.create import structure
 from vit_jax.training import multilabel
 from vit_jax.training.config import Config
@@ -143,7 +143,8 @@ class Evaluation:
         """Yields {"NAME/METRIC": value} for each name, for the model with these parameters."""
         known: dict[tuple[Split, tuple[str, ...]], Features] = {}
         for name in names:
-            values = self._evaluators[name].measure(_Weighted(self, params, name, known))
+            with during(lambda name=name: f"evaluating {name}"):
+                values = self._evaluators[name].measure(_Weighted(self, params, name, known))
             yield {f"{name}/{key}": value for key, value in values.items()}
 
     def classify(self, params: Any, name: str, split: Split) -> dict[str, float]:

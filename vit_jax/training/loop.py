@@ -5,10 +5,8 @@ import contextlib
 import functools
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,9 +15,10 @@ from jax.sharding import Mesh
 
 from vit_jax import distributed
 from vit_jax.checkpoints.fit import place
-from vit_jax.checkpoints.store import Store, claim, write_atomically
+from vit_jax.checkpoints.store import Store, claim
 from vit_jax.data.pipeline import Batch, train_batches
-from vit_jax.errors import Stopped, UserError
+from vit_jax.errors import Stopped, UserError, during
+from vit_jax.training import console
 from vit_jax.training.config import Config, read_config, to_json
 from vit_jax.training.datasets import DataSets, with_recorded_sources
 from vit_jax.training.evaluation import Evaluation
@@ -45,6 +44,8 @@ from vit_jax.training.sharding import (
     unsplit,
 )
 from vit_jax.training.state import from_saved, make_state, to_saved
+from vit_jax.training.stopping import SaveTimer, Stop
+from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +62,18 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
     Raises:
       UserError: the config does not fit the data, the devices or the run in `workdir`; the loss
         is no longer finite; or the disk is full. Earlier checkpoints are intact.
-      Stopped: SIGTERM came; the run has saved a checkpoint and can be resumed.
+      Stopped: SIGTERM or Ctrl-C came; the run has saved a checkpoint and can be resumed.
     """
     if "://" in os.fspath(workdir):
         raise UserError(f"{workdir}: a run folder must be on a local or mounted disk so far")
     workdir = epath.Path(os.path.expanduser(workdir))
-    with contextlib.ExitStack() as stack:
+    with console.shown(), contextlib.ExitStack() as stack:
         store = Store(workdir, keep=config.checkpoint.keep, together=True)
         stack.enter_context(distributed.advising(functools.partial(_advice, store)))
         if config.log.wandb:
             distributed.first("wandb", check_wandb)
         claim(workdir, stack)
-        stop = stack.enter_context(sigterm())
+        stop = Stop(stack)
         stack.callback(store.close)
         try:
             return _run(config, workdir, store, stop, stack)
@@ -100,10 +101,12 @@ def _run(
     config: Config,
     workdir: epath.Path,
     store: Store,
-    stop: Callable[[int], bool],
+    stop: Stop,
     stack: contextlib.ExitStack,
 ) -> dict[str, int | float]:
     config.check_trains()
+    doing = "reading the data and making the model"
+    stack.enter_context(during(lambda: doing))
     resume_step, data = store.newest(), DataSets()
     if resume_step is not None:  # with the recorded sources, and where they are now
         config, moved = with_recorded_sources(read_config(workdir), config)
@@ -123,8 +126,14 @@ def _run(
     read = plan.reader(source)
     evaluation = distributed.each("evaluation", lambda: Evaluation(config, card, mesh, data))
     distributed.first("same images", lambda: data.check_held_out(config))
-    for line in data.summary():
+    start_step = resume_step or 0
+    for line in console.summary(plan, mesh, program.state, data.summary(), workdir, start_step):
         logger.info("%s", line)
+    if (count := plan.examples) is not None and count < config.batch_size:
+        logger.info(
+            "batch_size is %d, and data.train has %d images: each step sees images more than once",
+            *(config.batch_size, count),
+        )
 
     if resume_step is None:
         state = make_state(
@@ -138,7 +147,6 @@ def _run(
         logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
     if distributed.is_lead():
         data.write(workdir)
-    start_step = resume_step or 0
 
     batches = stack.enter_context(
         train_batches(
@@ -159,11 +167,17 @@ def _run(
     skips = config.data.on_corrupt == "skip"
     corrupt = read_corrupt(workdir, start_step) if skips else 0
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
+    timer = SaveTimer(config.checkpoint.every_minutes, start_step)
     for step in range(start_step + 1, total_steps + 1):
+        first = "compiling or " if step == start_step + 1 else ""
+        doing = f"{first}running step {step} of {total_steps}"
         began = time.perf_counter()
         batch, unread = next(arriving)
         waited = time.perf_counter() - began
-        state, metrics = program.step(state, batch)
+        with console.compiling() if step == start_step + 1 else contextlib.nullcontext():
+            state, metrics = program.step(state, batch)
+        if step == start_step + 1:
+            stop.on_ctrl_c()
         if skips:
             corrupt += unread
             metrics["corrupt"] = corrupt
@@ -171,7 +185,7 @@ def _run(
 
         stopping = stop(step)
         measuring = evaluation.due(step, total_steps)
-        saving = due(step, config.checkpoint.every, total_steps) or stopping
+        saving = due(step, config.checkpoint.every, total_steps) or stopping or timer.due(step)
         if measuring or saving:
             recorder.flush()
             with recorder.pause():
@@ -183,14 +197,19 @@ def _run(
                     if skips and distributed.is_lead():
                         record_corrupt(workdir, step, int(corrupt))
                     store.save(step, to_saved(state))
+                    timer.saved()
         if stopping and step < total_steps:
             store.wait()
-            raise Stopped(f"stopped by SIGTERM after saving step {step} of {total_steps}")
+            raise Stopped(
+                f"stopped by {stopping} after saving step {step} of {total_steps}; the same "
+                "command goes on from there",
+                130 if stopping == "Ctrl-C" else 143,
+            )
     store.wait()
     if (n := int(corrupt)) and distributed.is_lead():
-        told = "an image" if n == 1 else f"{n} images"
+        count = "an image" if n == 1 else f"{n} images"
         logger.warning(
-            "%s of %s could not be read: the next took its place", told, config.data.train.source
+            "%s of %s could not be read: the next took its place", count, config.data.train.source
         )
     return distributed.first("results", lambda: last_values(workdir))
 
@@ -207,8 +226,10 @@ def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
         seed=plan.config.seed,
         shardings=functools.partial(placement, mesh=mesh),
     )
-    logger.info("starting from %s: %d parameters", plan.init.facts["file"], len(lines))
-    for line in lines:
+    changed = [line for line in lines if line.status != "kept"]
+    kept = len(lines) - len(changed)
+    logger.info("starting from %s: %d parameters kept, the others:", plan.init.facts["file"], kept)
+    for line in changed:
         logger.info("  %-32s %s", line.name, line.status)
     return params
 
@@ -227,29 +248,3 @@ def on_device(
         if len(queue) > ahead:
             yield queue.popleft()
     yield from queue
-
-
-@contextlib.contextmanager
-def sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that tells, after a step, whether SIGTERM came; a second SIGTERM kills.
-
-    With several processes, it returns the same to all of them after the same step.
-    """
-    came = False
-    if distributed.count() > 1:
-        yield distributed.preempted
-        return
-    if threading.current_thread() is not threading.main_thread():  # such as in some notebooks
-        yield lambda step: False
-        return
-
-    def note(number, frame):
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda step: came
-    finally:
-        signal.signal(signal.SIGTERM, before)

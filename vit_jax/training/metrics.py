@@ -4,21 +4,20 @@ import contextlib
 import json
 import logging
 import math
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import tqdm
 from etils import epath
 
 from vit_jax import distributed
-from vit_jax.checkpoints.store import write_atomically
 from vit_jax.errors import UserError
 from vit_jax.extras import install
 from vit_jax.training.config import Config, to_json
+from vit_jax.training.console import Progress
+from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +25,6 @@ logger = logging.getLogger(__name__)
 TIMING_KEYS = ("images_per_second", "input_wait_fraction", "seconds")
 # Training stops before the next checkpoint if one of these is not finite.
 FINITE = ("loss", "grad_norm", "param_norm")
-# What the screen shows of a line, and its format; all, if a line has none of these.
-SHOWN = {
-    "train/loss": "loss",
-    "train/accuracy": "acc",
-    "val/accuracy": "val",
-    "test/accuracy": "test",
-    "val/mAP": "val mAP",
-    "test/mAP": "test mAP",
-    "images_per_second": "img/s",
-}
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -126,14 +115,7 @@ class Recorder:
             self._file = path.open("a")
             self._events = _tensorboard(workdir, start_step) if config.log.tensorboard else None
             self._wandb = _wandb(workdir, start_step, config, lines) if config.log.wandb else None
-        self._bar = tqdm.tqdm(
-            total=total_steps,
-            initial=start_step,
-            desc=workdir.name,
-            unit="step",
-            disable=not (sys.stderr.isatty() and distributed.is_lead()),
-            dynamic_ncols=True,
-        )
+        self._progress = Progress(workdir.name, start_step, total_steps)
         # `seconds` continues from where a resumed run stopped.
         self._began = time.perf_counter() - max((x.get("seconds", 0.0) for x in lines), default=0.0)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -150,7 +132,7 @@ class Recorder:
         self._pending.append((step, metrics))
         self._images += images
         self._waited += waited
-        self._bar.update()
+        self._progress.step(step)
 
     def flush(self) -> None:
         """Fetches pending metrics from the device and writes the lines that are due.
@@ -161,8 +143,8 @@ class Recorder:
         pending, self._pending = self._pending, []
         for step, values in jax.device_get(pending):
             if not all(math.isfinite(values[name]) for name in FINITE):
-                told = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
-                raise Diverged(f"the run diverged at step {step} ({told})")
+                values_text = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
+                raise Diverged(f"the run diverged at step {step} ({values_text})")
             if self._due(step):
                 seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
                 line = {f"train/{name}": float(value) for name, value in values.items()}
@@ -183,13 +165,7 @@ class Recorder:
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
-        known = {SHOWN[name]: value for name, value in values.items() if name in SHOWN}
-        shown = {name: f"{value:.4g}" for name, value in (known or values).items()}
-        if self._bar.disable:
-            text = " ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d %s", step, self._total_steps, text)
-        else:
-            self._bar.set_postfix(shown, refresh=False)
+        self._progress.measured(step, values)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -200,7 +176,7 @@ class Recorder:
 
     def close(self, *, failed: bool = False) -> None:
         """Closes all writers; `failed` is reported to Weights & Biases."""
-        self._bar.close()
+        self._progress.close()
         if self._file is not None:
             self._file.close()
         if self._events is not None:

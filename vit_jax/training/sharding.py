@@ -1,6 +1,8 @@
 """Sharding: the mesh of devices, and the placement of parameters, batches and activations on it."""
 
+import contextlib
 import dataclasses
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -20,10 +22,15 @@ BATCH = P(("data", "fsdp"))
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each axis; -1 takes the rest: `data`, unless another axis has it.
+    """The `mesh` section: number of devices along each axis.
 
-    `data` replicates the model and splits the batch, `fsdp` splits both, `tensor` splits heads
-    and MLP. `deterministic` makes GPU results bitwise reproducible, at a cost in speed.
+    -1 takes the rest of the devices: `data`, unless another axis has it.
+
+    Attributes:
+      data: devices that replicate the model and split the batch.
+      fsdp: devices that split the batch and the parameters.
+      tensor: devices that split attention heads and the MLP's hidden units.
+      deterministic: whether GPU results are bitwise reproducible, at a cost in speed.
     """
 
     data: int = -1
@@ -72,6 +79,19 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     return Mesh(device_grid(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def device_memory(device: Any) -> int | None:
+    """Memory of a device of this process in bytes, None if unknown.
+
+    For a CPU device, its share of this machine's memory.
+    """
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // jax.local_device_count()
+    with contextlib.suppress(Exception):  # a topology's devices have none, and say so variously
+        return int(device.memory_stats()["bytes_limit"])
+    return None
 
 
 def device_grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:

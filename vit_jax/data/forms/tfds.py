@@ -19,6 +19,7 @@ from jaxtyping import Int32, Int64
 from vit_jax.data.forms.open_files import OpenFiles
 from vit_jax.data.forms.records import Records, RecordSource, allow_open_files, digest
 from vit_jax.errors import UserError, nearest
+from vit_jax.writing import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -223,12 +224,10 @@ def record_starts(path: str) -> Int64[np.ndarray, " n_plus_1"]:
         pass
     starts = np.fromiter(_scan(path, stat.st_size), np.int64)
     try:
-        os.makedirs(os.path.dirname(cached), exist_ok=True)
-        partial = f"{cached}.{os.getpid()}"
-        with open(partial, "wb") as file:
-            np.save(file, starts)
-        os.replace(partial, cached)
-    except OSError as error:
+        with replacing(cached, f"{cached}.{os.getpid()}") as temporary:
+            with open(temporary, "wb") as file:
+                np.save(file, starts)
+    except (OSError, UserError) as error:
         logger.warning("the index of %s is not kept: %s", path, error)
     return starts
 
