@@ -110,6 +110,14 @@ def tiny_run(tmp_path_factory):
     return workdir, train(load_config(DIGITS, TINY), workdir)
 
 
+@pytest.fixture
+def as_users_have_it():
+    """Without the types of signatures enforced, which would refuse much on their own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def without_training(patch):
     """Runs of `train` are as they are, but for their steps, which are traced and learn nothing."""
     import jax
