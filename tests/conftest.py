@@ -65,6 +65,7 @@ import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
+BENCHMARKS = ROOT / "experiments" / "benchmarks"
 DIGITS = str(ROOT / "configs" / "digits.py")
 # The digits config at a size that trains in seconds, with everything switched on.
 TINY = [
@@ -158,6 +159,13 @@ def pytest_collection_modifyitems(items):
 def fake_mesh(platform):
     """Stands for a mesh of one device in name only, to trace for what is not here."""
     return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))
+
+
+def benchmarks(*names):
+    """Modules of experiments/benchmarks, which import one another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return [importlib.import_module(name) for name in names]
 
 
 def write_config(path, values):
