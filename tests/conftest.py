@@ -65,6 +65,7 @@ import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
+BENCHMARKS = ROOT / "experiments" / "benchmarks"
 DIGITS = str(ROOT / "configs" / "digits.py")
 # The digits config at a size that trains in seconds, with everything switched on.
 TINY = [
@@ -110,6 +111,14 @@ def tiny_run(tmp_path_factory):
     return workdir, train(load_config(DIGITS, TINY), workdir)
 
 
+@pytest.fixture
+def as_users_have_it():
+    """Without the types of signatures enforced, which would refuse much on their own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def without_training(patch):
     """Runs of `train` are as they are, but for their steps, which are traced and learn nothing."""
     import jax
@@ -150,6 +159,13 @@ def pytest_collection_modifyitems(items):
 def fake_mesh(platform):
     """Stands for a mesh of one device in name only, to trace for what is not here."""
     return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))
+
+
+def benchmarks(*names):
+    """Modules of experiments/benchmarks, which import one another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return [importlib.import_module(name) for name in names]
 
 
 def write_config(path, values):

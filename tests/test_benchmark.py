@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import BENCHMARKS, benchmarks
 from flax import nnx
 from processes import Command
 
@@ -20,15 +20,9 @@ from vit_jax.analysis.cost import flops_per_image
 from vit_jax.models.create import structure
 from vit_jax.models.variants import variant
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "experiments" / "benchmarks"
-
-sys.path.insert(0, str(FOLDER))
-names, contestants, workers, tables, flags, engine = (
-    importlib.import_module(name)
-    for name in ("names", "contestants", "workers", "tables", "flags", "engine")
+names, contestants, workers, tables, flags, engine = benchmarks(
+    "names", "contestants", "workers", "tables", "flags", "engine"
 )
-sys.path.remove(str(FOLDER))
 
 MU = variant("mu/16", image_size=(32, 32))
 
@@ -374,8 +368,8 @@ def test_pictures_are_drawn_from_an_earlier_run(tmp_path, capsys):
 
 SCRIPT = """
 import multiprocessing, os, sys
-sys.path[:0] = [FOLDER]
-os.environ["PYTHONPATH"] += os.pathsep + FOLDER
+sys.path[:0] = [BENCHMARKS]
+os.environ["PYTHONPATH"] += os.pathsep + BENCHMARKS
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["workers"])
 multiprocessing.get_context = lambda kind: forks  # processes that start sooner than spawned ones
@@ -386,7 +380,7 @@ engine.main(sys.argv[1], "About.", sys.argv[2:])
 
 def run_script(task, folder, *flags):
     sizes = "--variants=mu/16 --batch-sizes=2 --steps=1 --repeats=2 --json=out.json".split()
-    text = SCRIPT.replace("FOLDER", repr(str(FOLDER)))
+    text = SCRIPT.replace("BENCHMARKS", repr(str(BENCHMARKS)))
     env = dict(devices=1, cwd=folder, GLIBC_TUNABLES="")
     told, _ = Command(folder, [task, *sizes, *flags], text=text, **env).finish()
     return told, json.loads((folder / "out.json").read_text())

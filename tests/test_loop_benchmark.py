@@ -1,18 +1,23 @@
-"""The benchmark of the whole training program: that it runs, and what it writes."""
+"""The benchmarks of the input pipeline and of the whole training program run, and what they say."""
 
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import BENCHMARKS
 from processes import Command
 
-FOLDER = ROOT / "experiments" / "benchmarks"
-SCRIPT = f"import sys; sys.path[:0] = [{str(FOLDER)!r}]; import loop; loop.main(sys.argv[1:])"
+
+def benchmark(folder, flags, code=0, program="import loop; loop.main(sys.argv[1:])"):
+    """Runs one in a process of its own, whose caches it sets; returns what it says."""
+    text = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}]; {program}"
+    return Command(folder, flags, text=text, devices=1, cwd=folder).finish(code)
 
 
-def benchmark(folder, flags, code=0):
-    """Runs it in a process of its own, whose caches it sets; returns what it says."""
-    return Command(folder, flags, text=SCRIPT, devices=1, cwd=folder).finish(code)
+def test_the_input_benchmark_runs(tmp_path):
+    flags = ["--images=20", "--rounds=1", "--contestants", "tf.data, files", "ours, files"]
+    told, _ = benchmark(tmp_path, flags, program="import input; input.main()")
+    assert "| tf.data, files | " in told and "needs --tf-python" in told
+    assert "| ours, files | " in told and "Resident memory" in told
 
 
 def test_the_benchmark_of_the_whole_program_runs(tmp_path):

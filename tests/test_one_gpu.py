@@ -12,17 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import BENCHMARKS, ROOT, benchmarks
 from processes import Command
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "experiments" / "benchmarks"
-
-sys.path.insert(0, str(FOLDER))
-budget, kernels, tables, one_gpu, one_gpu_tables = (
-    importlib.import_module(name)
-    for name in ("budget", "kernels", "tables", "one_gpu", "one_gpu_tables")
-)
-sys.path.remove(str(FOLDER))
+budget, kernels, one_gpu = benchmarks("budget", "kernels", "one_gpu")
 
 # Jobs that measure nothing. Those that would not end note who is to be gone.
 FAKES = """
@@ -56,7 +49,7 @@ def hang(path):
 """
 DRIVER = """
 import multiprocessing, sys
-sys.path[:0] = [FOLDER, HERE]
+sys.path[:0] = [BENCHMARKS, HERE]
 import budget, fakes, one_gpu
 one_gpu.environment = fakes.environment
 budget.LEAST = 4  # what hangs is killed soon, so that no machine is too slow for the rest
@@ -70,7 +63,7 @@ one_gpu.main(sys.argv[1:])
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
     (tmp_path / "fakes.py").write_text(FAKES)
-    for folder in (FOLDER, tmp_path):
+    for folder in (BENCHMARKS, tmp_path):
         monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "fakes", raising=False)
     return importlib.import_module("fakes")
@@ -141,7 +134,7 @@ def test_what_hangs_is_killed_with_its_children(hopeless, fakes, tmp_path, monke
 def start(tmp_path, jobs, *argv):
     """The program itself, with other jobs."""
     (tmp_path / "fakes.py").write_text(FAKES)
-    text = DRIVER.replace("FOLDER", repr(str(FOLDER))).replace("HERE", repr(str(tmp_path)))
+    text = DRIVER.replace("BENCHMARKS", repr(str(BENCHMARKS))).replace("HERE", repr(str(tmp_path)))
     (tmp_path / "told").mkdir()
     argv = [f"--out={tmp_path}", *argv]
     env = dict(cwd=tmp_path, TMPDIR=str(tmp_path))
@@ -399,7 +392,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(argv, said, tmp_path, capsys,
 def test_a_tiny_day(tmp_path):
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, FOLDER / "one_gpu.py", "--tiny", "--seconds=60", f"--out={tmp_path}"],
+        [sys.executable, BENCHMARKS / "one_gpu.py", "--tiny", "--seconds=60", f"--out={tmp_path}"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

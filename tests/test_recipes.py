@@ -573,28 +573,6 @@ SMALL = [
     "--config.model.num_heads=2",
     "--config.model.image_size=32",
 ]
-DECAYED = {
-    "patch_embed/kernel",
-    "blocks/attention/qkv/kernel",
-    "blocks/attention/out/kernel",
-    "blocks/mlp/fc1/kernel",
-    "blocks/mlp/fc2/kernel",
-    "head/kernel",
-}
-KEPT = {
-    "patch_embed/bias",
-    "blocks/norm1/scale",
-    "blocks/norm1/bias",
-    "blocks/attention/qkv/bias",
-    "blocks/attention/out/bias",
-    "blocks/norm2/scale",
-    "blocks/norm2/bias",
-    "blocks/mlp/fc1/bias",
-    "blocks/mlp/fc2/bias",
-    "norm/scale",
-    "norm/bias",
-    "head/bias",
-}
 # What one step at the highest learning rate takes of each kernel: big_vision's absolute wd.
 WEIGHT_DECAY = {
     "pretrain:B/16,jft": 8e-5,
@@ -615,13 +593,11 @@ def test_weight_decay(spec):
     zeros = jax.tree.map(np.zeros_like, ones)
     updates, _ = jax.jit(lambda ones: optimizer.update(zeros, optimizer.init(ones), ones))(ones)
     found = {name: float(leaf.min()) for name, leaf in flatten_dict(updates, sep="/").items()}
-    first = set(found) & {"cls_token", "pos_embed", "pre_logits/bias"}
-    assert ("cls_token" in first) == (model.pool == "token")
-    assert ("pos_embed" in first) == (model.position == "learned")
-    hidden = {"pre_logits/kernel"} if model.representation_size else set()
-    assert set(found) == DECAYED | hidden | KEPT | first
+    kernels = {name for name in found if name.endswith("/kernel")}
+    # Of the patches, QKV, attention's output, the MLP's two, the head and its hidden layer.
+    assert len(kernels) == 6 + bool(model.representation_size) and len(found) >= 18
     for name, change in found.items():
-        taken = WEIGHT_DECAY[spec] if name in DECAYED | hidden else 0.0
+        taken = WEIGHT_DECAY[spec] if name in kernels else 0.0
         assert change == pytest.approx(-taken, rel=1e-5), name
 
 

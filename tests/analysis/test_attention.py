@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.special
 from conftest import fails
 from flax import nnx
 from tiny_models import as_float32, random_params
@@ -44,7 +45,7 @@ RESNET = ResNetConfig(image_size=(8, 12), resnet=(1,), resnet_width=32, num_clas
 
 def random_weights(*shape, seed=0):
     logits = np.random.default_rng(seed).normal(size=shape)
-    return np.array(jax.nn.softmax(logits, axis=-1), np.float32)
+    return scipy.special.softmax(logits, axis=-1).astype(np.float32)
 
 
 def with_prefix(weights, k, share):

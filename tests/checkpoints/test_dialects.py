@@ -9,7 +9,6 @@ import re
 
 import dialects
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -97,14 +96,6 @@ def put(tmp_path):
     return lambda example: example.write(tmp_path / f"put{next(numbers)}")
 
 
-@pytest.fixture
-def as_users_have_it():
-    """Without the types of signatures enforced, which would refuse some on their own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def refused(message, path, **known):
     with pytest.raises(UserError, match=message):
         vit_jax.load(path, **known)
@@ -140,16 +131,14 @@ def run(tmp_path_factory):
     return run_folder(tmp_path_factory.mktemp("run"), **fields)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def loaded(tmp_path_factory):
     """Loads an example, once for all tests."""
+    return functools.cache(lambda name: load(EXAMPLES[name], tmp_path_factory.mktemp("example")))
 
-    @functools.cache
-    def load(name):
-        path = EXAMPLES[name].write(tmp_path_factory.mktemp("example"))
-        return vit_jax.load(path, **EXAMPLES[name].known)
 
-    return load
+def load(example, folder):
+    return vit_jax.load(example.write(folder), **example.known)
 
 
 # -- Every dialect -------------------------------------------------------------------------------

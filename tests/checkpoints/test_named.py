@@ -4,6 +4,7 @@ import json
 
 import dialects
 import pytest
+from conftest import fails
 from test_dialects import refused, run_folder
 
 import vit_jax
@@ -94,6 +95,5 @@ def test_arguments_that_no_key_shows(tmp_path):
 
 def test_the_command_line_says_it_too(tmp_path, capsys):
     path = named(VIT, tmp_path, model_type="my_vit")
-    assert main(["inspect", str(path)]) == 2
-    assert "names the architecture 'my_vit'" in capsys.readouterr().err
+    assert "names the architecture 'my_vit'" in fails(capsys, "inspect", path)
     assert main(["inspect", str(path), "--set", "architecture=ViTModel"]) == 0

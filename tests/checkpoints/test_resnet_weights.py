@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import fails
 from resnet_dialects import EXAMPLES, STD, WIDTH
-from test_dialects import assert_same, changed, of, parameters, refused
+from test_dialects import assert_same, changed, load, of, parameters, refused
 
 import vit_jax
 from vit_jax.__main__ import main
@@ -25,13 +25,7 @@ TIMM_HYBRID = EXAMPLES["hybrid timm plain (2, 1) 1"]
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """Loads an example, once for all tests."""
-
-    @functools.cache
-    def load(name):
-        path = EXAMPLES[name].write(tmp_path_factory.mktemp("example"))
-        return vit_jax.load(path, **EXAMPLES[name].known)
-
-    return load
+    return functools.cache(lambda name: load(EXAMPLES[name], tmp_path_factory.mktemp("example")))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

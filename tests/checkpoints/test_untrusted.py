@@ -21,7 +21,6 @@ import warnings
 import zipfile
 
 import dialects
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -33,19 +32,12 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 EXAMPLES = dialects.examples()
 PAPER, TIMM, VIT, OURS = (
     EXAMPLES[name] for name in ("google paper", "timm plain", "hf vit", "ours")
 )
 NESTED = "[" * 100_000 + "]" * 100_000
-
-
-@pytest.fixture(autouse=True)
-def as_users_have_it():
-    """Without the types of signatures enforced, which would refuse much on their own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

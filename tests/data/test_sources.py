@@ -4,7 +4,6 @@ import collections
 import hashlib
 import io
 
-import jaxtyping
 import numpy as np
 import pytest
 from made import refused
@@ -131,14 +130,9 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
     refused(lambda changes, split: open_source(saved(tmp_path, **changes), split), cases)
 
 
-def test_images_and_labels_must_be_as_many(tmp_path):
-    # With shapes enforced, as in all other tests, the signature would complain first.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(UserError, match="6 images but 5 labels"):
-            open_source(saved(tmp_path, train_labels=np.zeros(5, int)), "train")
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+def test_images_and_labels_must_be_as_many(tmp_path, as_users_have_it):
+    with pytest.raises(UserError, match="6 images but 5 labels"):
+        open_source(saved(tmp_path, train_labels=np.zeros(5, int)), "train")
 
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path):

@@ -13,11 +13,10 @@ import sys
 import time
 
 import pytest
-from conftest import DIGITS, ROOT
+from conftest import DIGITS, ROOT, fails
 from one_node_slurm import one_node_slurm, why_not
 from test_run import FINAL, Folder, soon, wait_until
 
-from vit_jax.__main__ import main
 from vit_jax.errors import Stopped, UserError
 from vit_jax.launch.jobs import Job
 from vit_jax.launch.launchers import make_launcher
@@ -331,10 +330,10 @@ def test_mistakes(cluster, monkeypatch, capsys):
 
     monkeypatch.setenv("PATH", "/nowhere")
     command = ["sweep", cluster.sweep.spec, f"--workdir={cluster.path}/new"]
-    assert main([*command, "--launcher=slurm"]) == 2
-    assert "there is no sbatch and no squeue here" in capsys.readouterr().err
-    assert main([*command, "--nodes=2"]) == 2
-    assert "the launcher 'local' has no --nodes: leave it out" in capsys.readouterr().err
+    error = fails(capsys, *command, "--launcher=slurm")
+    assert "there is no sbatch and no squeue here" in error
+    error = fails(capsys, *command, "--nodes=2")
+    assert "the launcher 'local' has no --nodes: leave it out" in error
     assert not (cluster.path / "new").exists()
 
 

@@ -91,7 +91,7 @@ def test_models_that_must_be_equal_are(one, other, zero):
     if zero:
         embeddings = fewer["blocks"]["attention"].pop(zero)
         got, wanted = both(params, fewer, images)
-        assert np.abs(got - wanted).max() > 1e-2  # they do something where they are not zero
+        assert np.abs(got - wanted).max() > 1e-3  # they do something where they are not zero
         params["blocks"]["attention"][zero] = jnp.zeros_like(embeddings)
     got, wanted = both(params, fewer, images)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

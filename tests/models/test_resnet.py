@@ -1,4 +1,4 @@
-"""ResNets and hybrids: against float64 NumPy, their counts, how they start, what is refused."""
+"""ResNets and hybrids: against float64 NumPy, how they start, what images they refuse."""
 
 import dataclasses
 import functools
@@ -20,21 +20,6 @@ from vit_jax.models import resnet, stack
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.variants import variant
-
-# 1000 classes, class token, 224 pixels; as timm counts them (ResNets: its resnetv2_*_bit).
-PUBLISHED_COUNTS = {
-    "R+Ti/16": 6_337_704,
-    "R26+S/32": 36_431_912,
-    "R50+B/16": 98_659_112,
-    "R50+L/32": 328_994_856,
-    "R50x1": 25_549_352,
-    "R50x3": 217_319_080,
-    "R101x1": 44_541_480,
-    "R101x3": 387_934_888,
-    "R152x2": 236_335_208,
-    "R152x4": 936_533_224,
-}
-
 
 # SAME pads these sizes on one side only, odd ones on both.
 TINY = dict(resnet=(2, 1), resnet_width=32, image_size=(16, 32), num_classes=5)
@@ -98,13 +83,6 @@ def tiny(case):
     config = CASES[case]
     params, images = random_params(config), exact(0.01 * random_images(config))
     return config, params, images, reference(config, params, images)
-
-
-@pytest.mark.parametrize("name", PUBLISHED_COUNTS)
-def test_parameter_counts_are_the_published_ones(name):
-    leaves = jax.tree.leaves(structure(variant(name))[1])
-    assert sum(math.prod(leaf.shape) for leaf in leaves) == PUBLISHED_COUNTS[name]
-    assert {leaf.dtype.name for leaf in leaves} == {"float32"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -317,33 +295,3 @@ def test_a_fresh_head_changes_nothing_else():
     config = variant("R50x3", head_bias=-6.9, image_size=480, remat="full")
     wanted = dataclasses.replace(config, head_bias=0.0, num_classes=7)
     assert config.with_fresh_head(7) == wanted and wanted.resnet_width == 192
-
-
-@pytest.mark.parametrize(
-    "name, fields, named",
-    [
-        ("R50+B/16", dict(resnet=(0,)), ["resnet", "(0,)"]),
-        ("R50x1", dict(resnet=(3, -1)), ["resnet", "(3, -1)"]),
-        ("R50x1", dict(resnet=(1,) * 5), ["resnet", "(1, 1, 1, 1, 1)", "four stages"]),
-        ("R50x1", dict(resnet=()), ["resnet", "()", "at least one"]),
-        ("R50+B/16", dict(resnet_width=48), ["resnet_width", "48", "32, 64"]),
-        ("R50x1", dict(resnet_width=0), ["resnet_width", "0"]),
-        ("R50x1", dict(resnet_style="v3"), ["resnet_style", "'v3'", "'v2'"]),
-        ("R50+B/16", dict(resnet_style="timmv1"), ["resnet_style", "'timm_v1'"]),
-        ("R50+B/16", dict(image_size=(224, 232)), ["224x232", "16x16", "224x224"]),
-        ("R+Ti/16", dict(image_size=240), ["240x240", "32x32", "224x224"]),
-        ("R50x1", dict(dropout=0.1), ["'dropout'", "ResNet", "known:", "head_bias"]),
-        ("R50x1", dict(imagesize=32), ["'imagesize'", "did you mean 'image_size'?"]),
-        ("R50x1", dict(num_classes=-1), ["num_classes", "-1"]),
-        ("R51+B/16", {}, ["'R51+B/16'", "did you mean 'R50+B/16'?"]),
-        ("R50x9", {}, ["'R50x9'", "did you mean 'R50x"]),
-        ("R50+B16", {}, ["'R50+B16'", "did you mean 'R50+B/16'?"]),
-    ],
-    ids=str,
-)
-def test_mistakes_raise_one_sentence_that_names_them(name, fields, named):
-    with pytest.raises(UserError) as error:
-        vit_jax.create(name, **fields)
-    message = str(error.value)
-    assert all(part in message for part in named), message
-    assert "\n" not in message

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, TINY
+from conftest import DIGITS, TINY, fails
 from PIL import Image
 from processes import SIGINT, SIGKILL, Command, address
 from test_resume import logged, weights
@@ -178,8 +178,7 @@ def test_who_waits_in_vain_says_so_and_ends(start, i, sentence):
 )
 def test_flags_that_do_not_fit_are_refused(flags, message, tmp_path, capsys):
     command = ["train", f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *flags]
-    assert main(command) == 2
-    assert message in capsys.readouterr().err
+    assert message in fails(capsys, *command)
 
 
 PARTS = """

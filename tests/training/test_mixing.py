@@ -150,7 +150,7 @@ def test_mesh_and_micro_batches_do_not_change_what_is_mixed():
     plain, _ = step_on(ONE, Augment())
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(found[key], expected[key], rtol=2e-5)
-        assert abs(expected[key] / plain[key] - 1) > 1e-2
+        assert abs(expected[key] / plain[key] - 1) > 1e-3
 
 
 def test_no_device_sees_all_images():

@@ -213,7 +213,7 @@ def test_relative_positions_have_the_same_gradients_on_a_mesh():
 def test_parameters_that_stay_whole_are_named():
     program = program_of(MESHES["fsdp=8"], dataclasses.replace(VIT, width=36, mlp_dim=60))
     names = dict(unsplit(program.state.params, program.mesh, least=2**10))
-    assert names["blocks/mlp/fc1/kernel"] == 4 * 3 * 36 * 60
+    assert names["blocks/mlp/fc1/kernel"] == 4 * 2 * 36 * 60
     # The head's input does not divide, its classes do not matter: the next dimension is taken.
     assert "head/kernel" not in names
     assert unsplit(program.state.params, program_of(None).mesh, least=0) == []
