@@ -31,6 +31,7 @@ extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon", "sphinx
 myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 3
 highlight_language = "none"
+smartquotes = False
 
 # The docstrings are read, not imported: the site needs neither JAX nor the package.
 autoapi_dirs = [str(ROOT / "vit_jax")]
@@ -59,8 +60,9 @@ class Api(SphinxDirective):
 
         found = []
         for name in self.arguments[0].split():
-            kind = "data" if name.isupper() else "class" if name[0].isupper() else "function"
-            path = f"{vit_jax._PUBLIC.get(name, 'vit_jax')}.{name}"
+            path = f"{vit_jax._PUBLIC[name]}.{name}" if name in vit_jax._PUBLIC else name
+            last = path.rpartition(".")[2]
+            kind = "data" if last.isupper() else "class" if last[0].isupper() else "function"
             found.append(f".. autoapi{kind}:: {path}\n")
         return self.parse_text_to_nodes("\n".join(["```{eval-rst}", *found, "```"]))
 
@@ -77,12 +79,13 @@ class Commands(SphinxDirective):
         lines = []
         for name, command in commands.choices.items():
             usage = command.format_usage().removeprefix("usage: ")
+            usage = usage.replace("[-h] ", "").rstrip()
             lines += [f"## {name}", COMMANDS[name].__doc__, "```", usage, "```"]
             for group in command._action_groups:
                 rows = [row(action) for action in group._group_actions if action.dest != "help"]
                 if rows:
                     about = f"{group.title}: {group.description}" if group.description else ""
-                    lines += [about, "", "| | |\n|---|---|", *rows, ""]
+                    lines += [about, "", "| argument | what it is |\n|---|---|", *rows, ""]
             lines += [command.epilog or ""]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 

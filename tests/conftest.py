@@ -152,6 +152,15 @@ def fake_mesh(platform):
     return Mock(spec=Mesh, devices=np.array([SimpleNamespace(platform=platform)]))
 
 
+def write_config(path, values):
+    """Writes a config file of the source text of its values; returns its path."""
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict(dict({values}))\n"
+    )
+    return str(path)
+
+
 def fails(capsys, *argv):
     """Runs a command that is a user's mistake; returns its one line."""
     from vit_jax.__main__ import main

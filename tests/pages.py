@@ -11,9 +11,9 @@ from vit_jax.__main__ import COMMANDS
 from vit_jax.flags import make_parser
 from vit_jax.training.config_file import load_config
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 _MARK = re.compile(r"<!-- needs: (.+) -->")
-_COMMAND = re.compile(r"^[^#\n]*?\b(?:python -m vit_jax|vit-jax) ([^\n\";`]+)", re.M)
+_COMMAND = re.compile(r"^[^#\n]*?\b(?:python -m vit_jax|vit-jax) ([a-z][^\n\";`]+)", re.M)
 
 
 # Options that the launcher of a cluster has.

@@ -116,4 +116,4 @@ def die_at(number, what, step, patch=setattr):
         patch(Store, "_commit", die_and_commit)
 
 
-SIGKILL, SIGTERM = signal.SIGKILL, signal.SIGTERM
+SIGINT, SIGKILL, SIGTERM = signal.SIGINT, signal.SIGKILL, signal.SIGTERM

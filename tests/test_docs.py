@@ -45,7 +45,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_every_function_of_the_papers_table_exists():
-    table = README.split("## From the paper to the code")[1]
+    table = (ROOT / "docs/explanation/paper.md").read_text()
     named, source = 0, ""
     for name in re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\|.*\|$", table, re.M))):
         if name.endswith(".py"):
@@ -54,6 +54,27 @@ def test_every_function_of_the_papers_table_exists():
             assert re.search(rf"(def|class) {name}\b|\b{name} = ", source), name
             named += 1
     assert named >= 15
+
+
+def test_the_map_names_every_file():
+    page = (ROOT / "docs/explanation/code.md").read_text()
+    rooms = dict(re.findall(r"^### `vit_jax/(\w*)/?`$(.*?)(?=^##)", page, re.M | re.S))
+    for path in (ROOT / "vit_jax").glob("**/*.py"):
+        room, name = path.relative_to(ROOT / "vit_jax").parent.as_posix(), path.name
+        if name != "__init__.py" and room != "data/forms":
+            assert f"| `{name}` |" in rooms[room.strip(".")], path
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs/reference/api.md").read_text()
+    named = " ".join(re.findall(r"^```{api} (.+)$", page, re.M)).split()
+    assert set(vit_jax.__all__) <= set(named)
+
+
+def test_the_readme_is_short():
+    """What it names, CI may run."""
+    assert len(README.splitlines()) <= 150
+    assert make_targets(README) >= {"train", "test", "test-extras", "test-parity", "docs"}
 
 
 def test_the_notebook_snippet_runs(tiny_run, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import DIGITS, ROOT, TINY, fails
+from conftest import DIGITS, ROOT, TINY, fails, write_config
 
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
@@ -78,11 +78,7 @@ def test_mistakes_about_the_config_file(capsys, tmp_path):
     assert "get_config" in fails(capsys, "train", f"--config={nothing}:arg", workdir)
     err = fails(capsys, "train", f"--config={DIGITS}", f"--workdir={nothing}", *TINY)
     assert "is a file" in err
-    unknown = tmp_path / "unknown.py"
-    unknown.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config():\n    return ConfigDict({'batchsize': 3})\n"
-    )
+    unknown = write_config(tmp_path / "unknown.py", "batchsize=3")
     err = fails(capsys, "train", f"--config={unknown}", workdir)
     assert "unknown config key batchsize; did you mean 'batch_size'" in err
 
@@ -124,7 +120,7 @@ def test_another_config_does_not_resume(capsys, tiny_run):
     # What decides nothing about the result may differ.
     lines = (workdir / "metrics.jsonl").read_text()
     capsys.readouterr()
-    assert main([*train, "--config.log.every=7", "--config.data.threads=1"]) == 0
+    assert main([*train, "--json", "--config.log.every=7", "--config.data.threads=1"]) == 0
     # It has finished, and is left alone.
     assert (workdir / "metrics.jsonl").read_text() == lines
     assert json.loads(capsys.readouterr().out)["test/accuracy"] == tiny_run[1]["test/accuracy"]
@@ -156,11 +152,12 @@ def test_a_changed_data_set_does_not_resume(capsys, tiny_run, tmp_path):
 
 def test_evaluate_prints_what_training_printed(capsys, tiny_run):
     workdir, result = tiny_run
-    assert main(["evaluate", f"--workdir={workdir}"]) == 0
+    assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["test/accuracy"] == result["test/accuracy"]
     assert printed["val/loss"] == pytest.approx(result["val/loss"], rel=1e-6)
     argv = ["evaluate", f"--model={workdir}", f"--config={DIGITS}", "--config.batch_size=16"]
+    argv.append("--json")
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["test/accuracy"] == result["test/accuracy"]
 
@@ -247,7 +244,7 @@ def test_from_a_folder_of_jpegs_to_a_prediction(photos, tmp_path, capsys):
 
     err = fails(capsys, "train", *flags, "--config.total_steps=20")
     assert "photos/train/blue/0.jpg is no readable image" in err
-    skip = ["--config.total_steps=20", "--config.data.on_corrupt=skip"]
+    skip = ["--json", "--config.total_steps=20", "--config.data.on_corrupt=skip"]
     assert main(["train", *flags[:1], f"--workdir={tmp_path / 'skip'}", *flags[2:], *skip]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["val/accuracy"] == 1.0 and results["val/corrupt"] == 0
@@ -278,7 +275,7 @@ def test_what_prepare_wrote_trains_like_the_folder(photos, tmp_path, capsys):
     for source in (f"folder:{photos}", told["source"]):
         run = tmp_path / source.partition(":")[0]
         flags = [f"--config={IMAGES},{source}", f"--workdir={run}", *SMALL]
-        assert main(["train", *flags, "--config.total_steps=20"]) == 0  # as above: one program
+        assert main(["train", *flags, "--json", "--config.total_steps=20"]) == 0  # one program
         results.append(json.loads(capsys.readouterr().out))
     for name in ("train/loss", "val/loss", "val/accuracy"):
         assert results[0][name] == results[1][name]

@@ -6,17 +6,19 @@ import pathlib
 import shutil
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT
 from flax import nnx
 from pages import check_command
+from tiny_models import as_float32, random_params
 
 import vit_jax
 from vit_jax.launch import launchers
 from vit_jax.launch.run import read_results
+from vit_jax.models.create import structure
+from vit_jax.models.variants import variant
 
 matplotlib.use("Agg")
 NOTEBOOKS = ROOT / "experiments" / "notebooks"
@@ -33,10 +35,9 @@ def cells(path):
 @pytest.fixture
 def photos_model(tmp_path):
     """A random model of 1,000 classes and RGB pictures, saved under timm's names."""
-    random = np.random.default_rng(0)
-    graphdef, state = nnx.split(vit_jax.create("mu/16", image_size=32, depth=2))
-    state = jax.tree.map(lambda x: jnp.asarray(0.1 * random.standard_normal(x.shape)), state)
-    vit_jax.save(nnx.merge(graphdef, state), tmp_path / "photos.safetensors", format="timm")
+    config = variant("mu/16", image_size=32, depth=2)
+    model = nnx.merge(structure(config)[0], as_float32(random_params(config)))
+    vit_jax.save(model, tmp_path / "photos.safetensors", format="timm")
     return tmp_path / "photos.safetensors"
 
 
@@ -102,7 +103,8 @@ def test_train_and_compare(tiny_run, monkeypatch, tmp_path, capsys):
     curves, answers = (plt.figure(number).axes for number in (1, 2))
     assert [len(axis.lines) for axis in curves] == [2, 2]
     model, examples = names["vit"], names["examples"]
-    logits = model.model(np.stack([model.preprocess(example["image"]) for example in examples]))
+    images = np.stack([model.preprocess(example["image"]) for example in examples])
+    logits = jax.jit(model.model)(images)
     for axis, example, answer in zip(answers, examples, logits.argmax(axis=1), strict=True):
         right = int(answer) == example["label"]
         assert axis.title.get_color() == ("black" if right else "red")

@@ -14,9 +14,7 @@ import test_recipes
 from conftest import without_training
 from flax.traverse_util import flatten_dict
 from test_recipes import (
-    HELD_OUT,
     SMALL,
-    SOURCES,
     SQUASHED,
     STEPS,
     WIDTHS,
@@ -26,19 +24,16 @@ from test_recipes import (
     recipe,
 )
 
-from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
-from vit_jax.data.sources import open_source
-from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models import variants as models
 from vit_jax.models.config import ResNetConfig
 from vit_jax.models.create import structure
 from vit_jax.models.variants import VARIANTS
-from vit_jax.training.config import Config, count_steps
+from vit_jax.training.config import Config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optim import is_kernel, make_schedule
-from vit_jax.training.plan import model_config
+from vit_jax.training.plan import count_steps, model_config
 
 folder, here = test_recipes.folder, test_recipes.here
 
@@ -240,19 +235,6 @@ def test_bits_images(argument, resized, size):
         check(config.data.val or config.data.test, **SQUASHED)
 
 
-@pytest.mark.parametrize("data", RULE)
-def test_bits_splits(data):
-    source, test = SOURCES[data]
-    parts = ("train", "validation") if data == "flowers" else ("train",)
-    dev, full = recipe(f"bit:R50x1,{data},dev").data, recipe(f"bit:R50x1,{data}").data
-    end = HELD_OUT[data]
-    assert dev.train.source == full.test.source == source
-    assert dev.train.split == "+".join(f"{part}[:{end}%]" for part in parts)
-    assert dev.val.split == "+".join(f"{part}[{end}%:]" for part in parts)
-    assert (full.train.split, full.test.split) == ("+".join(parts), test)
-    assert dev.test is None and full.val is None
-
-
 # Section 3.3: epochs, at whose ends the learning rate drops; images.
 UPSTREAM = {
     "imagenet": (90, (30, 60, 80), 1_268_355),
@@ -385,21 +367,6 @@ def test_ten_steps_of_bits_fine_tuning(here, trained, tmp_path):
     assert [line["train/lr"] for line in lines] == pytest.approx(rates, rel=1e-5)
     assert all(math.isfinite(value) for value in result.values())
     assert "test/accuracy" in result
-
-
-@pytest.mark.parametrize("spec", ["bit:R50x1,cifar100", "bit:R50x1,pets,dev", "bit:R26x1,pets,384"])
-def test_images_arrive_at_the_rules_size(spec, here):
-    config = recipe(spec)
-    size = model_config(config, None, 10).image_size
-    for split in filter(None, (config.data.train, config.data.val, config.data.test)):
-        read = BatchReader.of(open_source(split.source, split.split), split, Preprocess(size))
-        if split is config.data.train:
-            batches = train_batches(read, 4, start_step=0, stop_step=1)
-        else:
-            batches = eval_batches(read, 4)
-        with batches as images:
-            batch = next(images)
-        assert batch["image"].shape == (4, *size, 3) and batch["image"][0].std() > 10
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,10 @@ def test_configs_import_nothing_of_ours():
 def test_importing_the_package_starts_nothing():
     code = (
         "import sys, vit_jax; heavy = {'jax', 'grain', 'orbax', 'matplotlib', 'tensorflow'};"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
-        "vit_jax.ViT; vit_jax.VARIANTS; from jax._src import xla_bridge;"
+        "loaded = {*heavy, 'flax'} & set(sys.modules); assert not loaded, loaded;"
+        "assert {'create', 'load', 'ViT', 'ViTConfig', 'VARIANTS'} <= set(dir(vit_jax));"
+        "vit_jax.create, vit_jax.ViT, vit_jax.ViTConfig, vit_jax.VARIANTS;"
+        "from jax._src import xla_bridge;"
         "assert not xla_bridge._backends, 'a device was touched';"
         "heavy.remove('jax'); assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import DIGITS, ROOT, fails
+from conftest import DIGITS, ROOT, fails, write_config
 from etils import epath
 from flax import nnx
 
@@ -35,9 +35,9 @@ from vit_jax.models.create import structure
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.variants import variant
 from vit_jax.training import optim
-from vit_jax.training.config import Config, count_steps, differences, keys, unpack
+from vit_jax.training.config import Config, differences, keys, unpack
 from vit_jax.training.config_file import load_config
-from vit_jax.training.plan import model_config
+from vit_jax.training.plan import count_steps, model_config
 from vit_jax.writing import write_atomically
 
 
@@ -204,16 +204,11 @@ def test_help_and_version(capsys):
 
 def test_sides_are_read_whatever_the_file_has(tmp_path):
     for number, written in enumerate(("64", "(64, 64)", "[64, 64]", "None")):
-        file = tmp_path / f"c{number}.py"
-        file.write_text(
-            "from ml_collections import ConfigDict\n"
-            "def get_config():\n"
-            f"    model = dict(variant='mu/16', image_size={written}, patch_size={written})\n"
-            "    return ConfigDict(dict(batch_size=8, model=model))\n"
-        )
+        model = f"model=dict(variant='mu/16', image_size={written}, patch_size={written})"
+        file = write_config(tmp_path / f"c{number}.py", f"batch_size=8, {model}")
         for text in ("64,96", "(64, 96)", "[64,96]", "64x96", "32"):
             flags = [f"--config.model.{name}_size={text}" for name in ("image", "patch")]
-            model = model_config(load_config(str(file), flags), None, 2)
+            model = model_config(load_config(file, flags), None, 2)
             size = (32, 32) if text == "32" else (64, 96)
             assert model.image_size == model.patch_size == size, (written, text)
 

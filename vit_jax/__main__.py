@@ -18,7 +18,7 @@ import warnings
 
 from vit_jax import distributed
 from vit_jax.errors import Stopped, UserError, name_extra, sentence
-from vit_jax.flags import SLURM, fields, parse
+from vit_jax.flags import fields, parse
 from vit_jax.recipes import find, listing
 
 
@@ -160,12 +160,13 @@ def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs every point of a sweep file, or resumes a sweep that was stopped."""
-    from vit_jax.launch.launchers import make_launcher
+    from vit_jax.launch.jobs import options
+    from vit_jax.launch.launchers import LAUNCHERS, make_launcher
     from vit_jax.launch.run import failures, run_sweep
     from vit_jax.launch.sweep import load_sweep
 
-    options = {name: getattr(args, name) for name in ("jobs", *SLURM)}
-    launcher = make_launcher(args.launcher, **options)
+    names = {field.name for each in LAUNCHERS.values() for field in options(each)}
+    launcher = make_launcher(args.launcher, **{name: getattr(args, name) for name in names})
     failed = failures(run_sweep(load_sweep(args.file), args.workdir, launcher))
     if failed:
         raise UserError(failed)
@@ -176,6 +177,19 @@ def report(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.launch.page import write_report
 
     print(write_report(args.folders, args.out), end="")
+
+
+def config(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Shows the keys of a config with their values, or what keys mean."""
+    from vit_jax.training.reference import explained, is_key, lines, matching
+
+    if args.prefix is None and is_key(args.file):
+        if overrides:
+            raise UserError(f"{overrides[0]} is for a config file, but {args.file} is a key")
+        print(*map(explained, matching(args.file)), sep="\n")
+        return
+    for line in lines(args.file, overrides, args.prefix):
+        print(line)
 
 
 def configs(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -196,6 +210,7 @@ COMMANDS = {
         sweep,
         report,
         prepare,
+        config,
         configs,
     )
 }

@@ -6,11 +6,14 @@ import logging
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 
 import vit_jax
 from vit_jax import distributed
 from vit_jax.errors import UserError, nearest
+from vit_jax.launch.jobs import options
+from vit_jax.launch.launchers import LAUNCHERS
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -31,21 +34,6 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return os.path.expanduser(text)
-
-
-SLURM = {
-    "partition": (str, "NAME", "where to run"),
-    "nodes": (number(1), "N", "several are one run (default 1)"),
-    "tasks_per_node": (
-        number(1),
-        "N",
-        "processes (default: a GPU each on several nodes, otherwise 1)",
-    ),
-    "gpus_per_node": (str, "[KIND:]N", "such as 8 or a100:4"),
-    "cpus_per_task": (number(1), "N", "cores of a process"),
-    "time": (str, "LIMIT", "such as 8:00:00; a run that is longer is queued again"),
-    "sbatch": (str, "OPTIONS", 'more of sbatch, in quotes: --sbatch="--account=x --mem=8G"'),
-}
 
 
 def fields(pairs: list[str]) -> dict[str, object]:
@@ -149,12 +137,13 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     """Builds the parser of all commands; `--config.KEY=VALUE` flags are left over."""
     parser = argparse.ArgumentParser(prog="vit-jax", description=vit_jax.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"vit_jax {vit_jax.__version__}")
+    overrides = "--config.KEY=VALUE changes any key of the config (see `vit-jax config`)."
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
     command = commands.add_parser(
         "train",
         help=functions["train"].__doc__,
-        epilog="--config.KEY=VALUE changes any key of the config.",
+        epilog=overrides,
     )
     command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
     command.add_argument(
@@ -215,7 +204,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command = commands.add_parser(
         "data",
         help=functions["data"].__doc__,
-        epilog="--config.KEY=VALUE changes any key of the config.",
+        epilog=overrides,
     )
     command.add_argument(
         "spec", type=path, nargs="?", metavar="SPEC", help="such as folder:/data/pets"
@@ -235,7 +224,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command = commands.add_parser(
         "preflight",
         help=functions["preflight"].__doc__,
-        epilog="--config.KEY=VALUE changes any key of the config.",
+        epilog=overrides,
     )
     command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
     command.add_argument(
@@ -261,15 +250,13 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--launcher", default="local", help="local (default), slurm, or print commands"
     )
-    command.add_argument(
-        "--jobs",
-        type=number(1),
-        metavar="N",
-        help="how many at a time (default: local 1, slurm all)",
-    )
-    group = command.add_argument_group("slurm", "what one point gets; jobs outlive this command")
-    for name, (kind, metavar, what) in SLURM.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=what)
+    for name, launcher in LAUNCHERS.items():
+        group = command.add_argument_group(name, (launcher.__doc__ or "").partition("\n")[0])
+        for field in options(launcher):
+            whole = int in (field.type, *typing.get_args(field.type))
+            flag = f"--{field.name.replace('_', '-')}"
+            if flag not in command._option_string_actions:  # several launchers have --jobs
+                group.add_argument(flag, type=number(1) if whole else str, **field.metadata)
     command.set_defaults(function=functions["sweep"], takes_overrides=False)
 
     command = commands.add_parser("report", help=functions["report"].__doc__)
@@ -299,6 +286,16 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     ):
         command.add_argument(f"--{name}", type=kind, default=default, help=what)
     command.set_defaults(function=functions["prepare"], takes_overrides=False)
+
+    command = commands.add_parser("config", help=functions["config"].__doc__, epilog=overrides)
+    command.add_argument("file", metavar="FILE.py|NAME[:ARGUMENT]|KEY", help="a config, or a key")
+    command.add_argument(
+        "prefix",
+        nargs="?",
+        metavar="KEY",
+        help="what this key means, or all of a section, `optim.`",
+    )
+    command.set_defaults(function=functions["config"], takes_overrides=True)
 
     command = commands.add_parser("configs", help=functions["configs"].__doc__)
     command.set_defaults(function=functions["configs"], takes_overrides=False)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import fails
 from flax import nnx
+from tiny_models import as_float32, random_params
 
 import vit_jax
 from vit_jax.__main__ import main
@@ -28,6 +30,7 @@ from vit_jax.checkpoints.load import Loaded
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
+from vit_jax.models.create import structure
 
 # Nothing square and nothing equal, so that no two axes can be confused.
 GRID, PATCH = (3, 4), (4, 5)
@@ -181,12 +184,8 @@ def test_overlay_darkens_by_a_bilinear_map():
 @functools.cache
 def model_of(config, seed=0):
     """A model with random values, none of them a telling zero."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: vit_jax.create(config)))
-    random = np.random.default_rng(seed)
-    return nnx.merge(
-        graphdef,
-        jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32) * 0.4, params),
-    )
+    params = jax.tree.map(jnp.asarray, as_float32(random_params(config, seed)))
+    return nnx.merge(structure(config)[0], params)
 
 
 def loaded(config, model=None, **preprocess):
@@ -314,7 +313,7 @@ def test_what_attention_does_in_a_model(kind, monkeypatch):
     got = inspect_attention(vit, images)  # 2 images, then 1
 
     inputs = np.stack([vit.preprocess(image) for image in images])
-    weights = vit.model(inputs, capture="attention")[1]["attention"]
+    weights = jax.jit(lambda x: vit.model(x, capture="attention")[1]["attention"])(inputs)
     k, from_class_token = config.num_prefix_tokens, kind in ("token", "distilled", "both", "hybrid")
     place = (config.grid, k, from_class_token)
     tolerance = dict(rtol=0.05, atol=2e-3) if config.dtype == "bfloat16" else dict(rtol=1e-4)
@@ -332,16 +331,17 @@ def test_a_scan_or_a_loop_give_the_same():
     scanned = ViTConfig(**TINY, attention="auto")
     looped = ViTConfig(**TINY, attention="xla", scan=False)
     _, params = nnx.split(model_of(scanned))
-    again = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: vit_jax.create(looped))), params)
+    again = nnx.merge(structure(looped)[0], params)
     one = inspect_attention(loaded(scanned), images)
     other = inspect_attention(loaded(looped, again), images)
     for name in ("images", "distance", "maps", "rollout"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-5)
 
 
-@pytest.fixture
-def files(tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
     """Models saved, and image files, two of one name."""
+    tmp_path = tmp_path_factory.mktemp("files")
     configs = {"vit": ViTConfig(**TINY), "resnet": RESNET}
     configs |= {"none": ViTConfig(**TINY, position="none"), "hybrid": ViTConfig(**HYBRID)}
     configs["relative"] = ViTConfig(**TINY, position="relative")
@@ -374,37 +374,25 @@ PICTURES = {
         WEIGHTS | ONE | TWO,
         "",
     ),
-    "images first": (["vit", "cat.jpg", "--pictures", "OUT"], WEIGHTS | ONE, ""),
-    "hybrid": (["hybrid", "cat.jpg", "--pictures=OUT"], WEIGHTS | ONE, ""),
+    "images first": (["hybrid", "cat.jpg", "--pictures", "OUT"], WEIGHTS | ONE, ""),
     "resnet": (["resnet", "--pictures=OUT", "cat.jpg"], {"filters.png"}, "ResNet has neither"),
-    "no positions": (
-        ["none", "--pictures=OUT", "cat.jpg"],
-        {"filters.png", *ONE},
-        "there is no positions.png",
-    ),
+    "no positions": (["none", "--pictures=OUT"], {"filters.png"}, "there is no positions.png"),
     "relative": (["relative", "--pictures=OUT"], {"filters.png"}, "are of offsets, not of places"),
 }
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_the_command_draws_just_these(name, files, capsys, monkeypatch):
+def test_the_command_draws_just_these(name, files, tmp_path, capsys, monkeypatch):
     (model, *rest), wanted, note = PICTURES[name]
     monkeypatch.chdir(files)
-    rest = [arg.replace("OUT", "new/pictures") for arg in rest]
+    out = tmp_path / "new" / "pictures"
+    rest = [arg.replace("OUT", str(out)) for arg in rest]
     assert main(["inspect", f"{model}.safetensors", *rest]) == 0
-    assert drawn(files / "new" / "pictures") == wanted
+    assert drawn(out) == wanted
     lines = capsys.readouterr().out.splitlines()
     notes = [line for line in lines if line.startswith("note: ")]
-    assert set(lines) - set(notes) == {f"new/pictures/{name}" for name in wanted}
+    assert set(lines) - set(notes) == {f"{out}/{name}" for name in wanted}
     assert len(notes) == bool(note) and (not notes or note in notes[0])
-
-
-def fails(capsys, *argv):
-    """Runs a command that is a user's mistake; returns its one line."""
-    assert main(list(argv)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_mistakes_about_pictures(files, capsys, monkeypatch):

@@ -235,16 +235,20 @@ def test_a_file_that_unpacks_to_more_than_weights_do(tmp_path):
     refused(path, "extra", megabytes=8)
 
 
-def test_members_that_share_their_bytes(tmp_path):
-    """A few bytes that many members are made of, each of them honest about its size."""
+@pytest.mark.parametrize("count, message", [(200, None), (10, "weights do not compress like that")])
+def test_members_that_share_their_bytes(count, message, tmp_path):
+    """A few bytes that many members are made of, each of them honest about its size.
+
+    Ten are too few to be more than weights unpack to: together they are longer than the file.
+    """
     raw = zip_of([("a.npy", npy(np.zeros(1 << 18, np.float32)))])
     start, end = raw.index(b"PK\x01\x02"), raw.index(b"PK\x05\x06")
-    members = [raw[start:end].replace(b"a.npy", f"{i:05}".encode()) for i in range(200)]
+    members = (raw[start:end].replace(b"a.npy", b"%05d" % i) for i in range(count))
     directory = b"".join(members)
-    tail = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 200, 200, len(directory), start, 0)
+    tail = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, len(directory), start, 0)
     path = tmp_path / "x.npz"
     path.write_bytes(raw[:start] + directory + tail)
-    refused(path)
+    refused(path, message)
 
 
 def test_two_arrays_of_one_name(tmp_path):
@@ -408,8 +412,6 @@ ENTRIES = {
 }
 ENTRIES["shape"] += [8, None, [2**32, 2**32, 8], ["1", "1", "8"], [[1, 1, 8]]]
 ENTRIES["data_offsets"] += [["0", "32"], [0, 2**64 - 1]]
-ENTRIES["shape"] += [[2**32, 2**32, 8], ["1", "1", "8"], [[1, 1, 8]]]
-ENTRIES["data_offsets"] += [[0, 2**64 - 1], [64, 96]]
 
 
 def test_an_entry_that_lies_or_is_no_weights(tmp_path):
@@ -616,6 +618,9 @@ def test_an_index_that_names_other_files(tmp_path):
     ):
         index.write_text(json.dumps({"weight_map": {**weight_map, "classifier.bias": name}}))
         assert "classifier" not in refused(path)
+    outside = weight_map | {"classifier.bias": "../secret.safetensors"}
+    index.write_text(json.dumps({"weight_map": outside}))
+    refused(path, "names files outside of its folder")
     for content in ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": "x"}):
         index.write_text(json.dumps(content))
         refused(path, "has no weight_map")
@@ -926,28 +931,6 @@ def test_many_changed_files_are_refused_or_read_right(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{dict(outcomes)}")
     assert outcomes["loaded"] > 1000 < outcomes["refused"]
-
-
-def test_a_few_members_that_share_their_bytes(tmp_path):
-    """Too few to be more than weights unpack to: together they are longer than the file."""
-    raw = zip_of([("a.npy", npy(np.zeros(1 << 18, np.float32)))])
-    start, end = raw.index(b"PK\x01\x02"), raw.index(b"PK\x05\x06")
-    members = (raw[start:end].replace(b"a.npy", b"%d.npy" % i) for i in range(10))
-    directory = b"".join(members)
-    tail = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 10, 10, len(directory), start, 0)
-    path = tmp_path / "x.npz"
-    path.write_bytes(raw[:start] + directory + tail)
-    refused(path, "weights do not compress like that")
-
-
-def test_a_shard_outside_of_the_folder_of_its_index(tmp_path):
-    path = tmp_path / "in"
-    EXAMPLES["hf sharded"].write(path)
-    index = path / "model.safetensors.index.json"
-    (path / "model-00002-of-00003.safetensors").rename(tmp_path / "outside.safetensors")
-    text = index.read_text().replace("model-00002-of-00003.safetensors", "../outside.safetensors")
-    index.write_text(text)
-    refused(path, "names files outside of its folder")
 
 
 def test_a_bit_of_a_large_array_that_is_another(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pyarrow
 import pytest
-from conftest import DIGITS
+from conftest import DIGITS, fails
 from made import noise, packed, refused, saved, tree, turned, written, zipped
 
 from vit_jax.__main__ import main
@@ -376,8 +376,7 @@ def test_classes_of_a_model_are_said(pets, whole, capsys, monkeypatch):
     card = types.SimpleNamespace(labels=("cat", "wolf", "fox"))
     model = types.SimpleNamespace(card=card)
     monkeypatch.setattr("vit_jax.analysis.data.open_model", lambda path: model)
-    assert main(["data", f"folder:{pets}", "--model=somewhere"]) == 2
-    error = capsys.readouterr().err
+    error = fails(capsys, "data", f"folder:{pets}", "--model=somewhere")
     assert f"all (folder:{pets}): has 2 classes" in error and "knows no 'dog'" in error
 
 
@@ -393,9 +392,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys):
         ([f"--config={DIGITS}", "--split=tset"], "has no data.tset; did you mean 'test'"),
         (["digits", "--split=val", f"--pictures={DIGITS}"], "is a file; expected a folder"),
     ]:
-        assert main(["data", *flags]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and message in err and err.count("\n") == 1
+        assert message in fails(capsys, "data", *flags)
 
 
 # --------------------------------------------------------------------------------------- pictures

@@ -64,7 +64,7 @@ def test_patches_of_a_model_whose_blocks_add_nothing(after):
         branch.kernel[...] = jnp.zeros_like(branch.kernel[...])
         branch.bias[...] = jnp.zeros_like(branch.bias[...])
     images = pictures(config)
-    found = np.asarray(model.dense(images))
+    found = np.asarray(jax.jit(model.dense)(images))
     kernel = np.asarray(model.patch_embed.kernel[...], np.float64)
     for row in range(3):
         for column in range(4):
@@ -96,7 +96,7 @@ def test_a_resnet_has_its_feature_map():
 def test_dense_features_at_another_resolution(tiny_run):
     vit = vit_jax.load(tiny_run[0], image_size=(12, 20))
     image = np.random.default_rng(0).integers(0, 256, (31, 17, 1), np.uint8)
-    found = vit.model.dense(vit.preprocess(image)[None])
+    found = jax.jit(vit.model.dense)(vit.preprocess(image)[None])
     assert found.shape == (1, 6, 10, 16) and np.isfinite(found).all()
     with pytest.raises(UserError, match="do not fit a model made for"):
         vit.model.dense(vit_jax.load(tiny_run[0]).preprocess(image)[None])

@@ -6,32 +6,23 @@ import numpy as np
 import pytest
 from conftest import fake_mesh
 from flax import nnx
+from tiny_models import as_float32, random_images, random_params
 
 from vit_jax import compiler
 from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.create import init_params, structure
+from vit_jax.models.create import structure
 from vit_jax.models.layers import folded
+from vit_jax.models.vit import ViT
 
 GPU = fake_mesh("gpu")
-SIZES = dict(image_size=8, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=24, num_classes=5)
+SIZES = dict(image_size=8, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=24, num_classes=5)
 
 
-def random_params(config):
-    """None is 0 or 1, so that nothing is left out unseen."""
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return jax.tree.map(
-        lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), init_params(config, 0)
-    )
-
-
-def images_of(config):
-    return jax.random.normal(jax.random.key(2), (3, *config.image_size, 3))
-
-
-def both(config, function):
-    """What a function of (model, images) gives and its gradient, traced for a CPU and for a GPU."""
-    graphdef, images, params = structure(config)[0], images_of(config), random_params(config)
+def computed(config, function, mesh=None):
+    """What a function of (model, images) gives and its gradient, traced for a mesh's devices."""
+    graphdef = structure(config)[0]
+    images = as_float32(random_images(config, 3))
 
     def run(params):
         out = function(nnx.merge(graphdef, params), images)
@@ -39,7 +30,9 @@ def both(config, function):
         return jnp.sum(out * weights), out
 
     grad = jax.value_and_grad(run, has_aux=True)
-    return jax.jit(grad)(params), jax.jit(compiler.traced_for(GPU, grad))(params)
+    return jax.jit(compiler.traced_for(mesh, grad) if mesh else grad)(
+        as_float32(random_params(config))
+    )
 
 
 def assert_alike(found, wanted, rtol):
@@ -61,13 +54,13 @@ def assert_alike(found, wanted, rtol):
 )
 def test_logits_and_gradients_are_those_of_a_cpu(fields):
     config = ViTConfig(attention="xla", **SIZES | fields)
-    on_cpu, on_gpu = both(config, lambda model, images: model(images))
+    on_cpu, on_gpu = (computed(config, ViT.__call__, mesh) for mesh in (None, GPU))
     assert_alike(on_gpu, on_cpu, 2e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_folded_blocks_have_norms_that_do_nothing(bias):
-    blocks = random_params(ViTConfig(layer_scale=0.5, qkv_bias=bias, **SIZES))["blocks"]
+    blocks = as_float32(random_params(ViTConfig(layer_scale=0.5, qkv_bias=bias, **SIZES)))["blocks"]
     found = jax.vmap(folded)(blocks)
     for name in ("scale1", "scale2"):
         np.testing.assert_array_equal(found[name], 1)
@@ -145,13 +138,13 @@ def test_an_odd_number_of_tokens_is_padded_and_nobody_sees_it(fields, padded, mo
 
     def outputs(model, images):
         logits, captured = model(images, capture=("tokens", "attention", "encoded"))
-        assert captured["attention"].shape == (3, 3, 2, real, real)
+        assert captured["attention"].shape == (2, 3, 2, real, real)
         return jnp.concatenate([logits.ravel(), *(x.ravel() for x in captured.values())])
 
-    wanted = both(config, outputs)[0]
+    wanted = computed(config, outputs)
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     for module in (layers, attention):
         monkeypatch.setattr(module, "backend_of", lambda config: "cudnn")
-    assert_alike(both(config, outputs)[1], wanted, 2e-5)
+    assert_alike(computed(config, outputs, GPU), wanted, 2e-5)
     names = ("query_seq_lengths", "key_value_seq_lengths") if padded else ()
     assert seen == {("cudnn", real + padded, names)}

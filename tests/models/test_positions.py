@@ -1,7 +1,6 @@
 """Tables of positions: what they add up to, where they start, and how they are resized."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from tiny_models import as_float32, random_images, random_params
 
 from vit_jax.errors import UserError
 from vit_jax.models import positions
@@ -22,20 +22,13 @@ TINY = dict(
 GRID, N = (3, 4), 12
 
 
-def random_params(config, seed=0):
-    """The model's structure, and values for its parameters, none of them a telling zero."""
-    graphdef, shapes = structure(config)
-    random = np.random.default_rng(seed)
-    return graphdef, jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.6, jnp.float32), shapes
-    )
+def model_of(config, params):
+    return nnx.merge(structure(config)[0], as_float32(params))
 
 
 def added(config, **tables):
     """What a model adds to its tokens, of these tables."""
-    graphdef, params = random_params(config)
-    params |= {name: jnp.asarray(table, jnp.float32) for name, table in tables.items()}
-    return np.asarray(nnx.merge(graphdef, params).positions())
+    return np.asarray(model_of(config, random_params(config) | tables).positions())
 
 
 @pytest.mark.parametrize("n, prefix", [(5, 0), (4, 3), (1, 1)])
@@ -54,11 +47,11 @@ def test_relative_logits_equal_loops_over_queries_and_keys(n, prefix):
 @pytest.mark.parametrize("position", ["learned2d", "learned2d_added"])
 def test_one_table_adds_what_two_do(position):
     config = ViTConfig(**TINY, registers=2, position=position, position_prefix=1)
-    graphdef, params = random_params(config)
-    tables = {name: np.asarray(params[name]) for name in positions.table_shapes(config)}
+    params = random_params(config)
+    tables = {name: np.asarray(params[name], np.float32) for name in positions.table_shapes(config)}
     table = positions.one_table(tables, config)
     plain = added(dataclasses.replace(config, position="learned"), pos_embed=table)
-    np.testing.assert_array_equal(nnx.merge(graphdef, params).positions(), plain)
+    np.testing.assert_array_equal(model_of(config, params).positions(), plain)
     assert plain.shape == (3 + N, 8) and not plain[1:3].any()  # tokens without a row
 
 
@@ -88,10 +81,9 @@ def logits(config, params, images):
 def test_models_that_must_be_equal_are(one, other, zero):
     # Pooled by the mean: a class token's own attention has no bias.
     one, other = (ViTConfig(**TINY, pool="gap", **fields) for fields in (one, other))
-    params = random_params(one)[1]
-    images = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12, 20, 3)), jnp.float32)
+    params, images = as_float32(random_params(one)), as_float32(random_images(one))
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def both(params, fewer, images):
         return logits(one, params, images), logits(other, fewer, images)
 

@@ -74,12 +74,14 @@ def test_two_processes_are_one_run_that_one_and_then_two_go_on_with(
 ):
     """They stop at one step, whichever of them is told to."""
     alone, workdir = tiny_run[0], tmp_path / "run"
+    timed = ["--config.checkpoint.every_minutes=0.003", "--config.checkpoint.keep=9"]
     (_, err), (silent, other) = finish(
-        start(2, "--config.eval.every=0", devices=2, dies={1: (SIGTERM, "step", 10)}), 143
+        start(2, "--config.eval.every=0", *timed, devices=2, dies={1: (SIGTERM, "step", 10)}), 143
     )
     other = other.splitlines()[-1]
     assert err.splitlines()[-1] == other and "step" not in silent
-    saved = int(re.fullmatch(r"stopped by SIGTERM after saving step (\d+) of 24", other)[1])
+    saved = int(re.fullmatch(r"stopped by SIGTERM after saving step (\d+) of 24; .*", other)[1])
+    assert {1, 4, 8, saved} <= {*Store(workdir).steps()}  # the first by the clock
     assert Store(workdir).newest() == saved and 10 <= saved < 24
     assert logged(workdir)[-1]["step"] == saved - saved % 3
     table = re.findall(r"^process (\d) of 2: \S+, pid \d+, 2 x cpu, ids", err, re.MULTILINE)
@@ -96,7 +98,7 @@ def test_two_processes_are_one_run_that_one_and_then_two_go_on_with(
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    (out, err), (silent, other) = finish(start(2, devices=2))
+    (out, err), (silent, other) = finish(start(2, "--json", devices=2))
     assert f"{largest} does not match its checksum" in err and "at step 20 of 24" in err
     assert json_of(out)["test/accuracy"] == logged(workdir)[-1]["test/accuracy"]
     assert "step" not in silent + other

@@ -8,10 +8,11 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DIGITS, TINY
+from conftest import DIGITS, TINY, fails, write_config
+from tiny_models import as_float32, random_params
+from tiny_models import run as run_model
 
 import vit_jax
 from vit_jax.__main__ import main
@@ -73,7 +74,7 @@ def reference(workdir, split):
     vit = vit_jax.load(workdir)
     source = open_source("digits", split)
     images = np.stack([vit.preprocess(source[i]["image"]) for i in range(len(source))])
-    _, captured = vit.model(jnp.asarray(images), capture="pre_logits")
+    _, captured = jax.jit(lambda images: vit.model(images, capture="pre_logits"))(images)
     labels = np.array([source[i]["label"] for i in range(len(source))], np.int32)
     return Features(np.asarray(captured["pre_logits"]), labels)
 
@@ -105,7 +106,7 @@ def test_features_of_every_example_in_order(run, features, devices, batch_size):
 
 def test_the_same_in_training_in_evaluate_and_written_out(run, features, capsys):
     workdir, result = run
-    assert main(["evaluate", f"--workdir={workdir}"]) == 0
+    assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     found = {name: value for name, value in result.items() if name.split("/")[0] in NAMES}
     assert {name.split("/")[0] for name in found} == set(NAMES)
@@ -184,31 +185,21 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(name, tmp_path, capsys, run):
     section, message = MISTAKES[name]
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from ml_collections import ConfigDict\ndef get_config():\n"
-        f"    return ConfigDict(dict(batch_size=64, eval=dict(evaluators=dict({section}))))\n"
-    )
-    assert main(["evaluate", f"--model={run[0]}", f"--config={path}"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    values = f"batch_size=64, eval=dict(evaluators=dict({section}))"
+    path = write_config(tmp_path / "config.py", values)
+    error = fails(capsys, "evaluate", f"--model={run[0]}", f"--config={path}")
     assert pytest.RaisesExc(ValueError, match=message).matches(ValueError(error)), error
 
 
 def test_a_config_that_only_evaluates(tmp_path, capsys, run):
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from ml_collections import ConfigDict\ndef get_config():\n"
-        "    test = dict(source='digits', split='test')\n"
-        "    return ConfigDict(dict(batch_size=64, data=dict(test=test)))\n"
-    )
-    assert main(["evaluate", f"--model={run[0]}", f"--config={path}"]) == 0
+    values = "batch_size=64, data=dict(test=dict(source='digits', split='test'))"
+    path = write_config(tmp_path / "config.py", values)
+    assert main(["evaluate", f"--model={run[0]}", f"--config={path}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test/accuracy"] == run[1]["test/accuracy"]
-    assert main(["train", f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 2
-    assert "data.train is not set: this config can evaluate" in capsys.readouterr().err
+    error = fails(capsys, "train", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert "data.train is not set: this config can evaluate" in error
     nothing = ["evaluate", f"--model={run[0]}", f"--config={path}", "--config.data.test=None"]
-    assert main(nothing) == 2
-    assert "nothing to evaluate" in capsys.readouterr().err
+    assert "nothing to evaluate" in fails(capsys, *nothing)
 
 
 def test_a_model_without_a_head_has_features(run, tmp_path):
@@ -229,22 +220,15 @@ def test_several_labels_an_image_against_numpy():
         image_size=(4, 4), patch_size=(4, 4), in_channels=1, width=8, depth=1, mlp_dim=8,
         num_heads=1, num_classes=7,
     )  # fmt: skip
-    vit = vit_jax.create(config, seed=3)
-    rng = np.random.default_rng(0)
-    vit.head.kernel[...] = jnp.asarray(rng.normal(size=(8, 7)), jnp.float32)
-    vit.head.bias[...] = jnp.asarray(rng.normal(size=7), jnp.float32)
-    from flax import nnx
-
-    graphdef, _ = structure(config)
-    params = nnx.to_pure_dict(nnx.state(vit))
+    rng, graphdef, params = np.random.default_rng(0), structure(config)[0], random_params(config)
     images = rng.integers(0, 256, (64, 4, 4, 1), np.uint8)
     labels = (rng.random((64, 7)) < 0.25).astype(np.float32)
     mask = rng.random(64) < 0.8
     preprocess = vit_jax.data.transforms.Preprocess((4, 4), 1)
     step = jax.jit(make_eval_step(graphdef, preprocess, num_classes=7, objective="sigmoid"))
-    found = step(params, {"image": images, "label": labels, "mask": mask})
+    found = step(as_float32(params), {"image": images, "label": labels, "mask": mask})
 
-    logits = np.asarray(vit(preprocess.normalise(images)), np.float64)
+    logits = np.asarray(run_model(config, params, preprocess.normalise(images)), np.float64)
     assert (labels.sum(axis=1) == 0).any() and (labels.sum(axis=1) > 1).any()
     count = accuracy = top5 = loss = 0
     for row, right, real in zip(logits, labels, mask, strict=True):

@@ -11,6 +11,7 @@ import pytest
 from conftest import DIGITS, ROOT
 from flax import nnx
 from jax import jit
+from tiny_models import as_float32, random_params
 
 import vit_jax
 from vit_jax.analysis.cost import flops_per_image
@@ -58,13 +59,7 @@ BATCH = 16
 def model_of(objective="masked_small"):
     """The config and parameters without telling zeros."""
     config = dataclasses.replace(CONFIG, patch_outputs=OUTPUTS[objective])
-    random = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        noise = random.normal(size=leaf.shape) * 0.25
-        return (noise + (path[-1].key == "scale")).astype(np.float32)
-
-    return config, jax.tree_util.tree_map_with_path(draw, structure(config)[1])
+    return config, as_float32(random_params(config))
 
 
 def images(seed=0, dtype=np.uint8):
@@ -212,19 +207,8 @@ def test_predictions_against_a_sequence_written_out():
     patches = np.asarray(jit(model.patch_embed)(inputs))
     mask = params["mask_token"][0, 0]
     p, q = patches
-    rows = np.stack(
-        [
-            [
-                mask,
-                p[3],
-                p[2],
-                p[3],
-                p[4],
-                p[5],
-            ],  # masked; replaced by 3; then not corrupted, or kept
-            [q[0], q[1], mask, mask, q[4], q[0]],
-        ]
-    )
+    masked = [mask, p[3], p[2], p[3], p[4], p[5]]  # or replaced by 3; or not corrupted, or kept
+    rows = np.stack([masked, [q[0], q[1], mask, mask, q[4], q[0]]])
     class_token = np.broadcast_to(params["cls_token"], (2, 1, 16))
     x = np.concatenate([class_token, rows], axis=1) + params["pos_embed"]
     x = jit(lambda x: model.norm(model.encode(x, None, Captures())))(x)
@@ -340,7 +324,6 @@ def test_padding_does_not_count_and_a_gradient_reaches_what_is_learned():
     "objective, accumulate, sizes",
     [
         ("masked_small", 1, dict(data=2, fsdp=2, tensor=2)),
-        ("masked_pixels", 1, dict(data=8)),
         ("masked_colour", 2, dict(data=2, fsdp=4)),
     ],
 )

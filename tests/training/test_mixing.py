@@ -10,6 +10,7 @@ import optax
 import pytest
 import scipy.integrate
 import scipy.stats
+from tiny_models import as_float32, random_params
 
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -35,8 +36,8 @@ def mixed(ours, partners, mixing):
     return np.asarray(jax.jit(mix_images)(jnp.array(ours), jnp.array(partners), arrays))
 
 
-def images(b, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (b, *SIZE, 3)).astype(np.float32)
+def images(b, seed=0, size=SIZE):
+    return np.random.default_rng(seed).uniform(-1, 1, (b, *size, 3)).astype(np.float32)
 
 
 def test_mixup_is_a_blend_with_the_image_before():
@@ -51,11 +52,16 @@ def test_mixup_is_a_blend_with_the_image_before():
     np.testing.assert_allclose(found, share * ours + (1 - share) * partners, atol=1e-6)
 
 
+@functools.cache
+def boxes():
+    """Cutmix of 4000 images of 224 x 224."""
+    return drawn(Augment(cutmix=1.0, per_image=True), 4000, 1, (224, 224))
+
+
 def test_cutmix_sets_a_box_in_and_counts_its_pixels():
-    mixing = drawn(Augment(cutmix=1.0, per_image=True), b=64)
-    ours, partners = images(64), images(64, seed=1)
+    mixing = {name: x[:8] for name, x in boxes().items()}
+    ours, partners = (images(8, seed, (224, 224)) for seed in (0, 1))
     found = mixed(ours, partners, mixing)
-    assert len({tuple(box) for box in mixing["box"].tolist()}) > 50
     for i, (top, left, bottom, right) in enumerate(mixing["box"]):
         expected = ours[i].copy()
         expected[top:bottom, left:right] = partners[i, top:bottom, left:right]
@@ -64,8 +70,7 @@ def test_cutmix_sets_a_box_in_and_counts_its_pixels():
         np.testing.assert_allclose(mixing["share"][i], kept, atol=1e-6)
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.8])
-def test_the_weights_of_mixup_are_those_of_beta(alpha):
+def test_the_weights_of_mixup_are_those_of_beta(alpha=0.2):
     shares = drawn(Augment(mixup=alpha, per_image=True), b=4000)["share"]
     assert shares.min() >= 0.5
 
@@ -81,7 +86,7 @@ def test_the_weights_of_mixup_are_those_of_beta(alpha):
 
 def test_the_boxes_of_cutmix_have_the_area_that_is_left():
     """Where the box is not cut off by the border, its area is 1 - Beta(1, 1): uniform."""
-    box = drawn(Augment(cutmix=1.0, per_image=True), 4000, 1, (224, 224))["box"]
+    box = boxes()["box"]
     inside = (box[:, :2] > 0).all(1) & (box[:, 2:] < 224).all(1)
     sides = box[:, 2:] - box[:, :2]
     # A box of side s stays inside with probability (1 - s)^2, where s = sqrt(area).
@@ -93,19 +98,11 @@ def test_the_boxes_of_cutmix_have_the_area_that_is_left():
     assert (sides[inside, 0] == sides[inside, 1]).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_both_together_take_turns(share):
-    augment = Augment(mixup=0.8, cutmix=1.0, cutmix_share=share, per_image=True)
-    mixing = drawn(augment, b=2000)
+def test_both_together_take_turns():
+    mixing = drawn(Augment(mixup=0.8, cutmix=1.0, cutmix_share=0.3, per_image=True), b=2000)
     blended = mixing["blend"] < 1
-    assert abs(blended.mean() - (1 - share)) < 0.04
+    assert abs(blended.mean() - 0.7) < 0.04
     assert not mixing["box"][blended].any()
-
-
-def test_a_batch_has_one_mixing_unless_told_otherwise():
-    mixing = drawn(Augment(mixup=0.8, cutmix=1.0), b=6, seed=3)
-    for leaf in jax.tree.leaves(mixing):
-        assert (leaf == leaf[:1]).all()
 
 
 CONFIG = ViTConfig(
@@ -116,10 +113,11 @@ CONFIG = ViTConfig(
 @functools.cache
 def step_on(mesh, augment, accumulate=1):
     """The metrics of one step, and the program that made them."""
-    optim = OptimConfig(1e-2)
+    optim = OptimConfig(1e-2, name="sgd")
     optimizer = make_optimizer(optim, lambda step: 1e-2)
     abstract = abstract_state(CONFIG, optimizer, ema=False, mesh=mesh)
-    state = make_state(abstract, CONFIG, optimizer, seed=0)
+    params = as_float32(random_params(CONFIG))
+    state = make_state(abstract, CONFIG, optimizer, seed=0, params=params)
     random = np.random.default_rng(0)
     batch = {
         "image": random.integers(0, 256, (16, *SIZE, 3), np.uint8),
@@ -142,33 +140,21 @@ def step_on(mesh, augment, accumulate=1):
 
 
 ONE = make_mesh(MeshConfig(), jax.devices()[:1])
-AUGMENTS = {
-    "mixup": Augment(mixup=0.2),
-    "both": Augment(mixup=0.8, cutmix=1.0, per_image=True, label_smoothing=0.1),
-}
+EIGHT = make_mesh(MeshConfig(data=8))
+BOTH = Augment(mixup=0.8, cutmix=1.0, per_image=True, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize(
-    "name, mesh, accumulate",
-    [("mixup", ONE, 4), ("both", make_mesh(MeshConfig(data=1, fsdp=8)), 2)],
-    ids=["micro-batches", "fsdp and micro-batches"],
-)
-def test_mesh_and_micro_batches_do_not_change_what_is_mixed(name, mesh, accumulate):
-    expected, _ = step_on(ONE, AUGMENTS[name])
-    found, _ = step_on(mesh, AUGMENTS[name], accumulate)
+def test_mesh_and_micro_batches_do_not_change_what_is_mixed():
+    expected, _ = step_on(ONE, BOTH)
+    found, _ = step_on(EIGHT, BOTH, 2)
+    plain, _ = step_on(ONE, Augment())
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(found[key], expected[key], rtol=2e-5)
-
-
-def test_mixing_changes_the_gradient():
-    # The loss of a fresh model, whose head is zero, is always log(5).
-    augments = (Augment(), *AUGMENTS.values())
-    norms = {float(step_on(ONE, augment)[0]["grad_norm"]) for augment in augments}
-    assert len(norms) == 3
+        assert abs(expected[key] / plain[key] - 1) > 1e-2
 
 
 def test_no_device_sees_all_images():
-    _, text = step_on(make_mesh(MeshConfig(data=8)), AUGMENTS["both"])
+    _, text = step_on(EIGHT, BOTH, 2)
     assert "collective-permute" in text
     gathered = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather", text)
     assert not any(int(np.prod([int(n) for n in dims.split(",")])) > 500 for dims in gathered)
@@ -187,17 +173,13 @@ def test_settings_that_cannot_be_are_refused(fields, message):
         Augment(**fields)
 
 
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_labels_are_mixed_as_their_images_are(kind, monkeypatch):
+def test_labels_are_mixed_as_their_images_are(monkeypatch):
     """Each image is full in the channel of its label: mixed, its means are what it should be."""
     monkeypatch.setitem(LOSSES, "apart", lambda found, wanted: jnp.abs(found - wanted).sum(-1))
     monkeypatch.setattr(steps, "merged", lambda *_: lambda x, **_: x.mean(axis=(1, 2)))
-    batch = {
-        "image": np.uint8(255)
-        * np.eye(5, dtype=np.uint8)[:, None, None].repeat(12, 1).repeat(20, 2),
-        "label": np.arange(5, dtype=np.int32),
-        "mask": np.ones(5, bool),
-    }
+    label = np.tile(np.arange(5, dtype=np.int32), 4)
+    full = np.uint8(255) * np.eye(5, dtype=np.uint8)[label, None, None]
+    batch = {"image": full.repeat(12, 1).repeat(20, 2), "label": label, "mask": np.ones(20, bool)}
     step = make_train_step(
         structure(CONFIG)[0],
         optax.identity(),
@@ -205,7 +187,7 @@ def test_labels_are_mixed_as_their_images_are(kind, monkeypatch):
         Preprocess(SIZE, in_channels=5, mean=0.0, std=1.0),
         num_classes=5,
         objective="apart",
-        augment=Augment(**{kind: 1.0}, per_image=True),
+        augment=Augment(mixup=1.0, cutmix=1.0, per_image=True),
     )
     state = TrainState(jnp.int32(0), {"unused": jnp.zeros(2)}, (), None)
-    assert float(step(state, jax.tree.map(jnp.asarray, batch))[1]["loss"]) < 1e-5
+    assert float(jax.jit(step)(state, batch)[1]["loss"]) < 1e-5

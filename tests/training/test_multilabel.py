@@ -113,7 +113,8 @@ def readable(split):
 def expected(workdir):
     """val's metrics in float64, by other libraries, of one image after another."""
     vit, examples = vit_jax.load(workdir), readable("val")
-    logits = np.asarray(vit.model(np.stack([vit.preprocess(x["image"]) for x in examples])))
+    images = np.stack([vit.preprocess(x["image"]) for x in examples])
+    logits = np.asarray(jax.jit(vit.model)(images))
     labels = np.array([[c in x["label"] for c in range(4)] for x in examples])
     some = labels.any(axis=1)
     assert 0 < some.sum() < len(some)
@@ -286,7 +287,7 @@ def test_the_loss_of_mixed_images(run):
     mixed = card.preprocess.normalise(pixels.astype(np.float32))
     mixed = s * mixed + (1 - s) * np.roll(mixed, 1, 0)
     model = nnx.merge(structure(card.config)[0], params)
-    logits = np.asarray(model(jnp.asarray(mixed, jnp.float32)), np.float64)
+    logits = np.asarray(jax.jit(model)(jnp.float32(mixed)), np.float64)
     targets = share[:, None] * label + (1 - share[:, None]) * partner["label"]
     targets = 0.9 * targets + 0.1 / 4
     losses = (np.logaddexp(0, logits) - targets * logits).sum(axis=1)

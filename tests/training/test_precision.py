@@ -17,10 +17,13 @@ from vit_jax.training.state import make_state
 CASES = {
     "scanned": ["--config.model.scan=True"],
     "looped": ["--config.model.scan=False"],
-    "computed anew": ["--config.model.remat=full"],
-    "pooled by attention": ["--config.model.pool=map", "--config.model.mlp=swiglu"],
-    "relative": ["--config.model.position=relative", "--config.model.scan=False"],
-    "on a mesh": ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"],
+    "pooled by attention, computed anew": [
+        *("--config.model.pool=map", "--config.model.mlp=swiglu", "--config.model.remat=full"),
+    ],
+    "relative, on a mesh": [
+        *("--config.model.position=relative", "--config.model.scan=False"),
+        *("--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+    ],
     "hybrid": [
         *("--config.model.variant=R26+S/32", "--config.model.image_size=(32,32)"),
         *("--config.model.resnet=(1,1)", "--config.model.resnet_width=32"),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import DIGITS, TINY
-from processes import SIGKILL, SIGTERM, Command, die_at
+from processes import SIGINT, SIGKILL, SIGTERM, Command, die_at
 
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.card import ModelCard
@@ -68,12 +68,18 @@ def test_killed_stopped_and_refused_by_the_disk_it_ends_bit_identical(
     with monkeypatch.context() as patch:  # SIGTERM saves wherever it comes, and says so
         die_at(SIGTERM, "step", 18, patch.setattr)
         assert main([*train, "--config.data.workers=2"]) == 143
-    assert "stopped by SIGTERM after saving step 18 of 24\n" in capsys.readouterr().err
+    assert "stopped by SIGTERM after saving step 18 of 24; the same" in capsys.readouterr().err
     assert Store(workdir).newest() == 18 and logged(workdir)[-1]["step"] == 18
+    with monkeypatch.context() as patch:  # so does Ctrl-C
+        die_at(SIGINT, "step", 21, patch.setattr)
+        assert main([*train, "--config.checkpoint.every_minutes=1e-9"]) == 130
+    assert "stopped by Ctrl-C after saving step 21 of 24; the same" in capsys.readouterr().err
+    assert "stopping after this step; Ctrl-C again to stop at once" in caplog.text
+    assert Store(workdir).steps() == [20, 21]  # every step is saved
 
     caplog.set_level("INFO", "vit_jax")
-    assert main(train) == 0
-    assert "at step 18 of 24" in caplog.text
+    assert main([*train, "--json"]) == 0
+    assert "at step 21 of 24" in caplog.text
     assert json.loads(capsys.readouterr().out)["step"] == 24
     assert_equal(weights(workdir), weights(undisturbed))
     assert logged(workdir) == logged(undisturbed)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DIGITS
+from conftest import DIGITS, fails, write_config
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import jaccard_score
 
@@ -156,7 +156,7 @@ def evaluation(run, devices, batch_size):
 
 def test_evaluate_segments(tiny_run, capsys):
     """Features of every example once and in order; the command, and the same from its parts."""
-    command = ["evaluate", f"--model={tiny_run[0]}", f"--config={CONFIG}:scenes,{SMALL}"]
+    command = ["evaluate", f"--model={tiny_run[0]}", f"--config={CONFIG}:scenes,{SMALL}", "--json"]
     flags = ["--config.eval.evaluators.scenes.steps=5", "--config.eval.evaluators.scenes.l2=(0.1,)"]
     assert main([*command, *flags]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -166,7 +166,9 @@ def test_evaluate_segments(tiny_run, capsys):
     vit, source = vit_jax.load(tiny_run[0]), open_source(SMALL, "test")
     images = np.stack([vit.preprocess(example["image"]) for example in source])
     # Two programs, which round otherwise.
-    np.testing.assert_allclose(sets["test"].x, vit.model.dense(images), rtol=1e-6, atol=5e-6)
+    np.testing.assert_allclose(
+        sets["test"].x, jax.jit(vit.model.dense)(images), rtol=1e-6, atol=5e-6
+    )
     assert sets["test"].x.shape == (24, 4, 4, 16)
     halved = [example["label"][1::2, 1::2] for example in source]
     np.testing.assert_array_equal(sets["test"].y, halved)
@@ -219,28 +221,18 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(name, tmp_path, capsys, tiny_run):
     section, message = MISTAKES[name]
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from ml_collections import ConfigDict\ndef get_config():\n"
-        f"    sections = dict(s=dict({section}))\n"
-        "    return ConfigDict(dict(batch_size=8, eval=dict(evaluators=sections)))\n"
-    )
-    assert main(["evaluate", f"--model={tiny_run[0]}", f"--config={path}"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error, error
+    values = f"batch_size=8, eval=dict(evaluators=dict(s=dict({section})))"
+    path = write_config(tmp_path / "config.py", values)
+    assert message in fails(capsys, "evaluate", f"--model={tiny_run[0]}", f"--config={path}")
 
 
 def test_no_classifier_learns_or_is_tested_on_masks(tmp_path, capsys):
     for key in ("train", "val"):
         flags = [f"--config.data.{key}.source=scenes:digits", "--config.data.train.affine=None"]
         command = ["train", f"--config={DIGITS}", f"--workdir={tmp_path / key}"]
-        assert main([*command, *flags]) == 2
-        error = capsys.readouterr().err
-        assert "masks" in error and "type segmentation" in error and error.count("\n") == 1
-    prepare = ["prepare", "scenes:digits,examples=3", str(tmp_path / "dst"), "--split=train"]
-    assert main(prepare) == 2
-    assert "has masks for labels, which records do not hold" in capsys.readouterr().err
-    assert main(["evaluate", "--model=x", f"--config={CONFIG}:scenes,knn"]) == 2
-    assert (
-        "'knn' is no source of masks; expected such as scenes:fractals" in capsys.readouterr().err
-    )
+        error = fails(capsys, *command, *flags)
+        assert "masks" in error and "type segmentation" in error
+    prepare = ["prepare", "scenes:digits,examples=3", tmp_path / "dst", "--split=train"]
+    assert "has masks for labels, which records do not hold" in fails(capsys, *prepare)
+    error = fails(capsys, "evaluate", "--model=x", f"--config={CONFIG}:scenes,knn")
+    assert "'knn' is no source of masks; expected such as scenes:fractals" in error

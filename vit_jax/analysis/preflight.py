@@ -135,7 +135,7 @@ def memory_limit(device: Any) -> int | None:
 
 
 def preflight(
-    config: Config, topology: str | None = None, search_seconds: int = SEARCH_SECONDS
+    config: Config, topology: str | None = None, search_seconds: int | float = SEARCH_SECONDS
 ) -> Iterator[str]:
     """Yields the lines of a config's preflight report, as they are computed.
 

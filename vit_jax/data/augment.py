@@ -224,7 +224,7 @@ class RandAugment:
 
     Attributes:
       layers: how many operations follow one another, each any of OPS, equally likely.
-      magnitude: their strength; 10 was meant to be the most, AugReg takes up to 20.
+      magnitude: strength of the operations; 10 was meant to be the most, AugReg takes up to 20.
     """
 
     layers: int = 2

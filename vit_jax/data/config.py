@@ -6,7 +6,7 @@ from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
 from vit_jax.errors import UserError, nearest
 
-_ON_CORRUPT = ("stop", "skip")
+ON_CORRUPT = ("stop", "skip")
 AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
 
 
@@ -15,20 +15,26 @@ class Split:
     """One split of the `data` section: where its examples come from, what is done to them.
 
     Attributes:
-      source: such as "digits" or "folder:PATH" (see sources.py).
-      split: the source's own name of the split.
-      classes: what its classes are called, where their names do not say it: a file (see
+      source: where images come from: "digits", "folder:PATH", "tfds:NAME", ... (see sources.py).
+      split: the source's own name of the split, or a part of it such as "train[:90%]".
+      classes: what its classes are called, if their names differ from the model's: a file (see
         `classes.renamed`), or "in_order": as the model's, one after the other.
-      resize, resize_dtype, aspect, crop: how images are brought to the model's size (see
-        `Preprocess`); None is as the model is evaluated.
-      jpeg, exif: how image files are decoded (see `images.decode`); None is as for the model.
+      resize: interpolation that brings images to the model's size; None is the model's own, as for
+        the next five.
+      resize_dtype: "uint8" rounds what resizing gives, "float32" does not, "truncated" rounds down.
+      aspect: "squash" resizes to the model's size, "keep" keeps the shape and cuts the centre out,
+        "small" does so with big_vision's roundings.
+      crop: in (0, 1], timm's crop_pct: images are resized to size / crop, and their centre is cut
+        out.
+      jpeg: decoding of JPEG files: "fast" as TensorFlow's default, "accurate" as Pillow's.
+      exif: whether photographs are turned upright as their EXIF orientation says.
       inception_crop: cuts a random box out of the image, which `resize` then brings to size.
-      random_crop: cuts the model's size out of the resized image anywhere, not from its centre:
-        aspect="keep" and crop=0.875 make it 224 out of a shorter side of 256.
+      random_crop: whether to cut the model's size out of the resized image anywhere, not from its
+        centre: aspect="keep" and crop=0.875 cut 224 out of a shorter side of 256.
       affine: a random affine map of every training image.
-      flip: whether to mirror half of them.
-      rand_augment: changes colours and geometry further (see augment.py).
-      erasing: the share of images that get a box of noise (see `augment.RandomErasing`).
+      flip: whether to mirror half of the training images.
+      rand_augment: changes colours and geometry of training images further.
+      erasing: probability that a training image gets a box of noise (see `RandomErasing`).
     """
 
     source: str
@@ -69,15 +75,20 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The `data` section.
+    """The `data` section: what is trained on and measured, and how it is read.
+
+    With on_corrupt="skip" an unreadable image is named once, by each process that meets it.
+    `train/corrupt` is how many images there were so far that could not be read, each counted once;
+    `val/corrupt` how many were left out.
 
     Attributes:
+      train: the split to train on; None is a config that only evaluates.
+      val: the split that is evaluated during training; None is none.
+      test: the split that is evaluated once, at the end; None is none.
       workers: processes that read ahead; with 0, threads of this process do.
-      threads: how many of them; None is one for each core that this process may use.
+      threads: threads that read ahead; None is one for each core that this process may use.
       on_corrupt: what an image that cannot be read does: "stop" the run, or "skip": the next one
-        of the source takes its place in training, and none in evaluation. It is named once, by each
-        process that meets it. `train/corrupt` is how many images there were so far that could not
-        be read, each counted once; `val/corrupt` how many were left out.
+        of the source takes its place in training, and none in evaluation.
       same_images: whether what is measured may be what is trained on.
     """
 
@@ -95,9 +106,9 @@ class DataConfig:
                 f"data.workers is {self.workers} and data.threads {self.threads}; expected at "
                 "least 0 and 1"
             )
-        if self.on_corrupt not in _ON_CORRUPT:
+        if self.on_corrupt not in ON_CORRUPT:
             raise UserError(
-                f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, _ON_CORRUPT)}"
+                f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, ON_CORRUPT)}"
             )
         for name, split in {"val": self.val, "test": self.test}.items():
             for key in AUGMENTATIONS:

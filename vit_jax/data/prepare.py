@@ -256,8 +256,8 @@ def _refuse_again(
             continue
         raise UserError(
             f"{plan['source']} as split {split!r} is the same images as split {name!r} of "
-            f"{dst}{note}: say which part each split is, such as --part={base}[:90%] for one and "
-            f"--part={base}[90%:] for the other, or --part=NAME of another folder or split"
+            f"{dst}{note}: say which part each split is, such as '--part={base}[:90%]' for one and "
+            f"'--part={base}[90%:]' for the other, or --part=NAME of another folder or split"
         )
 
 

@@ -21,6 +21,11 @@ _PILLOW = {
     "bilinear_antialias": PIL.Image.Resampling.BILINEAR,
     "bicubic_antialias": PIL.Image.Resampling.BICUBIC,
 }
+CHOICES = {
+    "resize": (*_CV2, *_PILLOW),
+    "aspect": ("squash", "keep", "small"),
+    "resize_dtype": ("uint8", "float32", "truncated"),
+}
 
 
 def resize(image: Pixels, size: tuple[int, int], method: str) -> Pixels:
@@ -218,11 +223,7 @@ class Preprocess:
     std: float | Sequence[float] = 0.5
 
     def __post_init__(self):
-        for name, known in {
-            "resize": (*_CV2, *_PILLOW),
-            "aspect": ("squash", "keep", "small"),
-            "resize_dtype": ("uint8", "float32", "truncated"),
-        }.items():
+        for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"data {name} {value!r}: {nearest(value, known)}")

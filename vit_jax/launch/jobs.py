@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 # Default environment of commands: huge pages for large arrays, as XLA's CPU backend allocates its
 # memory again in each step, page by page (experiments/benchmarks).
@@ -65,6 +65,16 @@ class Launcher(Protocol):
           UserError: such a job runs another command.
         """
         ...
+
+
+def option(default: Any, metavar: str, help: str) -> Any:
+    """A field of a launcher that a flag of `sweep` sets."""
+    return dataclasses.field(default=default, metadata={"metavar": metavar, "help": help})
+
+
+def options(launcher: Any) -> list[dataclasses.Field]:
+    """The fields of a launcher that flags set."""
+    return [field for field in dataclasses.fields(launcher) if field.metadata]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from vit_jax.errors import Stopped, UserError, nearest
 from vit_jax.launch import child
-from vit_jax.launch.jobs import ENVIRONMENT, Change, Job, Launcher, signals
+from vit_jax.launch.jobs import ENVIRONMENT, Change, Job, Launcher, option, signals
 from vit_jax.launch.slurm import Slurm
 
 
@@ -42,7 +42,7 @@ class Local:
     up to `retries` times. On Linux, commands are killed if this process dies.
     """
 
-    jobs: int = 1
+    jobs: int = option(1, "N", "how many at a time (default: local 1, slurm all)")
     retries: int = 3
     delay: float = 2.0
     poll: float = 0.1
@@ -124,12 +124,10 @@ def make_launcher(name: str, **options: Any) -> Launcher:
     if name not in LAUNCHERS:
         raise UserError(f"there is no launcher {name!r}; {nearest(name, LAUNCHERS)}")
     known = {field.name for field in dataclasses.fields(LAUNCHERS[name])}
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        if option not in known:
-            raise UserError(
-                f"the launcher {name!r} has no --{option.replace('_', '-')}: leave it out"
-            )
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in known:
+            raise UserError(f"the launcher {name!r} has no --{key.replace('_', '-')}: leave it out")
     return LAUNCHERS[name](**given)
 
 

@@ -17,7 +17,7 @@ from importlib import resources
 from etils import epath
 
 from vit_jax.errors import UserError
-from vit_jax.launch.compared import Run, read_runs
+from vit_jax.launch.comparison import Run, read_runs
 from vit_jax.launch.report import (
     Group,
     Report,
@@ -132,7 +132,7 @@ def _best(report: Report) -> str:
     if best is None:
         return '<p class="card">Nothing has been measured yet.</p>'
     scores = [(report.metric, best.last(report.metric)), (report.test, best.last(report.test))]
-    told = "".join(
+    scores_html = "".join(
         f'<div class="score"><b>{number(value)}</b><span>{_safe(name)}</span></div>'
         for name, value in scores
         if name is not None and value is not None
@@ -146,7 +146,7 @@ def _best(report: Report) -> str:
 <div class="what"><p class="label">Best by {_safe(report.metric)}</p>
 <h2>{_safe(best.name)}</h2>
 <ul class="chips">{chips}</ul></div>
-<div class="scores">{told}</div>
+<div class="scores">{scores_html}</div>
 </section>"""
 
 
@@ -234,8 +234,8 @@ def _figure(name: str, runs: Sequence[Run], keys: Mapping[str, int], best: Run |
         i = keys[run.folder]
         kind = f"c{i % _COLOURS} d{i // _COLOURS % 3}{' top' if run is best else ''}"
         places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        told = " ".join(f"{step}:{value:.6g}" for step, value in points)
-        attributes = f'class="{kind}" data-g="{i}" data-n="{_safe(run.name)}" data-p="{told}"'
+        data = " ".join(f"{step}:{value:.6g}" for step, value in points)
+        attributes = f'class="{kind}" data-g="{i}" data-n="{_safe(run.name)}" data-p="{data}"'
         lines.append(f'<polyline {attributes} points="{places}"/>')
         step, value = points[-1]
         lines.append(
@@ -316,13 +316,13 @@ def _table(
 
 
 def _footer(report: Report) -> str:
-    told = []
+    paragraphs = []
     if report.common:
         same = ", ".join(f"{key}={text(value)}" for key, value in report.common.items())
-        told.append(f"The same in all runs: {_safe(same)}.")
-    told.append(
+        paragraphs.append(f"The same in all runs: {_safe(same)}.")
+    paragraphs.append(
         "Runs are compared by the last value of their metric, that of the weights they keep; those "
         "that are not finished count only where none is. std is of the sample (n - 1). Images/s is "
         "the median; device-hours are seconds times devices."
     )
-    return f"<footer>{''.join(f'<p>{each}</p>' for each in told)}</footer>"
+    return f"<footer>{''.join(f'<p>{each}</p>' for each in paragraphs)}</footer>"

@@ -55,13 +55,13 @@ class Progress:
         began = self._began.get(change.name)  # not known of one that ran before this
         took = "" if began is None else f" in {time.monotonic() - began:.0f} s"
         code = with_code(change.exit_code)
-        told = {
+        sentences = {
             "finished": f"finished{took}, {measured(self._results[change.name])}",
             "failed": f"failed{code}: {self._last_words(change.name)}",
             "stopped": f"stopped{code}",
             "waiting": f"preempted{code}, will be started again",
         }
-        return f"{change.name}: {told[change.state]}"
+        return f"{change.name}: {sentences[change.state]}"
 
     def _last_words(self, name: str) -> str:
         lines = [line for line in _tail(self._root / f"{name}.log").splitlines() if line.strip()]

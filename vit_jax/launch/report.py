@@ -1,6 +1,6 @@
 """Compares runs: groups, statistics and tables, as plain text, numbers and Markdown.
 
-compared.py reads a folder into a `Run`; this module makes a `Report` of several; page.py renders
+comparison.py reads a folder into a `Run`; this module makes a `Report` of several; page.py renders
 it as HTML, and writes both.
 """
 
@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from vit_jax.launch.compared import Run, lower_is_better
+from vit_jax.launch.comparison import Run, lower_is_better
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +135,12 @@ def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
         for key in varied
         if key != "seed" and len({repr(run.settings.get(key)) for run in runs}) == 1
     ]
-    told = [
+    parts = [
         f"{short(key, varied)}={text(runs[0].settings[key])}"
         for key in shared
         if key in runs[0].settings
     ]
-    return ", ".join(told) or (runs[0].name if len(runs) == 1 else "all seeds")
+    return ", ".join(parts) or (runs[0].name if len(runs) == 1 else "all seeds")
 
 
 def short(key: str, keys: Sequence[str]) -> str:
@@ -274,13 +274,13 @@ def curve_names(report: Report) -> list[str]:
 def summary(report: Report) -> str:
     """One line: the number of runs, their states, and their cost."""
     states = [run.state for run in report.runs]
-    told = [f"{len(states)} run{'s' * (len(states) != 1)}"]
+    parts = [f"{len(states)} run{'s' * (len(states) != 1)}"]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    told += [f"{'all' if n == len(states) > 1 else n} {state}" for state, n in counts.items()]
+    parts += [f"{'all' if n == len(states) > 1 else n} {state}" for state, n in counts.items()]
     hours = [run.device_hours for run in report.runs if run.device_hours is not None]
     if hours:
-        told.append(f"{_amount(sum(hours))} device-hours" + _of(len(hours), len(states)))
-    return ", ".join(told)
+        parts.append(f"{_amount(sum(hours))} device-hours" + _of(len(hours), len(states)))
+    return ", ".join(parts)
 
 
 # Markdown
@@ -290,11 +290,11 @@ def markdown(report: Report) -> str:
     """Formats the report as GitHub-flavoured Markdown tables."""
     parts = [f"# {escape(report.title)}", escape(summary(report)) + "."]
     if report.best is not None:
-        told = f"Best by {escape(report.metric)}: **{escape(report.best.name)}**, "
-        told += f"{number(report.best.last(report.metric))}"
+        line = f"Best by {escape(report.metric)}: **{escape(report.best.name)}**, "
+        line += f"{number(report.best.last(report.metric))}"
         score = report.best.last(report.test)
-        told += f"; {escape(report.test)} {number(score)}" if score is not None else ""
-        parts.append(f"{told}.")
+        line += f"; {escape(report.test)} {number(score)}" if score is not None else ""
+        parts.append(f"{line}.")
     if report.common:
         same = ", ".join(f"{key}={text(value)}" for key, value in report.common.items())
         parts.append(f"The same in all: {escape(same)}.")

@@ -131,10 +131,10 @@ def failures(results: Sequence[Result]) -> str | None:
     failed = [result for result in results if result.state == "failed"]
     if not failed:
         return None
-    told = [f"{result.name}{with_code(result.exit_code)}" for result in failed]
+    names = [f"{result.name}{with_code(result.exit_code)}" for result in failed]
     waiting = [result.name for result in results if result.state == "waiting"]
     rest = f"; not run, as they are after these: {', '.join(waiting)}" if waiting else ""
-    return f"{len(failed)} of {len(results)} points failed: {', '.join(told)} (see NAME.log){rest}"
+    return f"{len(failed)} of {len(results)} points failed: {', '.join(names)} (see NAME.log){rest}"
 
 
 def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:

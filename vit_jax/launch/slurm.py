@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vit_jax.errors import Stopped, UserError
-from vit_jax.launch.jobs import ENVIRONMENT, Change, Job, signals
+from vit_jax.launch.jobs import ENVIRONMENT, Change, Job, option, signals
 from vit_jax.launch.slurm_queue import FOLDER, Queued, Record, ask, cancel, queue
 from vit_jax.writing import write_atomically
 
@@ -47,13 +47,15 @@ class Slurm:
     """
 
     jobs: int | None = None
-    partition: str | None = None
-    nodes: int = 1
-    tasks_per_node: int | None = None
-    gpus_per_node: str | None = None
-    cpus_per_task: int | None = None
-    time: str | None = None
-    sbatch: str = ""
+    partition: str | None = option(None, "NAME", "where to run")
+    nodes: int = option(1, "N", "nodes of a point; several are one run (default 1)")
+    tasks_per_node: int | None = option(
+        None, "N", "processes (default: a GPU each on several nodes, otherwise 1)"
+    )
+    gpus_per_node: str | None = option(None, "[KIND:]N", "such as 8 or a100:4")
+    cpus_per_task: int | None = option(None, "N", "cores of a process")
+    time: str | None = option(None, "LIMIT", "as 8:00:00; a run that is longer is queued again")
+    sbatch: str = option("", "OPTIONS", 'more of sbatch: --sbatch="--account=x --mem=8G"')
     poll: float = 10.0
     patience: float = 30.0
 

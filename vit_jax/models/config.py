@@ -25,40 +25,59 @@ CHOICES = {
 class ViTConfig:
     """A plain Vision Transformer; sizes in pixels and channels, rates in [0, 1).
 
-    `image_size` and `patch_size` are kept as (h, w); one number means square.
-    `pool` is what the head reads: the class token, the mean of the patch tokens (`gap`), an
-    attention pooling head over them (`map`), or the first two concatenated (`token_gap`, DINOv2's
-    linear head). `representation_size` is the width of the tanh layer before the head (paper,
-    section 3.1), None for none. `num_classes=0` is a model without a head: it outputs the pooled
-    representation. `dtype` is the compute dtype; parameters are always float32.
-    `attention`, `scan` and `remat` change how the model is computed, never its parameters. `scan`
-    is whether blocks run in `lax.scan` or in a Python loop; None chooses by device. `remat` is
-    rematerialisation, what the backward pass recomputes to save memory: at most elementwise
-    operations (`none`), all but the products with kernels (`dots`), or whole blocks (`full`).
+    The tokens before the patches are the class token, the distillation token and the registers, in
+    this order. A hybrid (paper, section 3.1) has a ResNet before the patches, which are then cut
+    from its feature map. `attention`, `scan` and `remat` change how the model is computed, never
+    its parameters.
 
-    `position` is the position embedding (paper, appendix D.4): a table with a row for each token
-    (`learned`), one table for rows and one for columns, concatenated at half the width each
-    (`learned2d`) or added (`learned2d_added`), fixed sines and cosines (`sincos2d`), learned
-    embeddings of the offsets between patches in raster order that add to the attention logits
-    (`relative`), or `none`. `position_at` says where learned tables are added: to the tokens at
-    the `input`, before every layer with tables of its own (`layers`), or before every layer with
-    the same ones (`layers_shared`).
-
-    Options of other model families: tokens before the patches are the class token (`class_token`;
-    None: where `pool` reads it), DeiT's distillation token (`distillation`: "token", or "head" with
-    its own head, averaged with the other) and `registers`, in this order; the first
-    `position_prefix` of them have rows in the position embedding (None: all). `pre_norm` is CLIP's
-    LayerNorm after the positions, `norm_after_pool` moves the last LayerNorm behind the pooling
-    (MAE's fc_norm), `layer_scale` is the initial scale of each residual branch (CaiT; None for
-    none). `mlp="swiglu"` has a gate of `mlp_dim` hidden units; `gelu="quick"` is x
-    sigmoid(1.702 x).
-
-    A hybrid (paper, section 3.1) has a ResNet before the patches, which are then cut from its
-    feature map. `resnet`, `resnet_width` and `resnet_style` are as in `ResNetConfig`, except that
-    `resnet=()` is the ResNet's root alone, and None is no ResNet at all.
-
-    `patch_outputs` is how many numbers are predicted for a corrupted patch in masked patch
-    prediction (paper, section 4.6); 0 is a model without that head. Training sets it itself.
+    Attributes:
+      image_size: (h, w) of the images; one number means square.
+      patch_size: (h, w) of a patch, in pixels of the image or, in hybrids, of the feature map.
+      in_channels: channels of the images: 1 for grey, 3 for RGB.
+      resnet: bottleneck units in each of the up to four stages of a ResNet; in hybrids, () is its
+        root alone, and None is no ResNet.
+      resnet_width: channels of the ResNet's root, a multiple of 32.
+      resnet_style: code base that the ResNet follows: `v1` normalises after each convolution, like
+        the ResNets of Google's hybrids and of big_vision's bit.py; `v2` before it, like BiT's
+        (arXiv 1912.11370); `timm_v1` and `timm_v2` are timm's, with other epsilons.
+      width: size of a token, D in the paper.
+      depth: number of blocks.
+      mlp_dim: hidden units of each block's MLP.
+      num_heads: attention heads, which divide `width`.
+      num_classes: outputs of the head; 0 is a model that outputs the pooled representation.
+      pool: what the head reads: the class token, the mean of the patch tokens (`gap`), an attention
+        pooling head over them (`map`), or the first two concatenated (`token_gap`, DINOv2's).
+      class_token: whether there is a class token; None is where `pool` reads it.
+      distillation: DeiT's distillation token: `token`, or `head` with a head of its own, averaged
+        with the other.
+      registers: number of register tokens (DINOv2).
+      position: position embedding (paper, appendix D.4): a table with a row for each token
+        (`learned`), tables for rows and columns, concatenated (`learned2d`) or added
+        (`learned2d_added`), fixed sines and cosines (`sincos2d`), learned embeddings of the offsets
+        between patches that add to the attention logits (`relative`), or `none`.
+      position_at: where learned tables are added: at the `input`, before every layer with tables of
+        its own (`layers`), or before every layer with the same ones (`layers_shared`).
+      position_prefix: how many tokens before the patches have a row in the table; None is all.
+      representation_size: width of the tanh layer before the head (paper, section 3.1); None is
+        no such layer.
+      dropout: rate of dropout of embedded tokens, hidden units of MLPs and outputs of residual
+        branches (paper, appendix B.1).
+      drop_path: rate of stochastic depth in the last block; it grows linearly from 0.
+      mlp: `gelu`, or `swiglu` with a gate of `mlp_dim` hidden units.
+      gelu: form of GELU: by `tanh`, exact by `erf`, or `quick`, x sigmoid(1.702 x).
+      layernorm_eps: epsilon of every LayerNorm.
+      layer_scale: initial scale of each residual branch (CaiT); None is no scale.
+      pre_norm: whether a LayerNorm follows the positions (CLIP).
+      norm_after_pool: whether the last LayerNorm is behind the pooling (MAE's fc_norm).
+      patch_bias: whether the patch embedding has a bias.
+      qkv_bias: whether queries, keys and values have a bias.
+      head_bias: initial bias of the head.
+      patch_outputs: outputs for a corrupted patch in masked patch prediction; training sets it.
+      dtype: dtype of the computation; parameters are always float32.
+      attention: implementation: XLA's, cuDNN's, or `auto`, cuDNN's on GPUs where it applies.
+      scan: whether blocks run in `lax.scan` or in a Python loop; None chooses by device.
+      remat: what the backward pass recomputes to save memory: at most elementwise operations
+        (`none`), all but the products with kernels (`dots`), or whole blocks (`full`).
 
     Raises:
       UserError: a size that does not divide another, or a choice that does not exist.
@@ -231,11 +250,8 @@ class ViTConfig:
 class ResNetConfig:
     """A ResNet with group normalisation and weight standardisation, the paper's baseline.
 
-    `resnet` is the number of bottleneck units in each stage, for one to four stages, `resnet_width`
-    the channels of the root, a multiple of 32. `resnet_style` is the code base it follows: `v1`
-    normalises after each convolution, like the ResNets of Google's hybrids and of big_vision's
-    bit.py; `v2` before it, like BiT's (arXiv 1912.11370); `timm_v1` and `timm_v2` are timm's
-    versions, which differ in the epsilons (see models/resnet.py). The rest is as in `ViTConfig`.
+    `resnet` is the number of bottleneck units in each stage, for one to four stages. The fields are
+    as in `ViTConfig`.
 
     Raises:
       UserError: a size or a choice that does not exist.

@@ -49,9 +49,12 @@ MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: every `every` steps (0: only at the end), in batches of `batch_size`.
+    """The `eval` section: when to evaluate, and what in addition to val and test.
 
-    `evaluators` are evaluations in addition to val and test, each under its own name.
+    Attributes:
+      every: steps between evaluations of `data.val`; 0 is only at the end.
+      batch_size: global batch size of evaluation; None is that of training.
+      evaluators: further evaluations, each a section under a name of its own.
     """
 
     every: int = 0
@@ -69,10 +72,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints, of which the last `keep` are kept.
+    """The `checkpoint` section: when to save, besides at the end, and how many to keep.
 
-    They are saved every `every` steps, and `every_minutes` after the last one (0: never by steps or
-    by time), and at the end.
+    Attributes:
+      every: steps between checkpoints; 0 is not by steps.
+      every_minutes: minutes from a checkpoint to the next; 0 is not by time.
+      keep: how many of the last checkpoints are kept.
     """
 
     every: int = 0
@@ -82,9 +87,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Metrics: written every `every` steps to metrics.jsonl and, with `tensorboard`, as its events.
+    """The `log` section: how often metrics are written to metrics.jsonl, and where else.
 
-    With `wandb` also to Weights & Biases, in `wandb_project` (by default, the one it chooses).
+    Attributes:
+      every: steps between lines of metrics; 0 is only at the end.
+      tensorboard: whether to write TensorBoard events, if tensorboardX is installed.
+      wandb: whether to write to Weights & Biases as well.
+      wandb_project: project at Weights & Biases; None is the one that it chooses.
     """
 
     every: int = 50
@@ -95,14 +104,27 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The config of a run. `batch_size` is global.
+    """The config of a run.
 
     Training requires data.train, `optim` and exactly one of the three durations; a config that only
     evaluates has none of them.
 
-    `model` has `variant`, any field of its ViTConfig or ResNetConfig, and for fine-tuning `head`
-    (`fresh`, or `keep` the checkpoint's if the classes agree) and `position_resize` (see
-    models/posembed.py). With `init_from`, fields missing in `model` are the checkpoint's.
+    Attributes:
+      batch_size: images in a batch, over all devices and micro-batches.
+      model: the model: `variant`, any field of its ViTConfig or ResNetConfig, and for fine-tuning
+        `head` and `position_resize`. With `init_from`, fields missing here are the checkpoint's.
+      model.variant: name of its sizes, such as B/16, R50+B/16 or R50x1 (see models/variants.py).
+      model.head: with init_from, a `fresh` head, or `keep` the checkpoint's if the classes agree.
+      model.position_resize: with init_from, how the position embedding is resized to another grid;
+        None is the checkpoint's own method, `zoom` for the paper's (see models/posembed.py).
+      seed: seed of initialisation, order and augmentation.
+      total_steps: length of the run in steps.
+      total_epochs: length of the run in passes over the training images.
+      total_examples: length of the run in images.
+      init_from: weights to start from: anything that `vit_jax.load` reads, such as a run folder.
+      objective: the loss: `softmax`, `sigmoid` for images with several labels, or masked patch
+        prediction of the mean colour, of 4x4 pixels or of all pixels of a patch.
+      precision: dtype of the computation; parameters are always float32.
     """
 
     batch_size: int
@@ -324,37 +346,3 @@ def differences(old: Config, new: Config) -> list[str]:
         for name in names
         if old_flat.get(name) != new_flat.get(name) and not is_resumable(name)
     ]
-
-
-def count_steps(config: Config, num_examples: int | None) -> int:
-    """Number of steps of a run with `num_examples` training examples (None: endless).
-
-    Raises:
-      UserError: epochs of endless data, or a run of no steps.
-    """
-    if config.total_steps is not None:
-        steps = config.total_steps
-    elif config.total_epochs is not None:
-        if num_examples is None:
-            raise UserError(
-                f"{config.data.train.source} is endless, so that there are no epochs: set "
-                "total_steps or total_examples instead of total_epochs"
-            )
-        steps = round(config.total_epochs * num_examples / config.batch_size)
-    else:
-        steps = round(config.total_examples / config.batch_size)
-    if steps < 1:
-        raise UserError(_too_short(config, steps, num_examples))
-    return steps
-
-
-def _too_short(config: Config, steps: int, num_examples: int | None) -> str:
-    """Explains why the run would have no steps."""
-    name = next(name for name in DURATIONS if getattr(config, name) is not None)
-    value, batch = getattr(config, name), config.batch_size
-    if name == "total_steps" or value <= 0:
-        return f"{name} is {value}; it must be above 0"
-    told = f"{name}={value:g} in batches of batch_size={batch} comes to {steps} steps"
-    if name == "total_epochs" and batch > num_examples:
-        told = f"batch_size is {batch}, but data.train has {num_examples} examples: {told}"
-    return f"{told}; lower batch_size, or set total_steps"

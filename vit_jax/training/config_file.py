@@ -34,13 +34,17 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
       UserError: no such file or key, a value of another type, or an inconsistent config.
     """
-    return overridden(_run_config_file(spec), overrides)
+    return overridden(run_config_file(spec), overrides)
 
 
 def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
     """Applies flags, as for `load_config`, to nested dicts and returns the config."""
+    return apply(config, given_by_flags(config, overrides))
+
+
+def apply(config: dict[str, Any], given: Mapping[str, str]) -> Config:
+    """Applies the texts of flags, key -> text, to nested dicts and returns the config."""
     keys = dict(typed_keys(Config, config))
-    given = _given(overrides, keys)
     for name, text in given.items():
         section = text == "None" and any(key.startswith(f"{name}.") for key in keys)
         if name not in keys and not section:
@@ -64,8 +68,9 @@ def overridden(config: dict[str, Any], overrides: Sequence[str]) -> Config:
     return unpack(Config, config)
 
 
-def _given(overrides: Sequence[str], keys: Iterable[str]) -> dict[str, str]:
+def given_by_flags(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
     """Parses flags to key -> text; the last one counts if a key is repeated."""
+    keys = [key for key, _ in typed_keys(Config, config)]
     found: dict[str, str] = {}
     for flag in overrides:
         name, _, text = flag.removeprefix("--config.").partition("=")
@@ -158,7 +163,8 @@ def _item(text: str) -> int | float | str:
     return text[1:-1] if quoted else text
 
 
-def _run_config_file(spec: str) -> dict[str, Any]:
+def run_config_file(spec: str) -> dict[str, Any]:
+    """What a config file returns, as nested dicts."""
     path, argument = find(spec)
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
     with _importable(os.path.dirname(os.path.abspath(path))):

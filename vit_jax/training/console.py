@@ -65,20 +65,21 @@ def _devices(mesh: Mesh) -> str:
     device, n = mesh.devices.flat[0], mesh.size
     local = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     memory = device_memory(local)
-    told = f"{n:,} x {device.device_kind}"
+    text = f"{n:,} x {device.device_kind}"
     if memory is not None:
-        told += f", {memory / 2**30:.3g} GiB of memory{' each' if n > 1 else ''}"
+        text += f", {memory / 2**30:.3g} GiB of memory{' each' if n > 1 else ''}"
     if n > 1:
         sizes = zip(AXES, mesh.devices.shape, strict=True)
-        told += f", mesh {' '.join(f'{axis}={size}' for axis, size in sizes if size > 1)}"
-    return told + (f", {distributed.count():,} processes" if distributed.count() > 1 else "")
+        text += f", mesh {' '.join(f'{axis}={size}' for axis, size in sizes if size > 1)}"
+    return text + (f", {distributed.count():,} processes" if distributed.count() > 1 else "")
 
 
 def _model(plan: Plan, state: Any) -> str:
     given, model = plan.config.model, plan.card.config
     name = given.get("variant")
     if name is None:
-        name = "ViT" if isinstance(model, ViTConfig) else "ResNet"
+        vit = isinstance(model, ViTConfig)
+        name = f"ViT with width {model.width}, depth {model.depth}" if vit else "ResNet"
     else:
         sizes = variant_fields(name)
         changed = [
@@ -107,7 +108,7 @@ class Progress:
 
     def __init__(self, name: str, start_step: int, total_steps: int):
         self._name, self._start, self._total = name, start_step, total_steps
-        self._step, self._last = start_step, dict[str, float]()
+        self._step, self._last = start_step, dict[str, int | float]()
         self._stack, self._bar = contextlib.ExitStack(), None
         self._lead = distributed.is_lead()
 
@@ -116,15 +117,15 @@ class Progress:
         if not self._lead:
             return
         if self._step == self._start:
-            self._began = self._told = time.monotonic()
+            self._began = self._last_line = time.monotonic()
             self._first, self._bar = step, self._make_bar()
             if self._bar is None:
                 logger.info("a line of progress every %g s", PERIOD)
         self._step = step
         if self._bar is not None:
             self._bar.update()
-        elif time.monotonic() - self._told > PERIOD:
-            self._tell()
+        elif time.monotonic() - self._last_line > PERIOD:
+            self._log_progress()
 
     def measured(self, step: int, values: Mapping[str, int | float]) -> None:
         """Shows the metrics of a step: those of training with the progress, others as a line."""
@@ -134,7 +135,7 @@ class Progress:
                 known = {SHOWN[name]: _number(value) for name, value in self._last.items()}
                 self._bar.set_postfix(known, refresh=False)
             elif step == self._total:
-                self._tell()
+                self._log_progress()
         else:
             self._say(step, "; ".join(measured(values)))
 
@@ -148,8 +149,8 @@ class Progress:
         width = len(f"{self._total:,}")
         logger.info("step %*s of %s: %s", width, f"{step:,}", f"{self._total:,}", words)
 
-    def _tell(self) -> None:
-        self._told = now = time.monotonic()
+    def _log_progress(self) -> None:
+        self._last_line = now = time.monotonic()
         train = [
             f"{name.removeprefix('train/')} {_number(value)}"
             for name, value in self._last.items()
@@ -174,8 +175,9 @@ class Progress:
         loggers = [logging.getLogger("vit_jax"), logging.root]
         shown = [each for each in loggers if any(map(_is_console, each.handlers))]
         self._stack.enter_context(logging_redirect_tqdm(shown))
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns  # 0: it does not say
-        return tqdm.tqdm(**options, dynamic_ncols=columns > 0, ncols=None if columns else 80)
+        if 0 in os.get_terminal_size(sys.stderr.fileno()):  # it does not say
+            return tqdm.tqdm(**options, ncols=80, nrows=24)
+        return tqdm.tqdm(**options, dynamic_ncols=True)
 
 
 class _NotebookBar(tqdm.tqdm):
@@ -263,7 +265,7 @@ def finished(
     return [*lines, "next:", *(f"  {command}" for command in commands)]
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     """Four digits, but no exponent for large numbers."""
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"

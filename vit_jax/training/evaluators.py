@@ -42,7 +42,12 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Base class. Runs every `every` steps in training (0: only at the end; None: like `val`)."""
+    """Base class.
+
+    Attributes:
+      type: the kind of evaluator.
+      every: steps between its runs in training; 0 is only at the end, None as often as `data.val`.
+    """
 
     reads_masks: ClassVar[bool] = False  # in place of labels
 
@@ -80,6 +85,10 @@ class Classification(Evaluator):
       additional metrics and the loss include images without labels.
     - None: "each" for a model that was trained on several labels an image, as its card says,
       "any" for others. This is also how data.val and data.test are evaluated.
+
+    Attributes:
+      test: the split to evaluate.
+      several: how images with several labels count.
     """
 
     type: str = "classification"
@@ -99,7 +108,12 @@ class Classification(Evaluator):
 class FewShot(Evaluator):
     """The paper's linear few-shot accuracy, in closed form (section 4.1; see `probes.few_shot`).
 
-    `shots` examples a class are drawn with each of `seeds` seeds; `l2` is big_vision's.
+    Attributes:
+      train: the split that examples are drawn from.
+      test: the split to evaluate.
+      shots: numbers of examples a class.
+      seeds: number of draws, of which mean and standard deviation are reported.
+      l2: weight of the regularisation; the default is big_vision's.
     """
 
     type: str = "fewshot"
@@ -117,7 +131,14 @@ class FewShot(Evaluator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knn(Evaluator):
-    """k-NN accuracy, weighted by cosine similarity (arXiv 1805.01978; see `probes.knn`)."""
+    """k-NN accuracy, weighted by cosine similarity (arXiv 1805.01978; see `probes.knn`).
+
+    Attributes:
+      train: the split that neighbours come from.
+      test: the split to evaluate.
+      neighbours: numbers of neighbours to report.
+      temperature: temperature of the weights exp(similarity / temperature).
+    """
 
     type: str = "knn"
     train: Split
@@ -141,7 +162,15 @@ L2 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe(Evaluator):
-    """Linear probe on frozen features, with `l2` chosen on `val` (see `probes.linear_probe`)."""
+    """Linear probe on frozen features, with `l2` chosen on `val` (see `probes.linear_probe`).
+
+    Attributes:
+      train: the split that it is trained on.
+      val: the split that `l2` is chosen on; None if `l2` is a single one.
+      test: the split to evaluate.
+      l2: weight decays to choose from.
+      steps: most steps of the optimiser (L-BFGS).
+    """
 
     type: str = "probe"
     train: Split
@@ -171,8 +200,13 @@ class Vtab(Evaluator):
     """VTAB-1k (arXiv 1910.04867) by linear probes, one a task; l2 is chosen on 200 of 1000 images.
 
     The benchmark's other protocol, full fine-tuning, is configs/vtab.py. Images are resized to the
-    model's size, ignoring the aspect ratio. Returns the accuracy of each of `tasks` (none: all 19),
-    and, if these are all, the means of the groups and of all tasks.
+    model's size, ignoring the aspect ratio. Returns the accuracy of each task and, if these are
+    all, the means of the groups and of all tasks.
+
+    Attributes:
+      tasks: names of the tasks; none is all 19.
+      l2: weight decays to choose from.
+      steps: most steps of the optimiser (L-BFGS).
     """
 
     type: str = "vtab"
@@ -217,8 +251,14 @@ class Vtab(Evaluator):
 class Segmentation(Evaluator):
     """Semantic segmentation by a linear probe on frozen patch features (see `segmentation`).
 
-    Returns miou, pixel accuracy and foreground_iou at the model's size. `l2` is chosen on `val` if
-    there are several.
+    Returns miou, pixel accuracy and foreground_iou at the model's size.
+
+    Attributes:
+      train: the split that it is trained on; its source has masks.
+      val: the split that `l2` is chosen on; None if `l2` is a single one.
+      test: the split to evaluate.
+      l2: weight decays to choose from.
+      steps: most steps of the optimiser (L-BFGS).
     """
 
     reads_masks: ClassVar[bool] = True

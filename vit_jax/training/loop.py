@@ -207,9 +207,9 @@ def _run(
             )
     store.wait()
     if (n := int(corrupt)) and distributed.is_lead():
-        told = "an image" if n == 1 else f"{n} images"
+        count = "an image" if n == 1 else f"{n} images"
         logger.warning(
-            "%s of %s could not be read: the next took its place", told, config.data.train.source
+            "%s of %s could not be read: the next took its place", count, config.data.train.source
         )
     return distributed.first("results", lambda: last_values(workdir))
 
@@ -226,8 +226,10 @@ def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
         seed=plan.config.seed,
         shardings=functools.partial(placement, mesh=mesh),
     )
-    logger.info("starting from %s: %d parameters", plan.init.facts["file"], len(lines))
-    for line in lines:
+    changed = [line for line in lines if line.status != "kept"]
+    kept = len(lines) - len(changed)
+    logger.info("starting from %s: %d parameters kept, the others:", plan.init.facts["file"], kept)
+    for line in changed:
         logger.info("  %-32s %s", line.name, line.status)
     return params
 

@@ -143,8 +143,8 @@ class Recorder:
         pending, self._pending = self._pending, []
         for step, values in jax.device_get(pending):
             if not all(math.isfinite(values[name]) for name in FINITE):
-                told = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
-                raise Diverged(f"the run diverged at step {step} ({told})")
+                values_text = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
+                raise Diverged(f"the run diverged at step {step} ({values_text})")
             if self._due(step):
                 seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
                 line = {f"train/{name}": float(value) for name, value in values.items()}

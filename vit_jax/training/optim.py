@@ -36,21 +36,26 @@ _SMALL, _PARTS = 2**16, 2**12  # of a norm: elements of a leaf that is small; su
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """The `optim` section.
+    """The `optim` section: optimiser, learning rate schedule, gradient clipping and averaging.
 
     Attributes:
-      name: `adamw`, `adam`, `sgd`, or the `adafactor` of "Scaling Vision Transformers" (section
-        3.4): Adam with half of its state, and with a bfloat16 momentum a quarter.
+      name: the optimiser: `adamw`, `adam`, `sgd`, or the `adafactor` of "Scaling Vision
+        Transformers" (section 3.4): Adam with half of its state, and with a bfloat16 momentum a
+        quarter.
       lr: the peak learning rate, reached at the end of the warm-up.
       schedule: the decay after the warm-up: to `end_lr` by `cosine` or `linear`, `constant`,
         `rsqrt`, lr / sqrt(1 + (step - warmup) / timescale) ("Scaling Vision Transformers", section
         3.5), or `staircase`, which multiplies the rate by `drop_factor` after each of `drops`.
-      drops: steps of the run, ascending; below 1, fractions of the run. As in BiT's code, step
-        `drop` itself, counted from 0, still has the previous rate.
+      timescale: time scale of rsqrt, in steps.
+      end_lr: the rate at the end of the schedules cosine and linear.
+      drops: steps after which staircase multiplies the rate, ascending; below 1, fractions of the
+        run. As in BiT's code, step `drop` itself, counted from 0, still has the previous rate.
+      drop_factor: what each drop of staircase multiplies the rate by.
       warmup: steps of linear warm-up from zero; below 1, a fraction of the run.
-      weight_decay: decoupled and multiplied by the learning rate, as in optax (big_vision's
-        absolute decay of 1e-4 at lr 1e-3 is 0.1 here), on `decayed` parameters: `kernels`, which
-        excludes biases, LayerNorm, tokens and positions, or `all`.
+      weight_decay: weight decay, decoupled and multiplied by the learning rate, as in optax
+        (big_vision's absolute decay of 1e-4 at lr 1e-3 is 0.1 here); adam has none.
+      decayed: which parameters decay: `kernels`, which excludes biases, LayerNorm, tokens and
+        positions, or `all`.
       grad_clip: maximum global norm of the gradient, None for no clipping.
       mu_dtype: dtype of the momentum, the first moment of Adam and of Adafactor; Google's code
         bases use bfloat16.
@@ -59,8 +64,8 @@ class OptimConfig:
         in their place; None for none.
       b1: decay of the first moment of Adam and of Adafactor, which keeps none if it is 0.
       b2: decay of the second moment; for Adafactor, the upper bound of its decay 1 - step^-0.8.
-      eps: added to the root of Adam's second moment. Adafactor's is 1e-30, in the squares.
-      momentum: of sgd.
+      eps: added to the root of Adam's second moment; Adafactor's is 1e-30, in the squares.
+      momentum: decay of the momentum of sgd.
     """
 
     lr: float

@@ -25,7 +25,7 @@ from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
 from vit_jax.models.variants import variant, variant_fields, variant_kind
 from vit_jax.training import masking
-from vit_jax.training.config import Config, count_steps, differences, read_config
+from vit_jax.training.config import DURATIONS, Config, differences, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,3 +274,37 @@ def _with_patch_outputs(config: Config, model: ModelConfig) -> ModelConfig:
             "leave it out"
         )
     return dataclasses.replace(model, patch_outputs=wanted) if wanted else model
+
+
+def count_steps(config: Config, num_examples: int | None) -> int:
+    """Number of steps of a run with `num_examples` training examples (None: endless).
+
+    Raises:
+      UserError: epochs of endless data, or a run of no steps.
+    """
+    if config.total_steps is not None:
+        steps = config.total_steps
+    elif config.total_epochs is not None:
+        if num_examples is None:
+            raise UserError(
+                f"{config.data.train.source} is endless, so that there are no epochs: set "
+                "total_steps or total_examples instead of total_epochs"
+            )
+        steps = round(config.total_epochs * num_examples / config.batch_size)
+    else:
+        steps = round(config.total_examples / config.batch_size)
+    if steps < 1:
+        raise UserError(_too_short(config, steps, num_examples))
+    return steps
+
+
+def _too_short(config: Config, steps: int, num_examples: int | None) -> str:
+    """Explains why the run would have no steps."""
+    name = next(name for name in DURATIONS if getattr(config, name) is not None)
+    value, batch = getattr(config, name), config.batch_size
+    if name == "total_steps" or value <= 0:
+        return f"{name} is {value}; it must be above 0"
+    told = f"{name}={value:g} in batches of batch_size={batch} comes to {steps} steps"
+    if name == "total_epochs" and batch > num_examples:
+        told = f"batch_size is {batch}, but data.train has {num_examples} examples: {told}"
+    return f"{told}; lower batch_size, or set total_steps"

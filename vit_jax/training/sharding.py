@@ -22,10 +22,15 @@ BATCH = P(("data", "fsdp"))
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each axis; -1 takes the rest: `data`, unless another axis has it.
+    """The `mesh` section: number of devices along each axis.
 
-    `data` replicates the model and splits the batch, `fsdp` splits both, `tensor` splits heads
-    and MLP. `deterministic` makes GPU results bitwise reproducible, at a cost in speed.
+    -1 takes the rest of the devices: `data`, unless another axis has it.
+
+    Attributes:
+      data: devices that replicate the model and split the batch.
+      fsdp: devices that split the batch and the parameters.
+      tensor: devices that split attention heads and the MLP's hidden units.
+      deterministic: whether GPU results are bitwise reproducible, at a cost in speed.
     """
 
     data: int = -1

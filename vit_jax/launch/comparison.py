@@ -102,8 +102,9 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 def _read_run(folder: epath.Path, result: Result | None, name: str, *, sweeps: bool) -> Run:
     """Reads a run folder; with `sweeps`, its settings are the overrides, else the whole config."""
     from vit_jax.checkpoints.card import BROKEN
-    from vit_jax.training.config import count_steps, flat, is_resumable, read_config
+    from vit_jax.training.config import flat, is_resumable, read_config
     from vit_jax.training.metrics import read_starts
+    from vit_jax.training.plan import count_steps
 
     notes, config, total = [], None, None
     settings = {} if result is None else {"config": result.config, **result.overrides}
@@ -173,8 +174,8 @@ def _read_lines(folder: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     except OSError as error:
         return [], [f"metrics.jsonl cannot be read: {error}"]
     if written > len(lines) + 1:
-        told = f"metrics.jsonl is damaged in line {len(lines) + 1} of {written}; it ends there"
-        return lines, [told]
+        note = f"metrics.jsonl is damaged in line {len(lines) + 1} of {written}; it ends there"
+        return lines, [note]
     return lines, []
 
 
