@@ -3,8 +3,10 @@
 import errno
 import os
 import pathlib
+import resource
 
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import DIGITS, TINY, fails
 
@@ -114,3 +116,39 @@ def test_what_fails_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
         write_atomically(tmp_path, "new")
     with pytest.raises(OSError, match=r"'/sys/no'|'/sys'") as raised:  # nobody may write there
         write_atomically("/sys/no", "new")
+
+
+def test_what_may_not_be_read_is_not_called_damaged(given, tmp_path, monkeypatch, capsys):
+    """Rights and limits say nothing about what is in a file."""
+    image = tmp_path / "a.png"
+    PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image)
+    table = tmp_path / "a.csv"
+    table.write_text("image,label\na.png,cat\n")
+    lines = [f"predict --model=MODEL {image}", f"data table:{table}", "inspect MODEL"]
+    for line, path in zip(lines, (image, table, given["MODEL"]), strict=True):
+
+        def refuse(file, *args, path=path, **kwargs):
+            if str(file) == str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", file)
+            return open(file, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", refuse)
+            assert main(command(line, given, tmp_path)) == 2
+        err = capsys.readouterr().err
+        assert f"{path}: Permission denied: change who may read" in err, err
+
+
+def test_a_full_disk_is_said_of_weights(given, tmp_path, capsys):
+    """safetensors raises an error of its own, which this process's limit makes real."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        code = main(command("convert MODEL DST/x.safetensors --format=timm", given, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    err = capsys.readouterr().err
+    assert code == 2 and err.endswith(
+        "x.safetensors: File too large: make room or choose another place\n"
+    )
+    assert not list(tmp_path.iterdir())
