@@ -124,13 +124,14 @@ def test_what_may_not_be_read_is_not_called_damaged(given, tmp_path, monkeypatch
     PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image)
     table = tmp_path / "a.csv"
     table.write_text("image,label\na.png,cat\n")
+    opened = open
     lines = [f"predict --model=MODEL {image}", f"data table:{table}", "inspect MODEL"]
     for line, path in zip(lines, (image, table, given["MODEL"]), strict=True):
 
         def refuse(file, *args, path=path, **kwargs):
             if str(file) == str(path):
                 raise PermissionError(errno.EACCES, "Permission denied", file)
-            return open(file, *args, **kwargs)
+            return opened(file, *args, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr("builtins.open", refuse)
