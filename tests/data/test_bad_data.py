@@ -11,7 +11,8 @@ from grain import MapDataset
 from made import packed, refused, saved, tree, zipped
 
 from vit_jax.data.images import BadImage
-from vit_jax.data.pipeline import BatchReader, eval_batches, shuffled, train_batches
+from vit_jax.data.order import shuffled
+from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import InceptionCrop, Preprocess

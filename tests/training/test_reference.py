@@ -7,7 +7,7 @@ from conftest import DIGITS, ROOT, fails
 from test_structure import sections
 
 from vit_jax.__main__ import main
-from vit_jax.data.config import AUGMENTATIONS
+from vit_jax.data.config import TRAINING_KEYS
 from vit_jax.models.config import ViTConfig
 from vit_jax.recipes import recipes
 from vit_jax.training import reference
@@ -17,10 +17,11 @@ from vit_jax.training.evaluators import EVALUATORS
 LEAVES = [leaf for section in reference.sections() for leaf in section.leaves]
 # Texts that may be anything; all others have a list of choices.
 FREE = ("source", "split", "classes", "init_from", "wandb_project", "variant")
+FREE += ("freeze", "match", "class_weights")
 
 
 def test_every_key_is_explained_and_nothing_else():
-    trained = {key for key in keys() if not {*key.split(".")} & {*AUGMENTATIONS}}
+    trained = {key for key in keys() if not {*key.split(".")} & {*TRAINING_KEYS}}
     trained |= {key for key in keys() if key.startswith("data.train.")}
     assert {leaf.key for leaf in LEAVES if ".NAME." not in leaf.key} == trained
     for leaf in LEAVES:

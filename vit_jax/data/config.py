@@ -8,6 +8,7 @@ from vit_jax.errors import UserError, nearest
 
 ON_CORRUPT = ("stop", "skip")
 AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
+TRAINING_KEYS = (*AUGMENTATIONS, "balance")  # of data.train alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Split:
       flip: whether to mirror half of the training images.
       rand_augment: changes colours and geometry of training images further.
       erasing: probability that a training image gets a box of noise (see `RandomErasing`).
+      balance: of data.train: how equally often classes come: 0 as in the data, 1 all equally often,
+        between them in proportion to images ** (1 - balance).
     """
 
     source: str
@@ -52,11 +55,14 @@ class Split:
     flip: bool = False
     rand_augment: RandAugment | None = None
     erasing: float = 0.0
+    balance: float = 0.0
 
     def __post_init__(self):
         RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
+        if not 0 <= self.balance <= 1:
+            raise UserError(f"data.train.balance is {self.balance}; it must be in [0, 1]")
 
     def preprocess(self, base: Preprocess, image_size: tuple[int, int] | None = None) -> Preprocess:
         """`base` as this split uses it: with its own resize rule, at another image size."""
@@ -111,6 +117,6 @@ class DataConfig:
                 f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, ON_CORRUPT)}"
             )
         for name, split in {"val": self.val, "test": self.test}.items():
-            for key in AUGMENTATIONS:
+            for key in TRAINING_KEYS:
                 if split and getattr(split, key):
                     raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")

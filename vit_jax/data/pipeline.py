@@ -24,6 +24,7 @@ from absl import flags
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, Split
 from vit_jax.data.images import BadImage, decode_box
+from vit_jax.data.order import Balance, shuffled
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Mask, Pixels, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError
@@ -42,6 +43,7 @@ class BatchReader:
     Attributes:
       replace: whether, with on_corrupt="skip", an example that cannot be read is replaced by the
         next one of the source (training), or masked (evaluation).
+      balance: the order of training examples; None for all of them once an epoch.
       told: the examples that were logged as skipped.
     """
 
@@ -56,6 +58,7 @@ class BatchReader:
     erasing: float = 0.0
     on_corrupt: str = "stop"
     replace: bool = False
+    balance: Balance | None = None
     told: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
@@ -224,24 +227,6 @@ def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(threads, "read")
 
 
-def shuffled(seed: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """The examples at `positions` (int64 [b]) of a stream that shuffles n examples every epoch.
-
-    Equal to `grain.MapDataset.range(n).seed(seed).shuffle().repeat()`, without its cost for each
-    element.
-    """
-    from grain.experimental import index_shuffle
-
-    first = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
-    return np.array(
-        [
-            index_shuffle(place, max_index=n - 1, seed=(first + epoch) % 2**32, rounds=4)
-            for epoch, place in (divmod(position, n) for position in positions.tolist())
-        ],
-        np.int64,
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """Reads the batch of a step; a class, not a closure, to be pickled for worker processes."""
@@ -262,6 +247,8 @@ def _train_indices(read: BatchReader, positions: np.ndarray) -> np.ndarray:
     if not isinstance(read.source, Sized):
         # Endless: no example repeats, and another seed has other examples.
         return positions + read.seed % 2**20 * 2**40
+    if read.balance is not None:
+        return read.balance(read.seed, positions)
     return shuffled(read.seed, len(read.source), positions)
 
 

@@ -92,11 +92,13 @@ def run_block(
     layout: Layout | None,
     *,
     depth: int | None = None,
+    frozen: int = 0,
 ) -> tuple[Float[Array, "b ..."], Any]:
     """Runs `body(x, params, index)` once, or `depth` times over the slices of stacked parameters.
 
     Applies the parameter layout and the rematerialisation of `config.remat` to each call. Returns
-    the last x, and the body's second outputs, stacked along the depth.
+    the last x, and the body's second outputs, stacked along the depth. Of the first `frozen` slices
+    no gradient is computed.
     """
 
     def step(x, inputs):
@@ -110,6 +112,14 @@ def run_block(
         step = jax.checkpoint(step, policy=_REMAT[config.remat], prevent_cse=not scan)
     if depth is None:
         return step(x, (params, 0))
+    if scan and 0 < frozen < depth:
+        parts = []
+        for first, last in ((0, frozen), (frozen, depth)):
+            own = jax.tree.map(lambda leaf: leaf[first:last], params)  # noqa: B023
+            own = own if first else jax.lax.stop_gradient(own)
+            x, values = jax.lax.scan(step, x, (own, jnp.arange(first, last)))
+            parts.append(values)
+        return x, jax.tree.map(lambda *values: jnp.concatenate(values), *parts)
     if scan:
         return jax.lax.scan(step, x, (params, jnp.arange(depth)))
     # The gradient of split is one concatenation; that of indexing is a sum of padded arrays.
@@ -117,6 +127,7 @@ def run_block(
     beside = []
     for index in range(depth):
         own = jax.tree.map(lambda _, parts: parts[index][0], params, slices)  # noqa: B023
+        own = jax.lax.stop_gradient(own) if index < frozen else own
         x, values = step(x, (own, index))
         beside.append(values)
     return x, jax.tree.map(lambda *values: jnp.stack(values), *beside)

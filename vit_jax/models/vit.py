@@ -67,6 +67,7 @@ class ViT(nnx.Module):
         capture: str | tuple[str, ...] = (),
         corruption: Corruption | None = None,
         layout: Layout | None = None,
+        frozen: int = 0,
     ) -> Float[Array, "b *k"] | tuple[Float[Array, "b *k"], dict[str, Any]]:
         """Classifies images, or predicts corrupted patches.
 
@@ -79,6 +80,7 @@ class ViT(nnx.Module):
             `pooled` without a representation_size.
           corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: the sharding on a mesh (see training/sharding.py).
+          frozen: the number of first blocks of which no gradient is computed.
 
         Returns:
           Logits [b num_classes] in float32 (the representation, where num_classes is 0), or the
@@ -105,7 +107,7 @@ class ViT(nnx.Module):
         if config.pre_norm:
             x = self.pre_norm(x)
 
-        x = self.encode(x, block_key, captures, layout)  # Eq. 2 and 3, `depth` times
+        x = self.encode(x, block_key, captures, layout, frozen)  # Eq. 2 and 3, `depth` times
         with jax.named_scope("head"):
             x = self.classified(x, captures, corruption)
         logits = x.astype(jnp.float32)
@@ -199,6 +201,7 @@ class ViT(nnx.Module):
         key: Key[Array, ""] | None,
         captures: Captures,
         layout: Layout | None = None,
+        frozen: int = 0,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
@@ -236,6 +239,8 @@ class ViT(nnx.Module):
         stacked = nnx.to_pure_dict(stacked)
         if fold and fold_before:
             stacked = jax.vmap(layers.folded)(stacked)
-        x, captured = run_block(body, pad(x), stacked, self.config, layout, depth=depth)
+        x, captured = run_block(
+            body, pad(x), stacked, self.config, layout, depth=depth, frozen=frozen
+        )
         captures.values.update(captured)
         return x[:, :length]

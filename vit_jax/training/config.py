@@ -16,7 +16,7 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, FAMILIES
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import Augment
-from vit_jax.training.optim import OptimConfig
+from vit_jax.training.optim import Group, OptimConfig
 from vit_jax.training.sharding import MeshConfig
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
@@ -176,7 +176,7 @@ class Config:
             self._check_masked()
 
     def _check_masked(self) -> None:
-        for name in ("mixup", "cutmix", "label_smoothing"):
+        for name in ("mixup", "cutmix", "label_smoothing", "class_weights", "focal"):
             if getattr(self.augment, name):
                 raise UserError(
                     f"augment.{name} is for classification: set it to 0 with objective "
@@ -218,6 +218,9 @@ def typed_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, 
                 if isinstance(section, dict):
                     evaluator = evaluator_kind(key, section.get("type"))
                     yield from typed_keys(evaluator, section, f"{name}.{key}.")
+        elif inner == dict[str, Group]:
+            for key in here if isinstance(here, dict) else ():
+                yield from typed_keys(Group, here[key], f"{name}.{key}.")
         elif dataclasses.is_dataclass(inner):
             yield from typed_keys(inner, here, f"{name}.")
         else:
@@ -277,6 +280,8 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
             k: unpack(evaluator_kind(k, dict(v).get("type")), v, f"{path}.{k}")
             for k, v in sections.items()
         }
+    if kind == dict[str, Group]:
+        return {k: unpack(Group, v, f"{path}.{k}") for k, v in value.items() if v is not None}
     if origin is dict:
         return {
             k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if v is not None

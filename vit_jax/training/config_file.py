@@ -70,6 +70,11 @@ def apply(config: dict[str, Any], given: Mapping[str, str]) -> Config:
 
 def given_by_flags(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
     """Parses flags to key -> text; the last one counts if a key is repeated."""
+    for flag in overrides:  # which may name new groups
+        if group := re.match(r"--config\.optim\.groups\.([^.=]+)\.[^.=]+=", flag):
+            optim = config.get("optim") or {}
+            config["optim"] = {**optim, "groups": {**(optim.get("groups") or {})}}
+            config["optim"]["groups"].setdefault(group[1], {})
     keys = [key for key, _ in typed_keys(Config, config)]
     found: dict[str, str] = {}
     for flag in overrides:

@@ -1,10 +1,11 @@
 """Losses for each example, from logits and target distributions, and mixup and cutmix."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +24,12 @@ class Augment:
       per_image: whether weights and boxes are drawn for each image. Otherwise there is one a batch,
         as in AugReg and big_vision.
       label_smoothing: how much of each target is spread over all classes.
+      class_weights: of the classes in the training loss: `inverse`, to their number of images, so
+        that the weights of all images have a mean of 1; `effective`, to their effective number
+        (arXiv 1901.05555; `effective:0.999` sets its beta, 0.9999), with a mean of 1 over classes;
+        or a number for each class, in order, such as "1,1,4". None is the same for all.
+      focal: gamma of the focal loss (arXiv 1708.02002), which weighs down what is predicted well
+        already; 0 is off.
     """
 
     mixup: float = 0.0
@@ -30,30 +37,116 @@ class Augment:
     cutmix_share: float = 0.5
     per_image: bool = False
     label_smoothing: float = 0.0
+    class_weights: str | None = None
+    focal: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"augment.label_smoothing is {self.label_smoothing}; not in [0, 1)")
-        for name in ("mixup", "cutmix"):
+        if self.class_weights is not None:
+            _read_weights(self.class_weights)
+        for name in ("mixup", "cutmix", "focal"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.cutmix_share <= 1:
             raise UserError(f"augment.cutmix_share is {self.cutmix_share}; not in [0, 1]")
 
 
-def softmax(logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Float[Array, " b"]:
-    """Softmax cross-entropy over k classes."""
-    return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+def softmax(
+    logits: Float[Array, "b k"],
+    targets: Float[Array, "b k"],
+    weights: Float[Array | np.ndarray, " k"] | None = None,
+    focal: float = 0.0,
+) -> Float[Array, " b"]:
+    """Softmax cross-entropy over k classes, with the weights of classes and gamma of `Augment`."""
+    logits = logits.astype(jnp.float32)
+    if weights is None and not focal:
+        return optax.losses.softmax_cross_entropy(logits, targets)
+    log_p = jax.nn.log_softmax(logits)
+    loss = -targets * log_p * _focal(1 - jnp.exp(log_p), focal)
+    return jnp.sum(loss if weights is None else loss * weights, axis=-1)
 
 
-def sigmoid(logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Float[Array, " b"]:
+def sigmoid(
+    logits: Float[Array, "b k"],
+    targets: Float[Array, "b k"],
+    weights: Float[Array | np.ndarray, " k"] | None = None,
+    focal: float = 0.0,
+) -> Float[Array, " b"]:
     """Sigmoid cross-entropy, summed over classes (for ImageNet-21k; big_vision's sigmoid_xent)."""
-    loss = optax.losses.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets)
-    return loss.sum(axis=-1)
+    logits = logits.astype(jnp.float32)
+    loss = optax.losses.sigmoid_binary_cross_entropy(logits, targets)
+    if focal:
+        p = jax.nn.sigmoid(logits)
+        loss = -targets * jax.nn.log_sigmoid(logits) * _focal(1 - p, focal)
+        loss -= (1 - targets) * jax.nn.log_sigmoid(-logits) * _focal(p, focal)
+    return (loss if weights is None else loss * weights).sum(axis=-1)
+
+
+def _focal(rest: Float[Array, "b k"], gamma: float) -> Float[Array, "b k"] | float:
+    # A root has no derivative at 0, where a probability is 1.
+    return jnp.maximum(rest, 1e-12) ** gamma if gamma else 1.0
 
 
 # By objective (`card.OBJECTIVES` says what its logits mean).
-LOSSES: dict[str, Callable[[Array, Array], Array]] = {"softmax": softmax, "sigmoid": sigmoid}
+LOSSES: dict[str, Callable[..., Array]] = {"softmax": softmax, "sigmoid": sigmoid}
+
+
+def _read_weights(how: str) -> tuple[float, ...] | float | None:
+    """The numbers of `Augment.class_weights`, or the beta of `effective`; None for `inverse`."""
+    kind, _, beta = how.partition(":")
+    try:
+        if kind == "effective":
+            found = float(beta or 0.9999)
+            if not 0 <= found < 1:
+                raise ValueError
+            return found
+        if how == "inverse":
+            return None
+        numbers = tuple(float(each) for each in how.strip("()[] ").split(",") if each.strip())
+        if not numbers or not all(0 <= each < float("inf") for each in numbers):
+            raise ValueError
+        return numbers
+    except ValueError:
+        raise UserError(
+            f"augment.class_weights is {how!r}; expected inverse, effective, effective:BETA with "
+            "BETA in [0, 1), or a number for each class, such as 1,1,4"
+        ) from None
+
+
+def class_weights(
+    how: str, labels: Sequence[str], counts: Sequence[int] | None
+) -> tuple[float, ...]:
+    """The weight of each class, by `Augment.class_weights` and the images of each class.
+
+    A class of a kept head that the data does not have gets a weight of 1.
+
+    Raises:
+      UserError: not one number for each class; or the numbers of images are not known.
+    """
+    found = _read_weights(how)
+    if isinstance(found, tuple):
+        if len(found) != len(labels):
+            raise UserError(
+                f"augment.class_weights has {len(found)} numbers, but there are {len(labels)} "
+                f"classes: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"
+            )
+        return found
+    if counts is None or not any(counts):
+        raise UserError(
+            f"augment.class_weights={how} needs the class of every image beforehand, which this "
+            "source does not say: give a number for each class"
+        )
+    there = np.flatnonzero(counts)
+    images = np.asarray(counts, np.float64)[there]
+    if found is None:
+        weights = images.sum() / (len(there) * images)
+    else:
+        weights = (1 - found) / (1 - found**images)
+        weights *= len(there) / weights.sum()
+    result = np.ones(len(counts))
+    result[there] = weights
+    return tuple(result.tolist())
 
 
 def to_targets(

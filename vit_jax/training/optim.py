@@ -35,6 +35,28 @@ _SMALL, _PARTS = 2**16, 2**12  # of a norm: elements of a leaf that is small; su
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters that learn at another rate.
+
+    Attributes:
+      match: a pattern of parameters' names in which * is any text, such as "pos_embed*".
+      rate: a factor of the learning rate, on top of layer_decay's; 0 does not move them, but
+        computes their gradient all the same (`freeze` does not).
+      weight_decay: in place of optim.weight_decay; None for no other.
+    """
+
+    match: str
+    rate: float = 1.0
+    weight_decay: float | None = None
+
+    def __post_init__(self):
+        for field in ("rate", "weight_decay"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{field} of optim.groups is {value}; it must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """The `optim` section: optimiser, learning rate schedule, gradient clipping and averaging.
 
@@ -66,6 +88,13 @@ class OptimConfig:
       b2: decay of the second moment; for Adafactor, the upper bound of its decay 1 - step^-0.8.
       eps: added to the root of Adam's second moment; Adafactor's is 1e-30, in the squares.
       momentum: decay of the momentum of sgd.
+      freeze: what does not learn: `backbone` (all but the head, its hidden layer and the attention
+        pooling), `all_but_head`, `blocks[:N]`, the first N blocks, or patterns of parameters'
+        names in which * is any text, such as patch_embed/*. No gradient is computed for it, and no
+        optimiser state is kept.
+      layer_decay: layer-wise decay of the learning rate (BEiT, MAE): a block's is that of the next
+        one times this; the head's is `lr`, and the embedding's is of the layer before block 0.
+      groups: by a name of one's own, parameters with other rates (see `Group`).
     """
 
     lr: float
@@ -86,6 +115,9 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.9
+    freeze: tuple[str, ...] = ()
+    layer_decay: float | None = None
+    groups: dict[str, Group] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for field, known in (
@@ -101,6 +133,11 @@ class OptimConfig:
             raise UserError("optim.name=adam has no weight decay; adamw does")
         if self.name == "adafactor" and self.eps != OptimConfig.eps:
             raise UserError(f"optim.eps is {self.eps}, but adafactor has none to set; adamw does")
+        decays = [group.weight_decay for group in self.groups.values()]
+        if self.name == "adam" and any(decays):
+            raise UserError("optim.name=adam has no weight decay for optim.groups; adamw does")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"optim.layer_decay is {self.layer_decay}; it must be in (0, 1]")
         if self.accumulate < 1:
             raise UserError(f"optim.accumulate is {self.accumulate}; it must be at least 1")
         for field in ("lr", "end_lr", "warmup", "weight_decay"):
@@ -183,12 +220,18 @@ def _steps(number: float, total_steps: int) -> int:
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: Callable[[Any], Any], *, whole: bool = True
+    config: OptimConfig,
+    schedule: Callable[[Any], Any],
+    *,
+    whole: bool = True,
+    rates: tuple[Any, Any] | None = None,
 ) -> optax.GradientTransformation:
     """Chains gradient clipping, the update rule, weight decay and the learning rate.
 
     Args:
       whole: whether each device has all of each parameter (see `norm`).
+      rates: factors of the learning rate and weight decays of the parameters that learn (see
+        `trainable.rates`); None for the same everywhere.
     """
     if config.name == "sgd":
         steps = [optax.trace(decay=config.momentum, accumulator_dtype=config.mu_dtype)]
@@ -204,10 +247,23 @@ def make_optimizer(
         ]
     if config.grad_clip is not None:
         steps.insert(0, clip_by_norm(config.grad_clip, whole=whole))
-    if config.weight_decay:
+    if rates is not None:
+        steps.append(_decay_and_scale(*rates))
+    elif config.weight_decay:
         mask = is_kernel if config.decayed == "kernels" else None
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def _decay_and_scale(factors: Any, decays: Any) -> optax.GradientTransformation:
+    """Adds weight decay, and multiplies by the factors of the learning rate."""
+
+    def one(update, param, factor, decay):
+        return (update + decay * param if decay else update) * factor
+
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(one, updates, params, factors, decays)
+    )
 
 
 def norm(tree: Any, *, whole: bool = True) -> Float[Array, ""]:
@@ -246,6 +302,11 @@ def is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_name(path).endswith("kernel"), params
     )
+
+
+def is_decayed(config: OptimConfig, name: str) -> bool:
+    """Whether weight decay is for the parameter of this name."""
+    return config.decayed == "all" or name.endswith("kernel")
 
 
 class FactoredState(NamedTuple):

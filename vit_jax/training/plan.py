@@ -10,12 +10,15 @@ import dataclasses
 from collections.abc import Mapping, Sized
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from vit_jax.checkpoints.card import OBJECTIVES, ModelCard
 from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
+from vit_jax.data.contents import labels_of
+from vit_jax.data.order import Balance
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
@@ -26,13 +29,15 @@ from vit_jax.models.resnet import STYLES
 from vit_jax.models.variants import variant, variant_fields, variant_kind
 from vit_jax.training import masking
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
+from vit_jax.training.objectives import class_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
     """The properties of the training data that a plan depends on.
 
-    `examples` is None for endless data. `multi_label` and `masks` are as in `Source`.
+    `examples` is None for endless data. `multi_label` and `masks` are as in `Source`. `counts` has
+    the images of each label, if that is known without reading them.
     """
 
     labels: tuple[str, ...]
@@ -40,16 +45,19 @@ class TrainingData:
     examples: int | None = None
     multi_label: bool = False
     masks: bool = False
+    counts: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, source: Source) -> "TrainingData":
         """Those of an open source."""
+        k, labels = len(source.label_names), labels_of(source)
         return cls(
             source.label_names,
             source.fingerprint,
             len(source) if isinstance(source, Sized) else None,
             getattr(source, "multi_label", False),
             getattr(source, "masks", False),
+            None if labels is None else tuple(np.bincount(labels, minlength=k).tolist()),
         )
 
 
@@ -63,6 +71,7 @@ class Plan:
       resume_step: the checkpoint to resume from, if any.
       init: the model that a new run starts from, if any.
       keep_head: whether the head of `init` is kept.
+      counts: the number of training images of each class; None if it is not known.
     """
 
     config: Config
@@ -71,6 +80,7 @@ class Plan:
     resume_step: int | None = None
     init: Opened | None = None
     keep_head: bool = False
+    counts: tuple[int, ...] | None = None
 
     @property
     def total_steps(self) -> int:
@@ -93,7 +103,14 @@ class Plan:
             self.card.preprocess,
             seed=config.seed,
             on_corrupt=config.data.on_corrupt,
+            balance=Balance.of(source, share) if (share := config.data.train.balance) else None,
         )
+
+    @property
+    def class_weights(self) -> tuple[float, ...] | None:
+        """The weight of each class in the loss, by augment.class_weights; None for none."""
+        how = self.config.augment.class_weights
+        return None if how is None else class_weights(how, self.card.labels, self.counts)
 
 
 def plan_run(
@@ -126,7 +143,8 @@ def plan_run(
             f"the data of {config.data.train.source} changed since {workdir} began (fingerprint "
             f"{card.fingerprint} -> {data.fingerprint}): restore it, or name another --workdir"
         )
-    return Plan(config, card, data.examples, resume_step)
+    counts = _counts(config, data, card.labels)
+    return Plan(config, card, data.examples, resume_step, counts=counts)
 
 
 def make_plan(config: Config, data: TrainingData, init: Opened | None = None) -> Plan:
@@ -157,7 +175,19 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
         config.model.get("position_resize") or (base.position_resize if base else "zoom"),
         multi_label=data.multi_label and bool(labels),
     )
-    return Plan(config, card, data.examples, init=init, keep_head=keep_head)
+    counts = _counts(config, data, labels)
+    return Plan(config, card, data.examples, init=init, keep_head=keep_head, counts=counts)
+
+
+def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The images of each of the model's classes."""
+    if data.counts is None or not labels:
+        return None
+    counts = [0] * len(labels)
+    matched = classes.match(data.labels, labels, config.data.train.classes)
+    for label, count in zip(matched.classes, data.counts, strict=True):
+        counts[label] += count
+    return tuple(counts)
 
 
 def _check_labels(config: Config, data: TrainingData) -> None:

@@ -16,6 +16,7 @@ from vit_jax.training.plan import Plan
 from vit_jax.training.sharding import BATCH, check_batch, make_layout
 from vit_jax.training.state import TrainState, abstract_state
 from vit_jax.training.steps import make_train_step
+from vit_jax.training.trainable import rates, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,12 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
     check_batch(config.batch_size, config.optim.accumulate, mesh)
     schedule = make_schedule(config.optim, plan.total_steps)
     layout = make_layout(mesh, model.dtype)
-    optimizer = make_optimizer(config.optim, schedule, whole=layout is None)
+    graphdef, shapes = structure(model)
+    learning = trainable(config.optim.freeze, shapes)
+    factors = rates(config.optim, shapes)
+    factors = factors and tuple(learning.select(tree) for tree in factors)
+    optimizer = make_optimizer(config.optim, schedule, whole=layout is None, rates=factors)
+    optimizer = learning.optimizer(optimizer)
     state = abstract_state(model, optimizer, ema=config.optim.ema is not None, mesh=mesh)
     b, k = config.batch_size, model.num_classes
     batch = {
@@ -54,7 +60,7 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
         "mask": ((b,), jnp.bool_),
     }
     step = make_train_step(
-        structure(model)[0],
+        graphdef,
         optimizer,
         schedule,
         card.preprocess,
@@ -65,6 +71,8 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
         ema=config.optim.ema,
         seed=config.seed,
         layout=layout,
+        trainable=learning,
+        class_weights=plan.class_weights,
     )
     return Program(
         mesh,

@@ -107,13 +107,15 @@ def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Sec
     leaves, nested = [], []
     for field in dataclasses.fields(kind):
         key, inner = f"{prefix}{field.name}", not_none(hints[field.name])
-        if kind is data.Split and name != "data.train" and field.name in data.AUGMENTATIONS:
+        if kind is data.Split and name != "data.train" and field.name in data.TRAINING_KEYS:
             continue  # they are for training
         if key == "model":
             nested.append(Section(key, told[key], list(_model_leaves(told))))
         elif inner == dict[str, Evaluator]:
             for type_name, evaluator in EVALUATORS.items():
                 nested += sections(evaluator, f"{key}.NAME", f"type {type_name}")
+        elif inner == dict[str, optim.Group]:
+            nested += sections(optim.Group, f"{key}.NAME")
         elif dataclasses.is_dataclass(inner) and not only:
             nested += sections(inner, key)
         else:
@@ -215,7 +217,7 @@ def resolved(spec: str, overrides: Sequence[str] = ()) -> dict[str, tuple[Any, s
     found = {}
     for key, value in _flattened(dataclasses.replace(config, model=model)):
         section, _, name = key.rpartition(".")
-        if name in data.AUGMENTATIONS and section != "data.train":
+        if name in data.TRAINING_KEYS and section != "data.train":
             continue  # it cannot be set
         by_flag = any(key == flag or key.startswith(f"{flag}.") for flag in flags)
         origin = "flag" if by_flag else "file" if said.get(key) is not None else "default"
@@ -303,7 +305,7 @@ def _sentence(text: str) -> str:
 
 def _for_training(key: str) -> bool:
     section, _, name = key.rpartition(".")
-    return section == "data.train" and name in data.AUGMENTATIONS
+    return section == "data.train" and name in data.TRAINING_KEYS
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The training step and its losses, as pure functions on pytrees (see also eval_steps.py)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
@@ -15,6 +17,7 @@ from vit_jax.models.stack import Layout
 from vit_jax.training import masking, objectives
 from vit_jax.training.optim import norm
 from vit_jax.training.state import TrainState
+from vit_jax.training.trainable import Trainable
 
 Batch = dict[str, Array]
 # (params, batch, key, weight) -> (sum of losses / weight, other sums), all over real examples.
@@ -46,14 +49,20 @@ def class_loss(
     num_classes: int,
     smoothing: float,
     layout: Layout | None,
+    frozen: int = 0,
+    weights: tuple[float, ...] | None = None,
+    focal: float = 0.0,
 ) -> Loss:
     """Returns the classification loss, with the accuracy; batches may have a `partner` to mix in.
+
+    Of the first `frozen` blocks no gradient is computed.
 
     With multi-label targets [b k], an image is right if its top class is one of its labels; images
     without labels do not count (`labelled` is the number of the others). With mixup or cutmix, the
     accuracy uses the labels of the image with the larger share.
     """
-    loss_of = objectives.LOSSES[objective]
+    weights = None if weights is None else np.asarray(weights, np.float32)
+    loss_of = functools.partial(objectives.LOSSES[objective], weights=weights, focal=focal)
 
     def loss_fn(params, batch, key, weight):
         inputs, labels = images(batch, preprocess), batch["label"]
@@ -68,7 +77,8 @@ def class_loss(
             targets = share * targets + (1 - share) * others
             if multi_label:
                 labels = jnp.where(share >= 0.5, labels, partner["label"])
-        logits = merged(graphdef, params, layout)(inputs, key=key, layout=layout)
+        model = merged(graphdef, params, layout)
+        logits = model(inputs, key=key, layout=layout, **{"frozen": frozen} if frozen else {})
         with jax.named_scope("head"):
             loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
             if multi_label:
@@ -83,7 +93,11 @@ def class_loss(
 
 
 def patch_loss(
-    graphdef: nnx.GraphDef, preprocess: Preprocess, objective: str, layout: Layout | None
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    objective: str,
+    layout: Layout | None,
+    frozen: int = 0,
 ) -> Loss:
     """Returns the loss of masked patch prediction, with the accuracy, if any; ignores labels."""
 
@@ -91,7 +105,9 @@ def patch_loss(
         key, drawn = jax.random.split(key)
         keys = jax.random.split(drawn, len(batch["mask"]))
         model = merged(graphdef, params, layout)
-        sums = masked_sums(model, batch, preprocess, objective, keys, key=key, layout=layout)
+        sums = masked_sums(
+            model, batch, preprocess, objective, keys, key=key, layout=layout, frozen=frozen
+        )
         return sums.pop("loss") / weight, sums
 
     return loss_fn
@@ -106,6 +122,7 @@ def masked_sums(
     *,
     key: Key[Array, ""] | None = None,
     layout: Layout | None = None,
+    frozen: int = 0,
 ) -> dict[str, Array]:
     """Sums of loss and, if any, accuracy of masked patch prediction, over real examples.
 
@@ -116,7 +133,7 @@ def masked_sums(
     config, pixels = model.config, batch["image"]
     corruption = masking.draw_corruption(keys, config.grid[0] * config.grid[1])
     inputs = preprocess.normalise(pixels)
-    predictions = model(inputs, key=key, corruption=corruption, layout=layout)
+    predictions = model(inputs, key=key, corruption=corruption, layout=layout, frozen=frozen)
     wanted = masking.targets(objective, pixels, preprocess, config, corruption.where)
     loss, others = masking.losses(objective, predictions, wanted)
     return {name: jnp.sum(x * batch["mask"]) for name, x in {"loss": loss, **others}.items()}
@@ -135,19 +152,28 @@ def make_train_step(
     ema: float | None = None,
     seed: int = 0,
     layout: Layout | None = None,
+    trainable: Trainable | None = None,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
+    `optimizer` is of the parameters that learn, as `trainable` says; None is all.
+
     The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
-    none for pixels; for several labels see `class_loss`), grad_norm (before clipping), param_norm
-    (after the update) and lr.
+    none for pixels; for several labels see `class_loss`), grad_norm (of what learns, before
+    clipping), param_norm (of all, after the update) and lr.
     """
+    learning = trainable or Trainable()
+    options = dict(layout=layout, frozen=learning.blocks)
     if objective in masking.TARGETS:
-        loss_fn = patch_loss(graphdef, preprocess, objective, layout)
+        loss_fn = patch_loss(graphdef, preprocess, objective, **options)
     else:
         smoothing = augment.label_smoothing
-        loss_fn = class_loss(graphdef, preprocess, objective, num_classes, smoothing, layout)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        options |= dict(weights=class_weights, focal=augment.focal)
+        loss_fn = class_loss(graphdef, preprocess, objective, num_classes, smoothing, **options)
+
+    def loss_of(learned, params, *inputs):
+        return loss_fn(learning.combine(params, learned), *inputs)
 
     def train_step(state, batch):
         # Randomness depends on seed and step alone, so no random state is stored.
@@ -162,16 +188,20 @@ def make_train_step(
                 mixing = objectives.draw_mixing(augment, drawn, b, (h, w))
             batch = {**batch, "partner": partner, "mixing": mixing}
         weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
+        learned = learning.select(state.params)
+        grad_fn = jax.value_and_grad(
+            lambda learned, *inputs: loss_of(learned, state.params, *inputs), has_aux=True
+        )
         if accumulate == 1:
-            (loss, sums), grads = grad_fn(state.params, batch, key, weight)
+            (loss, sums), grads = grad_fn(learned, batch, key, weight)
         else:
-            loss, sums, grads = accumulated(grad_fn, state.params, batch, key, weight, accumulate)
+            loss, sums, grads = accumulated(grad_fn, learned, batch, key, weight, accumulate)
         counts = dict.fromkeys(sums, weight)
         if "labelled" in sums:
             counts["accuracy"] = jnp.maximum(sums.pop("labelled"), 1)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, learned)
+            params = learning.combine(state.params, optax.apply_updates(learned, updates))
             average = state.ema
             if ema is not None:
                 average = optax.incremental_update(params, state.ema, 1 - ema)
