@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator
 from vit_jax.extras import install
 from vit_jax.words import nearest
 
-__all__ = ["Stopped", "UserError", "during", "name_extra", "nearest", "sentence", "why"]
+__all__ = [
+    "Stopped",
+    "UserError",
+    "check_refused",
+    "during",
+    "name_extra",
+    "nearest",
+    "sentence",
+    "why",
+]
 
 
 class UserError(ValueError):
@@ -127,6 +136,12 @@ def why(error: OSError) -> str:
     files = " and ".join(str(each) for each in (error.filename, error.filename2) if each)
     do = f": {_DO[error.errno]}" if error.errno in _DO else ""
     return f"{files}: {reason}{do}" if files else f"{reason}{do}"
+
+
+def check_refused(error: BaseException, path: str | os.PathLike) -> None:
+    """Raises a UserError if the system refused access to a file, whatever is in it."""
+    if isinstance(error, OSError) and error.errno in _DO:
+        raise UserError(why(OSError(error.errno, os.strerror(error.errno), path))) from None
 
 
 def _no_memory(error: BaseException, what: str, advice: str | None) -> str:

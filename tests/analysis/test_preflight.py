@@ -13,6 +13,7 @@ from conftest import DIGITS, TINY
 
 from vit_jax.__main__ import main
 from vit_jax.analysis import chips, cost, preflight
+from vit_jax.analysis.smaller import smaller
 from vit_jax.errors import UserError
 from vit_jax.models.variants import variant
 from vit_jax.training.config_file import load_config
@@ -84,15 +85,15 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
     flags += ["--config.optim.accumulate=1", "--config.data.train.affine=None"]
     config = load_config(DIGITS, [*TINY, *flags])
     plan, _, _ = preflight.open_plan(config)
-    found = preflight.compile_step(plan, make_mesh(config.mesh))
+    mesh = make_mesh(config.mesh)
+    found = preflight.compile_step(plan, mesh)
     needs = found.peak_bytes
     monkeypatch.setattr(preflight, "memory_limit", lambda device: int(0.7 * needs))
     monkeypatch.setattr(preflight, "_SECONDS_OF_DATA", 0.1)
     assert main(["preflight", f"--config={DIGITS}", *TINY, *flags]) == 2
     out, err = capsys.readouterr()
     assert "too much" in out
-    limited = dataclasses.replace(found, limit_bytes=int(0.7 * needs))
-    count = len(list(preflight.smaller(config, plan.card.config, limited)))
+    count = len(list(smaller(config, plan.card.config, mesh, found.state_bytes, int(0.7 * needs))))
     told = rf"smallest of {count} changes that does; the one above took [\d.]+ s to compile, and "
     assert re.search(rf"{told}after 120 s of them", out), out
     (advice,) = re.findall(r"it does with (.*)", err)
@@ -105,9 +106,9 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
 
     # The clock of the search: a step of it is a minute.
     monkeypatch.setattr(preflight, "memory_limit", lambda device: 1 + found.state_bytes)
-    clock = itertools.count(0.0, step=60.0)
-    own = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr(preflight, "time", own)
+    clock = itertools.count(0.0, 60.0)
+    fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(preflight, "time", fake)
     tries = preflight.preflight(config, search_seconds=200)
     with pytest.raises(UserError, match=r"nor with the 1 of \d+ changes tried in 200 s: give more"):
         list(tries)
@@ -118,8 +119,8 @@ def test_what_does_not_fit_is_made_to_fit(monkeypatch, capsys):
 def test_small_changes_come_first():
     config = load_config(DIGITS, [*TINY, "--config.optim.accumulate=1"])
     plan, _, _ = preflight.open_plan(config)
-    found = preflight.compile_step(plan, make_mesh(config.mesh))
-    flags = [flags for flags, *_ in preflight.smaller(config, plan.card.config, found)]
+    mesh = make_mesh(config.mesh)
+    flags = [flags for flags, *_ in smaller(config, plan.card.config, mesh, 0, None)]
     assert flags[:3] == [
         "--config.optim.accumulate=2",
         "--config.model.remat=dots",

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import vit_jax
 from vit_jax.__main__ import main
+from vit_jax.checkpoints import sidecars
 from vit_jax.checkpoints.card import Report
 from vit_jax.checkpoints.load import Loaded
 from vit_jax.checkpoints.opened import inspect, open_model, read_model
@@ -30,6 +31,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
+from vit_jax.models.variants import variant
 from vit_jax.training.sharding import MeshConfig, make_mesh, placement
 from vit_jax.writing import write_atomically
 
@@ -882,6 +884,42 @@ def test_where_a_model_may_be_written(loaded, tmp_path):
         (tmp_path / "new" / "x.tag_in21k" / "README.md").write_text("mine")
     with pytest.raises(UserError, match=r"holds preprocessor_config\.json, which is not part of a"):
         vit_jax.save(loaded("hf vit"), tmp_path / "new" / "x.tag_in21k", format="timm")
+
+
+def test_an_export_names_its_architecture_and_the_classes_that_are_known(tmp_path, tiny_run):
+    """timm's names are compared with timm itself in tests/parity."""
+    names = {
+        "Ti/16": "vit_tiny_patch16_224",
+        "S/16": "vit_small_patch16_224",
+        "S/8": "vit_small_patch8_224",
+        "B/32 384": "vit_base_patch32_384",
+        "L/16 512": "vit_large_patch16_384",
+        "H/14": "vit_huge_patch14_224",
+        "g/14": "vit_giant_patch14_224",
+        "R50+L/32": "vit_large_r50_s32_224",
+        "B/28": None,
+        "mu/16": None,
+        "22B/14": None,
+    }
+    for name, expected in names.items():
+        name, _, size = name.partition(" ")
+        config = variant(name, image_size=(int(size or 224),) * 2, num_classes=3)
+        assert sidecars.timm_name(config) == expected, name
+    model = vit_jax.create("mu/16", image_size=32, num_classes=3)
+    notes = vit_jax.save(model, tmp_path / "timm", format="timm").assumed
+    assert "vit_base_patch16_224 and, in model_args, what makes" in notes["architecture"]
+    vit_jax.save(model, tmp_path / "hf", format="hf")
+    hf, timm = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "timm")
+    )
+    # As transformers writes them where nobody named them.
+    assert hf["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert "label_names" not in timm and timm["model_args"]["embed_dim"] == 32
+    assert vit_jax.load(tmp_path / "hf").labels == ("0", "1", "2")
+    run = vit_jax.load(tiny_run[0], num_classes=10)  # digits: these are their names
+    vit_jax.save(run, tmp_path / "digits", format="hf")
+    digits = json.loads((tmp_path / "digits" / "config.json").read_text())
+    assert digits["id2label"]["7"] == "7"
 
 
 def test_files_have_the_mode_of_the_umask(loaded, tmp_path):

@@ -14,7 +14,7 @@ from timm.models._registry import _deprecated_models, _model_to_module
 
 from parity import test_resnet, test_transformers, timm_cases
 from parity.references import agree, interpreted, load, randomise, save, theirs, truth_of_timm
-from vit_jax.checkpoints import architectures
+from vit_jax.checkpoints import architectures, sidecars
 from vit_jax.errors import UserError
 
 # What computes the same either way.
@@ -199,3 +199,23 @@ def test_a_bare_file_says_what_no_key_shows(tmp_path):
     assert vit.report.assumed["architecture"].startswith("is not named")
     with pytest.raises(AssertionError, match=r"e-0[1-4]"):
         agree(vit, theirs(vit.config, model.blocks, model))
+
+
+def test_an_export_names_what_timm_calls_it(tmp_path):
+    """Of the sizes that timm has, all but these are named; the same architectures once."""
+    names = [name for name in architectures.TIMM if not name.startswith("resnet")]
+    found = {}
+    for name in names:
+        config = interpreted(timm.create_model(name, device="meta", num_classes=5), tmp_path)
+        found[name] = sidecars.timm_name(config)
+    twins = {
+        re.sub("deit_(.*_patch)", r"vit_\1", n): n for n in names if re.match("deit_[a-z]*_p", n)
+    }
+    twins = {old: new for new, old in twins.items()}
+    twins |= {"vit_base_patch16_224_miil": "vit_base_patch16_224"}
+    twins |= {f"eva_large_patch14_{n}": "vit_large_patch14_224" for n in (196, 336)}
+    for end in ("", "_gap"):  # 384 pixels, of which 378 are 27 patches
+        twins[f"vit_so400m_patch14_siglip{end}_384"] = f"vit_so400m_patch14_siglip{end}_378"
+    none = {"test_vit", "test_vit2", "vit_base_patch16_gap_224", "vit_small_patch16_36x1_224"}
+    none |= {n for n in names if "_plus_" in n}
+    assert found == {n: None if n in none else twins.get(n, n) for n in names}

@@ -5,7 +5,6 @@ not have.
 """
 
 import dataclasses
-import itertools
 import math
 import os
 import re
@@ -21,16 +20,17 @@ from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
 from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
 from vit_jax.analysis.roofline import Roofline, read_kernels, tell
+from vit_jax.analysis.smaller import smaller
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.errors import UserError
-from vit_jax.models.config import CHOICES, ModelConfig, ViTConfig
+from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan, TrainingData, make_plan
 from vit_jax.training.program import Program, make_program
-from vit_jax.training.sharding import batch_shards, device_memory, make_mesh, unsplit
+from vit_jax.training.sharding import device_memory, make_mesh, unsplit
 
 SEARCH_SECONDS = 120
 _SECONDS_OF_DATA = 5.0
@@ -200,7 +200,7 @@ def preflight(
     if compiled.fits:
         return
 
-    changes = list(smaller(config, vit, compiled))
+    changes = list(smaller(config, vit, mesh, compiled.state_bytes, compiled.limit_bytes))
     if not changes or search_seconds <= 0:
         raise UserError("this does not fit on the devices: use more or larger ones")
     yield (
@@ -226,42 +226,6 @@ def preflight(
         f"this does not fit, nor does any of the {len(changes)} changes tried: use more or larger "
         "devices"
     )
-
-
-def smaller(
-    config: Config, vit: ModelConfig, compiled: CompiledStep
-) -> Iterator[tuple[str, Config, str]]:
-    """Yields changes that save memory, smallest first: flags, the changed config, its `remat`.
-
-    Changes of one thing by little come first: halving the micro-batch, more rematerialisation,
-    doubling the devices along `fsdp` (at the expense of `data`).
-    """
-    mesh, limit = compiled.program.mesh, compiled.limit_bytes or math.inf
-    remats = CHOICES["remat"][CHOICES["remat"].index(vit.remat) :]
-    halves = [2**i for i in range(6)]
-    wider = [2**i for i in range(20) if mesh.shape["data"] % 2**i == 0]
-    choices = itertools.product(range(len(halves)), range(len(remats)), range(len(wider)))
-    for a, r, f in sorted(choices, key=_size_of_change):
-        accumulate, fsdp = config.optim.accumulate * halves[a], mesh.shape["fsdp"] * wider[f]
-        state = compiled.state_bytes * mesh.shape["fsdp"] / fsdp
-        rows = config.batch_size % (batch_shards(mesh) * accumulate)
-        if (a, r, f) == (0, 0, 0) or rows or state > limit:
-            continue
-        sizes = dict(mesh.shape) | dict(data=mesh.shape["data"] // wider[f], fsdp=fsdp)
-        flags = [f"--config.optim.accumulate={accumulate}"] * (a > 0)
-        flags += [f"--config.model.remat={remats[r]}"] * (r > 0)
-        flags += [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()] * (f > 0)
-        changed = dataclasses.replace(
-            config,
-            optim=dataclasses.replace(config.optim, accumulate=accumulate),
-            mesh=dataclasses.replace(config.mesh, **sizes) if f else config.mesh,
-        )
-        yield " ".join(flags), changed, remats[r]
-
-
-def _size_of_change(steps: tuple[int, int, int]) -> tuple[int, int, list[int]]:
-    """Sort key of a change: how many things change, by how much, cheapest things first."""
-    return sum(n > 0 for n in steps), sum(steps), [-n for n in steps]
 
 
 def roofline_lines(roofline: Roofline) -> Iterator[str]:

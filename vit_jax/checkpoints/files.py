@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -24,7 +25,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float32, Shaped
 
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, check_refused, nearest
 from vit_jax.writing import replacing, write_atomically
 
 WEIGHTS = (".npz", ".safetensors")
@@ -198,6 +199,7 @@ def reading(path: str, what: str = "") -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"there is no file {path!r}") from None
     except (*_BROKEN, OSError, RecursionError, MemoryError) as error:
+        check_refused(error, path)
         where = f" ({what})" if what else ""
         reason = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"{path}{where} is damaged or cut off: {reason}") from None
@@ -439,4 +441,10 @@ def write_weights(path: str, arrays: Mapping[str, np.ndarray], card: Mapping[str
             write_atomically(f"{path.removesuffix('.npz')}.json", json.dumps(described, indent=1))
         else:
             metadata = {"format": "pt", "vit_jax": json.dumps(card)}
-            safetensors.numpy.save_file(dict(arrays), temporary, metadata=metadata)
+            try:
+                safetensors.numpy.save_file(dict(arrays), temporary, metadata=metadata)
+            except safetensors.SafetensorError as error:  # such as on a full disk
+                if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                    raise
+                number = int(found[1])
+                raise OSError(number, os.strerror(number), path) from None

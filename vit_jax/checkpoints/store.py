@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax import distributed
-from vit_jax.errors import UserError, why
+from vit_jax.errors import UserError, check_refused, why
 from vit_jax.writing import check_own, check_text, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -253,6 +253,8 @@ def verify(path: epath.Path, *, together: bool = False) -> str | None:
             if _digest(path / name) != digest:
                 return f"{path / name} does not match its checksum"
         except OSError as error:
+            if not together:  # the other processes would wait
+                check_refused(error, path / name)
             return f"{path} is unreadable ({error})"
         return ""
 
@@ -260,6 +262,7 @@ def verify(path: epath.Path, *, together: bool = False) -> str | None:
         try:
             return [{**json.loads((path / _CHECKSUMS).read_text())}, None]
         except (OSError, ValueError, TypeError) as error:
+            check_refused(error, path / _CHECKSUMS)
             return [{}, f"{path} is unreadable ({error})"]
 
     expected, problem = distributed.first("checksums", read) if together else read()

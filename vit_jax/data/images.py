@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from vit_jax.data.headers import bare, height_at, jpeg_orientation, unread
 from vit_jax.data.headers import sniff as sniff
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, check_refused, nearest
 
 Image = UInt8[np.ndarray, "h w c"]
 JPEG_MODES = ("accurate", "fast")
@@ -221,6 +221,7 @@ def read_image(image: Any, jpeg: str = "accurate", exif: bool = False) -> Image:
         except IsADirectoryError:
             raise UserError(f"{path!r} is a folder: name the image files in it") from None
         except (OSError, ValueError, BadImage) as error:
+            check_refused(error, path)
             raise BadImage(f"{path!r} is no readable image: {error}") from None
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode(bytes(image), jpeg, exif)

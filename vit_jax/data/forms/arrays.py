@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, check_refused, nearest
 from vit_jax.extras import install
 
 
@@ -105,6 +105,7 @@ def arrays(path: str, split: str) -> ArraySource:
         *(ValueError, OSError, EOFError, MemoryError, RuntimeError),
         *(zipfile.BadZipFile, zlib.error),
     ) as error:
+        check_refused(error, path)
         raise UserError(f"the source arrays:{path} is no readable .npz: {error}") from None
     splits = [name.removesuffix("_images") for name in contents if name.endswith("_images")]
     if not splits:

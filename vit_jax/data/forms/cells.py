@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from vit_jax.data.forms.open_files import open_file
 from vit_jax.data.images import SUFFIXES
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, check_refused, nearest
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _BOMS = {
@@ -28,8 +28,7 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# The last words of column names.
-_WORDS = frozenset(
+_WORDS = frozenset(  # the last words of column names
     "id idx index image images img picture photo file filename name names path filepath label "
     "labels class classes category categories target targets breed species split subset set fold "
     "partition tag tags prediction string synset wnid".split()
@@ -139,6 +138,7 @@ def _read(path: str, what: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path} is no {what}: there is no such file") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        check_refused(error, path)
         raise UserError(f"{path} is no {what}: {error}") from None
 
 

@@ -23,7 +23,7 @@ from vit_jax.data.forms.layout import (
     unknown_format,
 )
 from vit_jax.data.images import SUFFIXES, sniff
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, check_refused, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def file_example(root: str, file: str, label: int | tuple[int, ...]) -> dict[str
         with open(path, "rb") as opened:
             data = opened.read()
     except OSError as error:
+        check_refused(error, path)
         raise UserError(
             f"{path} could be listed but not read ({error.strerror}): did the folder change?"
         ) from None
@@ -285,6 +286,7 @@ def _image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[st
             with os.scandir(os.path.join(root, here)) as entries:
                 entries = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
+            check_refused(error, error.filename)
             raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from None
         for entry in entries:
             path = f"{here}/{entry.name}"

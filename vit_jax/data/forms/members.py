@@ -16,7 +16,7 @@ from typing import NamedTuple
 from vit_jax.data.forms.layout import out_of_the_way
 from vit_jax.data.forms.open_files import open_file
 from vit_jax.data.images import sniff
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_refused
 
 _FOREIGN = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
@@ -110,6 +110,7 @@ def _members(path: str) -> Iterator[Member]:
         *(tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, lzma.LZMAError, zlib.error),
         *(ValueError, RecursionError, MemoryError, OverflowError, struct.error, RuntimeError),
     ) as error:
+        check_refused(error, path)
         kind = "zip" if zipped else "tar"
         raise UserError(f"{path} is no whole {kind} archive: {error}") from None
 

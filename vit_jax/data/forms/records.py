@@ -18,7 +18,7 @@ from jaxtyping import UInt64
 from vit_jax.data.forms.examples import feature_values, parse_example
 from vit_jax.data.forms.files import parse_split
 from vit_jax.data.images import BadImage
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, check_refused, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ def records(path: str, split: str) -> RecordSource:
     except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, UserError):
             raise
+        check_refused(error, path)
         raise UserError(f"{where}: what was said of split {name!r} is damaged: {error!r}") from None
     counts = [shard["examples"] for shard in shards]
     total = sum(counts)
