@@ -127,9 +127,9 @@ def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
         conversion=Conversion(args.short_side, args.quality),
         **{name: getattr(args, name) for name in options},
     )
-    told = {"examples": info["examples"], "classes": len(info["label_names"])}
-    told |= {"bad_images": info["bad_images"], "fingerprint": info["fingerprint"]}
-    print(json.dumps({"source": f"records:{args.dst}", "split": args.split, **told}))
+    summary = {"examples": info["examples"], "classes": len(info["label_names"])}
+    summary |= {"bad_images": info["bad_images"], "fingerprint": info["fingerprint"]}
+    print(json.dumps({"source": f"records:{args.dst}", "split": args.split, **summary}))
 
 
 def data(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -235,11 +235,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     except BaseException as error:
-        told = sentence(error, command)
+        known = sentence(error, command)
         if isinstance(error, BrokenPipeError) and _reader_left():
             code = 141  # as a shell tells of SIGPIPE
-        elif told is not None:
-            code, message = 2, f"error: {told}"
+        elif known is not None:
+            code, message = 2, f"error: {known}"
         elif isinstance(error, SystemExit):
             raise
         elif isinstance(error, Stopped):

@@ -162,12 +162,14 @@ def _never_joined(address: str, n: int, i: int, seconds: float) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        told = f"not all {n} processes came to the coordinator {address} within {seconds} s"
-        told += f" (this is process {i}): start them all, each with another --process-id"
+        reason = f"not all {n} processes came to the coordinator {address} within {seconds} s"
+        reason += f" (this is process {i}): start them all, each with another --process-id"
     except OSError as error:
-        told = f"process {i} could not reach the coordinator {address} within {seconds} s: {error}"
-        told += "; is process 0 running there?"
-    _end(LOST, told)
+        reason = (
+            f"process {i} could not reach the coordinator {address} within {seconds} s: {error}"
+        )
+        reason += "; is process 0 running there?"
+    _end(LOST, reason)
 
 
 def meet() -> None:
@@ -408,12 +410,12 @@ def _speak_at_abort() -> None:
 
     def aborted(_: int) -> None:
         if _ending.acquire(blocking=False):
-            told = "JAX ended this process (see above), most likely as process 0 is gone"
+            reason = "JAX ended this process (see above), most likely as process 0 is gone"
             if _watch is None:
-                told = (
+                reason = (
                     "JAX could not join the processes (see above); has each its own --process-id?"
                 )
-            os.write(2, f"error: {told}; {_advice()}\n".encode())
+            os.write(2, f"error: {reason}; {_advice()}\n".encode())
         os._exit(LOST)
 
     global _handler

@@ -113,19 +113,19 @@ def sentence(error: BaseException, command: str = "") -> str | None:
     if isinstance(error, FileNotFoundError) and error.filename is None:
         return "the current folder is no longer there: change to another one"  # of os.getcwd
     short = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    told = isinstance(error, RuntimeError)  # JAX's own are such
-    if told and any(sign in text for sign in _DRIVER):
+    from_jax = isinstance(error, RuntimeError)  # JAX's own are such
+    if from_jax and any(sign in text for sign in _DRIVER):
         return (
             f"the GPU's driver or libraries do not fit this JAX ({_brief(text)}): bring the driver "
             "up to date (nvidia-smi says which it is), or run with JAX_PLATFORMS=cpu"
         )
-    if (told and any(sign in text for sign in _NO_DEVICE)) or _no_platform(error):
+    if (from_jax and any(sign in text for sign in _NO_DEVICE)) or _no_platform(error):
         return _no_device(text)
     if short or isinstance(error, MemoryError):
         return _no_memory(error, "out of this machine's memory", _LESS_HOST.get(command))
-    if told and (killed := re.search(r"Worker process was .* with exit code -(\d+)", text)):
+    if from_jax and (killed := re.search(r"Worker process was .* with exit code -(\d+)", text)):
         return _worker(int(killed[1]))
-    if told and any(sign in text for sign in _MEMORY):
+    if from_jax and any(sign in text for sign in _MEMORY):
         return _no_memory(error, "out of the device's memory", _LESS.get(command))
     return None
 

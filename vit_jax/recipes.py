@@ -73,12 +73,12 @@ def find(spec: str) -> tuple[str, str]:
     if name.endswith(".py"):
         if os.path.isfile(name):
             return name, argument
-        told, stem = f"there is no config file {name!r}", Path(name).stem
+        text, stem = f"there is no config file {name!r}", Path(name).stem
         if stem in recipes():
             flag = f"--config={stem}" + (f":{argument}" if argument else "")
-            raise UserError(f"{told}; for the recipe of this name write {shlex.quote(flag)}")
+            raise UserError(f"{text}; for the recipe of this name write {shlex.quote(flag)}")
         raise UserError(
-            f"{told} (--config={spec}); expected FILE.py, or a recipe of `vit-jax configs`"
+            f"{text} (--config={spec}); expected FILE.py, or a recipe of `vit-jax configs`"
         )
     if name in recipes():
         path, here = recipes()[name].path, Path(f"{name}.py")

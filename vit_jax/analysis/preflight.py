@@ -179,9 +179,9 @@ def preflight(
         least = f"the least, {compiled.least_bytes / 1e9:.3f} GB"
         yield _line("", f"together {compiled.moved_bytes / 1e9:.3f} GB, {ratio:.2f} times {least}")
     if compiled.roofline is not None:
-        seconds, told = compiled.roofline.seconds, "by its roofline, at the least"
+        seconds, text = compiled.roofline.seconds, "by its roofline, at the least"
     elif devices[0] in jax.local_devices():
-        rate, told = flop_rate(devices, vit)
+        rate, text = flop_rate(devices, vit)
         seconds = flops / rate
     else:
         seconds = None
@@ -189,7 +189,7 @@ def preflight(
         steps = None if config.total_epochs and source is None else plan.total_steps
         whole = f", {_duration(steps * seconds)} for {steps:,} steps" if steps else ""
         rate = f"{config.batch_size / seconds:,.0f} images/s"
-        yield _line("time", f"about {seconds * 1e3:.4g} ms a step, {rate}{whole} ({told})")
+        yield _line("time", f"about {seconds * 1e3:.4g} ms a step, {rate}{whole} ({text})")
     if compiled.roofline is not None:
         yield from roofline_lines(compiled.roofline)
     needed = None if seconds is None else config.batch_size / seconds / hosts
@@ -236,13 +236,13 @@ def roofline_lines(roofline: Roofline) -> Iterator[str]:
         f"{roofline.flops / 1e12:.3g} TFLOP of products, {roofline.ceiling:.0%} of the ceiling",
     )
     parts = roofline.by(lambda kernel: kernel.part)
-    told = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in parts.items())
-    yield _line("ms of", told)
+    text = ", ".join(f"{part} {seconds * 1e3:.3g}" for part, seconds in parts.items())
+    yield _line("ms of", text)
     for dearest in roofline.dearest(5):
         yield _line("dearest", tell(*dearest))
     if roofline.unknown:
-        told = "in loops of unknown length, in branches, or of unknown products: counted once"
-        yield _line("", f"{roofline.unknown} kernels are {told}")
+        text = "in loops of unknown length, in branches, or of unknown products: counted once"
+        yield _line("", f"{roofline.unknown} kernels are {text}")
 
 
 def flop_rate(devices: list[Any], vit: ModelConfig) -> tuple[float, str]:
@@ -300,11 +300,11 @@ def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> s
             if time.perf_counter() - began > _SECONDS_OF_DATA:
                 break
     rate = images / (time.perf_counter() - began)
-    told = f"this machine reads {rate:,.0f} images/s"
+    text = f"this machine reads {rate:,.0f} images/s"
     if needed is None:
-        return told
+        return text
     enough = "enough" if rate >= needed else f"{needed / rate:.1f} times too slow"
-    return f"{told}, a host needs {needed:,.0f}: {enough}"
+    return f"{text}, a host needs {needed:,.0f}: {enough}"
 
 
 def _memory(compiled: CompiledStep) -> str:
@@ -312,8 +312,8 @@ def _memory(compiled: CompiledStep) -> str:
     of = "" if limit is None else f" of {limit / GIB:.2f}"
     if compiled.peak_bytes is None:
         return f"the compiler needs more than the device has{of and of + ' GiB'}"
-    told = f"{compiled.peak_bytes / GIB:.2f}{of} GiB a device at the peak, {state:.2f} of it state"
-    return told if compiled.fits else f"{told}: too much"
+    text = f"{compiled.peak_bytes / GIB:.2f}{of} GiB a device at the peak, {state:.2f} of it state"
+    return text if compiled.fits else f"{text}: too much"
 
 
 def _line(name: str, what: str) -> str:

@@ -141,11 +141,11 @@ class Roofline:
         alike: dict[tuple, list[Kernel]] = {}
         for kernel in self.kernels:
             alike.setdefault((kernel.part, kernel.direction, kernel.arrays), []).append(kernel)
-        told = [
+        rows = [
             (group[0], sum(each.times for each in group), sum(k.seconds(self.chip) for k in group))
             for group in alike.values()
         ]
-        return sorted(told, key=lambda each: -each[2])[:count]
+        return sorted(rows, key=lambda each: -each[2])[:count]
 
 
 def tell(kernel: Kernel, count: int, seconds: float) -> str:

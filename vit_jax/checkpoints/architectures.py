@@ -116,20 +116,20 @@ def current(name: str) -> str:
     return re.sub(r"_resnet50_(224|384)$", r"_r50_s16_\1", name)
 
 
-def named(dialect: str, config: Mapping[str, Any], told: str | None = None) -> str | None:
+def named(dialect: str, config: Mapping[str, Any], given: str | None = None) -> str | None:
     """Returns the architecture name of timm or Hugging Face weights, None if there is none.
 
     Args:
       dialect: "timm" or "hf".
       config: the contents of config.json.
-      told: the name that the user gave, which takes precedence.
+      given: the name that the user gave, which takes precedence.
 
     Raises:
       UserError: the architecture is not a known one.
     """
     timm, hf = config.get("architecture"), _of_hugging_face(config)
-    if told is not None:
-        names = [told]
+    if given is not None:
+        names = [given]
     elif dialect == "timm":
         names = hf[:1] if timm is None else [timm]
     else:
@@ -137,11 +137,11 @@ def named(dialect: str, config: Mapping[str, Any], told: str | None = None) -> s
     known = TIMM if dialect == "timm" else {*HF, *(name for each in HF.values() for name in each)}
     for name in names:
         if not isinstance(name, str):
-            if told is not None:
+            if given is not None:
                 raise UserError(f"architecture is {name!r}; expected a name")
             raise UserError(f"config.json is damaged: {name!r} is no name of an architecture")
         if (current(name) if dialect == "timm" else name) not in known:
-            raise UserError(_unknown(name, dialect, known, told is not None))
+            raise UserError(_unknown(name, dialect, known, given is not None))
     return next((current(name) if dialect == "timm" else name for name in names), None)
 
 
@@ -155,10 +155,10 @@ def _of_hugging_face(config: Mapping[str, Any]) -> list[Any]:
     return [*found[:1], *(kind for kind in kinds if kind is not None)]
 
 
-def _unknown(name: str, dialect: str, known: Iterable[str], told: bool) -> str:
+def _unknown(name: str, dialect: str, known: Iterable[str], given: bool) -> str:
     near = nearest(name, known)
     near = f"the nearest known name is {near.split(chr(39))[1]!r}" if near.endswith("?") else ""
-    if told:
+    if given:
         whose, usual = {
             "timm": ("timm", "vit_base_patch16_224"),
             "hf": ("transformers", "ViTModel"),

@@ -163,13 +163,13 @@ class ModelCard:
 
     def to_json(self) -> dict[str, Any]:
         """Converts to plain values; adds grid and prefix tokens for other readers."""
-        told = {"family": family_of(self.config)}
+        fields = {"family": family_of(self.config)}
         if isinstance(self.config, ViTConfig):
-            told |= {
+            fields |= {
                 "grid": self.config.grid,
                 "num_prefix_tokens": self.config.num_prefix_tokens,
             }
-        return {**dataclasses.asdict(self), **told}
+        return {**dataclasses.asdict(self), **fields}
 
     @classmethod
     def from_json(cls, card: Mapping[str, Any]) -> "ModelCard":
@@ -190,14 +190,14 @@ class ModelCard:
         several = card.get("multi_label", False)
         if not isinstance(several, bool):
             raise ValueError(f"multi_label {several!r}")
-        told = {**card["preprocess"], "image_size": config.image_size}
-        if told.get("in_channels") != config.in_channels:
+        fields = {**card["preprocess"], "image_size": config.image_size}
+        if fields.get("in_channels") != config.in_channels:
             raise ValueError("preprocessing for another number of channels")
         for name in ("crop", "mean", "std"):
-            if name in told:
-                told[name] = numbers(told[name])
-        told = Preprocess(**told)
-        return cls(config, told, tuple(labels), fingerprint, objective, method, several)
+            if name in fields:
+                fields[name] = numbers(fields[name])
+        fields = Preprocess(**fields)
+        return cls(config, fields, tuple(labels), fingerprint, objective, method, several)
 
     def write(self, workdir: epath.PathLike) -> None:
         """Writes WORKDIR/model/model.json."""

@@ -171,8 +171,8 @@ def interpret(
         dialect = native(shapes_of(config))
     found = _find(weights, dialect, prefix)
     if not card:
-        told = {**families.hints(dialect, weights.config, name), **known}
-        fields = infer(weights, dialect, found, told, file_size, assumed)
+        given = {**families.hints(dialect, weights.config, name), **known}
+        fields = infer(weights, dialect, found, given, file_size, assumed)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
     taken = {key for each in found.values() for key in each.keys()}

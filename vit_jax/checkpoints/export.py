@@ -235,11 +235,13 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     for name, array in arrays.items():
         weights.add(name, array.shape, "float32")
     fields = [field.name for field in dataclasses.fields(config)]
-    told = {name: getattr(config, name) for name in _SAID_ELSEWHERE if name in fields}
-    told |= {name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields}
+    settings = {name: getattr(config, name) for name in _SAID_ELSEWHERE if name in fields}
+    settings |= {
+        name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
+    }
     if dialect is TIMM:
-        told["pool"] = config.pool
-    back = interpret(weights, **told).config
+        settings["pool"] = config.pool
+    back = interpret(weights, **settings).config
     for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(back, field.name)
         if field.name in ("class_token", "position_prefix"):

@@ -102,7 +102,7 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
-    told = {**config, **(config.get("model_args") or {})}
+    settings = {**config, **(config.get("model_args") or {})}
     for arg, value in (config.get("model_args") or {}).items():
         # None, False and "" are timm's unset values.
         if arg not in architectures.TIMM_ARGS and value not in (None, False, ""):
@@ -111,8 +111,8 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
                 "shows it"
             )
     found: dict[str, Any] = {}
-    if "act_layer" in told:
-        act = told["act_layer"]
+    if "act_layer" in settings:
+        act = settings["act_layer"]
         if act not in _TIMM_GELU:
             raise UserError(f"config.json: act_layer {act!r}; {nearest(act, _TIMM_GELU)}")
         found["gelu"] = _TIMM_GELU[act]
@@ -122,22 +122,24 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["gelu"] = "tanh" if _TIMM_TANH.search(name) else "erf"
     if name:
         found["layernorm_eps"] = 1e-5 if "_clip_" in name else 1e-6
-    if "num_heads" in told:
-        found["num_heads"] = told["num_heads"]
+    if "num_heads" in settings:
+        found["num_heads"] = settings["num_heads"]
     elif name == "vit_base_patch16_gap_224" or "giantopt" in name:
         found["num_heads"] = 16
     elif name in ("test_vit", "test_vit2"):
         found["num_heads"] = 2
     pools = {"token": "token", "avg": "gap", "map": "map"}
-    if told.get("global_pool") in pools:
-        found["pool"] = pools[told["global_pool"]]
-    elif told.get("global_pool"):
-        raise UserError(f"config.json: global_pool {told['global_pool']!r}; {nearest('', pools)}")
-    return {**found, **_timm_size(told)}
+    if settings.get("global_pool") in pools:
+        found["pool"] = pools[settings["global_pool"]]
+    elif settings.get("global_pool"):
+        raise UserError(
+            f"config.json: global_pool {settings['global_pool']!r}; {nearest('', pools)}"
+        )
+    return {**found, **_timm_size(settings)}
 
 
-def _timm_size(told: Mapping[str, Any]) -> dict[str, Any]:
-    size = told.get("img_size") or (told.get("pretrained_cfg") or {}).get("input_size")
+def _timm_size(settings: Mapping[str, Any]) -> dict[str, Any]:
+    size = settings.get("img_size") or (settings.get("pretrained_cfg") or {}).get("input_size")
     if size is None:
         return {}
     return {"image_size": tuple(size[-2:]) if isinstance(size, (list, tuple)) else size}

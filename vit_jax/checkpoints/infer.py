@@ -16,14 +16,14 @@ def infer(
     weights: Weights,
     dialect: Dialect,
     found: Mapping[str, Found],
-    told: Mapping[str, Any],
+    given: Mapping[str, Any],
     file_size: tuple[int, int] | None,
     assumed: dict[str, str],
 ) -> dict[str, Any]:
-    """Infers the fields of the model's config from names, shapes, `told` settings and defaults."""
+    """Infers the fields of the model's config from names, shapes, `given` settings and defaults."""
     axis = _axes(weights, dialect, found)
     if dialect.family == "resnet":
-        return _classifier(dialect, found, told, file_size, axis, assumed)
+        return _classifier(dialect, found, given, file_size, axis, assumed)
     weights_prefix = next(iter(found.values())).prefix if found else ""
     fields: dict[str, Any] = {}
     fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
@@ -61,7 +61,7 @@ def infer(
         fields |= each.row.says
 
     wide_head = "head/kernel" in found and axis("head/kernel", "i") == 2 * width
-    fields["pool"] = _pool(weights, found, fields, wide_head, told.get("pool"))
+    fields["pool"] = _pool(weights, found, fields, wide_head, given.get("pool"))
     if dialect is TIMM and "dist_token" in found and not fields["num_classes"]:
         assumed["pool"] = "alone, where timm's output without a head is the mean with dist_token"
     if ("cls_token" in found) != (fields["pool"] in ("token", "token_gap")):
@@ -70,7 +70,7 @@ def infer(
     qkv = found.get("blocks/attention/qkv/kernel")
     if qkv and qkv.row.stacked:  # one axis for heads, one for their channels
         fields["num_heads"] = axis("blocks/attention/qkv/kernel", "h")
-    elif "num_heads" not in told:
+    elif "num_heads" not in given:
         heads = families.default_heads(width, fields["mlp"])
         if heads is None:
             raise UserError(
@@ -81,32 +81,32 @@ def infer(
         assumed["num_heads"] = f"as in known models {width} wide"
     gelu, eps = families.default_gelu_eps(dialect.name, fields)
     for name, value in {"gelu": gelu, "layernorm_eps": eps}.items():
-        if name not in told and (name, fields["mlp"]) != ("gelu", "swiglu"):
+        if name not in given and (name, fields["mlp"]) != ("gelu", "swiglu"):
             fields[name] = value
             assumed[name] = f"as in {dialect.name}'s code"
 
-    units = told.get("resnet", fields.get("resnet"))
+    units = given.get("resnet", fields.get("resnet"))
     if (tuple(units) if isinstance(units, list) else units) != fields.get("resnet"):
         raise UserError(
             f"{weights.path}: resnet {units!r} does not fit its keys, which are of "
             f"{fields.get('resnet')}"
         )
-    fields |= {k: v for k, v in told.items() if k not in ("image_size", "pool", "resnet")}
+    fields |= {k: v for k, v in given.items() if k not in ("image_size", "pool", "resnet")}
     fields["patch_size"] = pair(fields["patch_size"], "patch_size")
-    fields |= _positions(weights, dialect, found, fields, told, file_size, axis, assumed)
+    fields |= _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
     return fields
 
 
-def _classifier(dialect, found, told, file_size, axis, assumed) -> dict[str, Any]:
+def _classifier(dialect, found, given, file_size, axis, assumed) -> dict[str, Any]:
     """Infers the fields of a ResNetConfig."""
     fields = _resnet(dialect, found, axis)
     fields["num_classes"] = axis("head/kernel", "o") if "head/kernel" in found else 0
-    fields |= told
+    fields |= given
     if dialect is RESNET_PAPER:
         assumed["resnet_style"] = "with zeros around what is pooled, as BiT; bit_paper.py has none"
     if file_size is not None:
         fields["image_size"] = file_size
-    elif "image_size" not in told:
+    elif "image_size" not in given:
         fields["image_size"] = (224, 224)
         assumed["image_size"] = "not in the file: any size will do"
     return {**fields, "image_size": pair(fields["image_size"], "image_size")}
@@ -165,9 +165,9 @@ def _pool(
     found: Mapping[str, Found],
     fields: Mapping[str, Any],
     wide_head: bool,
-    told: str | None,
+    given: str | None,
 ) -> str:
-    """Infers the pooling: `told` if given, else the first kind that the keys allow."""
+    """Infers the pooling: `given` if there is one, else the first kind that the keys allow."""
     if "attention_pool/probe" in found:
         possible = ("map",)
     elif "cls_token" not in found:
@@ -178,26 +178,26 @@ def _pool(
         possible = ("gap", "token")
     else:
         possible = ("token", "gap", "token_gap") if not fields["num_classes"] else ("token", "gap")
-    if told is not None and told not in possible:
+    if given is not None and given not in possible:
         raise UserError(
-            f"{weights.path}: pool {told!r} does not fit its keys, which are of {possible[0]!r}"
+            f"{weights.path}: pool {given!r} does not fit its keys, which are of {possible[0]!r}"
         )
-    return told or possible[0]
+    return given or possible[0]
 
 
-def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) -> dict[str, Any]:
+def _positions(weights, dialect, found, fields, given, file_size, axis, assumed) -> dict[str, Any]:
     """Infers the grid, the position embedding's prefix rows, and from them the image size."""
     stride = resnet_stride(fields["resnet"]) if "resnet" in fields else 1
     ph, pw = (side * stride for side in fields["patch_size"])
-    wanted = told.get("image_size")
+    wanted = given.get("image_size")
     if wanted is not None:
         wanted = tuple(wanted) if isinstance(wanted, (list, tuple)) else (wanted, wanted)
         if len(wanted) != 2 or not all(isinstance(s, int) and s > 0 for s in wanted):
-            raise UserError(f"{weights.path}: image_size {told['image_size']!r} is no (h, w)")
+            raise UserError(f"{weights.path}: image_size {given['image_size']!r} is no (h, w)")
     if "pos_embed" not in found:
         position = "sincos2d" if dialect is BIG_VISION else "none"
-        if "position" in told:
-            position = told["position"]
+        if "position" in given:
+            position = given["position"]
         else:
             assumed["position"] = "there is no position embedding in the file"
         if wanted is None and file_size is not None:
@@ -215,8 +215,8 @@ def _positions(weights, dialect, found, fields, told, file_size, axis, assumed) 
     )
     usual = {"big_vision": 0, "hf": prefix - fields.get("registers", 0)}.get(dialect.name, prefix)
     possible = range(prefix + 1)
-    if told.get("position_prefix") is not None:
-        usual = told["position_prefix"]
+    if given.get("position_prefix") is not None:
+        usual = given["position_prefix"]
         possible = (usual,)
     # A given size is used if it fits the rows; a config.json may state another size.
     usable = None

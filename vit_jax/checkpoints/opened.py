@@ -85,24 +85,25 @@ def open_model(
     if not epath.Path(local).exists():
         raise UserError(f"there is no {os.fspath(path)!r} to load a model from")
     if (epath.Path(local) / "model" / "model.json").exists():
-        told = known if architecture is None else {**known, "architecture": architecture}
-        return _open_run(epath.Path(local), step, **told)
+        if architecture is not None:
+            known["architecture"] = architecture
+        return _open_run(epath.Path(local), step, **known)
     if step is not None:
         raise UserError(f"{path} is no run folder, which alone has checkpoints: leave step out")
     foreign = read_foreign(local, file_size=file_size, architecture=architecture, **known)
     weights, config, assumed = foreign.weights, foreign.config, dict(foreign.assumed)
     if weights.card:
         try:
-            told = {"config": dataclasses.asdict(config), "family": family_of(config)}
-            told = {**weights.card, **told}
-            card = ModelCard.from_json(told)
+            model = {"config": dataclasses.asdict(config), "family": family_of(config)}
+            card = ModelCard.from_json({**weights.card, **model})
         except BROKEN as error:
             raise UserError(f"the card of {local} is damaged: {error!r}") from None
     else:
-        told = (weights.config, weights.preprocessor)
         card = ModelCard(
             config,
-            families.read_preprocess(foreign.dialect, config, *told, assumed),
+            families.read_preprocess(
+                foreign.dialect, config, weights.config, weights.preprocessor, assumed
+            ),
             families.read_labels(config, weights.config, assumed),
             position_resize=families.position_resize(foreign.dialect, config),
         )
@@ -128,14 +129,14 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
         Line(name, shape, "as it is", opened.sources[name]) for name, shape in opened.shapes.items()
     ]
     lines += opened.dropped(opened.card.config)
-    told = dict(opened.facts)
+    given = dict(opened.facts)
     pre, labels = opened.card.preprocess, opened.card.labels
-    told["preprocessing"] = (
+    given["preprocessing"] = (
         f"{pre.resize} {pre.resize_dtype}, {pre.aspect}, crop {pre.crop:.4g}, mean {pre.mean}, "
         f"std {pre.std}"
     )
-    told["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
-    return Report(tuple(lines), told, opened.assumed)
+    summary["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
+    return Report(tuple(lines), summary, opened.assumed)
 
 
 def facts(origin: str, config: ModelConfig) -> dict[str, str]:

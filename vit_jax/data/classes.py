@@ -215,17 +215,17 @@ def renamed(names: Sequence[str], how: How) -> tuple[tuple[str, ...], tuple[str,
             "is no such model (init_from with model.head=keep)"
         )
     rows = read_pairs(os.path.expanduser(how)) if isinstance(how, str) else list(how.items())
-    told = f"classes={how}" if isinstance(how, str) else "what the run kept of classes"
+    origin = f"classes={how}" if isinstance(how, str) else "what the run kept of classes"
     if all(len(row) == 1 for row in rows):
         given = [row[0] for row in rows]
         if len(set(given)) < len(given):
-            raise UserError(f"{told} names a class twice")
+            raise UserError(f"{origin} names a class twice")
         if set(names) <= set(given):
             return tuple(names), tuple(given)
         numbers = _numbers(names)
         if numbers is None or max(numbers) >= len(given) or len(set(numbers)) < len(numbers):
             raise UserError(
-                f"{told} has {len(given)} names in one column, which are those of classes 0 to "
+                f"{origin} has {len(given)} names in one column, which are those of classes 0 to "
                 f"{len(given) - 1}, but the data's are called {', '.join(map(repr, names[:3]))}: "
                 "expected two columns, the data's names and the model's"
             )
@@ -235,16 +235,16 @@ def renamed(names: Sequence[str], how: How) -> tuple[tuple[str, ...], tuple[str,
     if not any(fits):
         side = max(sides, key=lambda side: len(set(names) & set(side)))
         missing = next(name for name in names if name not in side)
-        raise UserError(f"{told} says nothing of the data's class {missing!r}")
+        raise UserError(f"{origin} says nothing of the data's class {missing!r}")
     if all(fits) and any(sides[0][name] != sides[1][name] for name in names):
         raise UserError(
-            f"{told} has the data's names in both columns: which one is meant is not clear"
+            f"{origin} has the data's names in both columns: which one is meant is not clear"
         )
     side = sides[fits.index(True)]
     ours = [row[fits.index(True)] for row in rows]
     if len(set(ours)) < len(ours):
         twice = next(name for name in ours if ours.count(name) > 1)
-        raise UserError(f"{told} has {twice!r} twice")
+        raise UserError(f"{origin} has {twice!r} twice")
     return tuple(side[name] for name in names), tuple(dict.fromkeys(side.values()))
 
 

@@ -47,15 +47,15 @@ def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = N
         spec = f"{(specs or {}).get(name, '')}: ".removeprefix(": ")
         count = f"{len(source):,}" if isinstance(source, Sized) else "endless"
         names, labels = source.label_names, labels_of(source)
-        told = [", ".join(names[:2]) + (", ..." if len(names) > 2 else "")]
+        text = [", ".join(names[:2]) + (", ..." if len(names) > 2 else "")]
         if labels is not None:
             k = len(inner_source(source).label_names)
             counts = np.bincount(labels[labels >= 0], minlength=k)
-            told.append(f"{_range(counts)} each")
-        told += ["several or none an image"] * getattr(source, "multi_label", False)
-        told += ["one for each pixel"] * getattr(source, "masks", False)
+            text.append(f"{_range(counts)} each")
+        text += ["several or none an image"] * getattr(source, "multi_label", False)
+        text += ["one for each pixel"] * getattr(source, "masks", False)
         classes = "1 class" if len(names) == 1 else f"{len(names):,} classes"
-        line = f"{name:<{width}}  {spec}{count} images of {classes} ({'; '.join(told)})"
+        line = f"{name:<{width}}  {spec}{count} images of {classes} ({'; '.join(text)})"
         passed = getattr(inner_source(source), "passed_over", None)
         lines.append(f"{line}, {passed}" if passed else line)
     return lines
@@ -226,12 +226,12 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
     of = "" if len(heads) == n else f" (of {len(heads):,} sampled)"
     if heads:
         sizes = {"h": [head[0] for head in heads], "w": [head[1] for head in heads]}
-        told = "; ".join(
+        text = "; ".join(
             f"{side} {_range(each)}, median {np.median(each):,.0f}" for side, each in sizes.items()
         )
         if len({head[:2] for head in heads}) == 1:
-            told = f"h {heads[0][0]:,}, w {heads[0][1]:,}"
-        facts.append(("sizes", f"{told}{of}"))
+            text = f"h {heads[0][0]:,}, w {heads[0][1]:,}"
+        facts.append(("sizes", f"{text}{of}"))
         facts.append(("channels", _counted(collections.Counter(head[2] for head in heads)) + of))
         for values, what in (
             ((5, 6, 7, 8), "lie on their side; turned upright with exif"),
@@ -263,10 +263,10 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
     names = source.label_names
     masks, several = (getattr(source, name, False) for name in ("masks", "multi_label"))
     kind = " for each pixel" * masks + ", several or none an image" * several
-    told = f"{len(names):,}{kind}: in {_range(counts)} images each, median {np.median(counts):,.0f}"
-    told += "" if seen.whole else f" (of {len(seen.indices):,})"
+    text = f"{len(names):,}{kind}: in {_range(counts)} images each, median {np.median(counts):,.0f}"
+    text += "" if seen.whole else f" (of {len(seen.indices):,})"
     pairs = [f"{name}: {count:,}" for name, count in zip(names, counts.tolist(), strict=True)]
-    facts = [("classes", told), ("", ", ".join(pairs[:10]) + ", ..." * (len(pairs) > 10))]
+    facts = [("classes", text), ("", ", ".join(pairs[:10]) + ", ..." * (len(pairs) > 10))]
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty and seen.whole:
         more = ", ..." * (len(empty) > 10)
@@ -300,10 +300,10 @@ def _again(seen: Look) -> list[tuple[str, str]]:
     if torn:
         facts.append(("", f"{len(torn):,} of the {len(groups):,} with DIFFERENT labels:"))
     for group in torn[:5]:
-        told = {seen.labels[i]: i for i in reversed(group.tolist())}
+        first = {seen.labels[i]: i for i in reversed(group.tolist())}
         names = [
             f"{name_of(seen.source, i, 'file')} is {said(seen.source, label)}"
-            for label, i in sorted(told.items(), key=lambda pair: pair[1])
+            for label, i in sorted(first.items(), key=lambda pair: pair[1])
         ]
         facts.append(("", "; ".join(names[:4])))
     return facts
@@ -312,8 +312,8 @@ def _again(seen: Look) -> list[tuple[str, str]]:
 def said(source: Source, label: Any) -> str:
     """The names of an example's classes, as text."""
     names = source.label_names
-    told = [names[i] if 0 <= i < len(names) else f"no class ({i})" for i in _tuple(label)]
-    return ", ".join(told) or "nothing"
+    words = [names[i] if 0 <= i < len(names) else f"no class ({i})" for i in _tuple(label)]
+    return ", ".join(words) or "nothing"
 
 
 def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
@@ -328,22 +328,22 @@ def _between(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
             facts.append((title, "not compared: pixels with files"))
         else:
             first, second = shared(a.hashes, b.hashes)
-            told = "no image is in both, byte for byte"
+            text = "no image is in both, byte for byte"
             if len(second):
                 names = f"{name_of(a.source, first[0])} and {name_of(b.source, second[0])}"
-                told = f"{len(second):,} of the {len(b.indices):,} images of {other} are in {one}"
-                told += f" too, such as {names}"
+                text = f"{len(second):,} of the {len(b.indices):,} images of {other} are in {one}"
+                text += f" too, such as {names}"
                 torn = sum(
                     said(a.source, a.labels[i]) != said(b.source, b.labels[j])
                     for i, j in zip(first, second, strict=True)
                 )
-                told += f"; {torn:,} with DIFFERENT labels" if torn else ""
-            facts.append((title, told))
+                text += f"; {torn:,} with DIFFERENT labels" if torn else ""
+            facts.append((title, text))
     return facts
 
 
 def mapping_lines(name: str, matched: Matched) -> Iterator[str]:
     """The lines on how a split's classes map to a model's: those with another name."""
-    told = f"{len(matched.names):,} of the model's {len(matched.labels):,}, {matched.rule}"
+    text = f"{len(matched.names):,} of the model's {len(matched.labels):,}, {matched.rule}"
     other = [("", f"{ours} is {label}") for ours, label in matched.pairs.items() if ours != label]
-    yield from _rows([(name, told), *other])
+    yield from _rows([(name, text), *other])

@@ -44,7 +44,7 @@ class BatchReader:
       replace: whether, with on_corrupt="skip", an example that cannot be read is replaced by the
         next one of the source (training), or masked (evaluation).
       balance: the order of training examples; None for all of them once an epoch.
-      told: the examples that were logged as skipped.
+      reported: the examples that were logged as skipped.
     """
 
     source: Source
@@ -59,7 +59,7 @@ class BatchReader:
     on_corrupt: str = "stop"
     replace: bool = False
     balance: Balance | None = None
-    told: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
+    reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
         moved = [name for name in AUGMENTATIONS if getattr(self, name)]
@@ -179,8 +179,8 @@ class BatchReader:
                         f"{name} is no readable image: {error}; data.on_corrupt=skip goes on "
                         "without it"
                     ) from None
-                if index not in self.told:
-                    self.told.add(index)
+                if index not in self.reported:
+                    self.reported.add(index)
                     logger.warning("skipped %s: %s", name, error)
             # In the first epoch: each epoch has every example once.
             batch["corrupt"][row] = position < _length(self.source, position + 1)

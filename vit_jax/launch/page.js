@@ -19,7 +19,7 @@ for (const button of all("button[data-g]")) {
 }
 for (const plot of all(".plot")) {
   const mark = plot.querySelector(".mark");
-  const told = plot.parentElement.querySelector("output");
+  const text = plot.parentElement.querySelector("output");
   plot.onpointermove = plot.onpointerdown = (event) => {
     const box = plot.getBoundingClientRect();
     const scale = plot.viewBox.baseVal.width / box.width;
@@ -33,16 +33,16 @@ for (const plot of all(".plot")) {
     }
     if (!best) return;
     const [step, value] = best.line.dataset.p.split(" ")[best.i].split(":");
-    told.textContent = `${best.line.dataset.n}, step ${step}: ${value}`;
+    text.textContent = `${best.line.dataset.n}, step ${step}: ${value}`;
     mark.setAttribute("cx", best.point.x);
     mark.setAttribute("cy", best.point.y);
     mark.style.display = "inline";
   };
-  plot.onpointerleave = () => { mark.style.display = "none"; told.textContent = ""; };
+  plot.onpointerleave = () => { mark.style.display = "none"; text.textContent = ""; };
 }
 const value = (row, i) => {
-  const told = row.cells[i].textContent.trim();
-  return row.cells[i].className === "n" ? (parseFloat(told) || -Infinity) : told;
+  const text = row.cells[i].textContent.trim();
+  return row.cells[i].className === "n" ? (parseFloat(text) || -Infinity) : text;
 };
 for (const table of all("table")) {
   const heads = all("thead th", table);

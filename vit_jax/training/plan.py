@@ -334,7 +334,7 @@ def _too_short(config: Config, steps: int, num_examples: int | None) -> str:
     value, batch = getattr(config, name), config.batch_size
     if name == "total_steps" or value <= 0:
         return f"{name} is {value}; it must be above 0"
-    told = f"{name}={value:g} in batches of batch_size={batch} comes to {steps} steps"
+    text = f"{name}={value:g} in batches of batch_size={batch} comes to {steps} steps"
     if name == "total_epochs" and batch > num_examples:
-        told = f"batch_size is {batch}, but data.train has {num_examples} examples: {told}"
-    return f"{told}; lower batch_size, or set total_steps"
+        text = f"batch_size is {batch}, but data.train has {num_examples} examples: {text}"
+    return f"{text}; lower batch_size, or set total_steps"

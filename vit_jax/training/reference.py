@@ -96,13 +96,13 @@ def meanings(kind: type) -> dict[str, str]:
         text = inspect.cleandoc(vars(each).get("__doc__") or "")
         block = re.search(r"^Attributes:\n((?:  .*\n?)+)", text, re.M)
         entries = re.findall(r"^  ([\w.]+): (.*(?:\n    .*)*)", block[1] if block else "", re.M)
-        found |= {name: " ".join(told.split()).removesuffix(".") for name, told in entries}
+        found |= {name: " ".join(texts.split()).removesuffix(".") for name, texts in entries}
     return found
 
 
 def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Section]:
     """Every section of a config, with all its keys, in order; evaluators by type."""
-    hints, told = typing.get_type_hints(kind), meanings(kind)
+    hints, texts = typing.get_type_hints(kind), meanings(kind)
     prefix = f"{name}.".lstrip(".")
     leaves, nested = [], []
     for field in dataclasses.fields(kind):
@@ -110,7 +110,7 @@ def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Sec
         if not data.is_possible(key):
             continue
         if key == "model":
-            nested.append(Section(key, told[key], list(_model_leaves(told))))
+            nested.append(Section(key, texts[key], list(_model_leaves(texts))))
         elif inner == dict[str, Evaluator]:
             for type_name, evaluator in EVALUATORS.items():
                 nested += sections(evaluator, f"{key}.NAME", f"type {type_name}")
@@ -123,7 +123,7 @@ def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Sec
             kinds = _kind(inner)
             if inner != hints[field.name]:
                 kinds = f"{kinds.replace(' or', ',')} or None"
-            leaves.append(Leaf(key, kinds, default, told[field.name], only))
+            leaves.append(Leaf(key, kinds, default, texts[field.name], only))
     text = re.split(r"^(?:Attributes|Raises):", inspect.cleandoc(kind.__doc__), flags=re.M)[0]
     yield Section(name, text.strip(), leaves)
     yield from nested
@@ -138,8 +138,8 @@ def _kind(kind: Any) -> str:
     return _TYPES[kind]
 
 
-def _model_leaves(told: dict[str, str]) -> Iterator[Leaf]:
-    """The keys of the section `model`; `told` has the meanings of those that are no field."""
+def _model_leaves(texts: dict[str, str]) -> Iterator[Leaf]:
+    """The keys of the section `model`; `texts` has the meanings of those that are no field."""
     vit, resnet = (
         {field.name: field.default for field in dataclasses.fields(kind)}
         for kind in (ViTConfig, ResNetConfig)
@@ -151,7 +151,7 @@ def _model_leaves(told: dict[str, str]) -> Iterator[Leaf]:
             default += f", of a ResNet {resnet[name]}"
         text = "whole numbers" if kind is tuple else _TYPES[kind]
         text = "whole number, or (h, w)" if f"model.{name}" in SIDES else text
-        meaning = told[f"model.{name}"] if name in _NO_FIELDS else fields[name]
+        meaning = texts[f"model.{name}"] if name in _NO_FIELDS else fields[name]
         only = "" if name in {*resnet, *_NO_FIELDS} else "ViT"
         yield Leaf(f"model.{name}", text, default, meaning, only)
 
@@ -221,7 +221,7 @@ def resolved(spec: str, overrides: Sequence[str] = ()) -> dict[str, tuple[Any, s
         by_flag = any(key == flag or key.startswith(f"{flag}.") for flag in flags)
         origin = "flag" if by_flag else "file" if said.get(key) is not None else "default"
         found[key] = value, origin
-    return {**found, **{f"model.{name}": told for name, told in unsaid.items()}}
+    return {**found, **{f"model.{name}": texts for name, texts in unsaid.items()}}
 
 
 def _flattened(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -244,7 +244,7 @@ def _unsaid(config: Config) -> dict[str, tuple[Any, str]]:
         for field in dataclasses.fields(variant_kind(sizes)):
             if field.name not in ("dtype", "num_classes", "patch_outputs"):
                 fields.setdefault(field.name, (field.default, "default"))
-    return {field: told for field, told in fields.items() if field not in config.model}
+    return {field: texts for field, texts in fields.items() if field not in config.model}
 
 
 def lines(spec: str, overrides: Sequence[str] = (), prefix: str | None = None) -> Iterator[str]:
@@ -252,8 +252,8 @@ def lines(spec: str, overrides: Sequence[str] = (), prefix: str | None = None) -
     found = resolved(spec, overrides)
     if prefix:
         for leaf in matching(prefix):
-            told = "={0[0]} ({0[1]})".format(found[leaf.key]) if leaf.key in found else ""
-            yield explained(leaf, told)
+            texts = "={0[0]} ({0[1]})".format(found[leaf.key]) if leaf.key in found else ""
+            yield explained(leaf, texts)
         return
     for key, (value, origin) in found.items():
         yield f"{origin:9}{key}={value}"

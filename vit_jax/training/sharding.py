@@ -180,8 +180,8 @@ class Whole(NamedTuple):
     size: int
 
     def __str__(self) -> str:
-        told = f"{self.name}, {self.size / 2**20:.1f} MiB"
-        return f"{told}, is whole on every device: no axis divides it"
+        text = f"{self.name}, {self.size / 2**20:.1f} MiB"
+        return f"{text}, is whole on every device: no axis divides it"
 
 
 def unsplit(params: Any, mesh: Mesh, least: int = 2**20) -> list[Whole]:

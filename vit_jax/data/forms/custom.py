@@ -122,8 +122,8 @@ class _Listed:
             label = example["label"]
             labels.append([_named(where, each) for each in _several(label)])
             image = example["image"]
-            told = (labels[-1], getattr(image, "shape", None), example.get("name"))
-            digest.update(repr(told).encode())
+            identity = (labels[-1], getattr(image, "shape", None), example.get("name"))
+            digest.update(repr(identity).encode())
             digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image))
         if not labels:
             raise UserError(f"{where} gave no examples")

@@ -178,20 +178,20 @@ def folder(path: str, split: str) -> FolderSource:
     inside = [*every, *(f"{one}/." for one in empty)]
     check_class_folders(f"folder:{path}", split, inside, label is not None)
     if empty:
-        told = [
+        named = [
             repr(one) + (f" ({', '.join(f'{n} {why}' for why, n in why.items())})" if why else "")
             for one, why in empty.items()
         ]
         raise UserError(
-            f"{root} has {len(empty)} class folder(s) without any image: {', '.join(told[:5])}"
+            f"{root} has {len(empty)} class folder(s) without any image: {', '.join(named[:5])}"
         )
     if not names:
         raise UserError(f"folder:{path} has no image in split {split!r}")
     tell(f"folder:{path}", passed)
-    told = tuple(classes)
-    fingerprint = fingerprint_of(told, names, sizes)
+    names_of_classes = tuple(classes)
+    fingerprint = fingerprint_of(names_of_classes, names, sizes)
     return FolderSource(
-        root, Packed.of(names), np.array(labels, np.int32), told, fingerprint, passed
+        root, Packed.of(names), np.array(labels, np.int32), names_of_classes, fingerprint, passed
     )
 
 

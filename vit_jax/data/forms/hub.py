@@ -54,12 +54,12 @@ def hub(argument: str, split: str) -> ParquetSource:
     """
     where = f"hf-data:{argument}"
     name, low, high = parse_split(split)
-    root, splits, card, told = _open(argument)
+    root, splits, card, given = _open(argument)
     if name not in splits:
         raise UserError(f"{where} has no split {name!r}; {nearest(name, splits)}")
     features, schema = _features(splits[name][0], card)
-    image = _image_column(where, schema, features, told.get("image"))
-    label = _label_column(where, schema, features, told.get("label"), image)
+    image = _image_column(where, schema, features, given.get("image"))
+    label = _label_column(where, schema, features, given.get("label"), image)
     labelled = _alike(splits, card, name, label, image)
     images = ParquetRows(splits[name], image)
     if images.largest > _LARGE:
@@ -109,7 +109,7 @@ def hub_splits(argument: str) -> tuple[str, ...]:
 
 def _open(argument: str) -> tuple[str, dict[str, list[str]], dict[str, Any], dict[str, str]]:
     """Returns the folder, split -> Parquet files, the features in README.md, and the options."""
-    name, told = options(argument, OPTIONS)
+    name, given = options(argument, OPTIONS)
     root = name if os.path.isdir(name) else _fetch(name)
     card = _card(root)
     every = _configs(root, card) or _configs_by_name(root)
@@ -118,8 +118,8 @@ def _open(argument: str) -> tuple[str, dict[str, list[str]], dict[str, Any], dic
             f"hf-data:{argument} has no Parquet files; of the sets on the hub that are in other "
             "formats, OWNER/NAME@refs/convert/parquet may have them"
         )
-    config = told.get("config", next(iter(every)))
-    if "config" not in told and len(every) > 1:
+    config = given.get("config", next(iter(every)))
+    if "config" not in given and len(every) > 1:
         raise UserError(
             f"hf-data:{argument} has several configs ({', '.join(map(repr, every))}): say which, "
             f"as in hf-data:{argument},config={next(iter(every))}"
@@ -130,7 +130,7 @@ def _open(argument: str) -> tuple[str, dict[str, list[str]], dict[str, Any], dic
     infos = infos if isinstance(infos, list) else [infos]
     fitting = [i for i in infos if len(infos) == 1 or i.get("config_name", "default") == config]
     features = fitting[0].get("features") if fitting else None
-    return root, every[config], _card_features(features or []), told
+    return root, every[config], _card_features(features or []), given
 
 
 def _fetch(name: str) -> str:
@@ -180,15 +180,15 @@ def _configs(root: str, card: Mapping[str, Any]) -> dict[str, dict[str, list[str
     """Config -> split -> files, from README.md."""
     found: dict[str, dict[str, list[str]]] = {}
     for config in card.get("configs") or []:
-        if (told := config.get("data_files")) is None:
+        if (given := config.get("data_files")) is None:
             continue
-        if isinstance(told, dict):
-            told = [{"split": split, "path": path} for split, path in told.items()]
-        if not isinstance(told, list) or not all(isinstance(each, dict) for each in told):
-            told = [{"split": "train", "path": told}]
+        if isinstance(given, dict):
+            given = [{"split": split, "path": path} for split, path in given.items()]
+        if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+            given = [{"split": "train", "path": given}]
         folder = os.path.join(root, config.get("data_dir") or "")
         splits = found.setdefault(str(config.get("config_name", "default")), {})
-        for each in told:
+        for each in given:
             paths = each["path"] if isinstance(each["path"], list) else [each["path"]]
             files = [f for p in paths for f in sorted(_glob(folder, p))]
             other = [f for f in files if not f.endswith(".parquet")]
@@ -225,10 +225,10 @@ def _configs_by_name(root: str) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _card_features(told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _card_features(given: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The features in README.md, in the format of those in Parquet files."""
     found = {}
-    for each in told:
+    for each in given:
         kind = each.get("dtype") or each.get("sequence") or each.get("list")
         if isinstance(kind, dict) and isinstance(kind.get("class_label"), dict):
             names = kind["class_label"].get("names")
@@ -248,8 +248,8 @@ def _features(path: str, card: Mapping[str, Any]) -> tuple[dict[str, Any], pyarr
     with reading(path):
         schema = pyarrow.parquet.read_schema(path)
     try:
-        told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = dict((told.get("info") or {}).get("features") or {})
+        given = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = dict((given.get("info") or {}).get("features") or {})
     except (ValueError, AttributeError, TypeError):
         features = {}
     for name, feature in card.items():
@@ -283,8 +283,8 @@ def _image_column(
         if said not in every:
             raise UserError(f"{where}: no column {said!r} has images; {nearest(said, every)}")
         return said
-    told = [n for n in every if (features.get(n) or {}).get("_type") == "Image"]
-    for found in (told, every):
+    given = [n for n in every if (features.get(n) or {}).get("_type") == "Image"]
+    for found in (given, every):
         if len(found) == 1:
             return found[0]
     if not every:
@@ -300,9 +300,9 @@ def _label_column(
         if said not in every:
             raise UserError(f"{where}: no column {said!r} has labels; {nearest(said, every)}")
         return said
-    told = [name for name in every if _names_in(features.get(name)) is not None]
+    given = [name for name in every if _names_in(features.get(name)) is not None]
     called = (*LABEL_COLUMNS, *(f"{name}s" for name in LABEL_COLUMNS))
-    for found in (told, [name for name in every if name.lower() in called]):
+    for found in (given, [name for name in every if name.lower() in called]):
         if len(found) == 1:
             return found[0]
         if found:

@@ -64,14 +64,14 @@ SEPARATORS = {"|": "|", ";": ";", "comma": ",", "space": " "}
 
 
 def row_labels(
-    rows: Table, told: Mapping[str, str], others: list[str], where: str
+    rows: Table, given: Mapping[str, str], others: list[str], where: str
 ) -> tuple[list[tuple[str, ...]], bool]:
     """The class names of each row, and whether they are multi-label."""
-    said = told.get("labels")
+    said = given.get("labels")
     if said is None:
         if not [name for name in rows.columns if name not in others] and rows.lists:
             raise UserError(f"{where}: say labels={next(iter(rows.lists))} for several an image")
-        cells = rows.columns[_one(rows, label_column(rows, told.get("label"), others, where))]
+        cells = rows.columns[_one(rows, label_column(rows, given.get("label"), others, where))]
         nan = {"": "", "nan": "", "NaN": ""}
         return [(class_name(nan.get(cell, cell)),) for cell in cells], False
     if said in rows.lists:
@@ -81,7 +81,7 @@ def row_labels(
         names = every if said == "*" else [rows.known(name) for name in said.split("+")]
         return list(_indicated(rows, names)), True
     cells = rows.columns[rows.known(said)]
-    separator = _separator(rows, said, cells, told.get("separator"))
+    separator = _separator(rows, said, cells, given.get("separator"))
     return [
         tuple(class_name(each.strip()) for each in cell.split(separator) if each.strip())
         for cell in cells

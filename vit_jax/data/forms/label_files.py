@@ -62,10 +62,10 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
             f"the numbers in {path} say nothing without the kit that they are from: give "
             "ILSVRC2012_devkit_t12.tar.gz itself"
         )
-    file, told = options(path, ("image", "label"))
+    file, given = options(path, ("image", "label"))
     if not os.path.exists(file):
         raise UserError(f"there is no file of labels {file!r}")
-    table, images = _label_table(file, names, told)
+    table, images = _label_table(file, names, given)
     if images is None:
         return _in_order(file, list(table.columns["1"]), names)
     image, match = next(iter(images.items()))
@@ -75,7 +75,7 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
             f"{path} says nothing of {len(missing)} images, such as {missing[0]!r} (column "
             f"{image!r} names the images)"
         )
-    labels = table.columns[label_column(table, told.get("label"), images, f"--labels={file}")]
+    labels = table.columns[label_column(table, given.get("label"), images, f"--labels={file}")]
     if all(_stem(label) != label for label in labels):
         raise UserError(f"{path} has files such as {labels[0]!r} for labels")
     labels = _classes_of_boxes(table, labels)
@@ -87,19 +87,19 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
 
 
 def _label_table(
-    path: str, names: Sequence[str], told: Mapping[str, str]
+    path: str, names: Sequence[str], given: Mapping[str, str]
 ) -> tuple[Table, dict[str, Match] | None]:
     """Returns the table and its columns of image names, which are None if it is a plain list."""
     plain = read_table(path, "file of labels")
     for table in (plain, *_divided_by_spaces(plain)):
-        if "image" in told and told["image"] not in table.columns and not table.header:
+        if "image" in given and given["image"] not in table.columns and not table.header:
             table = table.headed()
-        tried = [table.known(told["image"])] if "image" in told else list(table.columns)
+        tried = [table.known(given["image"])] if "image" in given else list(table.columns)
         found = image_columns(table, tried, names)
         if found:
             break
     else:
-        if list(plain.columns) == ["1"] and not plain.header and not told:
+        if list(plain.columns) == ["1"] and not plain.header and not given:
             return plain, None
         raise UserError(
             f"{path}: no column names images such as {names[0]!r}: found {plain.summary()}"

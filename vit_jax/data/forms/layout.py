@@ -104,12 +104,12 @@ def check_class_folders(
         inner, deeper, _ = rest.partition("/")
         inside = below.setdefault(one, set())
         inside.add(inner) if deeper else direct.add(one)
-    told = f"or, if they are classes, write ,label={option} behind the path"
+    hint = f"or, if they are classes, write ,label={option} behind the path"
     if not sure and (splits := _splits_among(below, direct)):
         raise UserError(
             f"{where}: the folders {few(splits)} are called like splits, not classes: say "
             f"split={_joined(split, splits[0])} (prepare: --part={_joined(split, splits[0])}), "
-            f"{told}"
+            f"{hint}"
         )
     if not sure and len(below) == 1 and not direct:
         folders = {os.path.dirname(file) for file in files}
@@ -121,7 +121,7 @@ def check_class_folders(
                 raise UserError(
                     f"{where}: all images are in {shared!r}, in the splits {few(inside)}: say "
                     f"split={(deeper := _joined(part, min(inside)))} (prepare: --part={deeper}), "
-                    f"{told}"
+                    f"{hint}"
                 )
             raise UserError(
                 f"{where}: all images are in the folder {shared!r}, which would be the one class, "
@@ -136,7 +136,7 @@ def check_class_folders(
             how = f"say split={inside} if its folders are the classes (prepare: --part={inside})"
         raise UserError(
             f"{where}: the folder {called[0]!r} is called like one of all images, not a class: "
-            f"{how}, {told}"
+            f"{how}, {hint}"
         )
     first, *others = below.values()
     if others and not direct and len(first) > 1 and all(first == other for other in others):

@@ -74,9 +74,9 @@ def table(argument: str, split: str) -> TableSource:
         a label or with two.
     """
     where = f"table:{argument}"
-    rows, told = _open(argument)
+    rows, given = _open(argument)
     name, low, high = parse_split(split)
-    column = _split_column(rows, told)
+    column = _split_column(rows, given)
     known = _splits(rows, column)
     if name not in (WHOLE, *known):
         if not known:
@@ -85,9 +85,9 @@ def table(argument: str, split: str) -> TableSource:
                 "all[:90%] or all[90%:], or say split=COLUMN"
             )
         raise UserError(f"{where} has no split {split!r}; {nearest(name, [*known, WHOLE])}")
-    root = _root(rows, told)
-    image = _image_column(rows, told, root)
-    labels, many = row_labels(rows, told, [image, *([column] if column else [])], where)
+    root = _root(rows, given)
+    image = _image_column(rows, given, root)
+    labels, many = row_labels(rows, given, [image, *([column] if column else [])], where)
     in_split = [name == WHOLE or cell == name for cell in _cells(rows, column)]
     files = _files(rows, rows.columns[image], root, in_split)
     chosen: dict[str, int] = {}
@@ -143,18 +143,18 @@ def _check_numbers(where: str, names: Sequence[str]) -> None:
 
 def table_splits(argument: str) -> tuple[str, ...]:
     """The splits of a table: the values of its split column, and "all"."""
-    rows, told = _open(argument)
-    return (*_splits(rows, _split_column(rows, told)), WHOLE)
+    rows, given = _open(argument)
+    return (*_splits(rows, _split_column(rows, given)), WHOLE)
 
 
 def _open(argument: str) -> tuple[Table, dict[str, str]]:
-    path, told = options(argument, OPTIONS)
-    if "label" in told and "labels" in told:
+    path, given = options(argument, OPTIONS)
+    if "label" in given and "labels" in given:
         raise UserError(f"table:{argument}: label=COLUMN or labels=COLUMN, not both")
     rows = read_table(path, "table of images", spaces=True)
-    said = {told[key] for key in ("image", "label", "labels", "split") if key in told}
+    said = {given[key] for key in ("image", "label", "labels", "split") if key in given}
     if not rows.header and len(rows) > 1:
-        folders = _Folders(_root(rows, told))
+        folders = _Folders(_root(rows, given))
         starts = [cells[:2] for cells in rows.columns.values()]
         if not said <= {*rows.columns, "*"} or any(
             folders.find(second) and not folders.find(first) and not is_image(first)
@@ -162,16 +162,16 @@ def _open(argument: str) -> tuple[Table, dict[str, str]]:
         ):
             logger.info("%s: its first row, %s, is its header", path, [cell for cell, _ in starts])
             rows = rows.headed()
-    return rows, told
+    return rows, given
 
 
-def _root(rows: Table, told: Mapping[str, str]) -> str:
-    return os.path.expanduser(told.get("root") or os.path.dirname(rows.path) or ".")
+def _root(rows: Table, given: Mapping[str, str]) -> str:
+    return os.path.expanduser(given.get("root") or os.path.dirname(rows.path) or ".")
 
 
-def _split_column(rows: Table, told: Mapping[str, str]) -> str | None:
-    if "split" in told:
-        return rows.known(told["split"])
+def _split_column(rows: Table, given: Mapping[str, str]) -> str | None:
+    if "split" in given:
+        return rows.known(given["split"])
     named = [name for name in rows.columns if name.lower() in _SPLIT_COLUMNS]
     if len(named) > 1:
         raise UserError(f"{rows.path} has columns {named[0]!r} and {named[1]!r}: say split=COLUMN")
@@ -199,10 +199,10 @@ def _splits(rows: Table, column: str | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _image_column(rows: Table, told: Mapping[str, str], root: str) -> str:
+def _image_column(rows: Table, given: Mapping[str, str], root: str) -> str:
     """The `image` option, or the only column with files in its first or last cell."""
-    if "image" in told:
-        return rows.known(told["image"])
+    if "image" in given:
+        return rows.known(given["image"])
     folders = _Folders(root)
     found = [
         name

@@ -213,9 +213,9 @@ def _only(where: str, names: Sequence[str], said: Mapping[str, Sequence[Said]], 
             )
     rows = zip(*(said[one] for one in present), strict=True)
     at = next(i for i, row in enumerate(rows) if len(set(row)) > 1)
-    told = " and ".join(f"{_show(said[one][at])} by its {_kind(one)}" for one in present)
+    text = " and ".join(f"{_show(said[one][at])} by its {_kind(one)}" for one in present)
     raise UserError(
-        f"{where}: {names[at]} is of class {told}: say which counts with "
+        f"{where}: {names[at]} is of class {text}: say which counts with "
         f",label={'|'.join(present)} behind the path"
     )
 

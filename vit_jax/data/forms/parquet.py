@@ -33,12 +33,12 @@ class ParquetRows:
         for number, path in enumerate(self.paths):
             metadata = _metadata(path)
             for group in range(metadata.num_row_groups):
-                told = metadata.row_group(group)
-                if told.num_rows:
+                stored = metadata.row_group(group)
+                if stored.num_rows:
                     groups.append((number, group))
                     starts.append(row)
-                    row += told.num_rows
-                    self.largest = max(self.largest, _bytes_of(told, column))
+                    row += stored.num_rows
+                    self.largest = max(self.largest, _bytes_of(stored, column))
         self._groups = np.array(groups, np.int64).reshape(-1, 2)
         self._starts, self._rows = np.array(starts, np.int64), row
         self._begin()

@@ -114,9 +114,9 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
-def digest(told: tuple[Any, ...]) -> str:
+def digest(identity: tuple[Any, ...]) -> str:
     """A fingerprint of 16 hex digits."""
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

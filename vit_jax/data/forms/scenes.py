@@ -54,8 +54,8 @@ class SceneSource:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with the options, the split and what is pasted."""
-        told = (ALGORITHM, *dataclasses.astuple(self), self._pictures(8).fingerprint)
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        identity = (ALGORITHM, *dataclasses.astuple(self), self._pictures(8).fingerprint)
+        return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return self.examples

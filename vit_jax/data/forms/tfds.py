@@ -49,9 +49,9 @@ def tfds(argument: str, split: str) -> RecordSource:
     builder = prepared(where, argument, path if os.path.isdir(path) else None)
     keys = _feature_keys(where, builder.info, chosen)
     names, multi_label = class_names(where, builder.info, keys[1])
-    records, told = split_records(where, builder, split)
-    told = (*told, names) if chosen is None else (*told, names, chosen)
-    return RecordSource(records, keys, f"{where} {split}", names, digest(told), multi_label)
+    records, identity = split_records(where, builder, split)
+    identity = (*identity, names) if chosen is None else (*identity, names, chosen)
+    return RecordSource(records, keys, f"{where} {split}", names, digest(identity), multi_label)
 
 
 def prepared(where: str, name: str, path: str | None = None) -> Any:
@@ -118,11 +118,11 @@ def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[
     allow_open_files()
     parts = [(os.path.basename(f.filename), f.skip, f.take) for f in files]
     sizes = [os.path.getsize(f.filename) for f in files]
-    told = (info.full_name, parts, sizes)
+    identity = (info.full_name, parts, sizes)
     if form == "tfrecord":
-        return TfRecords.of(files, chosen.num_examples), told
+        return TfRecords.of(files, chosen.num_examples), identity
     method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
-    return builder.as_data_source(split, deserialize_method=method), told
+    return builder.as_data_source(split, deserialize_method=method), identity
 
 
 def class_names(where: str, info: Any, key: str) -> tuple[tuple[str, ...], bool]:

@@ -187,7 +187,7 @@ def vtab(argument: str, split: str) -> VtabSource:
     n = info.splits["train"].num_examples if "train" in info.splits else 0
     train, val, test, val200 = task.parts(n)
     parts = (train, val, f"{train}+{val}", test, "train[:800]", val200, f"train[:800]+{val200}")
-    found, told = tfds.split_records(where, builder, parts[SPLITS.index(split)])
+    found, identity = tfds.split_records(where, builder, parts[SPLITS.index(split)])
     text = min((k for k, f in info.features.items() if type(f).__name__ == "Text"), default=None)
-    keys, fingerprint = ("image", task.features[0], text), records.digest((*told, names, where))
+    keys, fingerprint = ("image", task.features[0], text), records.digest((*identity, names, where))
     return VtabSource(found, keys, f"{where} {split}", names, fingerprint, task=argument)
