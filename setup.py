@@ -3,6 +3,22 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+RECIPES = "configs"
+
+
+class BuildWithRecipes(build_py):
+    """Adds the recipes to the package, as vit_jax/configs (see vit_jax/recipes.py)."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree(RECIPES, str(Path(self.build_lib, "vit_jax", RECIPES)))
+
+    def get_source_files(self):
+        return [*super().get_source_files(), *map(str, Path(RECIPES).glob("*.py"))]
+
 
 setup(
     name="vit_jax",
@@ -12,8 +28,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["vit_jax", "vit_jax.*"]), "vit_jax.configs"],
-    package_dir={"vit_jax.configs": "configs"},  # the recipes, see vit_jax/recipes.py
+    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    cmdclass={"build_py": BuildWithRecipes},
     package_data={
         "vit_jax.data": ["imagenet_labels.txt"],
         "vit_jax.launch": ["page.css", "page.js"],

@@ -20,14 +20,15 @@ EIGHT = {"total_steps": 8, "model": SMALL, "data.workers": 0, "optim": {"warmup"
 
 
 @pytest.fixture
-def plainly(monkeypatch):
+def plainly():
     """Logging as Python begins with it."""
-    ours = logging.getLogger("vit_jax")
-    monkeypatch.setattr(ours, "level", logging.NOTSET)
-    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
-    ours._cache.clear()
+    ours, root = logging.getLogger("vit_jax"), logging.getLogger()
+    levels = ours.level, root.level
+    ours.setLevel(logging.NOTSET)
+    root.setLevel(logging.WARNING)
     yield ours
-    ours._cache.clear()
+    ours.setLevel(levels[0])
+    root.setLevel(levels[1])
 
 
 def test_train_evaluate_and_predict(untrained, tmp_path, plainly, capsys):

@@ -1,7 +1,7 @@
 """Recipes: the config files that come with the package, which `--config=NAME` finds from anywhere.
 
-They are `configs/` of the repository, and `vit_jax/configs/` of an installed package; setup.py maps
-one to the other. They are run as files and never imported as modules.
+They are `configs/` of the repository, and `vit_jax/configs/` of an installed package (see setup.py)
+They are run as files and never imported as modules.
 """
 
 import ast

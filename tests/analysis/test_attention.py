@@ -402,7 +402,9 @@ def test_mistakes_about_pictures(files, capsys, monkeypatch):
     assert "dog.png is drawn with --pictures=DIR only" in fails(capsys, *inspect, "dog.png")
     err = fails(capsys, *inspect, "--pictures=out", "mouse.png")
     assert "there is no image file 'mouse.png'" in err
-    assert "'dog.png' is no folder" in fails(capsys, *inspect, "--pictures=dog.png")
+    assert "dog.png is a file; --pictures must be a folder" in fails(
+        capsys, *inspect, "--pictures=dog.png"
+    )
     assert "unknown argument '--picture" in fails(capsys, *inspect, "cat.jpg", "--picturez=x")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "[plot]'" in fails(capsys, *inspect, "--pictures=other")

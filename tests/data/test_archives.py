@@ -491,7 +491,7 @@ def test_shards_that_are_only_numbered_are_no_classes(tmp_path):
 
 
 def test_shards_whose_names_are_classes_are_said(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "vit_jax")
     tree(tmp_path, {f"{stem}.tar": packed([f"{stem}.jpg"]) for stem in ("cat", "big dog")})
     assert set(classes(tar(tmp_path / "*.tar")).values()) == {"cat", "big dog"}
     assert "each archive is a class: big dog, cat" in caplog.text
@@ -504,7 +504,7 @@ def test_shards_whose_names_are_classes_are_said(tmp_path, caplog):
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_links_in_a_tar_are_followed_in_it(tmp_path, mode, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "vit_jax")
     members = {"cat/1.jpg": jpeg(1), "dog/2.jpg": jpeg(2), "dog/deep/3.png": jpeg(3)}
     two = {"bird/2.jpg": "bird/1.jpg", "bird/1.jpg": "@../cat/1.jpg"}
     for links, expected in [
@@ -665,7 +665,7 @@ def test_a_compressed_tar_is_read_in_any_order(tar_of, tmp_path):
 
 
 def test_what_is_no_image_is_counted(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "vit_jax")
     images = ["cat/a.jfif", "cat/b.jpe", "cat/c", "cat/d.jpg", "cat/e.avif", "dog/f.dat"]
     avif, heic = (b"\0\0\0\x20ftyp" + kind + bytes(20) for kind in (b"avif", b"heic"))
     members = {name: avif if name == "cat/e.avif" else jpeg(n) for n, name in enumerate(images)}
@@ -693,7 +693,7 @@ def test_what_is_no_image_is_counted(tmp_path, caplog):
 
 
 def test_what_else_is_said_of_files(tmp_path, tar_of, caplog, monkeypatch):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "vit_jax")
     ordinary = ["cat/1.jpg", "dog/2.PNG", "dog/readme.txt", ".cache/x", "dog/.DS_Store"]
     tree(tmp_path / "a", ordinary)
     with monkeypatch.context() as patch:  # files of images are not opened to be listed

@@ -162,7 +162,7 @@ def test_other_labels_are_another_data_set(tmp_path):
 
 
 def test_what_was_passed_over_is_listed_by_prepare(tmp_path, caplog, monkeypatch):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "vit_jax")
     members = {f"{c}/{i}.jpg": Files()[i]["image"] for i, c in enumerate("aabb")}
     others = {"a/x.txt": "of no known format (.txt)", "b/@eaDir/0.jpg": "of a folder @eaDir"}
     everything = members | dict.fromkeys(others, b"text")

@@ -153,7 +153,7 @@ def test_what_is_not_sure_is_refused(here):
 
 
 def test_a_header_that_is_taken_for_one_is_said(here, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "vit_jax")
     path = written(here / "list", "bild,art,n\na.jpg,cat,3\n")
     open_source(f"table:{path},label=art", "all")
     assert "its first row, ['bild', 'art', 'n'], is its header" in caplog.text

@@ -175,7 +175,8 @@ def test_settings_that_cannot_be_are_refused(fields, message):
 
 def test_labels_are_mixed_as_their_images_are(monkeypatch):
     """Each image is full in the channel of its label: mixed, its means are what it should be."""
-    monkeypatch.setitem(LOSSES, "apart", lambda found, wanted: jnp.abs(found - wanted).sum(-1))
+    apart = functools.partial(lambda found, wanted, **_: jnp.abs(found - wanted).sum(-1))
+    monkeypatch.setitem(LOSSES, "apart", apart)
     monkeypatch.setattr(steps, "merged", lambda *_: lambda x, **_: x.mean(axis=(1, 2)))
     label = np.tile(np.arange(5, dtype=np.int32), 4)
     full = np.uint8(255) * np.eye(5, dtype=np.uint8)[label, None, None]

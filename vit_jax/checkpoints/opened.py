@@ -129,9 +129,9 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
         Line(name, shape, "as it is", opened.sources[name]) for name, shape in opened.shapes.items()
     ]
     lines += opened.dropped(opened.card.config)
-    given = dict(opened.facts)
+    summary = dict(opened.facts)
     pre, labels = opened.card.preprocess, opened.card.labels
-    given["preprocessing"] = (
+    summary["preprocessing"] = (
         f"{pre.resize} {pre.resize_dtype}, {pre.aspect}, crop {pre.crop:.4g}, mean {pre.mean}, "
         f"std {pre.std}"
     )
