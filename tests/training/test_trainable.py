@@ -75,7 +75,6 @@ HEADS = {"head/kernel", "head/bias"}
 @pytest.mark.parametrize(
     "freeze, flags, learned, rows",
     [
-        ("all_but_head", [], HEADS, 3),
         ("backbone", ["model.scan=False"], {*HEADS, "pre_logits/kernel", "pre_logits/bias"}, 3),
         (("blocks[:2]", *EMBEDDING), [], None, 2),
         (("blocks[:2]", "head/*"), ["model.scan=False", "optim.accumulate=2"], None, 2),

@@ -163,7 +163,9 @@ def _run(
     )
     if distributed.is_lead():
         record_start(workdir, start_step, total_steps, mesh.size)
-    selection = Selection(config, evaluation.during(), read_metrics(workdir, start_step))
+    selection = Selection(
+        config.checkpoint.best, config.stop, evaluation.during(), read_metrics(workdir, start_step)
+    )
     keep_best(store, selection)
     recorder = Recorder(workdir, start_step, total_steps, config)
     stack.push(lambda kind, *_: recorder.close(failed=kind is not None))

@@ -132,7 +132,10 @@ class Recorder:
           Diverged: an earlier step's loss or gradient is not finite.
         """
         if self._pending and (self._due(self._pending[-1][0]) or len(self._pending) >= 100):
+            began = self._start
             self.flush()
+            if self._start != began:  # this step's wait belongs to the new line
+                self._start -= waited
         self._pending.append((step, metrics))
         self._images += images
         self._waited += waited

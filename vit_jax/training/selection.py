@@ -3,12 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vit_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from vit_jax.training.config import Config
 
 # Metrics of which more is better; of a loss, less is.
 _HIGHER = ("accuracy", "top5", "mAP", "micro_f1", "macro_f1", "miou", "foreground_iou", "mean")
@@ -108,6 +105,8 @@ class Selection:
     """Which checkpoint of a run is the best, and whether the run has ended early.
 
     Args:
+      best: checkpoint.best.
+      stop: the `stop` section.
       metrics: by evaluation that is measured during the run, the names of its metrics, or None
         where they are not known beforehand.
       lines: of metrics.jsonl, up to the step that the run is at.
@@ -118,11 +117,11 @@ class Selection:
 
     def __init__(
         self,
-        config: "Config",
+        best: str | None,
+        stop: StopConfig,
         metrics: Mapping[str, tuple[str, ...] | None],
         lines: Iterable[Mapping[str, Any]],
     ):
-        best, stop = config.checkpoint.best, config.stop
         lines = list(lines)
         self._metrics, self._patience = metrics, stop.patience
         self.best = best and self._history("checkpoint.best", best, lines)
