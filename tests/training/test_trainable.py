@@ -123,6 +123,8 @@ def test_the_optimiser_and_the_program_leave_out_what_is_frozen():
         for name, leaf in params.items()
         if not name.startswith(("patch_embed/", "cls_token", "pos_embed"))
     }
+    head = program_of(*adam, "optim.freeze=all_but_head")[1].state.opt_state
+    assert {leaf.shape for leaf in jax.tree.leaves(head)} == {(), (8, 10), (10,)}
     flops = [
         program.step.trace(program.state, program.batch).lower().cost_analysis()["flops"]
         for program in (whole, backbone, some)
