@@ -30,7 +30,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     from vit_jax.commands import run_training
 
-    results, lines = run_training(config, args.workdir)
+    results, lines = run_training(config, args.workdir, extend=args.extend)
     if distributed.is_lead():
         print(json.dumps(results) if args.json else "\n".join(lines))
 

@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 ConfigLike = epath.PathLike | Mapping[str, Any] | ml_collections.ConfigDict | Config
 
 
-def train(config: ConfigLike, workdir: epath.PathLike, **overrides: Any) -> dict[str, int | float]:
+def train(
+    config: ConfigLike, workdir: epath.PathLike, *, extend: bool = False, **overrides: Any
+) -> dict[str, int | float]:
     """Trains a model, or resumes the run in `workdir` if it was stopped.
 
     In a script with several processes, call `vit_jax.distributed.connect()` first.
@@ -31,6 +33,7 @@ def train(config: ConfigLike, workdir: epath.PathLike, **overrides: Any) -> dict
         "configs/images.py:Ti/16,folder:pets"), an ml_collections ConfigDict, nested dicts or a
         `Config`.
       workdir: the run folder. `vit_jax.load(workdir)` loads the model.
+      extend: goes on with a run for longer than it was begun with.
       **overrides: values that replace the config's: `total_epochs=20`, `optim={"lr": 1e-3}`, or
         `**{"optim.lr": 1e-3}`.
 
@@ -43,17 +46,17 @@ def train(config: ConfigLike, workdir: epath.PathLike, **overrides: Any) -> dict
       Stopped: SIGTERM or Ctrl-C came; the run has saved a checkpoint and can be resumed.
     """
     with console.shown():
-        results, lines = run_training(_config(config, overrides), workdir)
+        results, lines = run_training(_config(config, overrides), workdir, extend=extend)
         for line in lines:
             logger.info("%s", line)
     return results
 
 
 def run_training(
-    config: Config, workdir: epath.PathLike
+    config: Config, workdir: epath.PathLike, *, extend: bool = False
 ) -> tuple[dict[str, int | float], list[str]]:
     """Trains as `train` does; also returns the lines that sum up the run, for process 0."""
-    results = loop.train(config, workdir)
+    results = loop.train(config, workdir, extend=extend)
     if not distributed.is_lead():
         return results, []
     from vit_jax.analysis.plots import write_curves

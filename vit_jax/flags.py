@@ -149,6 +149,9 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--workdir", type=path, required=True, help="the run folder; resumed if it exists"
     )
+    command.add_argument(
+        "--extend", action="store_true", help="go on for longer than the run was begun with"
+    )
     command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["train"], takes_overrides=True)

@@ -9,10 +9,11 @@ from conftest import DIGITS, TINY
 
 import vit_jax
 from vit_jax.errors import Stopped, UserError
+from vit_jax.training.config import read_config
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.loop import train
-from vit_jax.training.metrics import read_metrics
+from vit_jax.training.metrics import read_metrics, read_starts
 from vit_jax.training.selection import History, Metric
 from vit_jax.training.stopping import Stop
 
@@ -55,11 +56,11 @@ def scripted(untrained, monkeypatch):
     return plan
 
 
-def run(plan, workdir, *flags, stop_after=None):
+def run(plan, workdir, *flags, stop_after=None, extend=False):
     flags = [f"--config.{flag}" for flag in ("total_steps=20", "eval.every=2", *flags)]
     config = load_config(DIGITS, [*TINY, *flags, "--config.log.tensorboard=False"])
     plan["stop_after"] = stop_after
-    return train(config, workdir)
+    return train(config, workdir, extend=extend)
 
 
 def seen(workdir):
@@ -136,3 +137,24 @@ def test_a_step_is_of_a_run_folder(tmp_path, tiny_run):
         vit_jax.load(tiny_run[0] / "checkpoints" / "24", step="best")
     with pytest.raises(UserError, match="expected the number of a step, or 'best'"):
         vit_jax.load(tiny_run[0], step="newest")
+
+
+def test_a_run_goes_on_for_longer(scripted, tmp_path, caplog):
+    """As if it had been that long: the same config, the same steps, the longer schedule."""
+    workdir = tmp_path / "run"
+    short = "total_steps=12"
+    run(scripted, workdir, short)
+    with pytest.raises(UserError, match=r"of 12 steps, and now it is to have 20 .*add --extend"):
+        run(scripted, workdir)
+    with pytest.raises(UserError, match="holds a run of another config"):
+        run(scripted, workdir, "seed=3", extend=True)
+    caplog.set_level("INFO", "vit_jax")
+    assert run(scripted, workdir, extend=True)["step"] == 20
+    # TINY: a cosine to 0 after a warm-up. At step 13, the short one has nothing left.
+    assert "extended from 12 to 20 steps: the learning rate at step 13 is " in caplog.text
+    assert "where the shorter one had 0\n" in caplog.text
+    assert read_config(workdir).total_steps == 20
+    assert [line["total_steps"] for line in read_starts(workdir)] == [12, 20]
+    assert run(scripted, workdir)["step"] == 20  # as any run of that length
+    with pytest.raises(UserError, match=r"of 20 steps, and now it is to have 12 .*cannot be cut"):
+        run(scripted, workdir, short, extend=True)

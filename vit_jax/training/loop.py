@@ -33,7 +33,8 @@ from vit_jax.training.metrics import (
     record_corrupt,
     record_start,
 )
-from vit_jax.training.plan import Plan, plan_run
+from vit_jax.training.optim import make_schedule
+from vit_jax.training.plan import Plan, count_steps, plan_run
 from vit_jax.training.program import make_program
 from vit_jax.training.selection import Selection
 from vit_jax.training.sharding import (
@@ -52,11 +53,17 @@ from vit_jax.writing import write_atomically
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
+def train(
+    config: Config, workdir: epath.PathLike, *, extend: bool = False
+) -> dict[str, int | float]:
     """Trains until the config's last step, resuming from the newest checkpoint in `workdir`.
 
     Every process of a run calls this (after `distributed.connect`), with a `workdir` on a shared
     disk.
+
+    Args:
+      extend: goes on with a run for longer than it was begun with (see `plan_run`). The learning
+        rate is then that of the longer schedule.
 
     Returns:
       The last value of every metric of the run, as in its metrics.jsonl.
@@ -78,7 +85,7 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, int | float]:
         stop = Stop(stack)
         stack.callback(store.close)
         try:
-            return _run(config, workdir, store, stop, stack)
+            return _run(config, workdir, store, stop, stack, extend)
         except Diverged as error:
             store.wait()
             saved = store.steps()
@@ -105,6 +112,7 @@ def _run(
     store: Store,
     stop: Stop,
     stack: contextlib.ExitStack,
+    extend: bool,
 ) -> dict[str, int | float]:
     config.check_trains()
     doing = "reading the data and making the model"
@@ -117,7 +125,7 @@ def _run(
     mesh = make_mesh(config.mesh)
     distributed.meet()
     check_batch(config.batch_size, config.optim.accumulate, mesh)
-    plan = plan_run(config, workdir, source, resume_step)
+    plan = plan_run(config, workdir, source, resume_step, extend)
     card, total_steps = plan.card, plan.total_steps
     if card.labels:
         source = data.with_labels("data.train", config.data.train, card.labels)
@@ -147,6 +155,10 @@ def _run(
     else:
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
+        if extend and (before := read_config(workdir)) != config:
+            _extend(plan, before)
+            if distributed.is_lead():
+                write_atomically(workdir / "config.json", to_json(config))
     if distributed.is_lead():
         data.write(workdir)
 
@@ -239,6 +251,19 @@ def keep_best(store: Store, selection: Selection) -> None:
         store.keep_best(best.step, {best.metric.name: best.value})
     elif not best:
         store.keep_best(None, {})
+
+
+def _extend(plan: Plan, before: Config) -> None:
+    """Logs what a longer run does to the learning rate."""
+    steps, at = count_steps(before, plan.examples), plan.resume_step
+    old, new = (
+        float(make_schedule(plan.config.optim, total)(at)) for total in (steps, plan.total_steps)
+    )
+    logger.info(
+        "extended from %s to %s steps: the learning rate at step %s is %.4g, of the longer "
+        "schedule, where the shorter one had %.4g",
+        *(f"{steps:,}", f"{plan.total_steps:,}", f"{at + 1:,}", new, old),
+    )
 
 
 def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:

@@ -114,7 +114,11 @@ class Plan:
 
 
 def plan_run(
-    config: Config, workdir: epath.PathLike, source: Source, resume_step: int | None
+    config: Config,
+    workdir: epath.PathLike,
+    source: Source,
+    resume_step: int | None,
+    extend: bool = False,
 ) -> Plan:
     """Plans a run in a folder, which starts in one of three ways:
 
@@ -124,6 +128,9 @@ def plan_run(
        taken at the new image size, with what data.val (or test, or train) sets otherwise.
     3. From scratch.
 
+    Args:
+      extend: whether a run may be resumed with a longer duration than it was begun with.
+
     Raises:
       UserError: the folder holds a run with another config or other data; or as `make_plan`.
     """
@@ -131,7 +138,18 @@ def plan_run(
     if resume_step is None:
         init = None if config.init_from is None else open_together(config.init_from)
         return make_plan(config, data, init)
-    changed = differences(read_config(workdir), config)
+    begun = read_config(workdir)
+    changed = differences(begun, config)
+    length = {name: getattr(config, name) for name in DURATIONS}
+    if changed and not differences(dataclasses.replace(begun, **length), config):
+        old, new = (count_steps(each, data.examples) for each in (begun, config))
+        if not extend or new < old:
+            longer = "to go on for longer, add --extend" if new > old else "a run cannot be cut"
+            raise UserError(
+                f"{workdir} holds a run of {old:,} steps, and now it is to have {new:,} "
+                f"({'; '.join(changed)}): {longer}"
+            )
+        changed = []
     if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): give its own "
