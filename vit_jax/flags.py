@@ -15,6 +15,8 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.launch.jobs import options
 from vit_jax.launch.launchers import LAUNCHERS
 
+CONFIG = "a config file, or a recipe by its name (see `vit-jax configs`)"
+
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
     """A flag type: an integer from `least` to `most`."""
@@ -145,7 +147,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help=functions["train"].__doc__,
         epilog=overrides,
     )
-    command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
+    command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]", help=CONFIG)
     command.add_argument(
         "--workdir", type=path, required=True, help="the run folder; resumed if it exists"
     )
@@ -163,7 +165,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--model", type=path, help="whatever vit_jax.load reads, evaluated as --config says"
     )
-    command.add_argument("--config", metavar="FILE.py|NAME[:ARGUMENT]")
+    command.add_argument("--config", metavar="FILE.py|NAME[:ARGUMENT]", help=CONFIG)
     command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)
@@ -229,7 +231,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help=functions["preflight"].__doc__,
         epilog=overrides,
     )
-    command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]")
+    command.add_argument("--config", required=True, metavar="FILE.py|NAME[:ARGUMENT]", help=CONFIG)
     command.add_argument(
         "--topology",
         help="what to compile for, where there is none: v5e:4x4, h100:8, h200:2x8, ...",
