@@ -1,8 +1,11 @@
 """The command line: results on stdout, mistakes as one sentence and exit code 2."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ from conftest import DIGITS, ROOT, TINY, fails, write_config
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
 from vit_jax.data.sources import open_source
+from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.training.config_file import load_config
 from vit_jax.training.plan import model_config
@@ -210,13 +214,16 @@ def test_flags_reach_every_key_and_none_takes_back():
 
 
 def test_a_variant_beside_init_from_changes_its_sizes_alone():
-    base = ViTConfig(
-        width=32, num_heads=2, gelu="erf", layernorm_eps=1e-12, in_channels=1, num_classes=10
-    )
+    sizes = dict(width=32, depth=1, mlp_dim=128, num_heads=2, in_channels=1, num_classes=10)
+    base = ViTConfig(gelu="erf", layernorm_eps=1e-12, **sizes)
     config = load_config(f"{DIGITS}:finetune", ["--config.model.variant=mu/2"])
     vit = model_config(config, base, 10)
     assert (vit.gelu, vit.layernorm_eps, vit.in_channels) == ("erf", 1e-12, 1)
-    assert (vit.patch_size, vit.depth) == ((2, 2), 1)
+    assert vit.patch_size == (2, 2)
+    with pytest.raises(
+        UserError, match=r"depth 1, but .* has depth 3: --config.model.variant=None"
+    ):
+        model_config(config, dataclasses.replace(base, depth=3), 10)
 
 
 @pytest.fixture
@@ -289,3 +296,14 @@ def test_an_endless_source_has_no_epochs(tmp_path, capsys):
     flags.append("--config.data.val.split=train")
     err = fails(capsys, "train", *flags, "--config.total_steps=2")
     assert "data.val.source fractals:classes=3,size=16 is endless" in err
+
+
+def test_ctrl_c_ends_the_program_at_once():
+    """No KeyboardInterrupt, which an import or a callback may swallow."""
+    code = (
+        "import os, signal; from vit_jax import __main__ as program\n"
+        "program.main = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "program.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import select
+import signal
 import sys
 import traceback
 import warnings
@@ -47,7 +48,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     elif args.model and args.config and not args.workdir:
         results = evaluate_run(args.model, load_config(args.config, overrides))
     else:
-        raise UserError("give --workdir=RUN, or --model=PATH and --config=FILE")
+        raise UserError("give --workdir=RUN alone, or both --model=PATH and --config=FILE")
     if distributed.is_lead():
         lines = console.evaluated(args.workdir or args.model, results)
         print(json.dumps(results) if args.json else "\n".join(lines))
@@ -160,6 +161,7 @@ def preflight(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def sweep(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs every point of a sweep file, or resumes a sweep that was stopped."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it has processes to end
     from vit_jax.launch.jobs import options
     from vit_jax.launch.launchers import LAUNCHERS, make_launcher
     from vit_jax.launch.run import failures, run_sweep
@@ -289,8 +291,19 @@ def set_up_screen() -> None:
     warnings.filterwarnings("ignore", message="Palette images with Transparency")  # it is dropped
 
 
+def interrupted(*_: object) -> None:
+    """Ends the program at Ctrl-C, until a command has something to save (see stopping.py).
+
+    A KeyboardInterrupt would be lost in a library's callback or import, and threads of JAX may
+    crash while Python winds down.
+    """
+    distributed.leave(130, "stopped by Ctrl-C")
+    os._exit(130)
+
+
 def run() -> int:
     """The program: sets up the screen, runs the command of sys.argv, returns its exit code."""
+    signal.signal(signal.SIGINT, interrupted)
     set_up_screen()
     return main()
 

@@ -266,7 +266,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
 
     command = commands.add_parser("report", help=functions["report"].__doc__)
     command.add_argument(
-        "folders", type=path, nargs="+", metavar="DIR", help="run folders, or sweeps'"
+        "folders", type=path, nargs="+", metavar="DIR", help="run folders, or folders of sweeps"
     )
     command.add_argument(
         "--out", type=path, metavar="FILE.html", help="default: report.html in the first DIR"

@@ -111,7 +111,8 @@ def test_finetuning_keeps_resizes_and_renews(tiny_run, tmp_path, caplog, untrain
         "pre_logits/.* dropped",
         "^devices     8 x cpu, .* GiB of memory each, mesh data=8$",
         "^model       ViT with width 16, depth 2; 16x16 pixels, 10 classes, 5,786 parameters$",
-        "^steps       1 of 8 images each, 0.006354 epochs$",
+        "^steps       1 of 8 images each, 0.006354 epochs; val is measured at the end alone",
+        "^the head is new, though the classes are the checkpoint's: --config.model.head=keep",
         f"^run folder  {tmp_path}/tuned, saved every 200 steps or 10 minutes, and at the end$",
         "^compiled in .* s$",
     ):

@@ -18,7 +18,7 @@ from flax import nnx
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
 from vit_jax.checkpoints.fit import place
-from vit_jax.checkpoints.opened import open_model
+from vit_jax.checkpoints.opened import facts, open_model
 from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, during, nearest
@@ -186,7 +186,7 @@ def load(
     head = "keep" if num_classes is None else "fresh"
     params, lines = place(opened, config, head=head, method=method, shardings=shardings)
     model = nnx.merge(structure(config)[0], params)
-    report = Report(lines, opened.facts, opened.assumed)
+    report = Report(lines, facts(opened.facts["file"], config), opened.assumed)
     return Loaded(
         model,
         config,

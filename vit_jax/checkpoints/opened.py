@@ -19,7 +19,7 @@ from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.published import fetch
 from vit_jax.checkpoints.store import Store
 from vit_jax.errors import UserError
-from vit_jax.models.config import ModelConfig, ResNetConfig
+from vit_jax.models.config import ModelConfig, ResNetConfig, check_fields
 from vit_jax.models.create import structure
 
 
@@ -176,9 +176,10 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
 
 def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Opened:
     """Opens a run folder: a complete checkpoint, or the newest, with the EMA weights, if any."""
-    if known:
-        raise UserError(f"{workdir} is a run folder, which says itself what {min(known)} is")
     card = ModelCard.read(workdir)
+    if known:
+        check_fields(type(card.config), known.keys() - {"architecture"})
+        raise UserError(f"{workdir} is a run folder, which says itself what {min(known)} is")
     store = Store(workdir)
     if wanted is not None:
         if wanted != "best" and type(wanted) is not int:

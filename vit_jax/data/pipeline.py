@@ -176,8 +176,8 @@ class BatchReader:
             except BadImage as error:
                 if self.on_corrupt == "stop":
                     raise BadImage(
-                        f"{name} is no readable image: {error}; data.on_corrupt=skip goes on "
-                        "without it"
+                        f"{name} is no readable image: {error}; "
+                        "--config.data.on_corrupt=skip goes on without it"
                     ) from None
                 if index not in self.reported:
                     self.reported.add(index)

@@ -68,7 +68,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
         else:
             inside = root.is_dir() and any(_is_run(child) for child in root.iterdir())
             raise UserError(
-                f"{folder} {'holds' if root.is_dir() else 'is no folder, let alone'} neither a run "
+                f"{folder} {'is' if root.is_dir() else 'is no folder, and'} neither a run "
                 f"(config.json) nor a sweep ({RECORD}): "
                 + (f"name the folders in it, {folder}/*" if inside else "name a run folder")
             )

@@ -49,6 +49,8 @@ def summary(
     if plan.examples is not None:
         steps += f", {_number(total * config.batch_size / plan.examples)} epochs"
     steps += f"; resumed at step {start_step:,}" if start_step else ""
+    if config.data.val is not None and not 0 < config.eval.every < total:
+        steps += "; val is measured at the end alone (eval.every)"
     every, minutes = config.checkpoint.every, config.checkpoint.every_minutes
     saved = [f"{every:,} steps"] * (every > 0) + [f"{minutes:g} minutes"] * (minutes > 0)
     when = " or ".join(saved)
@@ -258,6 +260,8 @@ def finished(
     lines = [f"finished {results.get('step', 0):,} steps{took}", *measured(results)]
     kept = f"{workdir} has the model, its checkpoints and metrics.jsonl"
     lines.append(kept + (f"; curves in {picture}" if picture else ""))
+    if config.checkpoint.best:
+        workdir = f"{workdir}/checkpoints/best"
     next_ = [["vit-jax", "evaluate", f"--workdir={workdir}"]] if len(lines) > 2 else []
     commands = [shlex.join(command) for command in next_]
     if config.classifies:

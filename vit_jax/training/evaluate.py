@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 
 from etils import epath
@@ -24,12 +25,16 @@ def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict
     """Evaluates a run folder with its own config and data, which may have moved.
 
     Args:
+      workdir: the run folder, or one of its checkpoints, RUN/checkpoints/STEP or .../best.
       overrides: flags for fields that may change on resuming, and for new places of the same data,
         `--config.data.val.source=...`.
 
     Raises:
       UserError: as `evaluate_run`, or flags that would make it another run.
     """
+    model = os.fspath(workdir).rstrip("/")
+    if os.path.basename(os.path.dirname(model)) == "checkpoints":
+        workdir = os.path.dirname(os.path.dirname(model))
     own = read_config(workdir)
     config, moved = with_recorded_sources(own, overridden(dataclasses.asdict(own), overrides))
     if changed := differences(own, config):
@@ -37,7 +42,7 @@ def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict
             f"{workdir} is evaluated as its config says ({'; '.join(changed)}): name --model and "
             "--config for another"
         )
-    return evaluate_run(workdir, config, DataSets.of_run(workdir, moved))
+    return evaluate_run(model, config, DataSets.of_run(workdir, moved))
 
 
 def evaluate_run(

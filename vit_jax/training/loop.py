@@ -34,7 +34,7 @@ from vit_jax.training.metrics import (
     record_start,
 )
 from vit_jax.training.optim import make_schedule
-from vit_jax.training.plan import Plan, count_steps, plan_run
+from vit_jax.training.plan import Plan, check_begun, count_steps, plan_run
 from vit_jax.training.program import make_program
 from vit_jax.training.selection import Selection
 from vit_jax.training.sharding import (
@@ -119,7 +119,9 @@ def _run(
     stack.enter_context(during(lambda: doing))
     resume_step, data = store.newest(), DataSets()
     if resume_step is not None:  # with the recorded sources, and where they are now
-        config, moved = with_recorded_sources(read_config(workdir), config)
+        begun = read_config(workdir)
+        check_begun(workdir, begun, config)
+        config, moved = with_recorded_sources(begun, config)
         data = DataSets.of_run(workdir, moved)
     source = distributed.each("data", lambda: data.open("data.train", config.data.train))
     mesh = make_mesh(config.mesh)
@@ -154,7 +156,8 @@ def _run(
             card.write(workdir)
     else:
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
-        logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
+        if resume_step < total_steps:
+            logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
         if extend and (before := read_config(workdir)) != config:
             _extend(plan, before)
             if distributed.is_lead():
@@ -184,6 +187,8 @@ def _run(
 
     skips = config.data.on_corrupt == "skip"
     corrupt = read_corrupt(workdir, start_step) if skips else 0
+    if start_step == total_steps or selection.ended:
+        logger.info("%s is finished: there is nothing left to train", workdir)
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     timer = SaveTimer(config.checkpoint.every_minutes, start_step)
     for step in range(start_step + 1, total_steps + 1) if not selection.ended else ():
@@ -237,7 +242,7 @@ def _run(
     store.wait()
     if (best := selection.best) and best.step:
         logger.info("best %s: %.4g at step %s", best.metric.name, best.value, f"{best.step:,}")
-    if (n := int(corrupt)) and distributed.is_lead():
+    if (n := int(corrupt)) and start_step < total_steps and distributed.is_lead():
         count = "an image" if n == 1 else f"{n} images"
         logger.warning(
             "%s of %s could not be read: the next took its place", count, config.data.train.source
@@ -280,7 +285,8 @@ def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
     )
     changed = [line for line in lines if line.status != "kept"]
     kept = len(lines) - len(changed)
-    logger.info("starting from %s: %d parameters kept, the others:", plan.init.facts["file"], kept)
+    others = ", the others:" if changed else ""
+    logger.info("starting from %s: %d parameters kept%s", plan.init.facts["file"], kept, others)
     for line in changed:
         logger.info("  %-32s %s", line.name, line.status)
     return params

@@ -7,6 +7,8 @@ is whole is found by the loop (`Store.newest`) and passed in.
 """
 
 import dataclasses
+import logging
+import os
 from collections.abc import Mapping, Sized
 from typing import Any
 
@@ -30,6 +32,8 @@ from vit_jax.models.variants import variant, variant_fields, variant_kind
 from vit_jax.training import masking
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
 from vit_jax.training.objectives import class_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +155,7 @@ def plan_run(
             )
         changed = []
     if changed:
-        raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(changed)}): give its own "
-            "values to resume it, or name another --workdir"
-        )
+        raise _another(workdir, changed)
     card = ModelCard.read(workdir)
     if card.fingerprint != data.fingerprint:
         raise UserError(
@@ -163,6 +164,22 @@ def plan_run(
         )
     counts = _counts(config, data, card.labels)
     return Plan(config, card, data.examples, resume_step, counts=counts)
+
+
+def check_begun(workdir: epath.PathLike, begun: Config, config: Config) -> None:
+    """Raises a UserError if a run is of another config, wherever its data is now."""
+    changed = differences(begun, config)
+    may = (*DURATIONS, *(f"data.{split}.source" for split in ("train", "val", "test")))
+    if any(each.partition(":")[0] not in may for each in changed):
+        raise _another(workdir, changed)
+
+
+def _another(workdir: epath.PathLike, changed: list[str]) -> UserError:
+    shown = [*changed[:5], f"and {len(changed) - 5} more"] if len(changed) > 6 else changed
+    return UserError(
+        f"{os.fspath(workdir)} holds a run of another config ({'; '.join(shown)}): give its own "
+        "values to resume it, or name another --workdir"
+    )
 
 
 def make_plan(config: Config, data: TrainingData, init: Opened | None = None) -> Plan:
@@ -193,6 +210,11 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
         config.model.get("position_resize") or (base.position_resize if base else "zoom"),
         multi_label=data.multi_label and bool(labels),
     )
+    if base and labels and labels == base.labels and "head" not in config.model:
+        logger.info(
+            "the head is new, though the classes are the checkpoint's: "
+            "--config.model.head=keep keeps its head"
+        )
     counts = _counts(config, data, labels)
     return Plan(config, card, data.examples, init=init, keep_head=keep_head, counts=counts)
 
@@ -284,6 +306,9 @@ def model_config(
     return _with_patch_outputs(config, model)
 
 
+_SIZES = ("width", "depth", "mlp_dim", "num_heads")  # what weights cannot be fitted to
+
+
 def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> ModelConfig:
     """The checkpoint's model with other fields; its ResNet, if any, cannot change."""
     is_vit = isinstance(base, ViTConfig)
@@ -298,6 +323,14 @@ def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> 
             "model.variant and model.resnet out, or start from such a model"
         )
     check_fields(type(base), fields)
+    other = [f for f in _SIZES if f in fields and fields[f] != getattr(base, f, fields[f])]
+    if other:
+        wanted = ", ".join(f"{f} {fields[f]}" for f in other)
+        has = ", ".join(f"{f} {getattr(base, f)}" for f in other)
+        raise UserError(
+            f"the model is to have {wanted}, but the checkpoint of init_from has {has}: "
+            "--config.model.variant=None takes the checkpoint's sizes"
+        )
     return dataclasses.replace(base, **fields)
 
 

@@ -122,7 +122,9 @@ def matching(key: str, pattern: str, names: Mapping[str, Any]) -> list[str]:
     """
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not found:
-        known = [*names, *BUT] if key == "optim.freeze" else list(names)
+        modules = {name.rpartition("/")[0] for name in names} - {""}
+        known = [*names, *(f"{module}/*" for module in modules)]
+        known += [*BUT] if key == "optim.freeze" else []
         raise UserError(
             f"{key} has {pattern!r}, which matches no parameter; {nearest(pattern, known)} "
             "(`vit-jax inspect` lists the names)"
