@@ -218,10 +218,10 @@ def test_damage_is_told_and_the_rest_is_read(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda p: p / "none", "is no folder, let alone .* a run .* nor a sweep"),
-        (lambda p: p, "holds neither a run .config.json. nor a sweep .sweep.json.: name a run"),
+        (lambda p: p / "none", "is no folder, and neither a run .* nor a sweep"),
+        (lambda p: p, "is neither a run .config.json. nor a sweep .sweep.json.: name a run"),
         (lambda p: make_sweep(p / "s", []), "a sweep without points"),
-        (lambda p: make_run(p / "a").parent, "holds neither .*: name the folders in it, .*/\\*"),
+        (lambda p: make_run(p / "a").parent, "is neither .*: name the folders in it, .*/\\*"),
         (lambda p: (make_sweep(p / "s", []) / "sweep.json").write_text("{") and p / "s", "damaged"),
     ],
 )
