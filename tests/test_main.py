@@ -1,6 +1,5 @@
 """The command line: results on stdout, mistakes as one sentence and exit code 2."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -16,7 +15,6 @@ from conftest import DIGITS, ROOT, TINY, fails, write_config
 from vit_jax.__main__ import main
 from vit_jax.checkpoints.store import lock
 from vit_jax.data.sources import open_source
-from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.training.config_file import load_config
 from vit_jax.training.plan import model_config
@@ -213,17 +211,18 @@ def test_flags_reach_every_key_and_none_takes_back():
         assert getattr(model_config(config, None, 10), field) == value
 
 
-def test_a_variant_beside_init_from_changes_its_sizes_alone():
-    sizes = dict(width=32, depth=1, mlp_dim=128, num_heads=2, in_channels=1, num_classes=10)
-    base = ViTConfig(gelu="erf", layernorm_eps=1e-12, **sizes)
+def test_a_variant_beside_init_from_changes_its_sizes_alone(tiny_run, tmp_path, capsys):
+    base = ViTConfig(
+        width=32, num_heads=2, gelu="erf", layernorm_eps=1e-12, in_channels=1, num_classes=10
+    )
     config = load_config(f"{DIGITS}:finetune", ["--config.model.variant=mu/2"])
     vit = model_config(config, base, 10)
     assert (vit.gelu, vit.layernorm_eps, vit.in_channels) == ("erf", 1e-12, 1)
-    assert vit.patch_size == (2, 2)
-    with pytest.raises(
-        UserError, match=r"depth 1, but .* has depth 3: --config.model.variant=None"
-    ):
-        model_config(config, dataclasses.replace(base, depth=3), 10)
+    assert (vit.patch_size, vit.depth) == ((2, 2), 1)
+    flags = [f"--config.init_from={tiny_run[0]}", "--config.model.variant=mu/2"]
+    said = fails(capsys, "train", f"--config={DIGITS}:finetune", f"--workdir={tmp_path}/r", *flags)
+    assert "width 32, depth 1, mlp_dim 128, but the checkpoint of init_from has width 16" in said
+    assert "--config.model.variant=None takes the checkpoint's sizes" in said
 
 
 @pytest.fixture

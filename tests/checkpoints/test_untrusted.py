@@ -734,6 +734,14 @@ def mutate_names(files, rng):
     files.members = list(dict(members).items()) if unique else members
 
 
+def retyped(array, kind):
+    """The same bytes, or the same numbers, as another type."""
+    if "V" not in kind + array.dtype.kind:
+        return array.astype(kind)
+    fits = array.shape[-1] * array.itemsize % np.dtype(kind).itemsize == 0
+    return array.view(kind) if fits else array
+
+
 def mutate_arrays(files, rng):
     npz, members, i = (
         files.example.ending == ".npz",
@@ -750,7 +758,7 @@ def mutate_arrays(files, rng):
         lambda: np.ascontiguousarray(array.T),
         lambda: np.ascontiguousarray(array[: rng.randrange(array.shape[0] + 1)]),
         lambda: np.concatenate([array, array]),
-        lambda: array.view(kind) if "V" in kind + array.dtype.kind else array.astype(kind),
+        lambda: retyped(array, kind),
         lambda: np.full_like(array, fill) if array.dtype.kind == "f" else array,
         lambda: np.asfortranarray(array) if npz else array,
         None,

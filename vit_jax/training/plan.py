@@ -195,6 +195,8 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
     base = init and init.card
     labels, keep_head = _labels(config, data, base)
     model = model_config(config, base and base.config, len(labels), keep_head)
+    if base:
+        _check_sizes(model, base.config)
     if model.num_classes != len(labels):
         what = config.data.train.source if config.classifies else f"objective {config.objective}"
         raise UserError(
@@ -306,7 +308,18 @@ def model_config(
     return _with_patch_outputs(config, model)
 
 
-_SIZES = ("width", "depth", "mlp_dim", "num_heads")  # what weights cannot be fitted to
+def _check_sizes(model: ModelConfig, base: ModelConfig) -> None:
+    """Raises a UserError if the model is of another size than its checkpoint, which cannot fit."""
+    names = ("width", "depth", "mlp_dim", "num_heads")
+    other = [name for name in names if getattr(model, name, None) != getattr(base, name, None)]
+    if other:
+        wanted, has = (
+            ", ".join(f"{name} {getattr(each, name)}" for name in other) for each in (model, base)
+        )
+        raise UserError(
+            f"the model is to have {wanted}, but the checkpoint of init_from has {has}: "
+            "--config.model.variant=None takes the checkpoint's sizes"
+        )
 
 
 def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> ModelConfig:
@@ -323,14 +336,6 @@ def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> 
             "model.variant and model.resnet out, or start from such a model"
         )
     check_fields(type(base), fields)
-    other = [f for f in _SIZES if f in fields and fields[f] != getattr(base, f, fields[f])]
-    if other:
-        wanted = ", ".join(f"{f} {fields[f]}" for f in other)
-        has = ", ".join(f"{f} {getattr(base, f)}" for f in other)
-        raise UserError(
-            f"the model is to have {wanted}, but the checkpoint of init_from has {has}: "
-            "--config.model.variant=None takes the checkpoint's sizes"
-        )
     return dataclasses.replace(base, **fields)
 
 
