@@ -309,7 +309,9 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
     if path.endswith(ending):
         write_weights(path, arrays, card.to_json())
     elif suffix in (".npz", ".safetensors") or ending == ".npz":
-        raise UserError(f"{path}: the name of a {format} file ends in {ending}")
+        others = "google or big_vision" if suffix == ".npz" else "timm, hf or vit_jax"
+        hint = f"; format {others} ends in {suffix}" if suffix in (".npz", ".safetensors") else ""
+        raise UserError(f"{path}: the name of a {format} file ends in {ending}{hint}")
     elif suffix in _NO_FOLDERS and not os.path.isdir(path):
         raise UserError(
             f"{path}: the name of a {format} file ends in {ending}, and that of a folder does not "

@@ -82,7 +82,9 @@ def open_source(spec: str, split: str = "train") -> Source:
         there = "give its kind, as in folder:PATH" if os.path.exists(spec) else "it is not there"
         raise UserError(f"data source {spec!r}: a path alone names no source ({there})")
     if name not in SOURCES:
-        raise UserError(f"data source {spec!r}: no source {name!r}; {nearest(name, SOURCES)}")
+        folder = "" if ":" in spec else " (a folder is folder:PATH)"
+        near = nearest(name, SOURCES)
+        raise UserError(f"data source {spec!r}: no source {name!r}; {near}{folder}")
     return SOURCES[name](os.path.expanduser(argument), split)
 
 
