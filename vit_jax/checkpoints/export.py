@@ -308,6 +308,8 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
     card = dataclasses.replace(vit.card, config=config)
     if path.endswith(ending):
         write_weights(path, arrays, card.to_json())
+        if format in ("timm", "hf"):
+            notes["config.json"] = f"not written beside a file: {format}'s own code loads a folder"
     elif suffix in (".npz", ".safetensors") or ending == ".npz":
         others = "google or big_vision" if suffix == ".npz" else "timm, hf or vit_jax"
         hint = f"; format {others} ends in {suffix}" if suffix in (".npz", ".safetensors") else ""
