@@ -109,6 +109,13 @@ def test_a_plan_has_the_weights_of_its_data():
     assert plan_of("augment.class_weights=inverse").class_weights == expected
 
 
+def test_images_without_a_label_are_of_no_class():
+    class Unlabelled(list):
+        label_names, fingerprint, labels = ("a", "b"), "", np.array([-1, 0, 1, 1], np.int32)
+
+    assert TrainingData.of(Unlabelled([{}] * 4)).counts == (1, 2)
+
+
 @pytest.mark.parametrize(
     "flag, said",
     [

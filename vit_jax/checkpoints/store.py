@@ -112,8 +112,8 @@ class Store:
 
         best.json says so as soon as that checkpoint is complete. `values` are written with it.
         """
-        self.wait()
         if self._best != (step, values):
+            self.wait()
             self._best = step, values
             if distributed.is_lead():
                 self._write_best()

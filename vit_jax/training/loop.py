@@ -158,8 +158,8 @@ def _run(
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         if resume_step < total_steps:
             logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
-        if extend and (before := read_config(workdir)) != config:
-            _extend(plan, before)
+        if extend and begun != config:
+            _extend(plan, begun)
             if distributed.is_lead():
                 write_atomically(workdir / "config.json", to_json(config))
     if distributed.is_lead():

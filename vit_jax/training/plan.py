@@ -61,7 +61,9 @@ class TrainingData:
             len(source) if isinstance(source, Sized) else None,
             getattr(source, "multi_label", False),
             getattr(source, "masks", False),
-            None if labels is None else tuple(np.bincount(labels, minlength=k).tolist()),
+            None
+            if labels is None
+            else tuple(np.bincount(labels[labels >= 0], minlength=k).tolist()),
         )
 
 
@@ -75,7 +77,7 @@ class Plan:
       resume_step: the checkpoint to resume from, if any.
       init: the model that a new run starts from, if any.
       keep_head: whether the head of `init` is kept.
-      counts: the number of training images of each class; None if it is not known.
+      counts: the number of training images of each class; None if it is not known or needed.
     """
 
     config: Config
@@ -222,8 +224,8 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
 
 
 def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The images of each of the model's classes."""
-    if data.counts is None or not labels:
+    """The images of each of the model's classes, if augment.class_weights needs them."""
+    if config.augment.class_weights is None or data.counts is None or not labels:
         return None
     counts = [0] * len(labels)
     matched = classes.match(data.labels, labels, config.data.train.classes)
