@@ -16,6 +16,7 @@ to 8/7 of the model's size and cuts the centre out. Photographs are turned uprig
 orientation says, in training, evaluation and `predict`; exif=False reads them as they are stored.
 """
 
+import presets
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -25,15 +26,7 @@ def get_config(arg="S/16,folder:images"):
 
     A source may itself have commas.
     """
-    variant, _, rest = arg.partition(",")
-    parts = rest.split(",")
-    named = len(parts) >= 3 and "=" not in parts[-1] + parts[-2]
-    source = ",".join(parts[:-2]) if named else rest
-    train, val = parts[-2:] if named else ("train", "val")
-    if not source:
-        raise ValueError(
-            f"argument {arg!r}: expected VARIANT,SOURCE such as S/16,folder:/data/pets"
-        )
+    own = presets.read_own(arg, variant_needed=True)
 
     config = ConfigDict()
     config.seed = 0
@@ -43,13 +36,13 @@ def get_config(arg="S/16,folder:images"):
     config.total_examples = placeholder(int)
     config.init_from = placeholder(str)
 
-    config.model = ConfigDict(dict(variant=variant, image_size=(224, 224)))
+    config.model = ConfigDict(dict(variant=own.variant, image_size=(224, 224)))
 
     config.data = ConfigDict(dict(on_corrupt="stop"))
-    config.data.train = ConfigDict(dict(source=source, split=train, flip=True, jpeg="fast"))
+    config.data.train = ConfigDict(dict(source=own.source, split=own.train, flip=True, jpeg="fast"))
     config.data.train.exif = True
     config.data.train.inception_crop = ConfigDict(dict(area=(0.05, 1.0), ratio=(0.75, 1.33)))
-    config.data.val = ConfigDict(dict(source=source, split=val, aspect="keep", crop=0.875))
+    config.data.val = ConfigDict(dict(source=own.source, split=own.val, aspect="keep", crop=0.875))
     config.data.val.update(resize="bilinear_antialias", exif=True)
 
     config.augment = ConfigDict(dict(label_smoothing=0.1))

@@ -113,6 +113,32 @@ def read(
     return args._replace(variant=variant, width=known[variant], size=size)
 
 
+class Own(NamedTuple):
+    """A source of one's own, with its splits, and the variant, if one is named."""
+
+    variant: str
+    source: str
+    train: str
+    val: str
+
+
+def read_own(arg: str, *, variant_needed: bool = False) -> Own:
+    """Reads [VARIANT,]SOURCE[,TRAIN,VAL]. Before a comma, what has a colon is no variant.
+
+    Raises:
+      ValueError: there is no source, or no variant where one is needed.
+    """
+    first, _, rest = arg.partition(",")
+    variant, rest = ("", arg) if ":" in first else (first, rest)
+    parts = rest.split(",")
+    named = len(parts) >= 3 and "=" not in parts[-1] + parts[-2]
+    source = ",".join(parts[:-2]) if named else rest
+    if not source or (variant_needed and not variant):
+        form = "VARIANT,SOURCE such as S/16," if variant_needed else "SOURCE such as "
+        raise ValueError(f"argument {arg!r}: expected {form}folder:/data/pets")
+    return Own(variant, source, *(parts[-2:] if named else ("train", "val")))
+
+
 def read_data(
     arg: str, names: tuple[str, ...], words: tuple[str, ...] = (), table: dict = DATASETS
 ) -> Arguments:

@@ -1033,6 +1033,8 @@ WRONG = {
     "digits:finetun": "expected pretrain or finetune",
     "fractals:digit": "expected pretrain or digits",
     "images:S/16": "expected VARIANT,SOURCE",
+    "images:folder:pets": "expected VARIANT,SOURCE",
+    "finetune_own:S/16": "expected SOURCE such as folder:",
 }
 
 

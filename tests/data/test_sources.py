@@ -105,12 +105,24 @@ def test_arrays_come_back_from_the_file(tmp_path):
         assert source.label_names == tuple(names)
 
 
+def test_parts_of_arrays_are_all_of_them_once(tmp_path):
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    spec = saved(tmp_path, train_images=images, train_labels=np.arange(100) % 3)
+    parts = [open_source(spec, f"train[{part}]") for part in (":80%", "80%:")]
+    assert all(10 < len(part) < 90 for part in parts)
+    numbers = np.concatenate([part.images.ravel() for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    assert sorted(numbers) == [*range(100)] and (labels == numbers % 3).all()
+
+
 def test_arrays_that_do_not_fit_are_refused(tmp_path):
     large, letters = np.array([0, 1, 2, 2**32, 0, 0]), np.array([*"abc"])
     none = {"train_images": np.zeros((0, 4, 5, 3), np.uint8), "train_labels": np.zeros(0, int)}
     cases = [
         ({}, r"has no split 'trian'; did you mean 'train'\?", "trian"),
         ({}, "has no split 'test'; known: train, val", "test"),
+        ({}, r"split 'train\[:5\]': expected NAME", "train[:5]"),
+        ({}, r"has no image in split 'train\[:1%\]'", "train[:1%]"),
         ({"train_labels": None}, "holds train_images but no train_labels"),
         ({"train_images": np.zeros((6, 4, 5))}, r"float64 \[6, 4, 5\]; expected uint8"),
         ({"train_images": np.zeros((6, 20), np.uint8)}, r"uint8 \[6, 20\]; expected"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from vit_jax.data.forms.files import parse_split, percentile
 from vit_jax.errors import UserError, check_refused, nearest
 from vit_jax.extras import install
 
@@ -93,7 +94,11 @@ def digits(argument: str, split: str) -> ArraySource:
 
 def arrays(path: str, split: str) -> ArraySource:
     """A `.npz` file with `SPLIT_images` (uint8 [n h w c] or [n h w]), `SPLIT_labels` (int [n] or
-    [n 1], as in MedMNIST) and, for names other than "0", "1", ..., `label_names` (strings [k])."""
+    [n 1], as in MedMNIST) and, for names other than "0", "1", ..., `label_names` (strings [k]).
+
+    A part of a split, such as "train[:90%]", is drawn by a hash of the image's number.
+    """
+    part, (split, low, high) = split, parse_split(split)
     try:
         with zipfile.ZipFile(path):  # np.load does not check this
             pass
@@ -150,6 +155,11 @@ def arrays(path: str, split: str) -> ArraySource:
     # Before the cast, in which 2**32 would become class 0.
     check_labels(labels, min(len(names), 2**31))
     images = images if images.ndim == 4 else images[..., None]
+    if (low, high) != (0, 100):
+        chosen = [i for i in range(len(images)) if low <= percentile(f"{split}/{i}") < high]
+        if not chosen:
+            raise UserError(f"arrays:{path} has no image in split {part!r}")
+        images, labels = images[chosen], labels[chosen]
     return ArraySource(images, labels.astype(np.int32), tuple(str(name) for name in names))
 
 

