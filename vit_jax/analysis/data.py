@@ -1,5 +1,6 @@
 """Data checks before training, for the command `data`: how a source will be read and used."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,12 +33,13 @@ def data(
       folder: where to write contact sheets; None for none.
 
     Raises:
-      UserError: a split that cannot be opened, after the lines on the others; or a class that the
-        model does not have.
+      UserError: a split that cannot be opened, after the lines on the others; a class that the
+        model does not have; or pictures inside the data.
     """
     specs, splits = {}, {}
     if config is None:
         spec = understood(spec)
+        _check_outside(folder, spec)
         opened = open_splits(spec, split)
         yield heading(spec)
         yield f"splits: {', '.join(opened)}"
@@ -48,6 +50,8 @@ def data(
             raise UserError(f"the config has no data.{split}; {nearest(split, known)}")
         splits = {f"data.{name}": every[name] for name in ([split] if split else known)}
         specs = {name: f"{each.source}, {each.split}" for name, each in splits.items()}
+        for each in splits.values():
+            _check_outside(folder, each.source)
         opened = open_all({k: (each.source, each.split) for k, each in splits.items()})
     card = None if model is None else open_model(model).card
     yield from describe.report(opened, specs)
@@ -73,6 +77,19 @@ def data(
     bad = [f"{name}: {each}" for name, each in opened.items() if name not in sources]
     if bad:
         raise UserError("; ".join(bad))
+
+
+def _check_outside(folder: str | None, source: str) -> None:
+    """Raises a UserError if pictures would be written among the images of a source."""
+    root = source.partition(":")[2].partition(",")[0]
+    if folder is None or not os.path.isdir(root):
+        return
+    inside, root = (os.path.realpath(path) for path in (folder, root))
+    if os.path.commonpath((inside, root)) == root:
+        raise UserError(
+            f"--pictures={folder} is inside {root}, whose images they would be taken for: name a "
+            "folder outside"
+        )
 
 
 def _card(config: Config, train: Source) -> ModelCard:
