@@ -37,7 +37,8 @@ def smaller(argv):
     if argv[0] not in ("train", "preflight"):
         return argv
     argv = [arg for arg in argv if not DURATION.match(arg)] + SHORT
-    if any(arg.startswith(("--config=images:", "--config=configs/images.py")) for arg in argv):
+    own = ("--config=images:", "--config=configs/images.py", "--config=finetune_own:")
+    if any(arg.startswith(own) for arg in argv):
         argv = [arg.replace("S/16,", "mu/16,") for arg in argv] + SMALL
     return argv
 
@@ -106,7 +107,7 @@ def test_a_page_runs_from_its_first_command_to_its_last(name, here):
 
 # What there is afterwards, of what a page says that there will be.
 MADE = {
-    "fine_tune": ["shards/pets/vit_jax_train.json", "runs/pets/model/model.json"],
+    "fine_tune": ["shards/pets/vit_jax_train.json", "runs/pets/checkpoints/best.json", "pets.csv"],
     "pretrain": ["runs/digits/curves.png", "runs/digits_16/metrics.jsonl"],
     "look_inside": ["pictures/positions.png", "pictures/attention_digit.png"],
     "checkpoints": ["digits.npz", "digits.json"],
