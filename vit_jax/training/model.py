@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax.checkpoints.convert import shapes_of
+from vit_jax.checkpoints.opened import Opened
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, ViTConfig, check_fields
+from vit_jax.models.lora import learns
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
 from vit_jax.models.variants import variant, variant_fields, variant_kind
@@ -21,8 +24,9 @@ def model_config(
     Unless the checkpoint's head is kept, its hidden layer is dropped, too.
 
     Raises:
-      UserError: the config names no variant, has a field that the model does not have, or has a
-        ResNet that differs from the one in `base`, or is missing there.
+      UserError: the config names no variant, has a field that the model does not have, has a
+        ResNet that differs from the one in `base`, or is missing there, or adapters (LoRA) of a
+        model that is not there or is a ResNet.
     """
     fields = dict(config.model)
     name = fields.pop("variant", None)
@@ -35,6 +39,13 @@ def model_config(
             raise UserError(f"model.{key} is {value!r}; {nearest(value, known)}")
     fields.setdefault("num_classes", num_classes)
     fields["dtype"] = config.precision
+    if "lora" in fields and not isinstance(base, ViTConfig):
+        found = (
+            "init_from names none" if base is None else "the checkpoint of init_from is a ResNet"
+        )
+        raise UserError(
+            f"model.lora adapts a trained Vision Transformer, and {found}: set it to None"
+        )
     if base is None:
         if name is None:
             raise UserError("model.variant is not set: name one such as B/16, or an init_from")
@@ -43,6 +54,19 @@ def model_config(
         base = base if keep_head else base.with_fresh_head(num_classes)
         model = _changed(base, name, fields)
     return _with_patch_outputs(config, model)
+
+
+def check_adapted(model: ModelConfig, init: Opened) -> None:
+    """Raises a UserError if LoRA would freeze parameters that the checkpoint does not have."""
+    if getattr(model, "lora", None) is None:
+        return
+    for name in shapes_of(model):
+        if not (learns(name) or name in init.shapes):
+            raise UserError(
+                f"the model is to have {name}, which the checkpoint of init_from does not have "
+                "and model.lora would freeze at random values: take the checkpoint's model, or "
+                "fine-tune with --config.model.lora=None"
+            )
 
 
 def check_sizes(model: ModelConfig, base: ModelConfig) -> None:

@@ -31,6 +31,7 @@ MATRICES = (
     (r"(kernel|pos_embed(_\w+)?)$", (-2, -1)),
 )
 _LEAST_SIDE = 32
+_DECAYED_KERNELS = ("kernel", "lora_a", "lora_b")  # the matrices of all layers
 _SMALL, _PARTS = 2**16, 2**12  # of a norm: elements of a leaf that is small; sums of another
 
 
@@ -300,13 +301,13 @@ def clip_by_norm(bound: float, *, whole: bool = True) -> optax.GradientTransform
 def is_kernel(params: Any) -> Any:
     """Mask of the parameters that `decayed="kernels"` decays: the matrices of all layers."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).endswith("kernel"), params
+        lambda path, _: path_name(path).endswith(_DECAYED_KERNELS), params
     )
 
 
 def is_decayed(config: OptimConfig, name: str) -> bool:
     """Whether weight decay is for the parameter of this name."""
-    return config.decayed == "all" or name.endswith("kernel")
+    return config.decayed == "all" or name.endswith(_DECAYED_KERNELS)
 
 
 class FactoredState(NamedTuple):

@@ -26,7 +26,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
-from vit_jax.training.model import check_sizes, model_config
+from vit_jax.training.model import check_adapted, check_sizes, model_config
 from vit_jax.training.objectives import class_weights
 
 logger = logging.getLogger(__name__)
@@ -195,6 +195,7 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
     model = model_config(config, base and base.config, len(labels), keep_head)
     if base:
         check_sizes(model, base.config)
+        check_adapted(model, init)
     if model.num_classes != len(labels):
         what = config.data.train.source if config.classifies else f"objective {config.objective}"
         raise UserError(
