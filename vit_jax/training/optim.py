@@ -58,6 +58,28 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class Probe:
+    """A linear probe before fine-tuning (LP-FT, arXiv 2202.10054), in the same run.
+
+    The head alone learns, and no gradient of the rest is computed. Then everything learns that
+    `freeze` leaves, with a new optimiser; warm-up and schedule take the rest of the run.
+
+    Attributes:
+      steps: how many of the run's steps it takes.
+      lr: its learning rate, which is constant.
+    """
+
+    steps: int
+    lr: float
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"optim.probe.steps is {self.steps}; it must be at least 1")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optim.probe.lr is {self.lr}; it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """The `optim` section: optimiser, learning rate schedule, gradient clipping and averaging.
 
@@ -96,6 +118,7 @@ class OptimConfig:
       layer_decay: layer-wise decay of the learning rate (BEiT, MAE): a block's is that of the next
         one times this; the head's is `lr`, and the embedding's is of the layer before block 0.
       groups: by a name of one's own, parameters with other rates (see `Group`).
+      probe: a linear probe before the rest of the run (see `Probe`); None for none.
     """
 
     lr: float
@@ -119,6 +142,7 @@ class OptimConfig:
     freeze: tuple[str, ...] = ()
     layer_decay: float | None = None
     groups: dict[str, Group] = dataclasses.field(default_factory=dict, hash=False)
+    probe: Probe | None = None
 
     def __post_init__(self):
         for field, known in (

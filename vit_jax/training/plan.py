@@ -28,6 +28,7 @@ from vit_jax.models.config import ModelConfig
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
 from vit_jax.training.model import check_adapted, check_sizes, model_config
 from vit_jax.training.objectives import class_weights
+from vit_jax.training.phases import Phase, make_phases
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ class Plan:
     def total_steps(self) -> int:
         """The length of the run in steps. Raises a UserError like `count_steps`."""
         return count_steps(self.config, self.examples)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the run. Raises a UserError like `make_phases`."""
+        return make_phases(self.config.optim, self.total_steps)
 
     def with_model(self, model: ModelConfig) -> "Plan":
         """The same run with another model."""
