@@ -125,6 +125,7 @@ class Config:
         `head` and `position_resize`. With `init_from`, fields missing here are the checkpoint's.
       model.variant: name of its sizes, such as B/16, R50+B/16 or R50x1 (see models/variants.py).
       model.head: with init_from, a `fresh` head, or `keep` the checkpoint's if the classes agree.
+        None keeps it if that is a run folder of ours with the same head, objective and classes.
       model.position_resize: with init_from, how the position embedding is resized to another grid;
         None is the checkpoint's own method, `zoom` for the paper's (see models/posembed.py).
       seed: seed of initialisation, order and augmentation.

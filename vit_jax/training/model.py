@@ -56,6 +56,12 @@ def model_config(
     return _with_patch_outputs(config, model)
 
 
+def same_head(model: ModelConfig, base: ModelConfig) -> bool:
+    """Whether the heads of two models have the same shapes, and the same inputs."""
+    names = ("num_classes", "representation_size", "pool", "norm_after_pool", "distillation")
+    return all(getattr(model, name, None) == getattr(base, name, None) for name in names)
+
+
 def check_adapted(model: ModelConfig, init: Opened) -> None:
     """Raises a UserError if LoRA would freeze parameters that the checkpoint does not have."""
     if getattr(model, "lora", None) is None:

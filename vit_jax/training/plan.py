@@ -26,7 +26,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
-from vit_jax.training.model import check_adapted, check_sizes, model_config
+from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
 from vit_jax.training.objectives import class_weights
 from vit_jax.training.phases import Phase, make_phases
 
@@ -132,8 +132,9 @@ def plan_run(
 
     1. Resume, if `resume_step` is given: config and data must be those of the run.
     2. Fine-tune, if `init_from` names a model: its head is replaced (paper, B.1.1) unless
-       model.head=keep, its position embeddings are resized (section 3.2), and its preprocessing is
-       taken at the new image size, with what data.val (or test, or train) sets otherwise.
+       model.head=keep, or it is a run of ours with the same classes; its position embeddings are
+       resized (section 3.2), and its preprocessing is taken at the new image size, with what
+       data.val (or test, or train) sets otherwise.
     3. From scratch.
 
     Args:
@@ -197,7 +198,8 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
     """
     _check_labels(config, data)
     base = init and init.card
-    labels, keep_head = _labels(config, data, base)
+    head = config.model.get("head") or ("keep" if init and _keeps_head(config, data, init) else "")
+    labels, keep_head = _labels(config, data, base, head)
     model = model_config(config, base and base.config, len(labels), keep_head)
     if base:
         check_sizes(model, base.config)
@@ -217,10 +219,10 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
         config.model.get("position_resize") or (base.position_resize if base else "zoom"),
         multi_label=data.multi_label and bool(labels),
     )
-    if base and labels and labels == base.labels and "head" not in config.model:
+    if keep_head and "head" not in config.model:
         logger.info(
-            "the head is new, though the classes are the checkpoint's: "
-            "--config.model.head=keep keeps its head"
+            "the head of init_from is kept, as it is a run of the same classes: "
+            "--config.model.head=fresh makes a new one"
         )
     counts = _counts(config, data, labels)
     return Plan(config, card, data.examples, init=init, keep_head=keep_head, counts=counts)
@@ -252,11 +254,30 @@ def _check_labels(config: Config, data: TrainingData) -> None:
         )
 
 
+def _keeps_head(config: Config, data: TrainingData, init: Opened) -> bool:
+    """Whether a fine-tuning run keeps the head if its config does not say.
+
+    It does if it starts from a run folder of ours that has the same head, objective and classes,
+    by `classes.match`, all of them.
+    """
+    base = init.card
+    if init.step is None or not base.labels or base.objective != config.objective:
+        return False
+    try:
+        matched = classes.match(data.labels, base.labels, config.data.train.classes)
+    except UserError:
+        return False
+    whole = sorted(matched.classes) == list(range(len(base.labels)))
+    return whole and same_head(
+        model_config(config, base.config, len(base.labels), True), base.config
+    )
+
+
 def _labels(
-    config: Config, data: TrainingData, base: ModelCard | None
+    config: Config, data: TrainingData, base: ModelCard | None, head: str
 ) -> tuple[tuple[str, ...], bool]:
     """The model's classes, and whether the head of `base` is kept."""
-    keep_head = base is not None and config.model.get("head") == "keep"
+    keep_head = base is not None and head == "keep"
     if not config.classifies:
         # A patch head is only useful for the target that it was trained for.
         return (), keep_head and not base.labels and base.objective == config.objective

@@ -53,7 +53,7 @@ _DEFAULTS = dict.fromkeys(
     "the variant's",
 )
 _DEFAULTS |= {"num_classes": "the data's", "patch_outputs": "the objective's"}
-_NO_FIELDS = {"variant": "None", "head": "fresh", "position_resize": "None"}
+_NO_FIELDS = {"variant": "None", "head": "None", "position_resize": "None"}
 _TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text"}
 
 
