@@ -37,6 +37,7 @@ def smaller(argv):
     if argv[0] not in ("train", "preflight"):
         return argv
     argv = [arg for arg in argv if not DURATION.match(arg)] + SHORT
+    argv = [re.sub(r"(probe\.steps)=\d+", r"\1=1", arg) for arg in argv]
     own = ("--config=images:", "--config=configs/images.py", "--config=finetune_own:")
     if any(arg.startswith(own) for arg in argv):
         argv = [arg.replace("S/16,", "mu/16,") for arg in argv] + SMALL

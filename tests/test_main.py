@@ -17,7 +17,7 @@ from vit_jax.checkpoints.store import lock
 from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
 from vit_jax.training.config_file import load_config
-from vit_jax.training.plan import model_config
+from vit_jax.training.model import model_config
 
 MISTAKES = {
     "misspelt key": (["--config.optim.learning_rat=1"], r"unknown config key .*optim"),

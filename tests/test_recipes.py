@@ -48,9 +48,10 @@ from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluators import EVALUATORS, Evaluator
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.model import model_config
 from vit_jax.training.objectives import sigmoid, softmax
 from vit_jax.training.optim import make_optimizer, make_schedule
-from vit_jax.training.plan import count_steps, model_config
+from vit_jax.training.plan import count_steps
 
 CONFIGS = ROOT / "configs"
 

@@ -32,8 +32,9 @@ from vit_jax.models.variants import VARIANTS
 from vit_jax.training.config import Config
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.model import model_config
 from vit_jax.training.optim import is_kernel, make_schedule
-from vit_jax.training.plan import count_steps, model_config
+from vit_jax.training.plan import count_steps
 
 folder, here = test_recipes.folder, test_recipes.here
 

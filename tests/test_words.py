@@ -37,7 +37,8 @@ from vit_jax.models.variants import variant
 from vit_jax.training import optim
 from vit_jax.training.config import Config, differences, keys, unpack
 from vit_jax.training.config_file import load_config
-from vit_jax.training.plan import count_steps, model_config
+from vit_jax.training.model import model_config
+from vit_jax.training.plan import count_steps
 from vit_jax.writing import write_atomically
 
 

@@ -91,7 +91,8 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.checkpoints.export import save
     from vit_jax.checkpoints.load import load
 
-    report = save(load(args.src, **fields(args.known)), args.dst, format=args.format)
+    model = load(args.src, adapter=args.adapter, **fields(args.known))
+    report = save(model, args.dst, format=args.format)
     print(f"{args.dst}: {len(report.lines)} arrays in {args.format}'s names")
     for name, what in report.assumed.items():
         print(f"note: {name}: {what}")

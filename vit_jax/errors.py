@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 from vit_jax.extras import install
-from vit_jax.words import nearest
+from vit_jax.words import nearest, outermost
 
 __all__ = [
     "Stopped",
@@ -18,6 +18,7 @@ __all__ = [
     "during",
     "name_extra",
     "nearest",
+    "outermost",
     "sentence",
     "why",
 ]

@@ -188,7 +188,10 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "dst", type=path, help="FILE.npz, FILE.safetensors, or a folder for timm and hf"
     )
-    command.add_argument("--format", required=True, help="google, big_vision, timm, hf or vit_jax")
+    command.add_argument(
+        "--format", required=True, help="google, big_vision, timm, hf, vit_jax or lora"
+    )
+    command.add_argument("--adapter", metavar="FILE", help="of format lora, to merge into SRC")
     command.add_argument("--set", **fields)
     command.set_defaults(function=functions["convert"], takes_overrides=False)
 

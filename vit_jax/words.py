@@ -206,6 +206,7 @@ def meant(name: str, known: list[str]) -> list[str]:
         if found:
             return [k for k in found if section and _section(plain[k]) == section] or found
     found = [k for k, p in plain.items() if _squashed(_last(p)) == _squashed(last) != ""]
+    found = outermost(found)
     if 0 < len(found) <= _FEW:
         close = difflib.get_close_matches(wanted, [plain[k] for k in found], n=1, cutoff=0.8)
         return [k for k in found if plain[k] in close] or found
@@ -225,6 +226,16 @@ def meant(name: str, known: list[str]) -> list[str]:
         return []  # what the section itself is like says nothing
     whole = {p: k for k, p in plain.items()}
     return [whole[p] for p in difflib.get_close_matches(wanted, whole, n=1, cutoff=0.5)]
+
+
+def outermost(names: list[str]) -> list[str]:
+    """Of keys that end alike the one whose section holds the others', if there is one; or all.
+
+    Of optim.lr and optim.probe.lr it is optim.lr.
+    """
+    first = min(names, key=len, default="")
+    inside = f"{_section(first)}."
+    return [first] if all(name.startswith(inside) for name in names) and names else names
 
 
 def _ours_for(word: str, plain: dict[str, str]) -> list[str]:

@@ -48,6 +48,7 @@ def main() -> None:
                     finetuned,
                     f"--config.seed={seed}",
                     f"--config.init_from={pretrained}",
+                    "--config.model.head=fresh",  # as in the paper, B.1.1
                 ),
                 finetuned,
             ),

@@ -14,17 +14,17 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import vit_jax
-from vit_jax.checkpoints.opened import read_model
+from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.training import loop
-from vit_jax.training.config import read_config
+from vit_jax.training.config import read_config, to_json
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
-from vit_jax.training.plan import Plan
+from vit_jax.training.plan import Plan, TrainingData, make_plan
 
 
 def config_of(*overrides, arg=""):
@@ -84,6 +84,7 @@ def test_finetuning_keeps_resizes_and_renews(tiny_run, tmp_path, caplog, untrain
     workdir, _ = tiny_run
     caplog.set_level("INFO", "vit_jax")
     overrides = [f"--config.init_from={workdir}", "--config.total_steps=1"]
+    overrides.append("--config.model.head=fresh")
     overrides.append("--config.batch_size=8")
     config = load_config(f"{DIGITS}:finetune", overrides)
     train(config, tmp_path / "tuned")
@@ -112,22 +113,54 @@ def test_finetuning_keeps_resizes_and_renews(tiny_run, tmp_path, caplog, untrain
         "^devices     8 x cpu, .* GiB of memory each, mesh data=8$",
         "^model       ViT with width 16, depth 2; 16x16 pixels, 10 classes, 5,786 parameters$",
         "^steps       1 of 8 images each, 0.006354 epochs; val is measured at the end alone",
-        "^the head is new, though the classes are the checkpoint's: --config.model.head=keep",
         f"^run folder  {tmp_path}/tuned, saved every 200 steps or 10 minutes, and at the end$",
         "^compiled in .* s$",
     ):
         assert any(re.search(sentence, r.getMessage()) for r in caplog.records)
 
 
-def test_head_keep_goes_on_with_the_head(tiny_run, tmp_path, untrained):
+def test_a_run_of_the_same_classes_goes_on_with_the_head(tiny_run, tmp_path, untrained, caplog):
+    caplog.set_level("INFO", "vit_jax")
     workdir, _ = tiny_run
-    flags = [f"--config.init_from={workdir}", "--config.model.head=keep"]
-    flags += ["--config.total_steps=1"]
-    config = config_of(*flags, "--config.optim.warmup=0")
+    flags = [f"--config.init_from={workdir}", "--config.total_steps=1", "--config.optim.warmup=0"]
+    config = config_of(*flags)
     train(config, tmp_path / "kept")
     step, old, new = 24, read_model(workdir), read_model(tmp_path / "kept")
     assert old[2] == step and new[0].config.representation_size == 8
     jax.tree.map(np.testing.assert_array_equal, new[1], old[1])
+    said = "the head of init_from is kept, as it is a run of the same classes: --config.model.head"
+    assert caplog.text.count(said) == 1
+
+    # A run that was begun with a new head, by another version, goes on with that.
+    fresh = dataclasses.replace(config, model={**config.model, "head": "fresh"})
+    train(fresh, tmp_path / "fresh")
+    (tmp_path / "fresh" / "config.json").write_text(to_json(config))
+    train(config, tmp_path / "fresh")
+    assert not read_model(tmp_path / "fresh")[1]["head"]["kernel"].any()
+    assert caplog.text.count(said) == 1
+
+
+def decision(config, base, labels):
+    """Whether the head is kept, and the classes."""
+    plan = make_plan(config, TrainingData(labels), base)
+    return plan.keep_head, plan.card.labels
+
+
+def test_only_the_whole_head_of_a_run_is_kept_unasked(tiny_run, tmp_path):
+    run = open_model(tiny_run[0])
+    labels, config = run.card.labels, config_of(f"--config.init_from={tiny_run[0]}")
+    assert decision(config, run, labels) == (True, labels)
+    assert decision(config, run, labels[::-1]) == (True, labels)  # matched by name
+    others = tuple(f"a{label}" for label in labels)
+    assert decision(config, run, others) == (False, others)
+    assert decision(config, run, labels[:9]) == (False, labels[:9])
+    several = ("0", "00", *labels[1:])
+    assert decision(config, run, several) == (False, several)
+    for flag in ("objective=sigmoid", "model.pool=gap", "model.representation_size=4"):
+        changed = config_of(f"--config.init_from={tiny_run[0]}", f"--config.{flag}")
+        assert decision(changed, run, labels) == (False, labels), flag
+    vit_jax.save(vit_jax.load(tiny_run[0]), tmp_path / "x.safetensors")
+    assert decision(config, open_model(tmp_path / "x.safetensors"), labels) == (False, labels)
 
 
 def test_a_run_starts_from_weights_of_another_code_base(tiny_run, tmp_path, untrained):

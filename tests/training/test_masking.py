@@ -32,9 +32,10 @@ from vit_jax.training.evaluate import evaluate_run
 from vit_jax.training.evaluators import Classification, Knn
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.model import model_config
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig, make_optimizer
-from vit_jax.training.plan import TrainingData, make_plan, model_config
+from vit_jax.training.plan import TrainingData, make_plan
 from vit_jax.training.sharding import MeshConfig, make_layout, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, make_state
 from vit_jax.training.steps import make_train_step

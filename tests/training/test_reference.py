@@ -17,7 +17,7 @@ from vit_jax.training.evaluators import EVALUATORS
 LEAVES = [leaf for section in reference.sections() for leaf in section.leaves]
 # Texts that may be anything; all others have a list of choices.
 FREE = ("source", "split", "classes", "init_from", "wandb_project", "variant")
-FREE += ("freeze", "match", "class_weights", "best", "metric")
+FREE += ("targets", "freeze", "match", "class_weights", "best", "metric")
 
 
 def test_every_key_is_explained_and_nothing_else():
@@ -78,7 +78,8 @@ def test_keys_are_explained(capsys):
     out = told(capsys, "digits", "optim.", "--config.optim.ema=0.5")
     assert out.startswith("optim.lr=0.003 (file)\n    number; required\n    the peak learning rate")
     assert "optim.ema=0.5 (flag)\n" in out and "    adamw | adam | adafactor | sgd; default" in out
-    assert told(capsys, "lr") == told(capsys, "optim.lr")
+    both = told(capsys, "optim.lr") + told(capsys, "optim.probe.lr")
+    assert told(capsys, "lr") == both
     assert told(capsys, "mesh").count("\n    ") == told(capsys, "mesh.").count("\n    ") >= 8
     assert {"eval.every", "log.every"} <= {*re.findall(r"^\S+", told(capsys, "every"), re.M)}
     assert told(capsys, "width").startswith("model.width (ViT)\n")

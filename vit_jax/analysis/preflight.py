@@ -28,6 +28,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.training.config import Config
+from vit_jax.training.phases import Phase
 from vit_jax.training.plan import Plan, TrainingData, make_plan
 from vit_jax.training.program import Program, make_program
 from vit_jax.training.sharding import device_memory, make_mesh, unsplit
@@ -71,8 +72,16 @@ class CompiledStep:
 
 
 def compile_step(plan: Plan, mesh: Mesh) -> CompiledStep:
-    """Compiles the training step of a plan for the devices of `mesh`, which need not exist."""
-    program = make_program(plan, mesh)
+    """Compiles the training step of a plan for the devices of `mesh`, which need not exist.
+
+    Of a run with several phases, the one that needs the most memory.
+    """
+    steps = [_compile_phase(plan, mesh, phase) for phase in plan.phases]
+    return max(steps, key=lambda step: math.inf if step.peak_bytes is None else step.peak_bytes)
+
+
+def _compile_phase(plan: Plan, mesh: Mesh, phase: Phase) -> CompiledStep:
+    program = make_program(plan, mesh, phase)
     state_bytes = shard_bytes(program.state)
     device = mesh.devices.flat[0]
     limit, chip = memory_limit(device), CHIPS.get(device.device_kind)

@@ -125,7 +125,13 @@ def read_foreign(
       UserError: the file is damaged, in no known dialect, or does not match a model: a key is
         missing, superfluous or has another shape.
     """
-    return interpret(open_weights(path), file_size, architecture, **known)
+    weights = open_weights(path)
+    if "adapter" in weights.card:
+        raise UserError(
+            f"{path} is an adapter (LoRA), which goes with its base: "
+            f"vit_jax.load(BASE, adapter={path!r})"
+        )
+    return interpret(weights, file_size, architecture, **known)
 
 
 def interpret(

@@ -36,10 +36,12 @@ from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
 from vit_jax.models.create import Model
+from vit_jax.models.lora import merged
 from vit_jax.models.resnet import STYLES
 from vit_jax.writing import check_own, write_atomically
 
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
+ADAPTER = "lora"  # not a format of whole models
 # Endings of files: a path with one of them is not a folder.
 _NO_FOLDERS = {
     *(".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".keras", ".onnx"),
@@ -55,7 +57,7 @@ _SAID_ELSEWHERE = (
 def choose(format: str, config: ModelConfig) -> Dialect:
     """Returns the dialect to write a model in."""
     if format not in FORMATS:
-        raise UserError(f"format {format!r}: {nearest(format, FORMATS)}")
+        raise UserError(f"format {format!r}: {nearest(format, [*FORMATS, ADAPTER])}")
     if format == "vit_jax":
         return native(shapes_of(config))
     if isinstance(config, ResNetConfig):
@@ -287,7 +289,8 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
       path: FILE.npz for google and big_vision (metadata in FILE.json), FILE.safetensors for the
         others (metadata in its header), or, for timm and hf, a folder that they can load:
         model.safetensors and the config files that they expect.
-      format: google, big_vision, timm, hf, or vit_jax, which holds every model.
+      format: google, big_vision, timm, hf, or vit_jax, which holds every model; lora, of a model
+        that was trained with `model.lora`, is its adapters and head alone (see `load`).
 
     Returns:
       A report on each parameter, with what other readers need to know under `assumed`.
@@ -297,11 +300,23 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
         folder that holds other things than such a model.
     """
     path = os.path.expanduser(path)
+    if format == ADAPTER:
+        if isinstance(vit, Model) or vit.adapter is None:
+            raise UserError(
+                "format lora is for what a run with model.lora has learnt, as vit_jax.load(RUN) "
+                "gives it, without another size, dtype or head"
+            )
+        if not path.endswith(".safetensors"):
+            raise UserError(f"{path}: the name of a {format} file ends in .safetensors")
+        return vit.adapter.write(path)
     if isinstance(vit, Model):
         preprocess = Preprocess(vit.config.image_size, vit.config.in_channels)
         names = tuple(str(i) for i in range(vit.config.num_classes))
         vit = Loaded(vit, vit.config, preprocess, names, Report(()), None)
     params = flatten_dict(nnx.to_pure_dict(nnx.state(vit.model)), sep="/")
+    if (lora := getattr(vit.config, "lora", None)) is not None:
+        params = merged({name: np.asarray(value) for name, value in params.items()}, lora)
+        vit = dataclasses.replace(vit, config=dataclasses.replace(vit.config, lora=None))
     suffix = os.path.splitext(path)[1].lower()
     arrays, config, notes = to_names(params, vit.config, format)
     ending = ".npz" if format in ("google", "big_vision") else ".safetensors"

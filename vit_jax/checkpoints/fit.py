@@ -10,13 +10,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import Line
 from vit_jax.checkpoints.convert import shapes_of
-from vit_jax.checkpoints.opened import Opened
+from vit_jax.checkpoints.opened import Opened, facts
 from vit_jax.errors import UserError
 from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig
 from vit_jax.models.create import init_params, structure
+from vit_jax.models.lora import learns
 
 
 def place(
@@ -84,6 +86,30 @@ def fitted(
                 "the model: only image_size, patch_size, in_channels and the head may change"
             )
         yield value, Line(name, shape, status, opened.sources[name])
+
+
+def with_adapter(opened: Opened, adapter: Adapter, name: Any) -> Opened:
+    """The model that an adapter makes of its base; `name` is the base's, for messages.
+
+    Raises:
+      UserError: it is not the base of the adapter.
+    """
+    adapter.check_base(opened.shapes, name)
+    card, params, sources = adapter.plain_card, {}, {}
+    for value, line in fitted(opened, card.config, method=card.position_resize):
+        params[line.name], sources[line.name] = value, line.source
+    adapter.check_weights(params, name)
+    params = adapter.merged(params)
+    sources |= dict.fromkeys(filter(learns, params), "adapter")
+    return Opened(
+        card,
+        {key: value.shape for key, value in params.items()},
+        params.pop,
+        sources,
+        facts(f"{opened.facts['file']}, with an adapter", card.config),
+        opened.assumed,
+        adapter=adapter,
+    )
 
 
 def _fit_stem(kernel: np.ndarray, channels: int, patch: tuple[int, ...]) -> tuple[np.ndarray, str]:

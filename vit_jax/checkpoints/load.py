@@ -16,8 +16,9 @@ from etils import epath
 from flax import nnx
 
 from vit_jax.checkpoints import families
+from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
-from vit_jax.checkpoints.fit import place
+from vit_jax.checkpoints.fit import place, with_adapter
 from vit_jax.checkpoints.opened import facts, open_model
 from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
@@ -38,6 +39,8 @@ class Loaded:
       labels: the name of each class.
       report: where the weights came from, and how each parameter was treated.
       step: of the checkpoint; None for a weight file.
+      adapter: what is merged into the model's kernels, if it was trained with LoRA: `save` writes
+        it with format="lora".
     """
 
     model: Model
@@ -49,6 +52,7 @@ class Loaded:
     objective: str = "softmax"
     position_resize: str = "zoom"
     multi_label: bool = False
+    adapter: Adapter | None = None
 
     @functools.cached_property
     def _forward(self) -> Callable[[Any, Any], jax.Array]:
@@ -135,6 +139,7 @@ def load(
     shardings: Callable[[Any], Any] | None = None,
     architecture: str | None = None,
     step: int | str | None = None,
+    adapter: epath.PathLike | None = None,
     **known: Any,
 ) -> Loaded:
     """Loads a model: weights of any code base, or a run folder of ours.
@@ -158,13 +163,18 @@ def load(
         refused unless it is known (see `architectures`).
       step: of a run folder: the number of a kept checkpoint, or "best" (see checkpoint.best);
         None is the last. RUN/checkpoints/STEP and RUN/checkpoints/best name the same as a path.
+      adapter: a file that `save` wrote with format="lora", to merge into the model, which must be
+        the one that it was trained on; head, classes and image size are then the adapter's.
       **known: fields of the config that a file does not say, such as gelu="tanh" or num_heads=8.
 
     Raises:
-      UserError: no such file, a damaged one, or one of another model; sizes that do not fit.
+      UserError: no such file, a damaged one, or one of another model; sizes that do not fit; an
+        adapter of other weights.
     """
     size = None if image_size is None else pair(image_size, "image_size")
     opened = open_model(path, file_size=size, architecture=architecture, step=step, **known)
+    if adapter is not None:
+        opened = with_adapter(opened, Adapter.read(adapter), path)
     card = opened.card
     changes: dict[str, Any] = {"image_size": size, "in_channels": in_channels, "dtype": dtype}
     if patch_size is not None:
@@ -197,4 +207,5 @@ def load(
         card.objective,
         card.position_resize,
         card.multi_label,
+        opened.adapter if num_classes is None and config == opened.card.config else None,
     )

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import distributed
 from vit_jax.checkpoints import families
+from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.published import fetch
@@ -33,6 +35,7 @@ class Opened:
       read: path of a parameter -> float32 array.
       sources: the name of each parameter in the file.
       leftover: keys of the file that are not part of the model, and their shapes.
+      adapter: what is merged into the kernels, if it was trained with LoRA.
     """
 
     card: ModelCard
@@ -43,6 +46,7 @@ class Opened:
     assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     leftover: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     step: int | None = None
+    adapter: Adapter | None = None
 
     def dropped(self, config: ModelConfig) -> list[Line]:
         """Lists the arrays that a model of `config` does not use."""
@@ -199,6 +203,11 @@ def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Op
             if step in store.steps():
                 raise
             # The run is still training and has deleted this checkpoint: there is a newer one.
+    adapter = None
+    if getattr(card.config, "lora", None) is not None:
+        begun = json.loads((workdir / "config.json").read_text())
+        adapter = Adapter.of(card, params, str(begun["init_from"]))
+        card, params = adapter.plain_card, adapter.merged(params)
     return Opened(
         card,
         {name: value.shape for name, value in params.items()},
@@ -206,6 +215,7 @@ def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Op
         {name: f"{weights}/{name}" for name in params},
         facts(f"run folder, {workdir}, step {step}", card.config),
         step=step,
+        adapter=adapter,
     )
 
 

@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Any
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.models.lora import Lora
 
 CHOICES = {
     "pool": ("token", "gap", "map", "token_gap"),
@@ -78,6 +79,7 @@ class ViTConfig:
       scan: whether blocks run in `lax.scan` or in a Python loop; None chooses by device.
       remat: what the backward pass recomputes to save memory: at most elementwise operations
         (`none`), all but the products with kernels (`dots`), or whole blocks (`full`).
+      lora: low-rank adapters beside the kernels, for fine-tuning; None is a plain model.
 
     Raises:
       UserError: a size that does not divide another, or a choice that does not exist.
@@ -118,6 +120,7 @@ class ViTConfig:
     attention: str = "auto"
     scan: bool | None = None
     remat: str = "none"
+    lora: Lora | None = None
 
     def __post_init__(self):
         for name in ("image_size", "patch_size"):

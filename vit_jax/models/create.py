@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from vit_jax.models import resnet
+from vit_jax.models import lora, resnet
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields
 from vit_jax.models.variants import variant
 from vit_jax.models.vit import ViT
@@ -24,15 +24,21 @@ def structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 @functools.lru_cache(maxsize=128)
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    model = nnx.eval_shape(lambda: _MODELS[type(config)](config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: _make(config, nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)
     return graphdef, nnx.to_pure_dict(shapes)
 
 
 def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
     """Newly initialised parameters as a nested dict of arrays; call it inside `jax.jit`."""
-    model = _MODELS[type(config)](config, rngs=nnx.Rngs(params=seed))
-    return nnx.to_pure_dict(nnx.state(model))
+    return nnx.to_pure_dict(nnx.state(_make(config, nnx.Rngs(params=seed))))
+
+
+def _make(config: ModelConfig, rngs: nnx.Rngs) -> Model:
+    model = _MODELS[type(config)](config, rngs=rngs)
+    if isinstance(config, ViTConfig) and config.lora is not None:
+        lora.add_adapters(model, config.lora, rngs)
+    return model
 
 
 def create(name: str | ModelConfig = "B/16", *, seed: int = 0, **fields: Any) -> Model:

@@ -16,6 +16,7 @@ from vit_jax.models.attention import attend, attention_weights, backend_of, padd
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
 from vit_jax.models.linear import linear, split_linear
+from vit_jax.models.lora import adapted, adapted_qkv
 from vit_jax.models.stack import Captures, split_key
 
 
@@ -163,15 +164,18 @@ class Attention(nnx.Module):
         bias = self.qkv.bias[...].astype(dtype) if self.config.qkv_bias else None
         if query is not None:
             first, rest = (None, None) if bias is None else (bias[0], bias[1:])
-            return linear(query, kernel[:, 0], first), *split_linear(x, kernel[:, 1:], rest)
-        return split_linear(x, kernel, bias)
+            parts = linear(query, kernel[:, 0], first), *split_linear(x, kernel[:, 1:], rest)
+        else:
+            parts = split_linear(x, kernel, bias)
+        return adapted_qkv(parts, x.astype(dtype), query, self.qkv)
 
 
 def affine(
     x: Float[Array, "b n *inputs"], layer: "Affine | nnx.Linear", dtype: Any
 ) -> Float[Array, "b n *outputs"]:
-    """Applies a layer's kernel and bias to tokens, in `dtype`."""
-    return linear(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
+    """Applies a layer's kernel, bias and adapter, if any, to tokens, in `dtype`."""
+    y = linear(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
+    return adapted(y, x, layer)
 
 
 class Affine(nnx.Module):
@@ -286,7 +290,8 @@ def folded(block: dict[str, Any]) -> dict[str, Any]:
 
     The block computes the same function. It saves time in the backward pass: the gradients of these
     vectors are sums over all tokens, while those of kernels are products, from which the former
-    follow. A forward pass alone reads the kernels one more time for it.
+    follow. A forward pass alone reads the kernels one more time for it. A block with adapters stays
+    as it is: its norms are frozen.
     """
 
     def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -299,6 +304,8 @@ def folded(block: dict[str, Any]) -> dict[str, Any]:
         return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
 
     block, attention, mlp = dict(block), dict(block["attention"]), dict(block["mlp"])
+    if any("lora_a" in layer for part in (attention, mlp) for layer in part.values()):
+        return block
     block["norm1"], attention["qkv"] = fold(block["norm1"], attention["qkv"])
     block["norm2"], mlp["fc1"] = fold(block["norm2"], mlp["fc1"])
     for name, part, layer in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):

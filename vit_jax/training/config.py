@@ -14,6 +14,7 @@ from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, FAMILIES
+from vit_jax.models.lora import Lora
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import Group, OptimConfig
@@ -37,7 +38,7 @@ def not_none(kind: Any) -> Any:
     return kind
 
 
-# Keys of the `model` section; the compute dtype is in `precision`.
+# Keys of the `model` section; the compute dtype is in `precision`. `lora` is a section.
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
     field.name: tuple
     if field.name in ("image_size", "patch_size", "resnet")
@@ -124,6 +125,7 @@ class Config:
         `head` and `position_resize`. With `init_from`, fields missing here are the checkpoint's.
       model.variant: name of its sizes, such as B/16, R50+B/16 or R50x1 (see models/variants.py).
       model.head: with init_from, a `fresh` head, or `keep` the checkpoint's if the classes agree.
+        None keeps it if that is a run folder of ours with the same head, objective and classes.
       model.position_resize: with init_from, how the position embedding is resized to another grid;
         None is the checkpoint's own method, `zoom` for the paper's (see models/posembed.py).
       seed: seed of initialisation, order and augmentation.
@@ -224,7 +226,8 @@ def typed_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, 
         inner, name = not_none(hints[field.name]), f"{prefix}{field.name}"
         here = values.get(field.name)
         if name == "model":
-            yield from ((f"model.{key}", value_type) for key, value_type in MODEL_KEYS.items())
+            for key, value_type in MODEL_KEYS.items():
+                yield from _typed_model_key(key, value_type)
         elif inner == dict[str, Evaluator]:
             for key, section in here.items() if isinstance(here, dict) else ():
                 if isinstance(section, dict):
@@ -237,6 +240,13 @@ def typed_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[tuple[str, 
             yield from typed_keys(inner, here, f"{name}.")
         else:
             yield name, inner
+
+
+def _typed_model_key(name: str, kind: Any) -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(kind):
+        yield from typed_keys(kind, {}, f"model.{name}.")
+    else:
+        yield f"model.{name}", kind
 
 
 def keys() -> list[str]:
@@ -295,9 +305,9 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
     if kind == dict[str, Group]:
         return {k: unpack(Group, v, f"{path}.{k}") for k, v in value.items() if v is not None}
     if origin is dict:
-        return {
-            k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if v is not None
-        }
+        given = {k: v for k, v in value.items() if v is not None}
+        lora = {k: unpack(Lora, v, f"{path}.{k}") for k, v in given.items() if k == "lora"}
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} | lora
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if value is not None and type(value) is not kind:

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from vit_jax.data.config import is_possible
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, nearest, outermost
 from vit_jax.models.config import pair
 from vit_jax.recipes import find
 from vit_jax.training.config import DURATIONS, SIDES, Config, not_none, typed_keys, unpack
@@ -30,7 +30,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
         `recipes.find`); the file defines get_config, which gets the argument.
       overrides: flags for any key of the config, whether the file sets it or not. None unsets a
         key. A flag that sets a duration clears the file's. The end of a key will do if no other
-        key ends so: `--config.lr` sets optim.lr, with a message.
+        key ends so, or only in sections of its own section: `--config.lr` sets optim.lr, with a
+        message.
 
     Raises:
       UserError: no such file or key, a value of another type, or an inconsistent config.
@@ -96,14 +97,15 @@ def given_by_flags(config: dict[str, Any], overrides: Sequence[str]) -> dict[str
 def _whole_name(name: str, keys: Iterable[str]) -> str:
     """The key that a flag's name is the end of, such as "optim.lr" for "lr", if it is only one's.
 
-    Names of keys and sections, and unknown ones, are returned as they are.
+    A section's own key goes before those of sections in it, such as optim.probe.lr. Names of keys
+    and sections, and unknown ones, are returned as they are.
 
     Raises:
       UserError: several keys end so.
     """
     if name in keys or any(key.startswith(f"{name}.") for key in keys):
         return name
-    ends = [key for key in keys if key.endswith(f".{name}") and is_possible(key)]
+    ends = outermost([key for key in keys if key.endswith(f".{name}") and is_possible(key)])
     if len(ends) > 1:
         several = ", ".join(f"--config.{key}" for key in ends)
         raise UserError(f"--config.{name} may be any of {several}: write one of them")

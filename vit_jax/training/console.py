@@ -48,6 +48,8 @@ def summary(
     steps = f"{total:,} of {config.batch_size:,} images each"
     if plan.examples is not None:
         steps += f", {_number(total * config.batch_size / plan.examples)} epochs"
+    if probe := config.optim.probe:
+        steps += f"; the first {probe.steps:,} train the head alone (optim.probe)"
     steps += f"; resumed at step {start_step:,}" if start_step else ""
     if config.data.val is not None and not 0 < config.eval.every < total:
         steps += "; val is measured at the end alone (eval.every)"

@@ -33,7 +33,7 @@ from vit_jax.training.metrics import (
     record_corrupt,
     record_start,
 )
-from vit_jax.training.optim import make_schedule
+from vit_jax.training.phases import learning_rate
 from vit_jax.training.plan import Plan, check_begun, count_steps, plan_run
 from vit_jax.training.program import make_program
 from vit_jax.training.selection import Selection
@@ -46,7 +46,7 @@ from vit_jax.training.sharding import (
     total,
     unsplit,
 )
-from vit_jax.training.state import from_saved, make_state, to_saved
+from vit_jax.training.state import from_saved, make_state, to_saved, with_optimizer
 from vit_jax.training.stopping import SaveTimer, Stop
 from vit_jax.writing import write_atomically
 
@@ -132,13 +132,15 @@ def _run(
     if card.labels:
         source = data.with_labels("data.train", config.data.train, card.labels)
     params = _starting_params(plan, mesh)
-    program = make_program(plan, mesh)
+    start_step = resume_step or 0
+    phases = [each for each in plan.phases if start_step < each.last] or [plan.phases[-1]]
+    programs = collections.deque((each, make_program(plan, mesh, each)) for each in phases)
+    phase, program = programs.popleft()
     for parameter in unsplit(program.state.params, mesh):
         logger.info("%s", parameter)
     read = plan.reader(source)
     evaluation = distributed.each("evaluation", lambda: Evaluation(config, card, mesh, data))
     distributed.first("same images", lambda: data.check_held_out(config))
-    start_step = resume_step or 0
     for line in console.summary(plan, mesh, program.state, data.summary(), workdir, start_step):
         logger.info("%s", line)
     if (count := plan.examples) is not None and count < config.batch_size:
@@ -192,13 +194,18 @@ def _run(
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     timer = SaveTimer(config.checkpoint.every_minutes, start_step)
     for step in range(start_step + 1, total_steps + 1) if not selection.ended else ():
-        first = "compiling or " if step == start_step + 1 else ""
+        is_first = step in (start_step + 1, phase.first + 1)
+        first = "compiling or " if is_first else ""
         doing = f"{first}running step {step} of {total_steps}"
         began = time.perf_counter()
         batch, unread = next(arriving)
         waited = time.perf_counter() - began
-        with console.compiling() if step == start_step + 1 else contextlib.nullcontext():
+        with console.compiling() if is_first else contextlib.nullcontext():
             state, metrics = program.step(state, batch)
+        if step == phase.last and programs:
+            phase, program = programs.popleft()
+            state = with_optimizer(state, program.state, program.optimizer)
+            logger.info("step %s: the probe is over, and all learns but optim.freeze", f"{step:,}")
         if step == start_step + 1:
             stop.on_ctrl_c()
         if skips:
@@ -261,9 +268,7 @@ def keep_best(store: Store, selection: Selection) -> None:
 def _extend(plan: Plan, before: Config) -> None:
     """Logs what a longer run does to the learning rate."""
     steps, at = count_steps(before, plan.examples), plan.resume_step
-    old, new = (
-        float(make_schedule(plan.config.optim, total)(at)) for total in (steps, plan.total_steps)
-    )
+    old, new = (learning_rate(plan.config.optim, total, at) for total in (steps, plan.total_steps))
     logger.info(
         "extended from %s to %s steps: the learning rate at step %s is %.4g, of the longer "
         "schedule, where the shorter one had %.4g",

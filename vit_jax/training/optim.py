@@ -31,6 +31,7 @@ MATRICES = (
     (r"(kernel|pos_embed(_\w+)?)$", (-2, -1)),
 )
 _LEAST_SIDE = 32
+_DECAYED_KERNELS = ("kernel", "lora_a", "lora_b")  # the matrices of all layers
 _SMALL, _PARTS = 2**16, 2**12  # of a norm: elements of a leaf that is small; sums of another
 
 
@@ -54,6 +55,28 @@ class Group:
             value = getattr(self, field)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{field} of optim.groups is {value}; it must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A linear probe before fine-tuning (LP-FT, arXiv 2202.10054), in the same run.
+
+    The head alone learns, and no gradient of the rest is computed. Then everything learns that
+    `freeze` leaves, with a new optimiser; warm-up and schedule take the rest of the run.
+
+    Attributes:
+      steps: how many of the run's steps it takes.
+      lr: its learning rate, which is constant.
+    """
+
+    steps: int
+    lr: float
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"optim.probe.steps is {self.steps}; it must be at least 1")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optim.probe.lr is {self.lr}; it must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +118,7 @@ class OptimConfig:
       layer_decay: layer-wise decay of the learning rate (BEiT, MAE): a block's is that of the next
         one times this; the head's is `lr`, and the embedding's is of the layer before block 0.
       groups: by a name of one's own, parameters with other rates (see `Group`).
+      probe: a linear probe before the rest of the run (see `Probe`); None for none.
     """
 
     lr: float
@@ -118,6 +142,7 @@ class OptimConfig:
     freeze: tuple[str, ...] = ()
     layer_decay: float | None = None
     groups: dict[str, Group] = dataclasses.field(default_factory=dict, hash=False)
+    probe: Probe | None = None
 
     def __post_init__(self):
         for field, known in (
@@ -300,13 +325,13 @@ def clip_by_norm(bound: float, *, whole: bool = True) -> optax.GradientTransform
 def is_kernel(params: Any) -> Any:
     """Mask of the parameters that `decayed="kernels"` decays: the matrices of all layers."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).endswith("kernel"), params
+        lambda path, _: path_name(path).endswith(_DECAYED_KERNELS), params
     )
 
 
 def is_decayed(config: OptimConfig, name: str) -> bool:
     """Whether weight decay is for the parameter of this name."""
-    return config.decayed == "all" or name.endswith("kernel")
+    return config.decayed == "all" or name.endswith(_DECAYED_KERNELS)
 
 
 class FactoredState(NamedTuple):

@@ -9,8 +9,7 @@ is whole is found by the loop (`Store.newest`) and passed in.
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sized
-from typing import Any
+from collections.abc import Sized
 
 import numpy as np
 from etils import epath
@@ -24,14 +23,12 @@ from vit_jax.data.order import Balance
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
-from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import ModelConfig, ViTConfig, check_fields
-from vit_jax.models.posembed import RESIZE_METHODS
-from vit_jax.models.resnet import STYLES
-from vit_jax.models.variants import variant, variant_fields, variant_kind
-from vit_jax.training import masking
+from vit_jax.errors import UserError
+from vit_jax.models.config import ModelConfig
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
+from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
 from vit_jax.training.objectives import class_weights
+from vit_jax.training.phases import Phase, make_phases
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +90,11 @@ class Plan:
         """The length of the run in steps. Raises a UserError like `count_steps`."""
         return count_steps(self.config, self.examples)
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the run. Raises a UserError like `make_phases`."""
+        return make_phases(self.config.optim, self.total_steps)
+
     def with_model(self, model: ModelConfig) -> "Plan":
         """The same run with another model."""
         return dataclasses.replace(self, card=dataclasses.replace(self.card, config=model))
@@ -130,8 +132,9 @@ def plan_run(
 
     1. Resume, if `resume_step` is given: config and data must be those of the run.
     2. Fine-tune, if `init_from` names a model: its head is replaced (paper, B.1.1) unless
-       model.head=keep, its position embeddings are resized (section 3.2), and its preprocessing is
-       taken at the new image size, with what data.val (or test, or train) sets otherwise.
+       model.head=keep, or it is a run of ours with the same classes; its position embeddings are
+       resized (section 3.2), and its preprocessing is taken at the new image size, with what
+       data.val (or test, or train) sets otherwise.
     3. From scratch.
 
     Args:
@@ -195,10 +198,12 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
     """
     _check_labels(config, data)
     base = init and init.card
-    labels, keep_head = _labels(config, data, base)
+    head = config.model.get("head") or ("keep" if init and _keeps_head(config, data, init) else "")
+    labels, keep_head = _labels(config, data, base, head)
     model = model_config(config, base and base.config, len(labels), keep_head)
     if base:
-        _check_sizes(model, base.config)
+        check_sizes(model, base.config)
+        check_adapted(model, init)
     if model.num_classes != len(labels):
         what = config.data.train.source if config.classifies else f"objective {config.objective}"
         raise UserError(
@@ -214,10 +219,10 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
         config.model.get("position_resize") or (base.position_resize if base else "zoom"),
         multi_label=data.multi_label and bool(labels),
     )
-    if base and labels and labels == base.labels and "head" not in config.model:
+    if keep_head and "head" not in config.model:
         logger.info(
-            "the head is new, though the classes are the checkpoint's: "
-            "--config.model.head=keep keeps its head"
+            "the head of init_from is kept, as it is a run of the same classes: "
+            "--config.model.head=fresh makes a new one"
         )
     counts = _counts(config, data, labels)
     return Plan(config, card, data.examples, init=init, keep_head=keep_head, counts=counts)
@@ -249,11 +254,30 @@ def _check_labels(config: Config, data: TrainingData) -> None:
         )
 
 
+def _keeps_head(config: Config, data: TrainingData, init: Opened) -> bool:
+    """Whether a fine-tuning run keeps the head if its config does not say.
+
+    It does if it starts from a run folder of ours that has the same head, objective and classes,
+    by `classes.match`, all of them.
+    """
+    base = init.card
+    if init.step is None or not base.labels or base.objective != config.objective:
+        return False
+    try:
+        matched = classes.match(data.labels, base.labels, config.data.train.classes)
+    except UserError:
+        return False
+    whole = sorted(matched.classes) == list(range(len(base.labels)))
+    return whole and same_head(
+        model_config(config, base.config, len(base.labels), True), base.config
+    )
+
+
 def _labels(
-    config: Config, data: TrainingData, base: ModelCard | None
+    config: Config, data: TrainingData, base: ModelCard | None, head: str
 ) -> tuple[tuple[str, ...], bool]:
     """The model's classes, and whether the head of `base` is kept."""
-    keep_head = base is not None and config.model.get("head") == "keep"
+    keep_head = base is not None and head == "keep"
     if not config.classifies:
         # A patch head is only useful for the target that it was trained for.
         return (), keep_head and not base.labels and base.objective == config.objective
@@ -276,92 +300,6 @@ def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> P
         preprocess = Preprocess(model.image_size, model.in_channels)
     evaluated = config.data.val or config.data.test or config.data.train
     return evaluated.preprocess(preprocess)
-
-
-def model_config(
-    config: Config, base: ModelConfig | None, num_classes: int, keep_head: bool = False
-) -> ModelConfig:
-    """Returns the model's config: `base` (the checkpoint's, if any) with the fields of `config`.
-
-    Unless the checkpoint's head is kept, its hidden layer is dropped, too.
-
-    Raises:
-      UserError: the config names no variant, has a field that the model does not have, or has a
-        ResNet that differs from the one in `base`, or is missing there.
-    """
-    fields = dict(config.model)
-    name = fields.pop("variant", None)
-    method, head = fields.pop("position_resize", None), fields.pop("head", "fresh")
-    for key, value, known in (
-        ("head", head, ("fresh", "keep")),
-        ("position_resize", method, RESIZE_METHODS),
-    ):
-        if value is not None and value not in known:
-            raise UserError(f"model.{key} is {value!r}; {nearest(value, known)}")
-    fields.setdefault("num_classes", num_classes)
-    fields["dtype"] = config.precision
-    if base is None:
-        if name is None:
-            raise UserError("model.variant is not set: name one such as B/16, or an init_from")
-        model = variant(name, **fields)
-    else:
-        base = base if keep_head else base.with_fresh_head(num_classes)
-        model = _changed(base, name, fields)
-    return _with_patch_outputs(config, model)
-
-
-def _check_sizes(model: ModelConfig, base: ModelConfig) -> None:
-    """Raises a UserError if the model is of another size than its checkpoint, which cannot fit."""
-    names = ("width", "depth", "mlp_dim", "num_heads")
-    other = [name for name in names if getattr(model, name, None) != getattr(base, name, None)]
-    if other:
-        wanted, has = (
-            ", ".join(f"{name} {getattr(each, name)}" for name in other) for each in (model, base)
-        )
-        raise UserError(
-            f"the model is to have {wanted}, but the checkpoint of init_from has {has}: "
-            "--config.model.variant=None takes the checkpoint's sizes"
-        )
-
-
-def _changed(base: ModelConfig, name: str | None, fields: Mapping[str, Any]) -> ModelConfig:
-    """The checkpoint's model with other fields; its ResNet, if any, cannot change."""
-    is_vit = isinstance(base, ViTConfig)
-    old, wanted = _network(is_vit, base.resnet, base.resnet_style), is_vit
-    if name is not None:
-        sizes = {"resnet": None, **variant_fields(name)}
-        fields, wanted = {**sizes, **fields}, variant_kind(sizes) is ViTConfig
-    units, style = (fields.get(f, getattr(base, f)) for f in ("resnet", "resnet_style"))
-    if (new := _network(wanted, units, style)) != old:
-        raise UserError(
-            f"the model is to be {new}, but the checkpoint of init_from is {old}: leave "
-            "model.variant and model.resnet out, or start from such a model"
-        )
-    check_fields(type(base), fields)
-    return dataclasses.replace(base, **fields)
-
-
-def _network(is_vit: bool, units: Any, style: Any) -> str:
-    """Describes the part of a model that must agree with its checkpoint, for error messages."""
-    if units is None:
-        return "a ViT without a ResNet" if is_vit else "a ResNet of no units"
-    normed = "pre" if style in STYLES and STYLES[style].preact else "post"
-    units = tuple(units) if isinstance(units, list) else units
-    resnet = f"a {normed}-activation ResNet of {units} units"
-    return f"a ViT on {resnet}" if is_vit else resnet
-
-
-def _with_patch_outputs(config: Config, model: ModelConfig) -> ModelConfig:
-    """Adds the outputs for each patch that the objective needs."""
-    given, wanted = config.model.get("patch_outputs"), 0
-    if not config.classifies:
-        wanted = masking.patch_outputs(config.objective, model)
-    if given not in (None, wanted):
-        raise UserError(
-            f"model.patch_outputs is {given}, but objective {config.objective} needs {wanted}: "
-            "leave it out"
-        )
-    return dataclasses.replace(model, patch_outputs=wanted) if wanted else model
 
 
 def count_steps(config: Config, num_examples: int | None) -> int:

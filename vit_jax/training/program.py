@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.compiler import compiler_options, traced_for
 from vit_jax.models.create import structure
-from vit_jax.training.optim import make_optimizer, make_schedule
+from vit_jax.training.optim import make_optimizer
+from vit_jax.training.phases import Phase
 from vit_jax.training.plan import Plan
 from vit_jax.training.sharding import BATCH, check_batch, make_layout
 from vit_jax.training.state import TrainState, abstract_state
@@ -36,21 +37,26 @@ class Program:
     step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_program(plan: Plan, mesh: Mesh) -> Program:
+def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
     """Builds the program of a plan for the devices of `mesh`.
+
+    Args:
+      phase: one of `plan.phases`; None is the last.
 
     Raises:
       UserError: the batch does not divide among the devices, or the warm-up is too long.
     """
     config, card, model = plan.config, plan.card, plan.card.config
+    phase = phase or plan.phases[-1]
+    optim = phase.optim
     check_batch(config.batch_size, config.optim.accumulate, mesh)
-    schedule = make_schedule(config.optim, plan.total_steps)
+    schedule = phase.schedule()
     layout = make_layout(mesh, model.dtype)
     graphdef, shapes = structure(model)
-    learning = trainable(config.optim.freeze, shapes)
-    factors = rates(config.optim, shapes)
+    learning = trainable(optim.freeze, shapes)
+    factors = rates(optim, shapes)
     factors = factors and tuple(learning.select(tree) for tree in factors)
-    optimizer = make_optimizer(config.optim, schedule, whole=layout is None, rates=factors)
+    optimizer = make_optimizer(optim, schedule, whole=layout is None, rates=factors)
     optimizer = learning.optimizer(optimizer)
     state = abstract_state(model, optimizer, ema=config.optim.ema is not None, mesh=mesh)
     b, k = config.batch_size, model.num_classes
@@ -62,7 +68,7 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
     step = make_train_step(
         graphdef,
         optimizer,
-        schedule,
+        lambda step: schedule(step - phase.first),
         card.preprocess,
         num_classes=k,
         objective=config.objective,

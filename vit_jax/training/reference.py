@@ -20,6 +20,7 @@ from vit_jax.data import images, transforms
 from vit_jax.data.forms.vtab import TASKS
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, ResNetConfig, ViTConfig
+from vit_jax.models.lora import Lora
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.variants import variant_fields, variant_kind
 from vit_jax.recipes import recipes
@@ -52,7 +53,7 @@ _DEFAULTS = dict.fromkeys(
     "the variant's",
 )
 _DEFAULTS |= {"num_classes": "the data's", "patch_outputs": "the objective's"}
-_NO_FIELDS = {"variant": "None", "head": "fresh", "position_resize": "None"}
+_NO_FIELDS = {"variant": "None", "head": "None", "position_resize": "None"}
 _TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text"}
 
 
@@ -111,6 +112,7 @@ def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Sec
             continue
         if key == "model":
             nested.append(Section(key, texts[key], list(_model_leaves(texts))))
+            nested += sections(Lora, "model.lora")
         elif inner == dict[str, Evaluator]:
             for type_name, evaluator in EVALUATORS.items():
                 nested += sections(evaluator, f"{key}.NAME", f"type {type_name}")
@@ -146,6 +148,8 @@ def _model_leaves(texts: dict[str, str]) -> Iterator[Leaf]:
     )
     fields = meanings(ViTConfig)
     for name, kind in MODEL_KEYS.items():
+        if dataclasses.is_dataclass(kind):
+            continue
         default = {**_NO_FIELDS, **_DEFAULTS}.get(name) or str(vit[name])
         if name not in _DEFAULTS and resnet.get(name, vit.get(name)) != vit.get(name):
             default += f", of a ResNet {resnet[name]}"
@@ -242,7 +246,7 @@ def _unsaid(config: Config) -> dict[str, tuple[Any, str]]:
     fields = {field: (value, "variant") for field, value in sizes.items()}
     if name and not config.init_from:
         for field in dataclasses.fields(variant_kind(sizes)):
-            if field.name not in ("dtype", "num_classes", "patch_outputs"):
+            if field.name not in ("dtype", "num_classes", "patch_outputs", "lora"):
                 fields.setdefault(field.name, (field.default, "default"))
     return {field: texts for field, texts in fields.items() if field not in config.model}
 

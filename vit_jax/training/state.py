@@ -66,6 +66,22 @@ def make_state(
     return make(jax.device_put(params, shardings.params))
 
 
+def with_optimizer(
+    state: TrainState, abstract: TrainState, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state with a new optimiser, for the next phase of a run; its memory is donated.
+
+    Args:
+      abstract: shapes, types and shardings of the result.
+    """
+    make = jax.jit(
+        lambda step, params, ema: TrainState(step, params, optimizer.init(params), ema),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+        donate_argnums=(0, 1, 2),
+    )
+    return make(state.step, state.params, state.ema)
+
+
 def _initial(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
     average = jax.tree.map(jnp.array, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)

@@ -201,10 +201,11 @@ def make_train_step(
             counts["accuracy"] = jnp.maximum(sums.pop("labelled"), 1)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, learned)
-            params = learning.combine(state.params, optax.apply_updates(learned, updates))
-            average = state.ema
-            if ema is not None:
-                average = optax.incremental_update(params, state.ema, 1 - ema)
+            learned = optax.apply_updates(learned, updates)
+            params, average = learning.combine(state.params, learned), state.ema
+            if ema is not None:  # what is frozen is its own average, without rounding
+                moved = optax.incremental_update(learned, learning.select(average), 1 - ema)
+                average = learning.combine(average, moved)
             metrics = {
                 "loss": loss,
                 **{name: value / counts[name] for name, value in sums.items()},

@@ -12,11 +12,11 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.models.lora import HEADS, is_adapter, learns
 from vit_jax.training.optim import OptimConfig, is_decayed
 
-_HEADS = ("head", "head_dist", "patch_head")
 # Names for what is frozen most: all parameters but those of these modules.
-BUT = {"all_but_head": _HEADS, "backbone": (*_HEADS, "pre_logits", "attention_pool")}
+BUT = {"all_but_head": HEADS, "backbone": (*HEADS, "pre_logits", "attention_pool")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +74,15 @@ def trainable(freeze: Sequence[str], params: Any) -> Trainable:
     """Reads `optim.freeze` for a model with these parameters (arrays or shapes).
 
     Each entry is a key of `BUT`, "blocks[:N]", or a pattern of names in which * is any text, such
-    as "patch_embed/*".
+    as "patch_embed/*". Of a model with adapters (LoRA) nothing but them and the head learns.
 
     Raises:
       UserError: an entry that matches no parameter, or nothing is left to learn.
     """
     leaves = flatten_dict(params, sep="/")
     frozen: dict[str, int | None] = {}
+    if any(map(is_adapter, leaves)):
+        frozen = {name: None for name in leaves if not learns(name)}
     for entry in freeze:
         for name, rows in _matched(entry, leaves):
             old = frozen.get(name, 0)
@@ -176,5 +178,5 @@ def layer(name: str, depth: int) -> int | np.ndarray:
     """
     if name.startswith("blocks/"):
         return np.arange(1, depth + 1)
-    last = ("norm", "attention_pool", "pre_logits", *_HEADS)
+    last = ("norm", "attention_pool", "pre_logits", *HEADS)
     return depth + 1 if name.partition("/")[0] in last else 0
