@@ -4,11 +4,14 @@ import dataclasses
 import re
 
 from vit_jax.data.augment import RandAugment, RandomErasing
+from vit_jax.data.policies import ColorJitter, ThreeAugment
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
 from vit_jax.errors import UserError, nearest
 
 ON_CORRUPT = ("stop", "skip")
-AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
+POLICIES = ("rand_augment", "trivial_augment", "three_augment")  # one of them
+COLOURS = (*POLICIES, "color_jitter")  # which know grey and RGB alone
+AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", *COLOURS, "erasing")
 TRAINING_KEYS = (*AUGMENTATIONS, "balance")  # of data.train alone
 
 
@@ -42,6 +45,10 @@ class Split:
       affine: a random affine map of every training image.
       flip: whether to mirror half of the training images.
       rand_augment: changes colours and geometry of training images further.
+      trivial_augment: whether to change training images by TrivialAugment (arXiv 2103.10158): one
+        operation each, of any strength.
+      three_augment: changes training images by 3-Augment of DeiT III (arXiv 2204.07118).
+      color_jitter: random brightness, contrast, saturation and hue, after the others.
       erasing: probability that a training image gets a box of noise (see `RandomErasing`).
       balance: of data.train: how equally often classes come: 0 as in the data, 1 all equally often,
         between them in proportion to images ** (1 - balance).
@@ -61,6 +68,9 @@ class Split:
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
+    trivial_augment: bool = False
+    three_augment: ThreeAugment | None = None
+    color_jitter: ColorJitter | None = None
     erasing: float = 0.0
     balance: float = 0.0
 
@@ -68,6 +78,12 @@ class Split:
         RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
+        policies = [name for name in POLICIES if getattr(self, name)]
+        if len(policies) > 1:
+            raise UserError(
+                f"data.train has {' and '.join(policies)}, each of which is made to be the only "
+                "one: leave one"
+            )
         if not 0 <= self.balance <= 1:
             raise UserError(f"data.train.balance is {self.balance}; it must be in [0, 1]")
 

@@ -22,9 +22,10 @@ import numpy as np
 from absl import flags
 
 from vit_jax.data.augment import RandAugment, RandomErasing
-from vit_jax.data.config import AUGMENTATIONS, Split
+from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
 from vit_jax.data.images import BadImage, decode_box
 from vit_jax.data.order import Balance, shuffled
+from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Mask, Pixels, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError
@@ -55,6 +56,9 @@ class BatchReader:
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
+    trivial_augment: bool = False
+    three_augment: ThreeAugment | None = None
+    color_jitter: ColorJitter | None = None
     erasing: float = 0.0
     on_corrupt: str = "stop"
     replace: bool = False
@@ -67,6 +71,12 @@ class BatchReader:
             raise UserError(
                 f"data: {moved[0]} is not for labels that are masks, which would stay where they "
                 "are: leave it out"
+            )
+        colours = [name for name in moved if name in COLOURS]
+        if colours and (channels := self.preprocess.in_channels) not in (1, 3):
+            raise UserError(
+                f"data.train.{colours[0]} is for images of 1 or 3 channels, and the model's have "
+                f"{channels}: leave it out"
             )
         if self.inception_crop:  # the crop's box is resized without keeping its aspect
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
@@ -140,6 +150,9 @@ class BatchReader:
         image = self.affine(image, random) if self.affine else image
         image = flip(image, random) if self.flip else image
         image = self.rand_augment(image, random) if self.rand_augment else image
+        image = trivial_augment(image, random) if self.trivial_augment else image
+        image = self.three_augment(image, random) if self.three_augment else image
+        image = self.color_jitter(image, random) if self.color_jitter else image
         if self.erasing:
             mean, std = self.preprocess.mean, self.preprocess.std
             image = RandomErasing(self.erasing, mean=mean, std=std)(image, random)
