@@ -51,6 +51,8 @@ def summary(
     steps += f"; resumed at step {start_step:,}" if start_step else ""
     if config.data.val is not None and not 0 < config.eval.every < total:
         steps += "; val is measured at the end alone (eval.every)"
+    if (mixed := config.augment.mixed_steps(total)) < total:
+        steps += f"; mixup and cutmix end after step {mixed:,}"
     every, minutes = config.checkpoint.every, config.checkpoint.every_minutes
     saved = [f"{every:,} steps"] * (every > 0) + [f"{minutes:g} minutes"] * (minutes > 0)
     when = " or ".join(saved)

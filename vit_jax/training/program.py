@@ -40,7 +40,7 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
     """Builds the program of a plan for the devices of `mesh`.
 
     Raises:
-      UserError: the batch does not divide among the devices, or the warm-up is too long.
+      UserError: the batch does not divide among the devices, or the warm-up is too long, or augment.mix_off.
     """
     config, card, model = plan.config, plan.card, plan.card.config
     check_batch(config.batch_size, config.optim.accumulate, mesh)
@@ -59,6 +59,7 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
         "label": ((b, k), jnp.float32) if card.multi_label else ((b,), jnp.int32),
         "mask": ((b,), jnp.bool_),
     }
+    mixed_steps = config.augment.mixed_steps(plan.total_steps)
     step = make_train_step(
         graphdef,
         optimizer,
@@ -73,6 +74,7 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
         layout=layout,
         trainable=learning,
         class_weights=plan.class_weights,
+        mixed_steps=mixed_steps if mixed_steps < plan.total_steps else None,
     )
     return Program(
         mesh,
