@@ -61,6 +61,7 @@ KEYS = {
     "data.threads": "num_threads n_threads",
     "augment.mixup": "mixup_alpha",
     "augment.cutmix": "cutmix_alpha",
+    "augment.mix_off": "mixup_off_epoch",
     "augment.label_smoothing": "smoothing label_smooth",
     "optim.name": "optimizer optimiser opt optim",
     "optim.lr": "learning_rate base_lr max_lr peak_lr init_lr base_learning_rate lr0",

@@ -51,18 +51,25 @@ def summary(
     steps += f"; resumed at step {start_step:,}" if start_step else ""
     if config.data.val is not None and not 0 < config.eval.every < total:
         steps += "; val is measured at the end alone (eval.every)"
-    if (mixed := config.augment.mixed_steps(total)) < total:
-        steps += f"; mixup and cutmix end after step {mixed:,}"
     every, minutes = config.checkpoint.every, config.checkpoint.every_minutes
     saved = [f"{every:,} steps"] * (every > 0) + [f"{minutes:g} minutes"] * (minutes > 0)
     when = " or ".join(saved)
+    augment = "; ".join(_augment(plan))
     return [
         f"{'devices':<10}  {_devices(mesh)}",
         f"{'model':<10}  {_model(plan, state)}",
         *data,
         f"{'steps':<10}  {steps}",
+        *([f"{'augment':<10}  {augment}"] if augment else []),
         f"{'run folder':<10}  {workdir}, saved {f'every {when}, and ' if when else ''}at the end",
     ]
+
+
+def _augment(plan: Plan) -> Iterator[str]:
+    """What changes during the run, or from training to evaluation."""
+    config, total = plan.config, plan.total_steps
+    if (mixed := config.augment.mixed_steps(total)) < total:
+        yield f"mixup and cutmix end after step {mixed:,}"
 
 
 def _devices(mesh: Mesh) -> str:

@@ -40,7 +40,8 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
     """Builds the program of a plan for the devices of `mesh`.
 
     Raises:
-      UserError: the batch does not divide among the devices, or the warm-up is too long, or augment.mix_off.
+      UserError: the batch does not divide among the devices, or the warm-up or augment.mix_off is
+        too long.
     """
     config, card, model = plan.config, plan.card, plan.card.config
     check_batch(config.batch_size, config.optim.accumulate, mesh)
