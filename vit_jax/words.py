@@ -53,6 +53,7 @@ KEYS = {
     "data.val.resize": "interpolation",
     "data.train.crop": "crop_pct",
     "data.val.crop": "crop_pct",
+    "data.train.repeats": "repeated_aug repeated_augmentation aug_repeats ra",
     "data.train.trivial_augment": "trivialaugment trivialaugmentwide ta ta_wide",
     "data.train.three_augment.jitter": "threeaugment three_aug 3augment",
     "data.train.rand_augment.magnitude": "auto_augment randaugment randaug aa",

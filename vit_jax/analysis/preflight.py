@@ -288,7 +288,7 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
 def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> str:
     """Measures for some seconds how fast one host reads training batches."""
     read, data = plan.reader(source), plan.config.data
-    size = max(min(rows, 256), 1)
+    size = max(min(rows, 256) // read.repeats, 1) * read.repeats
     options = dict(workers=data.workers, threads=data.threads)
     images, began = 0, None
     with train_batches(read, size, start_step=0, stop_step=10**6, **options) as batches:

@@ -10,21 +10,17 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import cv2
 import numpy as np
-from absl import flags
 
+from vit_jax.data.ahead import read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
 from vit_jax.data.images import BadImage, decode_box
-from vit_jax.data.order import Balance, shuffled
+from vit_jax.data.order import Balance, repeated, shuffled
 from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Mask, Pixels, Preprocess, RandomAffine, flip
@@ -45,6 +41,7 @@ class BatchReader:
       replace: whether, with on_corrupt="skip", an example that cannot be read is replaced by the
         next one of the source (training), or masked (evaluation).
       balance: the order of training examples; None for all of them once an epoch.
+      repeats: how often each training example comes in a batch (see `order.repeated`).
       reported: the examples that were logged as skipped.
     """
 
@@ -63,6 +60,7 @@ class BatchReader:
     on_corrupt: str = "stop"
     replace: bool = False
     balance: Balance | None = None
+    repeats: int = 1
     reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
@@ -99,9 +97,8 @@ class BatchReader:
         Returns:
           {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
           bool [b]}. Images are in 0 to 255, not normalised; float32 if `preprocess` resizes in it.
-          `corrupt` marks images that cannot be read, in training only in the first epoch, so that
-          its sum counts each once. `label` is float32 [b k] of 0 and 1 if the source is
-          multi-label, and int32 [b h w] if labels are masks.
+          `corrupt` marks images that cannot be read. `label` is float32 [b k] of 0 and 1 if the
+          source is multi-label, and int32 [b h w] if labels are masks.
 
         Raises:
           UserError: an image that cannot be read, a label without a class name, or a mask that is
@@ -195,8 +192,7 @@ class BatchReader:
                 if index not in self.reported:
                     self.reported.add(index)
                     logger.warning("skipped %s: %s", name, error)
-            # In the first epoch: each epoch has every example once.
-            batch["corrupt"][row] = position < _length(self.source, position + 1)
+            batch["corrupt"][row] = True
             if not self.replace:
                 batch["mask"][row] = False
                 return None, 0, None
@@ -253,7 +249,11 @@ class _Step:
     def __call__(self, step: int) -> Batch:
         rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
         positions = rows + int(step) * self.batch_size
-        return self.read(positions, self.indices(self.read, positions), self.threads)
+        places, first = repeated(positions, self.batch_size, self.read.repeats)
+        batch = self.read(positions, self.indices(self.read, places), self.threads)
+        # Counted once: each epoch of the order has every example once.
+        batch["corrupt"] &= first & (places < _length(self.read.source, int(places.max()) + 1))
+        return batch
 
 
 def _train_indices(read: BatchReader, positions: np.ndarray) -> np.ndarray:
@@ -282,7 +282,8 @@ def train_batches(
     """Returns the batches of steps start_step to stop_step - 1, to be used in a `with`.
 
     Examples are shuffled every epoch; a batch may span two epochs, so none is dropped. Images are
-    uint8, a quarter of the bytes, even if the model is evaluated in float32.
+    uint8, a quarter of the bytes, even if the model is evaluated in float32. `corrupt` counts each
+    example once: the first time, in the first epoch.
 
     Args:
       batch_size: the global batch size.
@@ -293,8 +294,8 @@ def train_batches(
     if preprocess.resize_dtype == "float32":
         preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
     read = dataclasses.replace(read, preprocess=preprocess, replace=True)
-    step = _Step(read, _train_indices, batch_size, rows, _threads(workers, threads))
-    return _iterate(step, range(start_step, stop_step), workers)
+    step = _Step(read, _train_indices, batch_size, rows, threads_of(workers, threads))
+    return read_ahead(step, range(start_step, stop_step), workers)
 
 
 def eval_batches(
@@ -305,45 +306,5 @@ def eval_batches(
     threads: int | None = None,
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns every example once, in order, the last batch padded, to be used in a `with`."""
-    step = _Step(read, _eval_indices, batch_size, rows, _threads(0, threads))
-    return _iterate(step, range(-(-len(read.source) // batch_size)), 0)
-
-
-def _threads(workers: int, threads: int | None) -> int:
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:  # macOS
-        cores = os.cpu_count() or 1
-    return 1 if workers else threads or cores
-
-
-def _iterate(step: _Step, steps: range, workers: int) -> contextlib.closing[Iterator[Batch]]:
-    import grain  # late, as it takes a second
-
-    batches = grain.MapDataset.range(steps.start, steps.stop).map(step)
-    # Two batches at a time, so that no thread is idle while the last rows of one are read.
-    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-    dataset = batches.to_iter_dataset(ahead)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(
-            options, worker_init_fn=functools.partial(end_with, os.getpid())
-        )
-    return contextlib.closing(iter(dataset))
-
-
-def end_with(parent: int, worker_index: int, worker_count: int) -> None:
-    """Ends this worker process when its parent is gone, which a killed parent cannot do."""
-    del worker_index, worker_count
-    # On a signal to the process group, the parent saves before it ends the workers.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    step = _Step(read, _eval_indices, batch_size, rows, threads_of(0, threads))
+    return read_ahead(step, range(-(-len(read.source) // batch_size)), 0)

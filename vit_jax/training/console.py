@@ -68,6 +68,8 @@ def summary(
 def _augment(plan: Plan) -> Iterator[str]:
     """What changes during the run, or from training to evaluation."""
     config, total = plan.config, plan.total_steps
+    if (repeats := config.data.train.repeats) > 1:
+        yield f"each image {repeats} times in a batch, 1 of {repeats} images in an epoch"
     if (mixed := config.augment.mixed_steps(total)) < total:
         yield f"mixup and cutmix end after step {mixed:,}"
 
