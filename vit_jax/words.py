@@ -32,6 +32,7 @@ KEYS = {
     "model.representation_size": "pre_logits",
     "model.dropout": "drop drop_rate dropout_rate hidden_dropout_prob",
     "model.drop_path": "drop_path_rate stochastic_depth stochdepth sd_rate",
+    "model.patch_dropout": "patch_drop_rate patch_drop",
     "model.layernorm_eps": "eps layer_norm_eps ln_eps norm_eps",
     "model.layer_scale": "init_values layerscale",
     "model.gelu": "act activation hidden_act act_layer",

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
-from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
+from vit_jax.analysis.cost import block_tokens, flops_per_image, least_traffic, step_flops
 from vit_jax.analysis.roofline import Roofline, read_kernels, tell
 from vit_jax.analysis.smaller import smaller
 from vit_jax.checkpoints.opened import open_model
@@ -159,6 +159,8 @@ def preflight(
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure(vit)[1]))
     if isinstance(vit, ViTConfig):
         sizes = f"{vit.num_tokens} tokens of {vit.width}"
+        if vit.patch_dropout:
+            sizes += f", {block_tokens(vit, training=True)} in training"
     else:
         sizes = f"{sum(vit.resnet)} units, {vit.width:,} channels"
     yield _line("model", f"{params:,} parameters, {sizes}")
