@@ -40,9 +40,9 @@ class Files:
         return {"image": data, "label": label, "name": f"/photos/{index}.jpg"}
 
 
-def train(source, on_corrupt="stop", threads=1):
-    read = BatchReader(source, PREPROCESS, on_corrupt=on_corrupt)
-    with train_batches(read, 6, start_step=0, stop_step=3, threads=threads) as batches:
+def train(source, on_corrupt="stop", threads=1, steps=3, **fields):
+    read = BatchReader(source, PREPROCESS, on_corrupt=on_corrupt, **fields)
+    with train_batches(read, 6, start_step=0, stop_step=steps, threads=threads) as batches:
         return list(batches)
 
 
@@ -76,6 +76,15 @@ def test_skipped_in_training_its_place_is_taken_by_the_next(threads, caplog):
     assert sum(batch["corrupt"].sum() for batch in found) == 3
     skipped = [f"/photos/{i}.jpg" for i in (4, 5, 8)]
     assert sorted(re.findall(r"skipped (\S+):", caplog.text)) == skipped
+
+
+def test_copies_of_a_skipped_image_count_once():
+    options = dict(steps=10, repeats=3)  # more than two epochs of the images
+    whole, found = train(Files(), **options), train(Files(4), "skip", **options)
+    for batch, other in zip(found, whole, strict=True):
+        expected = np.where(other["index"] == 4, 5, other["index"])
+        assert batch["index"].tolist() == expected.tolist()
+    assert sum(batch["corrupt"].sum() for batch in found) == 1
 
 
 def test_skipped_in_evaluation_it_is_left_out(caplog):

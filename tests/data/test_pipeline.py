@@ -17,7 +17,7 @@ import pytest
 from conftest import DIGITS, ROOT
 from made import refused, saved
 
-from vit_jax.data import pipeline
+from vit_jax.data import ahead
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import DataConfig, Split
 from vit_jax.data.forms.arrays import ArraySource
@@ -145,6 +145,29 @@ def test_every_epoch_visits_every_example_once_in_its_own_order_and_augments_ane
             assert (one != other).any()
     index = stream(batches(size=25, stop=2))  # a batch may be larger than the source
     np.testing.assert_array_equal(np.bincount(index[: 4 * N]), [4] * N)
+
+
+def test_copies_of_an_image_come_in_one_batch_and_are_augmented_apart():
+    """Each image three times, not beside itself, a third of the stream without repeats."""
+    size, repeats, steps = 12, 3, 11  # four epochs of the images
+    found = batches(reader(repeats=repeats), size=size, stop=steps)
+    for step, batch in enumerate(found):
+        copies = batch["index"].reshape(repeats, size // repeats)
+        assert (copies == copies[0]).all()
+        if step in (0, 1):  # within an epoch
+            assert len(set(copies[0].tolist())) == 4
+            assert (batch["index"] != np.roll(batch["index"], 1)).all()  # its partner in mixup
+        images = batch["image"].reshape(repeats, 4, -1)
+        for one, other in itertools.combinations(images, 2):
+            assert (one != other).any(axis=1).all()
+    firsts = np.concatenate([batch["index"][:4] for batch in found])
+    np.testing.assert_array_equal(firsts[: STEPS * BATCH], stream(usual()))
+    assert (np.bincount(firsts[: 4 * N]) == 4).all()
+    assert_same(batches(reader(repeats=repeats), size=size, start=7, stop=steps), found[7:])
+    for rows in (slice(0, 3), np.array([1, 6, 11])):  # of one host
+        own = batches(reader(repeats=repeats), size=size, stop=2, rows=rows)
+        expected = [{key: x[rows] for key, x in batch.items()} for batch in found[:2]]
+        assert_same(own, expected)
 
 
 def test_another_seed_is_another_order_and_another_augmentation():
@@ -294,9 +317,9 @@ def test_a_worker_process_ends_with_a_parent_that_is_killed(tmp_path):
 def test_a_worker_whose_parent_did_not_live_until_it_had_started_ends(monkeypatch):
     """It takes seconds to start; whoever adopted it by then is not its parent."""
     ended, ignored = threading.Event(), {}
-    monkeypatch.setattr(pipeline.os, "_exit", lambda code: ended.set())
-    monkeypatch.setattr(pipeline.signal, "signal", ignored.__setitem__)
-    pipeline.end_with(os.getppid() + 1, 0, 1)
+    monkeypatch.setattr(ahead.os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(ahead.signal, "signal", ignored.__setitem__)
+    ahead.end_with(os.getppid() + 1, 0, 1)
     assert ended.wait(60)
     assert ignored == dict.fromkeys((signal.SIGTERM, signal.SIGINT), signal.SIG_IGN)
 
@@ -325,6 +348,9 @@ def test_flags_reach_the_augmentations():
     assert config.data.train.inception_crop == InceptionCrop((0.08, 1.0))
     assert (config.data.train.erasing, config.data.train.jpeg) == (0.25, "fast")
     cases = [
+        ("train.repeats=0", r"data\.train\.repeats is 0; it must be at least 1"),
+        ("train.repeats=3", r"repeats is 3, which does not divide batch_size 64: .* such as 63"),
+        ("val.repeats=2", r"data\.val is evaluated as it is: repeats"),
         ("val.rand_augment.layers=1", r"data\.val is evaluated as it is: rand_augment"),
         ("train.erasing=2.0", r"probability is 2\.0"),
     ]

@@ -1,5 +1,6 @@
 """Mixup and cutmix on the device, against their formulas written out, and on a mesh."""
 
+import dataclasses
 import functools
 import re
 
@@ -110,9 +111,15 @@ CONFIG = ViTConfig(
 )
 
 
-@functools.cache
-def step_on(mesh, augment, accumulate=1):
+def step_on(mesh, augment, accumulate=1, now=0, **options):
     """The metrics of one step, and the program that made them."""
+    program, state, batch = compiled(mesh, augment, accumulate, **options)
+    state = dataclasses.replace(state, step=jnp.full_like(state.step, now))
+    return jax.device_get(program(state, batch)[1]), program.as_text()
+
+
+@functools.cache
+def compiled(mesh, augment, accumulate, **options):
     optim = OptimConfig(1e-2, name="sgd")
     optimizer = make_optimizer(optim, lambda step: 1e-2)
     abstract = abstract_state(CONFIG, optimizer, ema=False, mesh=mesh)
@@ -133,10 +140,10 @@ def step_on(mesh, augment, accumulate=1):
         objective="softmax",
         augment=augment,
         accumulate=accumulate,
+        **options,
     )
     arguments = state, to_devices(batch, 16, mesh)
-    program = jax.jit(step).lower(*arguments).compile()
-    return jax.device_get(program(*arguments)[1]), program.as_text()
+    return jax.jit(step).lower(*arguments).compile(), *arguments
 
 
 ONE = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -160,12 +167,38 @@ def test_no_device_sees_all_images():
     assert not any(int(np.prod([int(n) for n in dims.split(",")])) > 500 for dims in gathered)
 
 
+def test_mixing_ends_within_the_same_program():
+    smoothed = Augment(label_smoothing=0.1)  # which stays
+    for now, augment in ((0, BOTH), (1, BOTH), (2, smoothed), (3, smoothed)):
+        found, _ = step_on(ONE, BOTH, now=now, mixed_steps=2)
+        expected, _ = step_on(ONE, augment, now=now)
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
+    assert abs(step_on(ONE, BOTH)[0]["loss"] / found["loss"] - 1) > 1e-3
+
+
+def test_how_many_steps_are_mixed():
+    for off, total, expected in [
+        (0, 50, 50),
+        (0.1, 50, 45),
+        (20, 50, 30),
+        (0.25, 10, 8),
+        (1, 2, 1),
+    ]:
+        assert Augment(mixup=0.5, mix_off=float(off)).mixed_steps(total) == expected
+    for off in (50.0, 60.0, 0.999):
+        with pytest.raises(UserError, match=r"augment\.mix_off of .* leaves none of the run of 50"):
+            Augment(mixup=0.5, mix_off=off).mixed_steps(50)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
         (dict(mixup=-1.0), r"augment\.mixup is -1"),
         (dict(cutmix=float("nan")), r"augment\.cutmix is nan"),
         (dict(cutmix_share=1.5), r"cutmix_share is 1\.5"),
+        (dict(mixup=0.2, mix_off=-1.0), r"augment\.mix_off is -1"),
+        (dict(mix_off=0.1), r"mix_off is 0\.1, but there is nothing to switch off"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, message):

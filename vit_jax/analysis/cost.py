@@ -6,20 +6,30 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.models.elementwise import kept_patches
 from vit_jax.training.config import Config
 from vit_jax.training.masking import num_corrupted
 from vit_jax.training.program import Program
 
 
-def flops_per_image(model: ModelConfig) -> int:
+def flops_per_image(model: ModelConfig, *, training: bool = False) -> int:
     """FLOPs of the forward pass of one image, in its matrix products and convolutions.
 
     A multiply-add counts as 2. Norms, softmax, GELU and the optimiser are left out, as is usual.
+    In training, patch dropout leaves fewer tokens.
     """
     macs = 0 if model.resnet is None else _resnet_macs(model)
     if isinstance(model, ResNetConfig):
         return 2 * (macs + model.width * model.num_classes)
-    return 2 * (macs + _vit_macs(model))
+    return 2 * (macs + _vit_macs(model, block_tokens(model, training)))
+
+
+def block_tokens(vit: ViTConfig, training: bool) -> int:
+    """The tokens of an image that blocks see."""
+    patches = math.prod(vit.grid)
+    if training and vit.patch_dropout:
+        patches = kept_patches(patches, vit.patch_dropout)
+    return vit.num_prefix_tokens + patches
 
 
 def _resnet_macs(model: ModelConfig) -> int:
@@ -40,13 +50,13 @@ def _resnet_macs(model: ModelConfig) -> int:
     return macs
 
 
-def _vit_macs(vit: ViTConfig) -> int:
-    n, d, m = vit.num_tokens, vit.width, vit.mlp_dim
+def _vit_macs(vit: ViTConfig, n: int) -> int:
+    d, m = vit.width, vit.mlp_dim
     patches, pixels = math.prod(vit.grid), math.prod(vit.patch_size)
     mlp = (3 if vit.mlp == "swiglu" else 2) * d * m
     block = (
         n * d * 3 * d  # Q, K and V
-        + _attention_macs(vit)
+        + _attention_macs(vit, n)
         + n * d * d  # out
         + n * mlp
     )
@@ -61,9 +71,9 @@ def _vit_macs(vit: ViTConfig) -> int:
     return macs + (d * vit.num_classes if vit.distillation == "head" else 0)
 
 
-def _attention_macs(vit: ViTConfig) -> int:
+def _attention_macs(vit: ViTConfig, n: int) -> int:
     """Multiply-adds of a block's products without a kernel: scores, weighted sum of values."""
-    macs = 2 * vit.num_tokens**2 * vit.width
+    macs = 2 * n**2 * vit.width
     if vit.position == "relative":  # the queries of patches times the embeddings of all offsets
         patches = math.prod(vit.grid)
         macs += patches * (2 * patches - 1) * vit.width
@@ -76,9 +86,9 @@ def step_flops(config: Config, model: ModelConfig) -> int:
     The backward pass has two products of the same size for each product (the one that reads the
     image has only one, but is counted as two).
     """
-    forward, attention = flops_per_image(model), 0
+    forward, attention = flops_per_image(model, training=True), 0
     if isinstance(model, ViTConfig):
-        attention = 2 * model.depth * _attention_macs(model)
+        attention = 2 * model.depth * _attention_macs(model, block_tokens(model, True))
     repeated = {"none": 0, "dots": attention, "full": forward}[model.remat]
     return config.batch_size * (3 * forward + repeated)
 
@@ -107,5 +117,5 @@ def least_traffic(program: Program, config: Config, model: ModelConfig) -> float
     if isinstance(model, ResNetConfig):  # which `tensor` does not split
         return total
     rows = config.batch_size // (data * fsdp)
-    activations = rows * model.num_tokens * model.width * size
+    activations = rows * block_tokens(model, True) * model.width * size
     return total + model.depth * 4 * 2 * activations * ring(tensor)

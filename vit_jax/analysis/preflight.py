@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from vit_jax.analysis.chips import CHIPS, GIB, topology_devices
 from vit_jax.analysis.collectives import Collective, by_kind, read_collectives
-from vit_jax.analysis.cost import flops_per_image, least_traffic, step_flops
+from vit_jax.analysis.cost import block_tokens, flops_per_image, least_traffic, step_flops
 from vit_jax.analysis.roofline import Roofline, read_kernels, tell
 from vit_jax.analysis.smaller import smaller
 from vit_jax.checkpoints.opened import open_model
@@ -168,6 +168,8 @@ def preflight(
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure(vit)[1]))
     if isinstance(vit, ViTConfig):
         sizes = f"{vit.num_tokens} tokens of {vit.width}"
+        if vit.patch_dropout:
+            sizes += f", {block_tokens(vit, training=True)} in training"
     else:
         sizes = f"{sum(vit.resnet)} units, {vit.width:,} channels"
     yield _line("model", f"{params:,} parameters, {sizes}")
@@ -297,7 +299,7 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
 def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> str:
     """Measures for some seconds how fast one host reads training batches."""
     read, data = plan.reader(source), plan.config.data
-    size = max(min(rows, 256), 1)
+    size = max(min(rows, 256) // read.repeats, 1) * read.repeats
     options = dict(workers=data.workers, threads=data.threads)
     images, began = 0, None
     with train_batches(read, size, start_step=0, stop_step=10**6, **options) as batches:

@@ -49,8 +49,8 @@ _NO_FOLDERS = {
 }
 # Fields that weights do not show in any format, only a config next to them does.
 _SAID_ELSEWHERE = (
-    *("gelu", "layernorm_eps", "layer_scale", "dropout", "drop_path", "head_bias", "dtype"),
-    *("attention", "scan", "remat", "resnet_style"),
+    *("gelu", "layernorm_eps", "layer_scale", "dropout", "drop_path", "patch_dropout"),
+    *("head_bias", "dtype", "attention", "scan", "remat", "resnet_style"),
 )
 
 

@@ -4,12 +4,15 @@ import dataclasses
 import re
 
 from vit_jax.data.augment import RandAugment, RandomErasing
+from vit_jax.data.policies import ColorJitter, ThreeAugment
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
 from vit_jax.errors import UserError, nearest
 
 ON_CORRUPT = ("stop", "skip")
-AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", "rand_augment", "erasing")
-TRAINING_KEYS = (*AUGMENTATIONS, "balance")  # of data.train alone
+POLICIES = ("rand_augment", "trivial_augment", "three_augment")  # one of them
+COLOURS = (*POLICIES, "color_jitter")  # which know grey and RGB alone
+AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", *COLOURS, "erasing")
+TRAINING_KEYS = (*AUGMENTATIONS, "balance", "repeats")  # of data.train alone
 
 
 def is_possible(key: str) -> bool:
@@ -42,9 +45,15 @@ class Split:
       affine: a random affine map of every training image.
       flip: whether to mirror half of the training images.
       rand_augment: changes colours and geometry of training images further.
+      trivial_augment: whether to change training images by TrivialAugment (arXiv 2103.10158): one
+        operation each, of any strength.
+      three_augment: changes training images by 3-Augment of DeiT III (arXiv 2204.07118).
+      color_jitter: random brightness, contrast, saturation and hue, after the others.
       erasing: probability that a training image gets a box of noise (see `RandomErasing`).
       balance: of data.train: how equally often classes come: 0 as in the data, 1 all equally often,
         between them in proportion to images ** (1 - balance).
+      repeats: how often each image comes in a batch, augmented anew each time (arXiv 1901.09335; 3
+        in DeiT). An epoch has as many batches as ever, with 1 / repeats of the images.
     """
 
     source: str
@@ -61,15 +70,32 @@ class Split:
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
+    trivial_augment: bool = False
+    three_augment: ThreeAugment | None = None
+    color_jitter: ColorJitter | None = None
     erasing: float = 0.0
     balance: float = 0.0
+    repeats: int = 1
 
     def __post_init__(self):
         RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
+        policies = [name for name in POLICIES if getattr(self, name)]
+        if len(policies) > 1:
+            raise UserError(
+                f"data.train has {' and '.join(policies)}, each of which is made to be the only "
+                "one: leave one"
+            )
         if not 0 <= self.balance <= 1:
             raise UserError(f"data.train.balance is {self.balance}; it must be in [0, 1]")
+        if self.repeats < 1:
+            raise UserError(f"data.train.repeats is {self.repeats}; it must be at least 1")
+
+    def first_for_training(self) -> str | None:
+        """The first key that is set and is for data.train alone; None for none."""
+        changed = (key for key in TRAINING_KEYS if getattr(self, key) != getattr(Split, key))
+        return next(changed, None)
 
     def preprocess(self, base: Preprocess, image_size: tuple[int, int] | None = None) -> Preprocess:
         """`base` as this split uses it: with its own resize rule, at another image size."""
@@ -124,6 +150,5 @@ class DataConfig:
                 f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, ON_CORRUPT)}"
             )
         for name, split in {"val": self.val, "test": self.test}.items():
-            for key in TRAINING_KEYS:
-                if split and getattr(split, key):
-                    raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")
+            if split and (key := split.first_for_training()):
+                raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")

@@ -1,13 +1,14 @@
 """Which example is at which position of the training stream; a pure function of seed and position.
 
-One epoch is as many positions as the source has examples.
+One epoch is as many positions as the source has examples. With repeated augmentation, positions
+share examples, and the source is seen once in so many epochs.
 """
 
 import dataclasses
 from collections.abc import Sized
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from vit_jax.data.classes import Relabelled
 from vit_jax.data.contents import inner_source, labels_of
@@ -32,6 +33,23 @@ def shuffled(seed: int | tuple[int, ...], n: int, positions: np.ndarray) -> np.n
         ],
         np.int64,
     )
+
+
+def repeated(
+    positions: Int64[np.ndarray, " b"], batch_size: int, repeats: int
+) -> tuple[Int64[np.ndarray, " b"], Bool[np.ndarray, " b"]]:
+    """Repeated augmentation (arXiv 1901.09335): each example comes `repeats` times in a batch.
+
+    The copies are a whole share of the batch apart, so that they go to different devices, as with
+    DeiT's RASampler, and the row before one, its partner in mixup, is another example.
+
+    Returns:
+      For each position in the stream, its place in the order of examples, and whether it is the
+      first of its copies.
+    """
+    share = batch_size // repeats
+    steps, rows = np.divmod(positions, batch_size)
+    return steps * share + rows % share, rows < share
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

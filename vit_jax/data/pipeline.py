@@ -10,21 +10,18 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import cv2
 import numpy as np
-from absl import flags
 
+from vit_jax.data.ahead import read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
-from vit_jax.data.config import AUGMENTATIONS, Split
+from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
 from vit_jax.data.images import BadImage, decode_box
-from vit_jax.data.order import Balance, shuffled
+from vit_jax.data.order import Balance, repeated, shuffled
+from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Mask, Pixels, Preprocess, RandomAffine, flip
 from vit_jax.errors import UserError
@@ -44,6 +41,7 @@ class BatchReader:
       replace: whether, with on_corrupt="skip", an example that cannot be read is replaced by the
         next one of the source (training), or masked (evaluation).
       balance: the order of training examples; None for all of them once an epoch.
+      repeats: how often each training example comes in a batch (see `order.repeated`).
       reported: the examples that were logged as skipped.
     """
 
@@ -55,10 +53,14 @@ class BatchReader:
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
+    trivial_augment: bool = False
+    three_augment: ThreeAugment | None = None
+    color_jitter: ColorJitter | None = None
     erasing: float = 0.0
     on_corrupt: str = "stop"
     replace: bool = False
     balance: Balance | None = None
+    repeats: int = 1
     reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
@@ -67,6 +69,12 @@ class BatchReader:
             raise UserError(
                 f"data: {moved[0]} is not for labels that are masks, which would stay where they "
                 "are: leave it out"
+            )
+        colours = [name for name in moved if name in COLOURS]
+        if colours and (channels := self.preprocess.in_channels) not in (1, 3):
+            raise UserError(
+                f"data.train.{colours[0]} is for images of 1 or 3 channels, and the model's have "
+                f"{channels}: leave it out"
             )
         if self.inception_crop:  # the crop's box is resized without keeping its aspect
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
@@ -89,9 +97,8 @@ class BatchReader:
         Returns:
           {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
           bool [b]}. Images are in 0 to 255, not normalised; float32 if `preprocess` resizes in it.
-          `corrupt` marks images that cannot be read, in training only in the first epoch, so that
-          its sum counts each once. `label` is float32 [b k] of 0 and 1 if the source is
-          multi-label, and int32 [b h w] if labels are masks.
+          `corrupt` marks images that cannot be read. `label` is float32 [b k] of 0 and 1 if the
+          source is multi-label, and int32 [b h w] if labels are masks.
 
         Raises:
           UserError: an image that cannot be read, a label without a class name, or a mask that is
@@ -140,6 +147,9 @@ class BatchReader:
         image = self.affine(image, random) if self.affine else image
         image = flip(image, random) if self.flip else image
         image = self.rand_augment(image, random) if self.rand_augment else image
+        image = trivial_augment(image, random) if self.trivial_augment else image
+        image = self.three_augment(image, random) if self.three_augment else image
+        image = self.color_jitter(image, random) if self.color_jitter else image
         if self.erasing:
             mean, std = self.preprocess.mean, self.preprocess.std
             image = RandomErasing(self.erasing, mean=mean, std=std)(image, random)
@@ -182,8 +192,7 @@ class BatchReader:
                 if index not in self.reported:
                     self.reported.add(index)
                     logger.warning("skipped %s: %s", name, error)
-            # In the first epoch: each epoch has every example once.
-            batch["corrupt"][row] = position < _length(self.source, position + 1)
+            batch["corrupt"][row] = True
             if not self.replace:
                 batch["mask"][row] = False
                 return None, 0, None
@@ -240,7 +249,11 @@ class _Step:
     def __call__(self, step: int) -> Batch:
         rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
         positions = rows + int(step) * self.batch_size
-        return self.read(positions, self.indices(self.read, positions), self.threads)
+        places, first = repeated(positions, self.batch_size, self.read.repeats)
+        batch = self.read(positions, self.indices(self.read, places), self.threads)
+        # Counted once: each epoch of the order has every example once.
+        batch["corrupt"] &= first & (places < _length(self.read.source, int(places.max()) + 1))
+        return batch
 
 
 def _train_indices(read: BatchReader, positions: np.ndarray) -> np.ndarray:
@@ -269,7 +282,8 @@ def train_batches(
     """Returns the batches of steps start_step to stop_step - 1, to be used in a `with`.
 
     Examples are shuffled every epoch; a batch may span two epochs, so none is dropped. Images are
-    uint8, a quarter of the bytes, even if the model is evaluated in float32.
+    uint8, a quarter of the bytes, even if the model is evaluated in float32. `corrupt` counts each
+    example once: the first time, in the first epoch.
 
     Args:
       batch_size: the global batch size.
@@ -280,8 +294,8 @@ def train_batches(
     if preprocess.resize_dtype == "float32":
         preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
     read = dataclasses.replace(read, preprocess=preprocess, replace=True)
-    step = _Step(read, _train_indices, batch_size, rows, _threads(workers, threads))
-    return _iterate(step, range(start_step, stop_step), workers)
+    step = _Step(read, _train_indices, batch_size, rows, threads_of(workers, threads))
+    return read_ahead(step, range(start_step, stop_step), workers)
 
 
 def eval_batches(
@@ -292,45 +306,5 @@ def eval_batches(
     threads: int | None = None,
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns every example once, in order, the last batch padded, to be used in a `with`."""
-    step = _Step(read, _eval_indices, batch_size, rows, _threads(0, threads))
-    return _iterate(step, range(-(-len(read.source) // batch_size)), 0)
-
-
-def _threads(workers: int, threads: int | None) -> int:
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:  # macOS
-        cores = os.cpu_count() or 1
-    return 1 if workers else threads or cores
-
-
-def _iterate(step: _Step, steps: range, workers: int) -> contextlib.closing[Iterator[Batch]]:
-    import grain  # late, as it takes a second
-
-    batches = grain.MapDataset.range(steps.start, steps.stop).map(step)
-    # Two batches at a time, so that no thread is idle while the last rows of one are read.
-    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-    dataset = batches.to_iter_dataset(ahead)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(
-            options, worker_init_fn=functools.partial(end_with, os.getpid())
-        )
-    return contextlib.closing(iter(dataset))
-
-
-def end_with(parent: int, worker_index: int, worker_count: int) -> None:
-    """Ends this worker process when its parent is gone, which a killed parent cannot do."""
-    del worker_index, worker_count
-    # On a signal to the process group, the parent saves before it ends the workers.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    step = _Step(read, _eval_indices, batch_size, rows, threads_of(0, threads))
+    return read_ahead(step, range(-(-len(read.source) // batch_size)), 0)

@@ -64,6 +64,8 @@ class ViTConfig:
       dropout: rate of dropout of embedded tokens, hidden units of MLPs and outputs of residual
         branches (paper, appendix B.1).
       drop_path: rate of stochastic depth in the last block; it grows linearly from 0.
+      patch_dropout: share of the patch tokens of each training image that is left out, at random,
+        behind the positions (FLIP, arXiv 2212.00794); evaluation sees all.
       mlp: `gelu`, or `swiglu` with a gate of `mlp_dim` hidden units.
       gelu: form of GELU: by `tanh`, exact by `erf`, or `quick`, x sigmoid(1.702 x).
       layernorm_eps: epsilon of every LayerNorm.
@@ -106,6 +108,7 @@ class ViTConfig:
     representation_size: int | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
+    patch_dropout: float = 0.0
     mlp: str = "gelu"
     gelu: str = "tanh"
     layernorm_eps: float = 1e-6
@@ -138,7 +141,7 @@ class ViTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"model.{name} is {value!r}; expected an integer from {least} up")
-        for name in ("dropout", "drop_path"):
+        for name in ("dropout", "drop_path", "patch_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
         for name in ("layernorm_eps", "layer_scale"):
@@ -178,6 +181,13 @@ class ViTConfig:
                 "model.attention 'cudnn' does not take the bias of model.position 'relative': "
                 "use 'auto' or 'xla'"
             )
+        whole = (self.position == "relative", self.position_at != "input", self.patch_outputs > 0)
+        for name, needed in zip(("position", "position_at", "patch_outputs"), whole, strict=True):
+            if needed and self.patch_dropout:
+                raise UserError(
+                    f"model.patch_dropout is {self.patch_dropout:g}, but model.{name} "
+                    f"{getattr(self, name)!r} needs all patches: set model.patch_dropout to 0"
+                )
         if self.position == "learned2d" and self.width % 2:
             raise UserError(f"position learned2d needs an even width, not {self.width}")
         if self.position == "sincos2d" and (self.width % 4 or self.width < 8):

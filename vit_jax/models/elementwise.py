@@ -30,6 +30,27 @@ def drop_path(
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
+def kept_patches(patches: int, rate: float) -> int:
+    """How many patches patch dropout keeps: rounded down, and at least one, as timm does."""
+    return max(1, int(patches * (1.0 - rate)))
+
+
+def drop_patches(
+    x: Float[Array, "b n d"], rate: float, num_prefix_tokens: int, key: Key[Array, ""] | None
+) -> Float[Array, "b m d"]:
+    """Patch dropout (FLIP, arXiv 2212.00794): keeps a random part of each image's patch tokens.
+
+    The prefix tokens stay, and the order. The identity without a key, or at a rate of 0.
+    """
+    if key is None or rate == 0:
+        return x
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+    b, n, _ = patches.shape
+    drawn = jax.random.uniform(jax.random.fold_in(key, 1), (b, n)).argsort(axis=1)
+    index = jnp.sort(drawn[:, : kept_patches(n, rate)], axis=1)
+    return jnp.concatenate([prefix, jnp.take_along_axis(patches, index[..., None], axis=1)], axis=1)
+
+
 def gelu(kind: str) -> Callable[[Array], Array]:
     """Returns a GELU: `tanh` (Google's JAX code), `erf` (exact, PyTorch) or `quick` (CLIP)."""
     return functools.partial(_gelu, kind)

@@ -73,7 +73,8 @@ class ViT(nnx.Module):
 
         Args:
           images: normalised as the model's preprocessing says, of exactly `config.image_size`.
-          key: enables dropout and stochastic depth; without it the model is deterministic.
+          key: enables dropout, patch dropout and stochastic depth; without it the model is
+            deterministic, and sees all patches.
           capture: names of intermediates to return with the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b p], and `pre_logits` [b r], the head's input, which is
@@ -104,6 +105,8 @@ class ViT(nnx.Module):
             if config.position_at == "input":
                 x = elementwise.row_major(x + self.positions().astype(x.dtype))
         x = elementwise.dropout(x, config.dropout, embedding_key)
+        prefix = config.num_prefix_tokens
+        x = elementwise.drop_patches(x, config.patch_dropout, prefix, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
 

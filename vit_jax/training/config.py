@@ -188,6 +188,21 @@ class Config:
             raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
         if not self.classifies:
             self._check_masked()
+        if self.data.train is not None:
+            self._check_repeats(self.data.train.repeats)
+
+    def _check_repeats(self, repeats: int) -> None:
+        if self.batch_size % repeats:
+            raise UserError(
+                f"data.train.repeats is {repeats}, which does not divide batch_size "
+                f"{self.batch_size}: make batch_size a multiple, such as "
+                f"{max(self.batch_size // repeats, 1) * repeats}"
+            )
+        if self.augment.mixes and 1 < repeats == self.batch_size:
+            raise UserError(
+                f"data.train.repeats is {repeats}, as large as batch_size: mixup and cutmix would "
+                "mix an image with itself"
+            )
 
     def _check_masked(self) -> None:
         for name in ("mixup", "cutmix", "label_smoothing", "class_weights", "focal"):

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from vit_jax import distributed
 from vit_jax.models.config import ViTConfig
+from vit_jax.models.elementwise import kept_patches
 from vit_jax.models.variants import variant_fields
 from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan
@@ -56,13 +57,28 @@ def summary(
     every, minutes = config.checkpoint.every, config.checkpoint.every_minutes
     saved = [f"{every:,} steps"] * (every > 0) + [f"{minutes:g} minutes"] * (minutes > 0)
     when = " or ".join(saved)
+    augment = "; ".join(_augment(plan))
     return [
         f"{'devices':<10}  {_devices(mesh)}",
         f"{'model':<10}  {_model(plan, state)}",
         *data,
         f"{'steps':<10}  {steps}",
+        *([f"{'augment':<10}  {augment}"] if augment else []),
         f"{'run folder':<10}  {workdir}, saved {f'every {when}, and ' if when else ''}at the end",
     ]
+
+
+def _augment(plan: Plan) -> Iterator[str]:
+    """What changes during the run, or from training to evaluation."""
+    config, total = plan.config, plan.total_steps
+    if (repeats := config.data.train.repeats) > 1:
+        yield f"each image {repeats} times in a batch, 1 of {repeats} images in an epoch"
+    model = plan.card.config
+    if isinstance(model, ViTConfig) and (rate := model.patch_dropout):
+        n = math.prod(model.grid)
+        yield f"{kept_patches(n, rate)} of {n} patches of a training image"
+    if (mixed := config.augment.mixed_steps(total)) < total:
+        yield f"mixup and cutmix end after step {mixed:,}"
 
 
 def _devices(mesh: Mesh) -> str:

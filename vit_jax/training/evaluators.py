@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from vit_jax.data.config import AUGMENTATIONS, Split
+from vit_jax.data.config import Split
 from vit_jax.data.forms.vtab import TASKS
 from vit_jax.errors import UserError, nearest
 from vit_jax.training.probes import Features, few_shot, knn, linear_probe
@@ -58,9 +58,8 @@ class Evaluator:
         if self.every is not None and self.every < 0:
             raise UserError(f"eval: every is {self.every}; it must be at least 0")
         for split in itertools.chain(*self.data_sets()):
-            for name in AUGMENTATIONS:
-                if getattr(split, name):
-                    raise UserError(f"eval: {name} of {split.source} is for data.train alone")
+            if name := split.first_for_training():
+                raise UserError(f"eval: {name} of {split.source} is for data.train alone")
 
     def data_sets(self) -> list[tuple[Split, ...]]:
         """All splits that it reads, grouped by data set; splits of a data set share classes."""

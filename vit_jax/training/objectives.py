@@ -21,6 +21,8 @@ class Augment:
         larger one goes to the image itself; 0 is off.
       cutmix: alpha of cutmix (arXiv 1905.04899), which pastes a box instead of blending; 0 is off.
       cutmix_share: the probability of cutmix if both are on.
+      mix_off: without mixup and cutmix are the last steps, so many; below 1, a fraction of the run.
+        Label smoothing stays. timm counts its `mixup_off_epoch` from the start.
       per_image: whether weights and boxes are drawn for each image. Otherwise there is one a batch,
         as in AugReg and big_vision.
       label_smoothing: how much of each target is spread over all classes.
@@ -35,6 +37,7 @@ class Augment:
     mixup: float = 0.0
     cutmix: float = 0.0
     cutmix_share: float = 0.5
+    mix_off: float = 0.0
     per_image: bool = False
     label_smoothing: float = 0.0
     class_weights: str | None = None
@@ -50,6 +53,32 @@ class Augment:
                 raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.cutmix_share <= 1:
             raise UserError(f"augment.cutmix_share is {self.cutmix_share}; not in [0, 1]")
+        if not 0 <= self.mix_off < float("inf"):
+            raise UserError(f"augment.mix_off is {self.mix_off}; it must be at least 0")
+        if self.mix_off and not self.mixes:
+            raise UserError(
+                f"augment.mix_off is {self.mix_off:g}, but there is nothing to switch off: set "
+                "augment.mixup or augment.cutmix, or leave it out"
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there is mixup or cutmix."""
+        return bool(self.mixup or self.cutmix)
+
+    def mixed_steps(self, total_steps: int) -> int:
+        """The number of first steps with mixup and cutmix, by `mix_off`.
+
+        Raises:
+          UserError: there are none.
+        """
+        off = round(self.mix_off * total_steps if self.mix_off < 1 else self.mix_off)
+        if self.mix_off and off >= total_steps:
+            raise UserError(
+                f"augment.mix_off of {off} steps leaves none of the run of {total_steps}: shorten "
+                "it, or give it as a share of the run, such as 0.1"
+            )
+        return total_steps - off
 
 
 def softmax(
@@ -184,6 +213,12 @@ def draw_mixing(augment: Augment, key: Array, b: int, size: tuple[int, int]) -> 
     blend = jnp.where(cut, 1.0, mixup)
     mixing = {"share": jnp.where(cut, 1 - area, mixup), "blend": blend, "box": box}
     return {name: jnp.broadcast_to(x, (b, *x.shape[1:])) for name, x in mixing.items()}
+
+
+def mix_before(step: int, mixing: dict[str, Array], now: Int[Array, ""]) -> dict[str, Array]:
+    """The parameters of `draw_mixing` before a step; from it on those that change nothing."""
+    plain = {"share": 1.0, "blend": 1.0, "box": 0}
+    return {name: jnp.where(now < step, x, plain[name]) for name, x in mixing.items()}
 
 
 def mix_images(

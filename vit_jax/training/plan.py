@@ -112,6 +112,7 @@ class Plan:
             seed=config.seed,
             on_corrupt=config.data.on_corrupt,
             balance=Balance.of(source, share) if (share := config.data.train.balance) else None,
+            repeats=config.data.train.repeats,
         )
 
     @property

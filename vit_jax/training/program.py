@@ -44,7 +44,8 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
       phase: one of `plan.phases`; None is the last.
 
     Raises:
-      UserError: the batch does not divide among the devices, or the warm-up is too long.
+      UserError: the batch does not divide among the devices, or the warm-up or augment.mix_off is
+        too long.
     """
     config, card, model = plan.config, plan.card, plan.card.config
     phase = phase or plan.phases[-1]
@@ -65,6 +66,7 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         "label": ((b, k), jnp.float32) if card.multi_label else ((b,), jnp.int32),
         "mask": ((b,), jnp.bool_),
     }
+    mixed_steps = config.augment.mixed_steps(plan.total_steps)
     step = make_train_step(
         graphdef,
         optimizer,
@@ -79,6 +81,7 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         layout=layout,
         trainable=learning,
         class_weights=plan.class_weights,
+        mixed_steps=mixed_steps if mixed_steps < plan.total_steps else None,
     )
     return Program(
         mesh,

@@ -154,10 +154,12 @@ def make_train_step(
     layout: Layout | None = None,
     trainable: Trainable | None = None,
     class_weights: tuple[float, ...] | None = None,
+    mixed_steps: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    `optimizer` is of the parameters that learn, as `trainable` says; None is all.
+    `optimizer` is of the parameters that learn, as `trainable` says; None is all. Mixup and cutmix
+    end after `mixed_steps`; None is never.
 
     The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
     none for pixels; for several labels see `class_loss`), grad_norm (of what learns, before
@@ -178,7 +180,7 @@ def make_train_step(
     def train_step(state, batch):
         # Randomness depends on seed and step alone, so no random state is stored.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if augment.mixup or augment.cutmix:
+        if augment.mixes:
             # An image's partner is the previous one: a single permutation between devices, where a
             # random order would gather all images on each.
             partner = {name: jnp.roll(batch[name], 1, axis=0) for name in ("image", "label")}
@@ -186,6 +188,8 @@ def make_train_step(
             b, h, w, _ = batch["image"].shape
             with jax.named_scope("mixing"):
                 mixing = objectives.draw_mixing(augment, drawn, b, (h, w))
+                if mixed_steps is not None:
+                    mixing = objectives.mix_before(mixed_steps, mixing, state.step)
             batch = {**batch, "partner": partner, "mixing": mixing}
         weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
         learned = learning.select(state.params)
