@@ -57,6 +57,7 @@ def summary(
     return [
         f"{'devices':<10}  {_devices(mesh)}",
         f"{'model':<10}  {_model(plan, state)}",
+        *([f"{'teacher':<10}  {plan.teacher}"] if plan.teacher else []),
         *data,
         f"{'steps':<10}  {steps}",
         f"{'run folder':<10}  {workdir}, saved {f'every {when}, and ' if when else ''}at the end",

@@ -18,7 +18,7 @@ from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.store import Store, claim
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError, during
-from vit_jax.training import console
+from vit_jax.training import console, distill
 from vit_jax.training.config import Config, read_config, to_json
 from vit_jax.training.datasets import DataSets, with_recorded_sources
 from vit_jax.training.evaluation import Evaluation
@@ -132,6 +132,12 @@ def _run(
     if card.labels:
         source = data.with_labels("data.train", config.data.train, card.labels)
     params = _starting_params(plan, mesh)
+    taught = ()  # or the teacher's parameters
+    if (teacher := plan.teacher) is not None:
+        weights, fingerprint = teacher.read(mesh)
+        taught = (weights,)
+        if resume_step is not None:
+            distill.check(workdir, teacher, fingerprint)
     program = make_program(plan, mesh)
     for parameter in unsplit(program.state.params, mesh):
         logger.info("%s", parameter)
@@ -152,6 +158,8 @@ def _run(
             program.state, card.config, program.optimizer, seed=config.seed, params=params
         )
         if distributed.is_lead():
+            if teacher is not None:
+                distill.write(workdir, teacher, fingerprint)
             write_atomically(workdir / "config.json", to_json(config))
             card.write(workdir)
     else:
@@ -198,7 +206,7 @@ def _run(
         batch, unread = next(arriving)
         waited = time.perf_counter() - began
         with console.compiling() if step == start_step + 1 else contextlib.nullcontext():
-            state, metrics = program.step(state, batch)
+            state, metrics = program.step(state, batch, *taught)
         if step == start_step + 1:
             stop.on_ctrl_c()
         if skips:
