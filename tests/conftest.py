@@ -130,9 +130,9 @@ def without_training(patch):
 
     def make(*args, **kwargs):
         program = make_program(*args, **kwargs)
-        _, metrics = jax.eval_shape(program.step, program.state, program.batch)
+        _, metrics = jax.eval_shape(program.step, *program.inputs)
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
-        return dataclasses.replace(program, step=lambda state, batch: (state, dict(zeros)))
+        return dataclasses.replace(program, step=lambda state, *_: (state, dict(zeros)))
 
     patch.setattr(loop, "make_program", make)
 

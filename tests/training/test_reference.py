@@ -17,7 +17,7 @@ from vit_jax.training.evaluators import EVALUATORS
 LEAVES = [leaf for section in reference.sections() for leaf in section.leaves]
 # Texts that may be anything; all others have a list of choices.
 FREE = ("source", "split", "classes", "init_from", "wandb_project", "variant")
-FREE += ("targets", "freeze", "match", "class_weights", "best", "metric")
+FREE += ("targets", "freeze", "match", "class_weights", "best", "metric", "teacher")
 
 
 def test_every_key_is_explained_and_nothing_else():

@@ -80,8 +80,10 @@ def _attention_macs(vit: ViTConfig, n: int) -> int:
     return macs
 
 
-def step_flops(config: Config, model: ModelConfig) -> int:
+def step_flops(config: Config, model: ModelConfig, teacher: ModelConfig | None = None) -> int:
     """FLOPs of a training step: forward, backward (twice the forward), and `remat` recomputation.
+
+    A teacher has a forward pass alone.
 
     The backward pass has two products of the same size for each product (the one that reads the
     image has only one, but is counted as two).
@@ -90,16 +92,20 @@ def step_flops(config: Config, model: ModelConfig) -> int:
     if isinstance(model, ViTConfig):
         attention = 2 * model.depth * _attention_macs(model, block_tokens(model, True))
     repeated = {"none": 0, "dots": attention, "full": forward}[model.remat]
-    return config.batch_size * (3 * forward + repeated)
+    taught = 0 if teacher is None else flops_per_image(teacher)
+    return config.batch_size * (3 * forward + repeated + taught)
 
 
-def least_traffic(program: Program, config: Config, model: ModelConfig) -> float:
+def least_traffic(
+    program: Program, config: Config, model: ModelConfig, teacher: ModelConfig | None = None
+) -> float:
     """Lower bound of the bytes that each device sends in a step, with the mesh's sharding.
 
     In each micro-batch every `fsdp`-sharded parameter is gathered twice, for the forward and the
     backward pass, and its gradient is reduce-scattered once, all in the compute dtype; gradient
     shards are summed over `data`, and unsharded gradients over all devices. Along `tensor`, each
-    block sums activations twice in the forward and twice in the backward pass.
+    block sums activations twice in the forward and twice in the backward pass. A teacher has the
+    forward pass alone.
     """
     data, fsdp, tensor = (program.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     size, total = jnp.dtype(model.dtype).itemsize, 0.0
@@ -113,9 +119,13 @@ def least_traffic(program: Program, config: Config, model: ModelConfig) -> float
             total += 3 * part * fsdp * ring(fsdp) + 2 * part * ring(data)
         else:
             total += 2 * part * ring(data * fsdp)
+    for leaf in jax.tree.leaves(program.teacher):
+        if "fsdp" in leaf.sharding.spec:
+            total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * size * fsdp * ring(fsdp)
     total *= config.optim.accumulate
-    if isinstance(model, ResNetConfig):  # which `tensor` does not split
-        return total
-    rows = config.batch_size // (data * fsdp)
-    activations = rows * block_tokens(model, True) * model.width * size
-    return total + model.depth * 4 * 2 * activations * ring(tensor)
+    for each, sums in ((model, 4), (teacher, 2)):
+        if isinstance(each, ViTConfig):  # a ResNet is not split by `tensor`
+            rows = config.batch_size // (data * fsdp)
+            activations = rows * block_tokens(each, each is model) * each.width * size
+            total += each.depth * sums * 2 * activations * ring(tensor)
+    return total

@@ -28,6 +28,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.training.config import Config
+from vit_jax.training.distill import open_teacher
 from vit_jax.training.phases import Phase
 from vit_jax.training.plan import Plan, TrainingData, make_plan
 from vit_jax.training.program import Program, make_program
@@ -87,7 +88,7 @@ def _compile_phase(plan: Plan, mesh: Mesh, phase: Phase) -> CompiledStep:
     limit, chip = memory_limit(device), CHIPS.get(device.device_kind)
     began = time.monotonic()
     try:
-        compiled = program.step.trace(program.state, program.batch).lower().compile()
+        compiled = program.step.trace(*program.inputs).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -112,10 +113,15 @@ def _compile_phase(plan: Plan, mesh: Mesh, phase: Phase) -> CompiledStep:
         peak,
         limit,
         tuple(read_collectives(hlo)) if mesh.size > 1 else (),
-        least_traffic(program, plan.config, plan.card.config),
+        least_traffic(program, plan.config, plan.card.config, teacher_of(plan)),
         len(re.findall(r'custom_call_target="__cudnn\$fmha', hlo)),
         None if chip is None else Roofline(tuple(read_kernels(hlo)), chip),
     )
+
+
+def teacher_of(plan: Plan) -> ModelConfig | None:
+    """The model of the plan's teacher, if it has one."""
+    return None if plan.teacher is None else plan.teacher.model
 
 
 def shard_bytes(tree: Any) -> int:
@@ -173,10 +179,14 @@ def preflight(
     else:
         sizes = f"{sum(vit.resnet)} units, {vit.width:,} channels"
     yield _line("model", f"{params:,} parameters, {sizes}")
-    flops = step_flops(config, vit)
+    flops = step_flops(config, vit, teacher_of(plan))
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
     compiled = compile_step(plan, mesh)
+    if plan.teacher is not None:
+        size = shard_bytes(compiled.program.teacher) / GIB
+        forward = f"{flops_per_image(plan.teacher.model) / 1e9:.4g} GFLOP an image forward"
+        yield _line("teacher", f"{plan.teacher}; {size:.2f} GiB a device, {forward}")
     calls = compiled.fused_attention
     if isinstance(vit, ViTConfig) and calls is not None:
         yield _line("attention", f"cuDNN's, {calls} kernels in the program" if calls else "XLA's")
@@ -282,6 +292,7 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
     Without its data, a run is planned with model.num_classes classes.
     """
     init = None if config.init_from is None else open_model(config.init_from)
+    teacher = open_teacher(config.distill, open_model)
     try:
         source = open_source(config.data.train.source, config.data.train.split)
     except UserError as error:
@@ -292,8 +303,8 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
                 "--config.model.num_classes=1000"
             ) from None
         data = TrainingData(tuple(str(i) for i in range(classes)), examples=10**9)
-        return make_plan(config, data, init), None, str(error)
-    return make_plan(config, TrainingData.of(source), init), source, ""
+        return make_plan(config, data, init, teacher), None, str(error)
+    return make_plan(config, TrainingData.of(source), init, teacher), source, ""
 
 
 def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> str:

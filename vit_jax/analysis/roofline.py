@@ -33,6 +33,7 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 # Scope of an instruction's `op_name` -> part of the model; the first match counts, so the innermost
 # come first. Scopes are set by `jax.named_scope` in the model and the step.
 PARTS = {
+    "teacher": "teacher",
     "optimizer": "optimiser",
     "mixing": "mixing",
     "norm": "norms",

@@ -39,6 +39,7 @@ class Objective:
 OBJECTIVES = {
     "softmax": Objective(scipy.special.softmax),
     "sigmoid": Objective(scipy.special.expit, multi_label=True),
+    "distill": Objective(scipy.special.softmax),
     "masked_colour": Objective(),
     "masked_small": Objective(),
     "masked_pixels": Objective(),

@@ -81,6 +81,13 @@ def fitted(
         elif name.endswith(positions.NAMES):
             value, status = positions.fitted(name, value, old, new, method)
         if value.shape != shape:
+            rows = [getattr(each, "num_position_prefix", 0) for each in (old, new)]
+            if "pos_embed" in name and rows[0] < rows[1]:
+                raise UserError(
+                    f"{rows[1]} tokens before the patches are to have a position, and the "
+                    f"checkpoint has {rows[0]}: set model.position_prefix={rows[0]}, and the new "
+                    "tokens have none"
+                )
             raise UserError(
                 f"parameter {name} is {list(value.shape)} in the checkpoint and {list(shape)} in "
                 "the model: only image_size, patch_size, in_channels and the head may change"

@@ -317,6 +317,11 @@ class Preprocess:
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (pixels.astype("float32") / 255 - mean) / std
 
+    def pixels_of(self, values: Any) -> Any:
+        """The inverse of `normalise`: pixels of 0 to 255, in float32."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return (values * std + mean) * 255
+
     def __call__(self, image: Any) -> Float32[np.ndarray, "h w c"]:
         """Prepares one image: a path, bytes, a Pillow image, or uint8 [h w], [h w 1], [h w 3].
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from vit_jax.models import lora, resnet
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig, check_fields
+from vit_jax.models.stack import Layout
 from vit_jax.models.variants import variant
 from vit_jax.models.vit import ViT
 
@@ -27,6 +28,18 @@ def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     model = nnx.eval_shape(lambda: _make(config, nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)
     return graphdef, nnx.to_pure_dict(shapes)
+
+
+def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> Model:
+    """Returns the model with these parameters; with a `layout`, the blocks' stay sharded.
+
+    Each block, and each unit of a ResNet, gathers its own when it runs (see `stack.run_block`).
+    """
+    if layout is not None:
+        later = {name: value for name, value in params.items() if name in ("blocks", "resnet")}
+        now = {name: value for name, value in params.items() if name not in later}
+        params = {**layout.params(now), **later}
+    return nnx.merge(graphdef, params)
 
 
 def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:

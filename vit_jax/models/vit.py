@@ -189,6 +189,17 @@ class ViT(nnx.Module):
         mean = x[:, config.num_prefix_tokens :].mean(axis=1)
         return (mean if config.pool == "gap" else jnp.concatenate([x[:, 0], mean], axis=1)), None
 
+    def heads(
+        self, encoded: Float[Array, "b n d"]
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b k"]]:
+        """Logits of the class head and of the distillation head, in float32, of `encoded` tokens.
+
+        Their mean is the model's output (DeiT, arXiv 2012.12877).
+        """
+        x, x_dist = self.pooled(encoded)
+        x = self.norm(x) if self.config.norm_after_pool else x
+        return self.head(x).astype(jnp.float32), self.head_dist(x_dist).astype(jnp.float32)
+
     def predicted(
         self, x: Float[Array, "b n d"], corruption: Corruption
     ) -> Float[Array, "b m outputs"]:

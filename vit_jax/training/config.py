@@ -15,6 +15,7 @@ from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, FAMILIES
 from vit_jax.models.lora import Lora
+from vit_jax.training.distill import DistillConfig
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import Group, OptimConfig
@@ -133,8 +134,9 @@ class Config:
       total_epochs: length of the run in passes over the training images.
       total_examples: length of the run in images.
       init_from: weights to start from: anything that `vit_jax.load` reads, such as a run folder.
-      objective: the loss: `softmax`, `sigmoid` for images with several labels, or masked patch
-        prediction of the mean colour, of 4x4 pixels or of all pixels of a patch.
+      objective: the loss: `softmax`, `sigmoid` for images with several labels, `distill` to learn
+        from another model (section `distill`), or masked patch prediction of the mean colour, of
+        4x4 pixels or of all pixels of a patch.
       precision: dtype of the computation; parameters are always float32.
     """
 
@@ -149,6 +151,7 @@ class Config:
     init_from: str | None = None
     augment: Augment = dataclasses.field(default_factory=Augment)
     objective: str = "softmax"
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     precision: str = "float32"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -186,6 +189,7 @@ class Config:
 
         if self.stop.patience and self.stop.metric is None and self.checkpoint.best is None:
             raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
+        self.distill.check(self.objective, self.augment)
         if not self.classifies:
             self._check_masked()
         if self.data.train is not None:

@@ -61,6 +61,7 @@ def summary(
     return [
         f"{'devices':<10}  {_devices(mesh)}",
         f"{'model':<10}  {_model(plan, state)}",
+        *([f"{'teacher':<10}  {plan.teacher}"] if plan.teacher else []),
         *data,
         f"{'steps':<10}  {steps}",
         *([f"{'augment':<10}  {augment}"] if augment else []),

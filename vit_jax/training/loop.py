@@ -18,7 +18,7 @@ from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.store import Store, claim
 from vit_jax.data.pipeline import Batch, train_batches
 from vit_jax.errors import Stopped, UserError, during
-from vit_jax.training import console
+from vit_jax.training import console, distill
 from vit_jax.training.config import Config, read_config, to_json
 from vit_jax.training.datasets import DataSets, with_recorded_sources
 from vit_jax.training.evaluation import Evaluation
@@ -133,6 +133,12 @@ def _run(
         source = data.with_labels("data.train", config.data.train, card.labels)
     params = _starting_params(plan, mesh)
     start_step = resume_step or 0
+    taught = ()  # or the teacher's parameters
+    if (teacher := plan.teacher) is not None:
+        weights, fingerprint = teacher.read(mesh)
+        taught = (weights,)
+        if resume_step is not None:
+            distill.check(workdir, teacher, fingerprint)
     phases = [each for each in plan.phases if start_step < each.last] or [plan.phases[-1]]
     programs = collections.deque((each, make_program(plan, mesh, each)) for each in phases)
     phase, program = programs.popleft()
@@ -154,6 +160,8 @@ def _run(
             program.state, card.config, program.optimizer, seed=config.seed, params=params
         )
         if distributed.is_lead():
+            if teacher is not None:
+                distill.write(workdir, teacher, fingerprint)
             write_atomically(workdir / "config.json", to_json(config))
             card.write(workdir)
     else:
@@ -201,7 +209,7 @@ def _run(
         batch, unread = next(arriving)
         waited = time.perf_counter() - began
         with console.compiling() if is_first else contextlib.nullcontext():
-            state, metrics = program.step(state, batch)
+            state, metrics = program.step(state, batch, *taught)
         if step == phase.last and programs:
             phase, program = programs.popleft()
             state = with_optimizer(state, program.state, program.optimizer)

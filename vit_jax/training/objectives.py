@@ -118,7 +118,11 @@ def _focal(rest: Float[Array, "b k"], gamma: float) -> Float[Array, "b k"] | flo
 
 
 # By objective (`card.OBJECTIVES` says what its logits mean).
-LOSSES: dict[str, Callable[..., Array]] = {"softmax": softmax, "sigmoid": sigmoid}
+LOSSES: dict[str, Callable[..., Array]] = {
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "distill": softmax,  # of the labels; the teacher's is in training/distill.py
+}
 
 
 def _read_weights(how: str) -> tuple[float, ...] | float | None:

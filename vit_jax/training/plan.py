@@ -26,6 +26,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
+from vit_jax.training.distill import Teacher, open_teacher
 from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
 from vit_jax.training.objectives import class_weights
 from vit_jax.training.phases import Phase, make_phases
@@ -75,6 +76,7 @@ class Plan:
       init: the model that a new run starts from, if any.
       keep_head: whether the head of `init` is kept.
       counts: the number of training images of each class; None if it is not known or needed.
+      teacher: for objective distill, what the model learns from.
     """
 
     config: Config
@@ -84,6 +86,7 @@ class Plan:
     init: Opened | None = None
     keep_head: bool = False
     counts: tuple[int, ...] | None = None
+    teacher: Teacher | None = None
 
     @property
     def total_steps(self) -> int:
@@ -147,7 +150,7 @@ def plan_run(
     data = TrainingData.of(source)
     if resume_step is None:
         init = None if config.init_from is None else open_together(config.init_from)
-        return make_plan(config, data, init)
+        return make_plan(config, data, init, open_teacher(config.distill, open_together))
     begun = read_config(workdir)
     changed = differences(begun, config)
     length = {name: getattr(config, name) for name in DURATIONS}
@@ -169,7 +172,9 @@ def plan_run(
             f"{card.fingerprint} -> {data.fingerprint}): restore it, or name another --workdir"
         )
     counts = _counts(config, data, card.labels)
-    return Plan(config, card, data.examples, resume_step, counts=counts)
+    opened = open_teacher(config.distill, open_together, workdir)
+    teacher = opened and Teacher.of(config.distill, opened, card)
+    return Plan(config, card, data.examples, resume_step, counts=counts, teacher=teacher)
 
 
 def check_begun(workdir: epath.PathLike, begun: Config, config: Config) -> None:
@@ -188,8 +193,13 @@ def _another(workdir: epath.PathLike, changed: list[str]) -> UserError:
     )
 
 
-def make_plan(config: Config, data: TrainingData, init: Opened | None = None) -> Plan:
-    """Plans a new run on `data`, from scratch or from `init`.
+def make_plan(
+    config: Config,
+    data: TrainingData,
+    init: Opened | None = None,
+    teacher: Opened | None = None,
+) -> Plan:
+    """Plans a new run on `data`, from scratch or from `init`; for distillation, with a `teacher`.
 
     For masked patch prediction the model has no classes; otherwise it has those of the data, with
     the names in data.train.classes, or those of the head that is kept.
@@ -226,7 +236,15 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
             "--config.model.head=fresh makes a new one"
         )
     counts = _counts(config, data, labels)
-    return Plan(config, card, data.examples, init=init, keep_head=keep_head, counts=counts)
+    return Plan(
+        config,
+        card,
+        data.examples,
+        init=init,
+        keep_head=keep_head,
+        counts=counts,
+        teacher=teacher and Teacher.of(config.distill, teacher, card),
+    )
 
 
 def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -27,14 +27,22 @@ class Program:
     Attributes:
       state: shapes, types and shardings of the train state.
       batch: shapes, types and shardings of a batch.
-      step: (state, batch) -> (state, metrics), jitted; it donates the state.
+      step: (state, batch) -> (state, metrics), jitted; it donates the state. With a teacher, it
+        takes its parameters third.
+      teacher: shapes, types and shardings of the teacher's parameters, if there is one.
     """
 
     mesh: Mesh
     optimizer: optax.GradientTransformation
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
-    step: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    teacher: Any = None
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What `step` takes, as shapes, types and shardings."""
+        return (self.state, self.batch, *([] if self.teacher is None else [self.teacher]))
 
 
 def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
@@ -82,6 +90,7 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         trainable=learning,
         class_weights=plan.class_weights,
         mixed_steps=mixed_steps if mixed_steps < plan.total_steps else None,
+        teacher=plan.teacher,
     )
     return Program(
         mesh,
@@ -97,4 +106,5 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
             compiler_options=compiler_options(mesh, deterministic=config.mesh.deterministic),
         ),
+        plan.teacher and plan.teacher.abstract(mesh),
     )

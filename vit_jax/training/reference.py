@@ -24,7 +24,7 @@ from vit_jax.models.lora import Lora
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.variants import variant_fields, variant_kind
 from vit_jax.recipes import recipes
-from vit_jax.training import optim
+from vit_jax.training import distill, optim
 from vit_jax.training.config import MODEL_KEYS, SIDES, Config, not_none
 from vit_jax.training.config_file import apply, given_by_flags, run_config_file
 from vit_jax.training.evaluators import EVALUATORS, SEVERAL, Evaluator
@@ -45,6 +45,7 @@ KNOWN = {
     "mu_dtype": optim.MU_DTYPES,
     "type": tuple(EVALUATORS),
     "several": SEVERAL,
+    "kind": distill.KINDS,
     "tasks": tuple(TASKS),
 }
 # Keys of the section `model` that have another default than the field, or are none.

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
 from vit_jax.data.transforms import Preprocess
-from vit_jax.models.create import Model
+from vit_jax.models.create import Model, merged
 from vit_jax.models.stack import Layout
 from vit_jax.training import masking, objectives
+from vit_jax.training.distill import Teacher
 from vit_jax.training.optim import norm
 from vit_jax.training.state import TrainState
 from vit_jax.training.trainable import Trainable
@@ -30,18 +31,6 @@ def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
         return preprocess.normalise(batch["image"])
 
 
-def merged(graphdef: nnx.GraphDef, params: dict[str, Any], layout: Layout | None) -> Model:
-    """Returns the model with these parameters; with a `layout`, the blocks' stay sharded.
-
-    Each block, and each unit of a ResNet, gathers its own when it runs (see `stack.run_block`).
-    """
-    if layout is not None:
-        later = {name: value for name, value in params.items() if name in ("blocks", "resnet")}
-        now = {name: value for name, value in params.items() if name not in later}
-        params = {**layout.params(now), **later}
-    return nnx.merge(graphdef, params)
-
-
 def class_loss(
     graphdef: nnx.GraphDef,
     preprocess: Preprocess,
@@ -52,8 +41,13 @@ def class_loss(
     frozen: int = 0,
     weights: tuple[float, ...] | None = None,
     focal: float = 0.0,
+    teacher: Teacher | None = None,
 ) -> Loss:
     """Returns the classification loss, with the accuracy; batches may have a `partner` to mix in.
+
+    With a `teacher`, whose parameters the loss takes last, its part in the loss is mixed in, and
+    `label_loss`, `teacher_loss` and `agreement` (of the top classes) are added. A student with a
+    distillation head learns from the teacher in that head, and from the labels in the other.
 
     Of the first `frozen` blocks no gradient is computed.
 
@@ -63,8 +57,11 @@ def class_loss(
     """
     weights = None if weights is None else np.asarray(weights, np.float32)
     loss_of = functools.partial(objectives.LOSSES[objective], weights=weights, focal=focal)
+    options = {"frozen": frozen} if frozen else {}
+    two_heads = teacher is not None and teacher.token
+    options |= {"capture": "encoded"} if two_heads else {}
 
-    def loss_fn(params, batch, key, weight):
+    def loss_fn(params, batch, key, weight, teacher_params=None):
         inputs, labels = images(batch, preprocess), batch["label"]
         targets = objectives.to_targets(labels, num_classes, smoothing)
         multi_label = labels.ndim == 2
@@ -78,16 +75,29 @@ def class_loss(
             if multi_label:
                 labels = jnp.where(share >= 0.5, labels, partner["label"])
         model = merged(graphdef, params, layout)
-        logits = model(inputs, key=key, layout=layout, **{"frozen": frozen} if frozen else {})
+        logits = of_labels = of_teacher = model(inputs, key=key, layout=layout, **options)
+        if two_heads:
+            logits, captured = logits
+            of_labels, of_teacher = model.heads(captured["encoded"])
+        sums = {}
+        if teacher is not None:
+            wanted = teacher.logits(teacher_params, inputs, preprocess, layout)
         with jax.named_scope("head"):
-            loss = jnp.sum(loss_of(logits, targets) * batch["mask"]) / weight
+            losses = loss_of(of_labels, targets)
+            if teacher is not None:
+                taught = teacher.loss(of_teacher, wanted)
+                agrees = logits.argmax(-1) == wanted.argmax(-1)
+                sums = {"label_loss": losses, "teacher_loss": taught, "agreement": agrees}
+                sums = {name: jnp.sum(x * batch["mask"]) for name, x in sums.items()}
+                losses = teacher.combined(losses, taught)
+            loss = jnp.sum(losses * batch["mask"]) / weight
             if multi_label:
                 best = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)[:, 0]
                 hits = jnp.sum((best > 0) & batch["mask"])
                 labelled = jnp.sum((labels.max(axis=-1) > 0) & batch["mask"])
                 return loss, {"accuracy": hits, "labelled": labelled}
             hits = jnp.sum((logits.argmax(-1) == targets.argmax(-1)) & batch["mask"])
-        return loss, {"accuracy": hits}
+        return loss, {"accuracy": hits, **sums}
 
     return loss_fn
 
@@ -155,8 +165,11 @@ def make_train_step(
     trainable: Trainable | None = None,
     class_weights: tuple[float, ...] | None = None,
     mixed_steps: int | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    With a `teacher`, the step takes its parameters as a third argument.
 
     `optimizer` is of the parameters that learn, as `trainable` says; None is all. Mixup and cutmix
     end after `mixed_steps`; None is never.
@@ -171,13 +184,13 @@ def make_train_step(
         loss_fn = patch_loss(graphdef, preprocess, objective, **options)
     else:
         smoothing = augment.label_smoothing
-        options |= dict(weights=class_weights, focal=augment.focal)
+        options |= dict(weights=class_weights, focal=augment.focal, teacher=teacher)
         loss_fn = class_loss(graphdef, preprocess, objective, num_classes, smoothing, **options)
 
     def loss_of(learned, params, *inputs):
         return loss_fn(learning.combine(params, learned), *inputs)
 
-    def train_step(state, batch):
+    def train_step(state, batch, *teacher_params):
         # Randomness depends on seed and step alone, so no random state is stored.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if augment.mixes:
@@ -194,7 +207,8 @@ def make_train_step(
         weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
         learned = learning.select(state.params)
         grad_fn = jax.value_and_grad(
-            lambda learned, *inputs: loss_of(learned, state.params, *inputs), has_aux=True
+            lambda learned, *inputs: loss_of(learned, state.params, *inputs, *teacher_params),
+            has_aux=True,
         )
         if accumulate == 1:
             (loss, sums), grads = grad_fn(learned, batch, key, weight)
