@@ -296,12 +296,15 @@ def eval_batches(
     return _iterate(step, range(-(-len(read.source) // batch_size)), 0)
 
 
-def _threads(workers: int, threads: int | None) -> int:
+def cores() -> int:
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:  # macOS
-        cores = os.cpu_count() or 1
-    return 1 if workers else threads or cores
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+def _threads(workers: int, threads: int | None) -> int:
+    return 1 if workers else threads or cores()
 
 
 def _iterate(step: _Step, steps: range, workers: int) -> contextlib.closing[Iterator[Batch]]:
