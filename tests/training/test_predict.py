@@ -116,12 +116,28 @@ def test_the_best_classes_and_of_equal_ones_the_first():
     np.testing.assert_allclose(best(logits, 1, True)[1][0], 1 / (1 + np.exp(-3.0)), rtol=1e-6)
 
 
-def test_images_without_an_end_are_read_as_they_are_needed(vit):
+def test_images_without_an_end_are_read_a_few_batches_ahead(vit, shapes):
     taken = []
     images = (taken.append(i) or NOISE[i % 21] for i in itertools.count())
-    found = list(itertools.islice(vit_jax.predict(vit, images, batch_size=8), 9))
+    answers = vit_jax.predict(vit, images, batch_size=8)
+    assert not taken
+    found = [next(answers)]
+    # The devices have two batches to go on with, and the threads two more.
+    assert (len(taken), len(shapes)) == (5 * 8, 3)
+    found.extend(itertools.islice(answers, 8))
     check(vit, found, softmax(reference(vit, NOISE[:9])))
-    assert len(taken) <= 6 * 8
+    assert (len(taken), len(shapes)) == (6 * 8, 4)
+
+
+def test_what_is_wrong_with_the_iterable_is_raised_after_the_images_before(vit):
+    def images():
+        yield from NOISE[:10]
+        raise ConnectionError("the camera is off")
+
+    found = []
+    with pytest.raises(ConnectionError, match="the camera is off"):
+        found.extend(vit_jax.predict(vit, images(), batch_size=8))
+    check(vit, found, softmax(reference(vit, NOISE[:10])))
 
 
 def test_an_image_that_cannot_be_read_stops_or_is_skipped(vit, caplog):
@@ -223,7 +239,7 @@ def test_the_forms_of_the_output_hold_the_same(vit, path, here, capsys, caplog):
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in printed.splitlines()]
     assert [row["file"] for row in rows] == NAMES
-    assert re.search(r"cannot be read: 1\n  pets/05a\.jpg: ", caplog.text)
+    assert re.search(r"1 of 21 images cannot be read\n  pets/05a\.jpg: ", caplog.text)
     assert "1 files passed over: 1 empty\n  pets/README.md: empty" in caplog.text
     assert list(rows[6]) == ["file", "error"]
     good = [row for row in rows if "labels" in row]

@@ -41,7 +41,7 @@ _AHEAD = 2  # batches that are decoded while devices compute
 
 class _Batch(NamedTuple):
     images: UInt8[np.ndarray, "b h w c"] | Float32[np.ndarray, "b h w c"]
-    rows: list[concurrent.futures.Future[UserError | None]]
+    rows: list[concurrent.futures.Future[None]]
 
 
 def local_mesh() -> Mesh:
@@ -127,7 +127,7 @@ class Predictor:
         """
         if isinstance(images, Inputs):
             return self._answers(read for _, read in images.readers())
-        return self._answers(map(_given, each_image(images)))
+        return self._answers(_given(each_image(images)))
 
     def forward(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The program: {image: [b h w c] of 0 to 255, as `preprocess.pixels`} on the mesh.
@@ -138,18 +138,20 @@ class Predictor:
         return self._step(self._params, batch)
 
     def _answers(self, readers: Iterable[Read]) -> Iterator[Answer]:
-        errors: collections.deque[list[UserError | None]] = collections.deque()
+        errors: collections.deque[list[BaseException | None]] = collections.deque()
         done = 0
 
         def results():
             for batch in self._batches(iter(readers)):
-                errors.append([row.result() for row in batch.rows])
+                errors.append([row.exception() for row in batch.rows])
                 images = {"image": batch.images}
                 yield self.forward(to_devices(images, len(batch.images), self.mesh))
 
         with during(lambda: f"predicting image {done + 1}"):
             for values in fetched(results()):
                 for row, error in enumerate(errors.popleft()):
+                    if error is not None and not isinstance(error, UserError):
+                        raise error
                     yield self._answer(values, row) if error is None else error
                     done += 1
 
@@ -185,17 +187,26 @@ class Predictor:
         rows = [pool.submit(self._fill, out, read) for out, read in zip(batch, chunk, strict=False)]
         return _Batch(batch, rows)
 
-    def _fill(self, out: np.ndarray, read: Read) -> UserError | None:
-        """Reads an image into a row of a batch; returns why it cannot be read."""
-        try:
-            out[...] = self.preprocess.pixels(self.preprocess.read(read()))
-        except UserError as error:
-            return error
-        return None
+    def _fill(self, out: np.ndarray, read: Read) -> None:
+        """Reads an image into a row of a batch."""
+        out[...] = self.preprocess.pixels(self.preprocess.read(read()))
 
 
-def _given(image: Any) -> Read:
-    return lambda: image
+def _given(images: Iterable[Any]) -> Iterator[Read]:
+    """Yields what reads each image; what their iterator raises is raised in place of an image."""
+    try:
+        for image in images:
+            yield functools.partial(_same, image)
+    except Exception as error:  # noqa: BLE001, raised when it is its turn
+        yield functools.partial(_throw, error)
+
+
+def _same(image: Any) -> Any:
+    return image
+
+
+def _throw(error: Exception) -> Any:
+    raise error
 
 
 @functools.lru_cache(maxsize=16)

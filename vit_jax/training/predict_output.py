@@ -88,13 +88,14 @@ def predict_to(
         rate = f"{len(inputs) / seconds:,.4g} images/s with compilation"
         where = f"{out}: " if out is not None else ""
         logger.info("%s%s images in %.1f s, %s", where, f"{len(inputs):,}", seconds, rate)
-    return _tell(failed, inputs.passed_over)
+    return _tell(failed, len(inputs), inputs.passed_over)
 
 
-def _tell(failed: list[str], passed: PassedOver) -> bool:
+def _tell(failed: list[str], images: int, passed: PassedOver) -> bool:
     """Names the files without an answer; returns whether there are none."""
     loud = [f"{name}: {why}" for name, why in passed.files if not why.startswith(_QUIET)]
-    for heading, named in ((f"cannot be read: {len(failed):,}", failed), (str(passed), loud)):
+    unread = f"{len(failed):,} of {images:,} images cannot be read"
+    for heading, named in ((unread, failed), (str(passed), loud)):
         if named:
             more = [f"and {len(named) - _NAMED:,} more"] if len(named) > _NAMED else []
             logger.warning("%s", "\n  ".join([heading, *named[:_NAMED], *more]))
