@@ -298,6 +298,10 @@ def test_a_file_is_whole_or_as_it_was(path, here, monkeypatch, caplog):
     assert (here / "x.csv").read_text() == "before"
     assert predict("/nowhere", "pets", "--out=y.npy", "--features") == 2
     assert sorted(each.name for each in here.iterdir()) == ["pets", "x.csv"]
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_output.shutil, "disk_usage", lambda path: Mock(free=600))
+        assert predict(path, "pets", "--out=y.npy", "--features") == 2  # 21 x 8 of float32
+    assert sorted(each.name for each in here.iterdir()) == ["pets", "x.csv"]
     (here / "pets" / "README.md").rename(here / "pets" / ".hidden")
     (here / "pets" / "05a.jpg").unlink()
     assert predict(path, "pets", "--out=x.csv") == 0  # hidden files are nobody's images

@@ -144,8 +144,8 @@ class Predictor:
         def results():
             for batch in self._batches(iter(readers)):
                 errors.append([row.exception() for row in batch.rows])
-                images = {"image": batch.images}
-                yield self.forward(to_devices(images, len(batch.images), self.mesh))
+                pixels = {"image": batch.images}
+                yield self.forward(to_devices(pixels, len(batch.images), self.mesh))
 
         with during(lambda: f"predicting image {done + 1}"):
             for values in fetched(results()):

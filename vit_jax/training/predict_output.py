@@ -4,7 +4,9 @@ import contextlib
 import csv
 import json
 import logging
+import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -205,6 +207,12 @@ def _parquet(path: str, predictor: Predictor) -> Iterator[Write]:
 @contextlib.contextmanager
 def _npy(path: str, shape: tuple[int, ...], names: str) -> Iterator[Write]:
     """Rows of float32 one after the other, so that the array need not fit into memory."""
+    size, free = 4 * math.prod(shape), shutil.disk_usage(os.path.dirname(path) or ".").free
+    if size > free:
+        raise UserError(
+            f"{list(shape)} numbers of float32 take {size / 2**30:,.3g} GiB, and {free / 2**30:,.3g} "
+            "GiB are free where --out is: name another place, or fewer images"
+        )
     missing = np.full(shape[1:], np.nan, np.float32).tobytes()
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     with open(path, "wb") as file, open(names, "w", encoding="utf-8", newline="\n") as list_:
