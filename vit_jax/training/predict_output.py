@@ -210,8 +210,8 @@ def _npy(path: str, shape: tuple[int, ...], names: str) -> Iterator[Write]:
     size, free = 4 * math.prod(shape), shutil.disk_usage(os.path.dirname(path) or ".").free
     if size > free:
         raise UserError(
-            f"{list(shape)} numbers of float32 take {size / 2**30:,.3g} GiB, and {free / 2**30:,.3g} "
-            "GiB are free where --out is: name another place, or fewer images"
+            f"float32 {list(shape)} takes {size / 2**30:,.3g} GiB, but {free / 2**30:,.3g} GiB are "
+            "free where --out is: name another place, or fewer images"
         )
     missing = np.full(shape[1:], np.nan, np.float32).tobytes()
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
