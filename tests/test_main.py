@@ -191,8 +191,12 @@ def test_predict_names_the_classes_of_png_files(capsys, tiny_run, tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("no image")
     predict = ["predict", f"--model={tiny_run[0]}"]
-    assert "no readable image" in fails(capsys, *predict, notes)
-    assert "there is no image file" in fails(capsys, *predict, tmp_path / "none.png")
+    assert main([*predict, str(notes)]) == 3
+    assert json.loads(capsys.readouterr().out) == {
+        "file": str(notes),
+        "error": "it is of no known format",
+    }
+    assert "there is no '" in fails(capsys, *predict, tmp_path / "none.png")
     assert "there is no '/nowhere'" in fails(capsys, "predict", "--model=/nowhere", files[0])
     assert "holds no weights" in fails(capsys, "predict", f"--model={tmp_path}", files[0])
 

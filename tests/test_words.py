@@ -20,7 +20,7 @@ from flax import nnx
 
 import vit_jax
 from vit_jax import extras, words
-from vit_jax.__main__ import COMMANDS, as_json, main
+from vit_jax.__main__ import COMMANDS, main
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.export import FORMATS
 from vit_jax.checkpoints.opened import open_model
@@ -39,6 +39,7 @@ from vit_jax.training.config import Config, differences, keys, unpack
 from vit_jax.training.config_file import load_config
 from vit_jax.training.model import model_config
 from vit_jax.training.plan import count_steps
+from vit_jax.training.predict_output import as_json
 from vit_jax.writing import write_atomically
 
 
@@ -312,7 +313,11 @@ _FLAGS = {
         *("--config.eval.evaluators.x.type=knn", "--config.precision=fp8", "--workdir="),
     ],
     "evaluate --model=MODEL --config=DIGITS": ["--model=/nowhere", "--workdir=x", "--processes=0"],
-    "predict --model=MODEL a.png": ["--topk=0", "--topk=-1", "--topk=5.5", "--topk=", "--model="],
+    "predict --model=MODEL IMAGE": [
+        *("--topk=0", "--topk=-1", "--topk=5.5", "--topk=", "--model=", "--batch-size=0"),
+        *("--threads=0", "--out=a.txt", "--out=a.npy", "--out=", "--features", "--dense"),
+        "--split=train",
+    ],
     "convert MODEL TMP/x --format=timm": ["--format=x", "--format=", "--set=a", "--set", "--set="],
     "inspect MODEL": [
         *("--set=num_heads=1.5", "--set=num_heads=0", "--set=depth=x", "--set=image_size=1,2,3"),
@@ -338,7 +343,9 @@ def test_a_wrong_value_is_one_sentence(line, capsys, model, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # where what should not be written would be
     for flag in _FLAGS[line]:
         argv = f"{line}\n{flag}"
-        for name, value in {"MODEL": model, "TMP": tmp_path, "DIGITS": DIGITS}.items():
+        image = ROOT / "docs" / "report.png"
+        places = {"MODEL": model, "TMP": tmp_path, "DIGITS": DIGITS, "IMAGE": image}
+        for name, value in places.items():
             argv = argv.replace(name, str(value))
         told, changed = argv.split("\n")
         err = fails(capsys, *told.split(), changed)
@@ -440,11 +447,11 @@ def test_what_was_being_done_is_in_the_sentence(model, capsys, monkeypatch):
     def fail(*_):
         jax.numpy.zeros(2**58, "int8")
 
-    monkeypatch.setattr("vit_jax.checkpoints.load.Loaded._forward", fail)
+    monkeypatch.setattr("vit_jax.training.predict.Predictor.forward", fail)
     image = ROOT / "docs" / "report.png"
     err = fails(capsys, "predict", f"--model={model}", image)
     assert "out of the device's memory while predicting image 1 (" in err
-    assert "allocating 256 PiB.): name fewer or smaller images" in err
+    assert "allocating 256 PiB.): lower --batch-size" in err
 
 
 def test_a_gpu_that_lies_idle_is_named_with_what_to_install(caplog):
@@ -536,7 +543,8 @@ def test_home_is_where_a_tilde_leads(capsys, model, tmp_path, monkeypatch):
     assert open_model("~/m.safetensors").card.config.num_classes == 2
     assert main(["convert", "~/m.safetensors", "~/timm", "--format=timm"]) == 0
     capsys.readouterr()
-    assert "no readable image" in fails(capsys, "predict", "--model=~/m.safetensors", "~/c.py")
+    assert main(["predict", "--model=~/m.safetensors", "~/c.py"]) == 3
+    assert json.loads(capsys.readouterr().out)["error"] == "it is of no known format"
     assert {each.name for each in tmp_path.iterdir()} == {"c.py", "m.safetensors", "timm"}
     parser = make_parser(COMMANDS)
     for line in (

@@ -13,6 +13,8 @@ _PUBLIC = {
     "ViTConfig": "vit_jax.models.config",
     "create": "vit_jax.models.create",
     "evaluate": "vit_jax.commands",
+    "features": "vit_jax.commands",
+    "find_images": "vit_jax.data.inputs",
     "load": "vit_jax.checkpoints.load",
     "open_source": "vit_jax.data.sources",
     "predict": "vit_jax.commands",

@@ -1,12 +1,14 @@
 """The command line: `vit-jax COMMAND`, or `python -m vit_jax COMMAND`.
 
-Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 75 another process of
-the run was lost or did not start (starting again resumes), 130 Ctrl-C (training saves first), 141
-nobody reads the output (as in `inspect X | head`), 143 stopped by SIGTERM after saving. Several
-processes all end with the same one.
+Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 3 done, but `predict`
+was given files that are no readable images, 75 another process of the run was lost or did not start
+(starting again resumes), 130 Ctrl-C (training saves first), 141 nobody reads the output (as in
+`inspect X | head`), 143 stopped by SIGTERM after saving. Several processes all end with the same
+one.
 """
 
 import argparse
+import functools
 import io
 import json
 import logging
@@ -21,6 +23,8 @@ from vit_jax import distributed
 from vit_jax.errors import Stopped, UserError, name_extra, sentence
 from vit_jax.flags import fields, parse
 from vit_jax.recipes import find, listing
+
+INCOMPLETE = 3  # exit code: all is done that could be
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -67,23 +71,23 @@ def join(args: argparse.Namespace, *, preemptible: bool) -> None:
         logging.getLogger("vit_jax").setLevel(logging.WARNING)
 
 
-def predict(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Predicts the top classes of image files, one JSON object a line."""
-    from vit_jax.checkpoints.load import load
+def predict(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Predicts classes, or writes features, of image files, folders, archives and data sources.
 
-    loaded = load(args.model)
-    for file, labels in zip(args.images, loaded.predict(args.images, args.topk), strict=True):
-        print(as_json({"file": file, "labels": labels}), flush=True)
+    Without --out one JSON object a line. Exit code 3 if anything named is no readable image.
+    """
+    if args.features and args.dense:
+        raise UserError("--features and --dense are two kinds of features: name one of them")
+    what = "dense" if args.dense else "features" if args.features else "classes"
+    from vit_jax.data.inputs import find_images
 
+    inputs = find_images(*args.images, split=args.split)
+    from vit_jax.training.predict import load_local
+    from vit_jax.training.predict_output import predict_to
 
-def as_json(value: object) -> str:
-    """Formats a value as one line of JSON; escapes only what stdout cannot encode, as "\\udce9"."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return text
+    load = functools.partial(load_local, args.model)
+    options = dict(topk=args.topk, batch_size=args.batch_size, threads=args.threads)
+    return 0 if predict_to(args.out, inputs, load, what, **options) else INCOMPLETE
 
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -231,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         command = args.function.__name__
         if getattr(args, "config", None):
             find(args.config)  # before imports that take seconds
-        args.function(args, rest)
+        code = args.function(args, rest) or 0
         _flush()
     except UserError as error:
         code, message = 2, f"error: {error}"

@@ -1,4 +1,4 @@
-"""The commands `train`, `evaluate` and `predict` as Python functions."""
+"""The commands `train`, `evaluate` and `predict` as Python functions, and features."""
 
 import dataclasses
 import logging
@@ -7,15 +7,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 from etils import epath
+from jaxtyping import Float32
 
 from vit_jax import distributed
-from vit_jax.checkpoints.load import Loaded, load
-from vit_jax.errors import UserError
+from vit_jax.checkpoints.load import Loaded
+from vit_jax.data.config import ON_CORRUPT
+from vit_jax.data.inputs import Inputs
+from vit_jax.errors import UserError, nearest
 from vit_jax.training import console, loop
 from vit_jax.training import evaluate as evaluation
 from vit_jax.training.config import Config
 from vit_jax.training.config_file import as_flags, load_config, overridden
+from vit_jax.training.predict import Predictor, load_local
 
 logger = logging.getLogger(__name__)
 ConfigLike = epath.PathLike | Mapping[str, Any] | ml_collections.ConfigDict | Config
@@ -90,21 +95,71 @@ def evaluate(
 
 
 def predict(
-    model: epath.PathLike | Loaded, images: Any, topk: int = 5
-) -> Iterator[list[tuple[str, float]]]:
+    model: epath.PathLike | Loaded,
+    images: Any,
+    topk: int = 5,
+    *,
+    batch_size: int | None = None,
+    on_corrupt: str = "stop",
+) -> Iterator[list[tuple[str, float]] | None]:
     """Yields the top classes of each image: [(name, probability), ...], most likely first.
+
+    Images are read ahead by threads, and run in batches on all devices of this process, so that
+    the first answer comes when up to five batches have been read; `Loaded.predict` answers each
+    image before it reads the next.
 
     Args:
       model: any path that `load` takes, or what it returned.
-      images: one image (a path, a file's bytes, a Pillow image, uint8 [h w c] or [h w]), or an
-        iterable of them.
+      images: one image (a path, a file's bytes, a Pillow image, uint8 [h w c] or [h w]), an
+        iterable of them, or the folders, archives, ... that `find_images` finds.
       topk: how many classes to return, at least 1, at most all.
+      batch_size: images at a time on all devices; None for a size that suits them.
+      on_corrupt: "stop" raises at an image that cannot be read; "skip" yields None for it, and logs
+        why.
 
     Raises:
-      UserError: no model there, it has no head, or `topk` or `images` is invalid; while iterating,
-        an image cannot be read.
+      UserError: no model there, it has no head, or an argument is invalid; while iterating, an
+        image cannot be read.
     """
-    return (model if isinstance(model, Loaded) else load(model)).predict(images, topk)
+    return _answers(model, images, "classes", on_corrupt, topk=topk, batch_size=batch_size)
+
+
+def features(
+    model: epath.PathLike | Loaded,
+    images: Any,
+    *,
+    dense: bool = False,
+    batch_size: int | None = None,
+    on_corrupt: str = "stop",
+) -> Iterator[Float32[np.ndarray, "..."] | None]:
+    """Yields the features of each image: the head's input, float32 [d].
+
+    With `dense`, those of its patches, float32 [gh gw d] (see `ViT.dense`). The other arguments,
+    and what is raised, are as in `predict`; the model needs no head.
+    """
+    what = "dense" if dense else "features"
+    return _answers(model, images, what, on_corrupt, batch_size=batch_size)
+
+
+def _answers(model: Any, images: Any, what: str, on_corrupt: str, **options: Any) -> Iterator[Any]:
+    """Checks the arguments at once, and predicts when it is iterated over."""
+    if on_corrupt not in ON_CORRUPT:
+        raise UserError(f"on_corrupt is {on_corrupt!r}; {nearest(on_corrupt, ON_CORRUPT)}")
+    answers = Predictor(load_local(model), what, **options)(images)
+    names = images.names if isinstance(images, Inputs) else None
+
+    def checked():
+        for number, answer in enumerate(answers):
+            if not isinstance(answer, UserError):
+                yield answer
+                continue
+            name = names[number] if names else f"image {number + 1}"
+            if on_corrupt == "stop":
+                raise type(answer)(f"{name}: {answer}") if names else answer
+            logger.warning("skipped %s: %s", name, answer)
+            yield None
+
+    return checked()
 
 
 def _config(config: Any, overrides: Mapping[str, Any]) -> Config:

@@ -81,11 +81,12 @@ _LESS = {
     "raise optim.accumulate, set model.remat=full, lower batch_size or eval.batch_size, or split "
     "the model by mesh.fsdp=-1",
     "evaluate": "lower eval.batch_size",
-    "predict": "name fewer or smaller images, or run with JAX_PLATFORMS=cpu",
+    "predict": "lower --batch-size, or run with JAX_PLATFORMS=cpu",
 }
 _LESS_HOST = {
     "train": "lower data.threads or data.workers, batch_size or eval.batch_size",
     "evaluate": "lower data.threads or data.workers, or eval.batch_size",
+    "predict": "lower --batch-size or --threads",
     "prepare": "lower --threads, or name --short-side",
 }
 _WHILE = "while "

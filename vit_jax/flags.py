@@ -173,7 +173,22 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command = commands.add_parser("predict", help=functions["predict"].__doc__)
     command.add_argument("--model", type=path, required=True, help="whatever vit_jax.load reads")
     command.add_argument("--topk", type=number(1), default=5, help="classes to name (default 5)")
-    command.add_argument("images", type=path, nargs="+", metavar="IMAGE")
+    command.add_argument(
+        "images",
+        type=path,
+        nargs="+",
+        metavar="IMAGE",
+        help="a file, a folder, an archive, a pattern in quotes, @LIST, or a data source",
+    )
+    for name, kind, what in (
+        ("split", str, "of data sources, where they have several"),
+        ("out", path, "FILE.jsonl, .csv or .parquet; of features .npy or .parquet"),
+        ("batch-size", number(1), "images at a time (default: what suits the devices)"),
+        ("threads", number(1), "that decode images (default: one a core)"),
+    ):
+        command.add_argument(f"--{name}", type=kind, help=what)
+    for name, what in {"features": "the head's inputs", "dense": "features of patches"}.items():
+        command.add_argument(f"--{name}", action="store_true", help=f"write {what}, not classes")
     command.set_defaults(function=functions["predict"], takes_overrides=False)
 
     fields = dict(

@@ -65,6 +65,9 @@ class Loaded:
     def predict(self, images: Any, topk: int = 5) -> Iterator[list[tuple[str, float]]]:
         """Yields the top classes of each image: [(name, probability), ...], most likely first.
 
+        Images are read one at a time, when their answer is asked for, and run on one device; for
+        many images `vit_jax.predict` is faster.
+
         Args:
           images: one image, anything that `preprocess` takes, or an iterable of them; an array of
             uint8 [b h w c] is b images.
@@ -74,13 +77,19 @@ class Loaded:
           UserError: the model has no head, or `topk` or `images` is invalid; while iterating, an
             image cannot be read.
         """
+        topk = self.checked_topk(topk)
+        return self._answers(each_image(images), topk)
+
+    def checked_topk(self, topk: Any) -> int:
+        """Returns `topk`. UserError: it is no number of classes, or the model has no head."""
         if not self.labels:
             raise UserError(
-                "the model has no head to name classes by: give num_classes= and fine-tune it"
+                "the model has no head to name classes by: give num_classes= and fine-tune it, or "
+                "take its features (vit_jax.features; predict --features)"
             )
         if isinstance(topk, bool) or not isinstance(topk, (int, np.integer)) or topk < 1:
             raise UserError(f"topk is {topk!r}; expected how many classes to name, at least 1")
-        return self._answers(_each(images), int(topk))
+        return int(topk)
 
     def _answers(self, images: Iterable[Any], topk: int) -> Iterator[list[tuple[str, float]]]:
         params = nnx.state(self.model)
@@ -114,7 +123,7 @@ class Loaded:
         )
 
 
-def _each(images: Any) -> Iterable[Any]:
+def each_image(images: Any) -> Iterable[Any]:
     """Wraps a single image in a list; returns several as they are."""
     one = (str, os.PathLike, bytes, bytearray, memoryview, PIL.Image.Image)
     if isinstance(images, one) or getattr(images, "ndim", None) in (2, 3):

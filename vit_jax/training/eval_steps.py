@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Float32
 
 from vit_jax.data.transforms import Preprocess
+from vit_jax.models.create import Model
 from vit_jax.models.vit import Layout
 from vit_jax.training import objectives
 from vit_jax.training.steps import Batch, images, masked_sums, merged
@@ -100,11 +101,18 @@ def make_feature_step(
     def feature_step(params, batch):
         model = merged(graphdef, params, layout)
         inputs = images(batch, preprocess)
-        if dense:
-            features = model.dense(inputs, layout=layout)
-        else:
-            features = model(inputs, capture="pre_logits", layout=layout)[1]["pre_logits"]
-        features = features.astype(jnp.float32)
+        features = features_of(model, inputs, dense=dense, layout=layout)
         return {"x": features, "label": batch["label"], "mask": batch["mask"]}
 
     return feature_step
+
+
+def features_of(
+    model: Model, inputs: Float[Array, "b h w c"], *, dense: bool, layout: Layout | None = None
+) -> Float32[Array, "b *d"]:
+    """The head's input [b d], or the dense features [b gh gw d]."""
+    if dense:
+        features = model.dense(inputs, layout=layout)
+    else:
+        features = model(inputs, capture="pre_logits", layout=layout)[1]["pre_logits"]
+    return features.astype(jnp.float32)

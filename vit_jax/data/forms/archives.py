@@ -191,6 +191,31 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
     )
 
 
+def unlabelled(path: str) -> TarSource:
+    """All images of one archive, in the order of their offsets, each of the one class "".
+
+    Raises:
+      UserError: no archive, or a damaged one.
+    """
+    rows, passed = Rows(), PassedOver()
+    rows.extend(scan(path, 0, WHOLE, "label", passed))
+    columns = {name: np.array(column, np.int64) for name, column in rows.numbers.items()}
+    return TarSource(
+        OpenFiles([path]),
+        Packed.of(rows.names),
+        columns["archive"].astype(np.int32),
+        columns["offset"],
+        columns["size"],
+        np.zeros(len(rows.names), np.int32),
+        ("",),
+        fingerprint_of(("",), rows.names, columns["size"].tolist()),
+        columns["deflated"],
+        columns["crc"],
+        rows.holes,
+        passed,
+    )
+
+
 def tar_splits(path: str) -> tuple[str, ...]:
     """The splits of an archive: folders named like splits, and "all"."""
     found = set()

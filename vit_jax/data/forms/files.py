@@ -75,6 +75,10 @@ class PassedOver:
         if len(self.files) < self.MOST:
             self.files.append((name, why))
 
+    def update(self, other: "PassedOver") -> None:
+        self.counts.update(other.counts)
+        self.files.extend(other.files[: self.MOST - len(self.files)])
+
     def __len__(self) -> int:
         return self.counts.total()
 
@@ -166,7 +170,7 @@ def folder(path: str, split: str) -> FolderSource:
     names, sizes, labels, every, empty = [], [], [], [], {}
     for label_number, one in enumerate(classes):
         before = passed.counts.copy()
-        found = sorted(_image_files(root, classes[one], passed))
+        found = sorted(image_files(root, classes[one], passed))
         if not found:
             empty[one] = passed.counts - before
         for file, size in found:
@@ -269,14 +273,14 @@ def _beside_classes(root: str) -> PassedOver:
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if not _is_dir(entry):
-                _, why = _judged(entry)
+                _, why = judged(entry.path)
                 passed.add(entry.name, why or _LOOSE)
             elif why := _no_folder(entry.name):
                 passed.add(f"{entry.name}/", why)
     return passed
 
 
-def _image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[str, int]]:
+def image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[str, int]]:
     """Yields (path relative to `root`, size) of the image files in a folder of it."""
     # A link may lead back up, or to another class.
     waiting, seen = [start], {_inode(root), _inode(os.path.join(root, start))}
@@ -297,35 +301,36 @@ def _image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[st
                     seen.add(inode)
                     waiting.append(path)
                 continue
-            size, why = _judged(entry)
+            size, why = judged(entry.path)
             if why is None:
                 yield path, size
             else:
                 passed.add(path, why)
 
 
-def _judged(entry: os.DirEntry) -> tuple[int, str | None]:
+def judged(path: str) -> tuple[int, str | None]:
     """A file's size, and why it is no image, else None; known endings are not opened."""
-    if entry.name.startswith("."):
+    name = os.path.basename(path)
+    if name.startswith("."):
         return 0, "hidden"
     try:
-        found = entry.stat()
+        found = os.stat(path)
     except OSError:
         return 0, "a link to nothing"
     if not stat.S_ISREG(found.st_mode):
         return 0, "no plain file"
-    if is_image(entry.name):
+    if is_image(name):
         return found.st_size, None
     if not found.st_size:
         return 0, "empty"
-    if entry.name.lower().endswith(TEXTS):
-        return 0, unknown_format(entry.name)
+    if name.lower().endswith(TEXTS):
+        return 0, unknown_format(name)
     try:
-        with open(entry.path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:
             start = file.read(32)
     except OSError as error:
         return 0, f"not to be opened ({error.strerror})"
-    return found.st_size, None if sniff(start) else unknown_format(entry.name)
+    return found.st_size, None if sniff(start) else unknown_format(name)
 
 
 def _inode(path: str) -> tuple[int, int]:

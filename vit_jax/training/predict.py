@@ -1,0 +1,233 @@
+"""Prediction of many images, on all devices of a process: classes, features or dense features.
+
+Threads decode ahead, and results are fetched late, so that no device waits for the host. There is
+one program for all images: the last batch is padded.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, UInt8
+
+from vit_jax.checkpoints.card import OBJECTIVES
+from vit_jax.checkpoints.load import Loaded, each_image, load
+from vit_jax.compiler import compiler_options
+from vit_jax.data.ahead import threads_of
+from vit_jax.data.inputs import Inputs, Read
+from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError, during, nearest
+from vit_jax.training.eval_steps import features_of
+from vit_jax.training.evaluation import fetched
+from vit_jax.training.sharding import MeshConfig, batch_shards, make_mesh, placement, to_devices
+from vit_jax.training.steps import images, merged
+
+WHAT = ("classes", "features", "dense")
+# Of an image: [(name, probability), ...], features [d], dense features [gh gw d], or why it cannot
+# be read.
+Answer = list[tuple[str, float]] | Float32[np.ndarray, "..."] | UserError
+_AHEAD = 2  # batches that are decoded while devices compute
+
+
+class _Batch(NamedTuple):
+    images: UInt8[np.ndarray, "b h w c"] | Float32[np.ndarray, "b h w c"]
+    rows: list[concurrent.futures.Future[None]]
+
+
+def local_mesh() -> Mesh:
+    """All devices of this process, which split a batch; each has the whole model."""
+    return make_mesh(MeshConfig(), jax.local_devices())
+
+
+def load_local(model: epath.PathLike | Loaded) -> Loaded:
+    """Loads a model onto all devices of this process, unless it is loaded already."""
+    if isinstance(model, Loaded):
+        return model
+    return load(model, shardings=functools.partial(placement, mesh=local_mesh()))
+
+
+def default_batch_size(image_size: tuple[int, int], mesh: Mesh) -> int:
+    """As many pixels as 128 images of 224 x 224 a device, at most 1024 images; on CPUs a quarter.
+
+    A power of two for each device; CPU devices share one such part, as they share the cores.
+    """
+    on_cpu, devices = mesh.devices.flat[0].platform == "cpu", batch_shards(mesh)
+    pixels = (32 if on_cpu else 128) * 224 * 224
+    each = min(max(pixels // (image_size[0] * image_size[1]), 1), 256 if on_cpu else 1024)
+    each = 2 ** (each.bit_length() - 1)
+    return max(each, devices) if on_cpu else each * devices
+
+
+class Predictor:
+    """A model on all devices of this process, for any number of images.
+
+    Args:
+      loaded: the model; its parameters are copied to the devices that do not have them.
+      what: "classes", "features" (the head's input [d]) or "dense" (features of patches
+        [gh gw d]); features are float32.
+      topk: how many classes to name.
+      batch_size: images at a time on all devices, rounded up to their number; None for a size that
+        suits them.
+      threads: that decode images; None for one a core.
+
+    Raises:
+      UserError: an invalid argument, or classes of a model that has no head.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        what: str = "classes",
+        *,
+        topk: int = 5,
+        batch_size: int | None = None,
+        threads: int | None = None,
+    ):
+        if what not in WHAT:
+            raise UserError(f"what is {what!r}; {nearest(what, WHAT)}")
+        for name, value in {"batch_size": batch_size, "threads": threads}.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} is {value!r}; expected a whole number of 1 or more")
+        self.what, self.k = what, 0
+        if what == "classes":
+            self.k = min(loaded.checked_topk(topk), len(loaded.labels))
+        self.mesh, self.labels, self.preprocess = local_mesh(), loaded.labels, loaded.preprocess
+        shards = batch_shards(self.mesh)
+        size = batch_size or default_batch_size(self.preprocess.image_size, self.mesh)
+        self.batch_size = -(-size // shards) * shards
+        self._threads = threads_of(0, threads)
+        graphdef, params = nnx.split(loaded.model)
+        params = nnx.to_pure_dict(params)
+        self._params = jax.device_put(params, placement(params, self.mesh))
+        multi_label = OBJECTIVES[loaded.objective].multi_label
+        self._step = _program(graphdef, self.preprocess, self.mesh, what, self.k, multi_label)
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """The shape of an image's features: (d,), or dense (gh, gw, d)."""
+        size = batch_shards(self.mesh), *self.preprocess.image_size, self.preprocess.in_channels
+        image = jax.ShapeDtypeStruct(size, self.preprocess.pixel_dtype)
+        return jax.eval_shape(self._step, self._params, {"image": image})["x"].shape[1:]
+
+    def __call__(self, images: Any) -> Iterator[Answer]:
+        """Yields an answer for each image, in order, reading at most 5 batches ahead.
+
+        Args:
+          images: as for `Loaded.predict`, or `Inputs`.
+        """
+        if isinstance(images, Inputs):
+            return self._answers(read for _, read in images.readers())
+        return self._answers(_given(each_image(images)))
+
+    def forward(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """The program: {image: [b h w c] of 0 to 255, as `preprocess.pixels`} on the mesh.
+
+        Returns:
+          {index: int32 [b k], probability: float32 [b k]}, most likely first, or {x: features}.
+        """
+        return self._step(self._params, batch)
+
+    def _answers(self, readers: Iterable[Read]) -> Iterator[Answer]:
+        errors: collections.deque[list[BaseException | None]] = collections.deque()
+        done = 0
+
+        def results():
+            for batch in self._batches(iter(readers)):
+                errors.append([row.exception() for row in batch.rows])
+                pixels = {"image": batch.images}
+                yield self.forward(to_devices(pixels, len(batch.images), self.mesh))
+
+        with during(lambda: f"predicting image {done + 1}"):
+            for values in fetched(results()):
+                for row, error in enumerate(errors.popleft()):
+                    if error is not None and not isinstance(error, UserError):
+                        raise error
+                    yield self._answer(values, row) if error is None else error
+                    done += 1
+
+    def _answer(self, values: dict[str, np.ndarray], row: int) -> Answer:
+        if "x" in values:
+            return values["x"][row]
+        found = zip(values["index"][row], values["probability"][row], strict=True)
+        return [(self.labels[i], float(probability)) for i, probability in found]
+
+    def _batches(self, readers: Iterator[Read]) -> Iterator[_Batch]:
+        """Reads images ahead, all batches of one size: the smallest that does for few images."""
+        waiting: collections.deque[_Batch] = collections.deque()
+        chunk = list(itertools.islice(readers, self.batch_size))
+        size = batch_shards(self.mesh)
+        while size < len(chunk):
+            size *= 2
+        size = min(size, self.batch_size)
+        cv2.setNumThreads(1)  # parallel over images instead
+        pool = concurrent.futures.ThreadPoolExecutor(self._threads, "predict")
+        try:
+            while chunk:
+                waiting.append(self._begin(pool, chunk, size))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft()
+                chunk = list(itertools.islice(readers, size))
+            yield from waiting
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, pool: concurrent.futures.Executor, chunk: list[Read], size: int) -> _Batch:
+        shape = (size, *self.preprocess.image_size, self.preprocess.in_channels)
+        batch = np.zeros(shape, self.preprocess.pixel_dtype)
+        rows = [pool.submit(self._fill, out, read) for out, read in zip(batch, chunk, strict=False)]
+        return _Batch(batch, rows)
+
+    def _fill(self, out: np.ndarray, read: Read) -> None:
+        """Reads an image into a row of a batch."""
+        out[...] = self.preprocess.pixels(self.preprocess.read(read()))
+
+
+def _given(images: Iterable[Any]) -> Iterator[Read]:
+    """Yields what reads each image; what their iterator raises is raised in place of an image."""
+    try:
+        for image in images:
+            yield functools.partial(_same, image)
+    except Exception as error:  # noqa: BLE001, raised when it is its turn
+        yield functools.partial(_throw, error)
+
+
+def _same(image: Any) -> Any:
+    return image
+
+
+def _throw(error: Exception) -> Any:
+    raise error
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    graphdef: nnx.GraphDef, preprocess: Preprocess, mesh: Mesh, what: str, k: int, multi_label: bool
+) -> Callable[[Any, dict[str, Array]], dict[str, Array]]:
+    """The compiled step; the same one for the same model, so that it is compiled once."""
+
+    def step(params, batch):
+        model = merged(graphdef, params, None)
+        inputs = images(batch, preprocess)
+        if what != "classes":
+            return {"x": features_of(model, inputs, dense=what == "dense")}
+        index, probability = best(model(inputs), k, multi_label)
+        return {"index": index, "probability": probability}
+
+    return jax.jit(step, compiler_options=compiler_options(mesh))
+
+
+def best(logits: Float[Array, "b n"], k: int, multi_label: bool) -> tuple[Array, Array]:
+    """The k most likely classes and their probabilities [b k]; of equal ones the first."""
+    probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+    _, index = jax.lax.top_k(logits, k)
+    return index, jnp.take_along_axis(probabilities, index, axis=1)
