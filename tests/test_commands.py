@@ -47,8 +47,9 @@ def test_train_evaluate_and_predict(untrained, tmp_path, plainly, capsys):
         repr(vit),
     )
     again = vit_jax.evaluate(run)
-    same = [name for name in again if name.startswith("test/")]
+    same = [name for name in trained if name.startswith("test/")]
     assert same and {name: trained[name] for name in same} == {name: again[name] for name in same}
+    assert {"test/ece", "test/accuracy_low"} <= again.keys() - trained.keys()
     with pytest.raises(UserError, match=r"is evaluated as its config says \(batch_size"):
         vit_jax.evaluate(run, batch_size=3)
     image = vit_jax.open_source("digits")[0]["image"]

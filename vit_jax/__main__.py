@@ -43,18 +43,18 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     """Evaluates a run, or any model on the splits of a config."""
     join(args, preemptible=False)
-    from vit_jax.training import console
+    from vit_jax.commands import run_evaluation
     from vit_jax.training.config_file import load_config
-    from vit_jax.training.evaluate import evaluate_own, evaluate_run
 
+    files = dict(pictures=args.pictures, predictions=args.predictions)
     if args.workdir and not args.config and not args.model:
-        results = evaluate_own(args.workdir, overrides)
+        results, lines = run_evaluation(args.workdir, None, overrides, **files)
     elif args.model and args.config and not args.workdir:
-        results = evaluate_run(args.model, load_config(args.config, overrides))
+        config = load_config(args.config, overrides)
+        results, lines = run_evaluation(args.model, config, **files)
     else:
         raise UserError("give --workdir=RUN alone, or both --model=PATH and --config=FILE")
     if distributed.is_lead():
-        lines = console.evaluated(args.workdir or args.model, results)
         print(json.dumps(results) if args.json else "\n".join(lines))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -16,11 +16,12 @@ from vit_jax.checkpoints.load import Loaded
 from vit_jax.data.config import ON_CORRUPT
 from vit_jax.data.inputs import Inputs
 from vit_jax.errors import UserError, nearest
-from vit_jax.training import console, loop
+from vit_jax.training import assess, console, evaluation_files, loop
 from vit_jax.training import evaluate as evaluation
 from vit_jax.training.config import Config
 from vit_jax.training.config_file import as_flags, load_config, overridden
 from vit_jax.training.predict import Predictor, load_local
+from vit_jax.training.predictions import Predictions, check_path, write_rows
 
 logger = logging.getLogger(__name__)
 ConfigLike = epath.PathLike | Mapping[str, Any] | ml_collections.ConfigDict | Config
@@ -72,6 +73,9 @@ def run_training(
 def evaluate(
     model: epath.PathLike,
     config: ConfigLike | None = None,
+    *,
+    pictures: epath.PathLike | None = None,
+    predictions: epath.PathLike | None = None,
     **overrides: Any,
 ) -> dict[str, int | float]:
     """Evaluates a run on its own data, or any model on the splits of a config.
@@ -79,19 +83,77 @@ def evaluate(
     Args:
       model: a run folder, or with `config` any path that `load` takes.
       config: as for `train`; only its `data` and `eval` sections matter. None is the run's own.
+      pictures: a folder for a confusion matrix, a reliability diagram and a page of the worst
+        mistakes of each split; needs the extra `plot`.
+      predictions: FILE.csv or FILE.jsonl for a row an image.
       **overrides: as for `train`. For a run on its own data only new places of the same data, and
         what may change on resuming: `**{"data.val.source": "folder:/new/pets"}`.
 
     Returns:
-      {"val/accuracy": ..., "val/loss": ..., ...}, and the "step" of a run.
+      {"val/accuracy": ..., "val/loss": ..., "val/ece": ..., ...}, and the "step" of a run. What is
+      known of each class and image is in the run folder's `evaluation/`.
 
     Raises:
       UserError: no model or config there, no split to evaluate, or classes that do not agree.
     """
     with console.shown():
-        if config is not None:
-            return evaluation.evaluate_run(model, _config(config, overrides))
-        return evaluation.evaluate_own(model, as_flags(overrides))
+        given = None if config is None else _config(config, overrides)
+        flags = as_flags(overrides) if config is None else []
+        return run_evaluation(model, given, flags, pictures, predictions)[0]
+
+
+def run_evaluation(
+    model: epath.PathLike,
+    config: Config | None,
+    overrides: Sequence[str] = (),
+    pictures: epath.PathLike | None = None,
+    predictions: epath.PathLike | None = None,
+) -> tuple[dict[str, int | float], list[str]]:
+    """Evaluates as `evaluate` does; also returns the lines that sum it up, for process 0."""
+    needed_by = "--pictures" if pictures else "--predictions" if predictions else ""
+    if predictions:
+        check_path(os.fspath(predictions))
+    if pictures:
+        from vit_jax.analysis import quality as drawn
+
+        drawn.check(pictures)
+    kept: dict[str, Predictions] = {}
+    if config is None:
+        results = evaluation.evaluate_own(model, overrides, kept, needed_by)
+    else:
+        results = evaluation.evaluate_run(model, config, None, kept, needed_by)
+    found = assess.assess(kept)
+    lines = console.evaluated(model, results)
+    results = results | {
+        k: v for name, each in found.items() for k, v in each.scalars(name).items()
+    }
+    if not distributed.is_lead():
+        return results, []
+    told = {
+        name: evaluation_files.to_json(name, found[name], kept[name], results) for name in found
+    }
+    lines += assess.lines(found, {name: kept[name].source.label_names for name in found})
+    if config is None and found:
+        lines += _keep(evaluation.root_of(model), told, kept)
+    if predictions:
+        lines.append(f"{predictions}: {write_rows(os.fspath(predictions), kept):,} rows")
+    if pictures:
+        lines += drawn.write(pictures, found, kept, told)
+    return results, lines
+
+
+def _keep(
+    workdir: epath.PathLike, told: Mapping[str, Any], kept: Mapping[str, Predictions]
+) -> list[str]:
+    """Writes what was found into the run folder, if it can be written to."""
+    folder = os.path.join(os.fspath(workdir), evaluation_files.FOLDER)
+    try:
+        for name, each in told.items():
+            evaluation_files.write(folder, name, each, kept[name])
+    except (OSError, UserError) as error:
+        logger.warning("nothing is kept in %s: %s", folder, error)
+        return []
+    return [f"{folder} has all of it, for `vit-jax report {workdir}`"]
 
 
 def predict(

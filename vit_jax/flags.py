@@ -166,6 +166,15 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "--model", type=path, help="whatever vit_jax.load reads, evaluated as --config says"
     )
     command.add_argument("--config", metavar="FILE.py|NAME[:ARGUMENT]", help=CONFIG)
+    command.add_argument(
+        "--pictures",
+        type=path,
+        metavar="DIR",
+        help="draw confusion and calibration there, and a page of the worst mistakes",
+    )
+    command.add_argument(
+        "--predictions", type=path, metavar="FILE", help="a row an image, FILE.csv or FILE.jsonl"
+    )
     command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)

@@ -58,7 +58,7 @@ def test_a_config_is_shown_with_where_its_values_are_from(capsys):
         "default  optim.b1=0.9",
     ):
         assert line in out.splitlines(), line
-    assert out.count("model.width") == 1 and "val.flip" not in out and "num_classes" not in out
+    assert out.count("model.width") == 1 and "data.val.flip" not in out and "num_classes" not in out
 
     out = told(capsys, "evaluate:cifar10,knn", "--config.init_from=run")
     assert "file     eval.evaluators.knn.type=knn" in out

@@ -45,7 +45,7 @@ def curves(workdir: str | os.PathLike) -> Any:
     config = read_config(workdir)
     names = {name.partition("/")[2] for line in lines for name in line}
     shown = ["loss", *(name for name in ("accuracy", "mAP") if name in names)]
-    figure = _figure(4.6 * len(shown), 3.5)
+    figure = new_figure(4.6 * len(shown), 3.5)
     for axes, name in zip(np.ravel(figure.subplots(1, len(shown))), shown, strict=True):
         for split, colour in (("train", "C0"), ("val", "C1"), ("test", "C2")):
             points = [(x["step"], x[f"{split}/{name}"]) for x in lines if f"{split}/{name}" in x]
@@ -163,7 +163,7 @@ def filters(components: Float[np.ndarray, "n p q c"]) -> Any:
     count = len(components)
     columns = min(7, count)
     rows = -(-count // columns)
-    figure = _figure(max(columns * 0.9, 3.6), rows * 0.9 + 0.3)
+    figure = new_figure(max(columns * 0.9, 3.6), rows * 0.9 + 0.3)
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, component in zip(cells, components, strict=False):
         _show(axes, 0.5 + component / np.abs(component).max() / 2)
@@ -189,7 +189,7 @@ def positions(similarity: Float[np.ndarray, "gh gw gh gw"]) -> Any:
             top, left = i * (gh + gap), j * (gw + gap)
             mosaic[top : top + gh, left : left + gw] = similarity[row, column]
     height = min(max(5.5 * mosaic.shape[0] / mosaic.shape[1], 2.0), 11.0)
-    figure = _figure(6.6, height)
+    figure = new_figure(6.6, height)
     axes = figure.subplots()
     drawn = axes.imshow(mosaic, cmap=_COLOURS, vmin=-1, vmax=1, interpolation="nearest")
     axes.set_xticks(np.arange(len(columns)) * (gw + gap) + (gw - 1) / 2, columns + 1)
@@ -211,7 +211,7 @@ def distances(distance: Float[np.ndarray, "depth heads"], config: ViTConfig) -> 
     n = config.grid[0] * config.grid[1]
     even = np.full((1, 1, 1, n, n), 1 / n, np.float32)
     even = float(attention_distance(even, config.grid, 0, config.patch_pixels)[0, 0])
-    figure = _figure(5.2, 3.8)
+    figure = new_figure(5.2, 3.8)
     axes = figure.subplots()
     layer, head = np.mgrid[1 : depth + 1, 1 : heads + 1]
     axes.axhline(even, color="grey", linestyle="--", linewidth=1, label="all patches alike")
@@ -235,7 +235,7 @@ def attended(
     """Plots an image, the image darkened where attention is low (Figure 6), and the map."""
     h, w, _ = image.shape
     edges = (-0.5, w - 0.5, h - 0.5, -0.5)  # of the pixels, whose centres are whole numbers
-    figure = _figure(9.0, min(max(2.7 * h / w, 1), 8) + 0.5 + 0.3 * bool(title))
+    figure = new_figure(9.0, min(max(2.7 * h / w, 1), 8) + 0.5 + 0.3 * bool(title))
     figure.suptitle(title, fontsize=11)
     left, middle, right = figure.subplots(1, 3)
     for axes, name, panel in (
@@ -272,7 +272,7 @@ def attended_by_heads(
     across = max(1.4, 3.6 / len(columns))  # inches a panel; the title needs some width
     down = min(max(across * h / w, 0.6), 4.0)  # and the layer's name some height
     height = len(layers) * down + 0.6 + 0.3 * bool(title)
-    figure = _figure(len(columns) * across + 1.2, height)
+    figure = new_figure(len(columns) * across + 1.2, height)
     cells = figure.subplots(len(layers), len(columns), squeeze=False)
     for row, layer in zip(cells, layers, strict=True):
         for axes, head in zip(row, columns, strict=True):
@@ -300,7 +300,7 @@ def segmented(
     """
     images = images / 255 if images.dtype == np.uint8 else images
     n, h, w, _ = images.shape
-    figure = _figure(max(1.2 * n + 0.8, 2.4), 3.6 * min(max(h / w, 0.3), 3))
+    figure = new_figure(max(1.2 * n + 0.8, 2.4), 3.6 * min(max(h / w, 0.3), 3))
     cells = figure.subplots(3, n, squeeze=False)
     colours = _classes(int(max(masks.max(), predictions.max())) + 1)
     for column, image in zip(cells.T, images, strict=True):
@@ -325,7 +325,7 @@ def _classes(count: int) -> Float[np.ndarray, "{count} 3"]:
     return colours
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """An empty Figure, with its size in inches, that needs no display; notebooks show it."""
     try:
         from matplotlib.figure import Figure as Base

@@ -23,7 +23,15 @@ from vit_jax.data.images import BadImage, decode_box
 from vit_jax.data.order import Balance, repeated, shuffled
 from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
 from vit_jax.data.sources import Source
-from vit_jax.data.transforms import InceptionCrop, Mask, Pixels, Preprocess, RandomAffine, flip
+from vit_jax.data.transforms import (
+    InceptionCrop,
+    Mask,
+    Pixels,
+    Pixels5,
+    Preprocess,
+    RandomAffine,
+    flip,
+)
 from vit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +48,8 @@ class BatchReader:
     Attributes:
       replace: whether, with on_corrupt="skip", an example that cannot be read is replaced by the
         next one of the source (training), or masked (evaluation).
+      crops: how many crops of each image to read, for evaluation alone: 1, or 5 (see
+        `Preprocess.five_crops`), so that `image` is [b 5 h w c].
       balance: the order of training examples; None for all of them once an epoch.
       repeats: how often each training example comes in a batch (see `order.repeated`).
       reported: the examples that were logged as skipped.
@@ -59,6 +69,7 @@ class BatchReader:
     erasing: float = 0.0
     on_corrupt: str = "stop"
     replace: bool = False
+    crops: int = 1
     balance: Balance | None = None
     repeats: int = 1
     reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
@@ -106,6 +117,7 @@ class BatchReader:
         """
         cv2.setNumThreads(1)  # parallel over images instead
         b, size = len(indices), (*self.preprocess.image_size, self.preprocess.in_channels)
+        size = size if self.crops == 1 else (self.crops, *size)
         k, multi_label = len(self.source.label_names), getattr(self.source, "multi_label", False)
         label = np.zeros((b, k), np.float32) if multi_label else np.zeros(b, np.int32)
         if self._masks:
@@ -161,7 +173,7 @@ class BatchReader:
 
     def _read(
         self, batch: Batch, row: int, position: int
-    ) -> tuple[Pixels | None, int | tuple[int, ...] | Mask, np.random.Generator | None]:
+    ) -> tuple[Pixels | Pixels5 | None, int | tuple[int, ...] | Mask, np.random.Generator | None]:
         """An example's image at the model's size (None: masked), label, and random generator."""
         for _ in range(_MOST_SKIPPED):
             index = int(batch["index"][row])
@@ -216,7 +228,7 @@ class BatchReader:
                     f"{name} has the label {each} in its mask, but there are {k} class names"
                 )
 
-    def _cut(self, image: Any, random: np.random.Generator | None) -> Pixels:
+    def _cut(self, image: Any, random: np.random.Generator | None) -> Pixels | Pixels5:
         crop, how = self.inception_crop, self.preprocess
         if crop and isinstance(image, bytes):
             box = functools.partial(crop.box, random=random)
@@ -224,6 +236,8 @@ class BatchReader:
         else:
             image = how.read(image)
             image = crop(image, random) if crop else image
+        if self.crops > 1:
+            return how.five_crops(image)
         return how.pixels(image, random if self.random_crop else None)
 
 

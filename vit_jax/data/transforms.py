@@ -14,6 +14,7 @@ from vit_jax.data.images import MAX_PIXELS, BadImage, Image, check_jpeg, read_im
 from vit_jax.errors import UserError, nearest
 
 Pixels = UInt8[np.ndarray, "_h _w _c"] | Float32[np.ndarray, "_h _w _c"]  # of 0 to 255
+Pixels5 = UInt8[np.ndarray, "5 _h _w _c"] | Float32[np.ndarray, "5 _h _w _c"]
 Mask = Int32[np.ndarray, "_h _w"]  # a class for each pixel
 
 _CV2 = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
@@ -269,6 +270,27 @@ class Preprocess:
 
         With a generator, it is cut out of the resized image anywhere, not from the centre.
         """
+        image = self._whole(image)
+        if random is not None:
+            return random_crop(image, self.image_size, random)
+        return centre_crop(image, self.image_size, down=self.aspect == "small")
+
+    def five_crops(self, image: Image) -> Pixels5:
+        """The centre, as `pixels` cuts it, and the four corners of the resized image."""
+        image, (h, w) = self._whole(image), self.image_size
+        bottom, right = image.shape[0] - h, image.shape[1] - w
+        corners = [
+            image[top : top + h, left : left + w] for top in (0, bottom) for left in (0, right)
+        ]
+        return np.stack([centre_crop(image, (h, w), down=self.aspect == "small"), *corners])
+
+    @property
+    def cuts(self) -> bool:
+        """Whether an image may be resized to more than the model's size, so that crops differ."""
+        return self.aspect != "squash" or self._resized(1, 1) != tuple(self.image_size)
+
+    def _whole(self, image: Image) -> Pixels:
+        """The image with the model's channels, resized, before anything is cut out of it."""
         image = to_channels(image, self.in_channels)
         size = self._resized(*image.shape[:2])
         if size[0] * size[1] > MAX_PIXELS:
@@ -279,9 +301,7 @@ class Preprocess:
         image = resize(image, size, self.resize)
         if self.resize_dtype == "truncated":
             image = image.clip(0, 255).astype(np.uint8)
-        if random is not None:
-            return random_crop(image, self.image_size, random)
-        return centre_crop(image, self.image_size, down=self.aspect == "small")
+        return image
 
     def mask(self, mask: Mask) -> Mask:
         """Brings the mask of an image to the model's size, as `pixels` does without a generator."""

@@ -6,11 +6,8 @@ content security policy blocks other scripts and all requests. Its style is page
 
 import base64
 import hashlib
-import html
 import logging
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
@@ -18,16 +15,17 @@ from etils import epath
 
 from vit_jax.errors import UserError
 from vit_jax.launch.comparison import Run, read_runs
+from vit_jax.launch.parts import COLOURS, html_table, safe, swatch, ticks
+from vit_jax.launch.quality import Evaluated, markdown_of, read_all
+from vit_jax.launch.quality_page import sections
 from vit_jax.launch.report import (
     Group,
     Report,
-    Table,
     compare,
     curve_names,
     group_table,
     markdown,
     number,
-    printable,
     run_table,
     short,
     summary,
@@ -38,11 +36,9 @@ from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
-_COLOURS = 7  # those of the style; then they come again, dashed
 _POINTS = 200  # of a curve, at most
 _WIDTH, _HEIGHT = 360, 216  # of a picture, in the pixels of a phone
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 350, 8, 190
-_SYMBOLS = {"finished": "✓", "running": "▸", "failed": "✕", "stopped": "■", "waiting": "…"}
 
 
 def write_report(folders: Sequence[str], out: str | None = None) -> str:
@@ -61,21 +57,24 @@ def write_report(folders: Sequence[str], out: str | None = None) -> str:
     if path.suffix != ".html":
         raise UserError(f"--out is {out}; expected FILE.html, beside which FILE.md is written")
     report = compare(read_runs(folders), title(folders))
-    table = markdown(report)
+    evaluated, notes = read_all(report.runs)
+    table = markdown(report) + markdown_of(evaluated, notes)
     beside = path.with_suffix(".md")
     if beside.exists() and not path.exists():  # such as README.md
         raise UserError(
             f"{beside}, which would be written beside {path}, is there and no report: name another "
             "--out=FILE.html"
         )
-    write_atomically(path, html_page(report))
+    write_atomically(path, html_page(report, evaluated, notes))
     write_atomically(beside, table)
     logger.info("%s", path)
     return table
 
 
-def html_page(report: Report) -> str:
-    """Renders a report as HTML."""
+def html_page(
+    report: Report, evaluated: Sequence[Evaluated] = (), notes: Sequence[str] = ()
+) -> str:
+    """Renders a report as HTML, with what was evaluated of its runs (see `quality.read_all`)."""
     keys = _legend(report)
     here = resources.files("vit_jax.launch")
     style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -87,14 +86,14 @@ def html_page(report: Report) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
 script-src 'sha256-{policy}'">
-<title>{_safe(report.title)}</title>
+<title>{safe(report.title)}</title>
 <style>{style}</style>
 </head>
 <body>
 <main>
 <header>
-<h1>{_safe(report.title)}</h1>
-<p class="sub">{_safe(summary(report))}</p>
+<h1>{safe(report.title)}</h1>
+<p class="sub">{safe(summary(report))}</p>
 </header>
 {_best(report)}
 {_groups(report, keys)}
@@ -103,21 +102,13 @@ script-src 'sha256-{policy}'">
 <h2>Runs</h2>
 {_runs(report, keys)}
 </section>
+{sections(evaluated, notes, keys)}
 {_footer(report)}
 </main>
 <script>{script}</script>
 </body>
 </html>
 """
-
-
-def _safe(words: str) -> str:
-    return html.escape(printable(words))
-
-
-def _breakable(words: str) -> str:
-    """Escapes a name, and allows line breaks after the characters that join its parts."""
-    return re.sub(r"([,_/])", r"\1<wbr>", _safe(words))
 
 
 def _legend(report: Report) -> dict[str, int]:
@@ -133,18 +124,18 @@ def _best(report: Report) -> str:
         return '<p class="card">Nothing has been measured yet.</p>'
     scores = [(report.metric, best.last(report.metric)), (report.test, best.last(report.test))]
     scores_html = "".join(
-        f'<div class="score"><b>{number(value)}</b><span>{_safe(name)}</span></div>'
+        f'<div class="score"><b>{number(value)}</b><span>{safe(name)}</span></div>'
         for name, value in scores
         if name is not None and value is not None
     )
     settings = [(key, best.settings[key]) for key in report.varied if key in best.settings]
     chips = "".join(
-        f"<li>{_safe(short(key, report.varied))} <b>{_safe(text(value))}</b></li>"
+        f"<li>{safe(short(key, report.varied))} <b>{safe(text(value))}</b></li>"
         for key, value in settings[:8]
     )
     return f"""<section class="card best">
-<div class="what"><p class="label">Best by {_safe(report.metric)}</p>
-<h2>{_safe(best.name)}</h2>
+<div class="what"><p class="label">Best by {safe(report.metric)}</p>
+<h2>{safe(best.name)}</h2>
 <ul class="chips">{chips}</ul></div>
 <div class="scores">{scores_html}</div>
 </section>"""
@@ -156,10 +147,10 @@ def _groups(report: Report, keys: Mapping[str, int]) -> str:
     values = [value for group in report.groups for value in group.values(report.metric)]
     table = group_table(report)
     strips = [_strip(group, report, keys, values) for group in report.groups]
-    swatches = [_swatch(keys[group.runs[0].folder]) for group in report.groups]
+    swatches = [swatch(keys[group.runs[0].folder]) for group in report.groups]
     return f"""<section>
 <h2>Over seeds</h2>
-{_table(table, swatches, extra=("each seed, and the mean", strips))}
+{html_table(table, swatches, extra=("each seed, and the mean", strips))}
 </section>"""
 
 
@@ -174,7 +165,7 @@ def _strip(group: Group, report: Report, keys: Mapping[str, int], values: Sequen
     mean = group.mean(report.metric)
     bar = "" if mean is None else f'<path d="M{x(mean):.1f} 2v18"/>'
     return (
-        f'<svg class="strip c{keys[group.runs[0].folder] % _COLOURS}" viewBox="0 0 180 22" '
+        f'<svg class="strip c{keys[group.runs[0].folder] % COLOURS}" viewBox="0 0 180 22" '
         f'width="180" height="22" aria-hidden="true"><path class="rule" d="M8 11h164"/>'
         f"{dots}{bar}</svg>"
     )
@@ -187,8 +178,8 @@ def _curves(report: Report, keys: Mapping[str, int]) -> str:
     labels = [group.label for group in report.groups] or [run.name for run in report.runs]
     drawn = {keys[run.folder] for run in report.runs if any(name in run.curves for name in names)}
     buttons = "".join(
-        f'<button type="button" aria-pressed="true" data-g="{i}">{_swatch(i)}'
-        f"<span>{_safe(label)}</span></button>"
+        f'<button type="button" aria-pressed="true" data-g="{i}">{swatch(i)}'
+        f"<span>{safe(label)}</span></button>"
         for i, label in enumerate(labels)
         if i in drawn
     )
@@ -200,13 +191,6 @@ def _curves(report: Report, keys: Mapping[str, int]) -> str:
 {figures}
 </div>
 </section>"""
-
-
-def _swatch(i: int) -> str:
-    return (
-        f'<svg class="swatch c{i % _COLOURS} d{i // _COLOURS % 3}" viewBox="0 0 18 8" width="18" '
-        'height="8" aria-hidden="true"><path d="M1 4h16"/></svg>'
-    )
 
 
 def _figure(name: str, runs: Sequence[Run], keys: Mapping[str, int], best: Run | None) -> str:
@@ -232,19 +216,19 @@ def _figure(name: str, runs: Sequence[Run], keys: Mapping[str, int], best: Run |
         lines.append(f'<text class="x" x="{x(step):.1f}" y="{_BOTTOM + 18}">{_steps(step)}</text>')
     for run, points in sorted(shown, key=lambda each: each[0] is best):
         i = keys[run.folder]
-        kind = f"c{i % _COLOURS} d{i // _COLOURS % 3}{' top' if run is best else ''}"
+        kind = f"c{i % COLOURS} d{i // COLOURS % 3}{' top' if run is best else ''}"
         places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         data = " ".join(f"{step}:{value:.6g}" for step, value in points)
-        attributes = f'class="{kind}" data-g="{i}" data-n="{_safe(run.name)}" data-p="{data}"'
+        attributes = f'class="{kind}" data-g="{i}" data-n="{safe(run.name)}" data-p="{data}"'
         lines.append(f'<polyline {attributes} points="{places}"/>')
         step, value = points[-1]
         lines.append(
             f'<circle class="{kind}" data-g="{i}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5"/>'
         )
     return f"""<figure>
-<figcaption><b>{_safe(name)}</b><output></output></figcaption>
+<figcaption><b>{safe(name)}</b><output></output></figcaption>
 <svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" \
-aria-label="{_safe(name)} by step, of {len(shown)} runs">
+aria-label="{safe(name)} by step, of {len(shown)} runs">
 {"".join(lines)}
 <circle class="mark" r="4.5"/></svg>
 </figure>"""
@@ -258,15 +242,6 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [points[round(i * share)] for i in range(_POINTS)]
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round tick values between two numbers."""
-    if not high > low:
-        return [low]
-    size = 10.0 ** math.floor(math.log10((high - low) / count))
-    size *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * size) <= count)
-    return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
-
-
 def _steps(step: float) -> str:
     for size, letter in ((1e6, "M"), (1e4, "k")):
         if step >= size:
@@ -275,51 +250,16 @@ def _steps(step: float) -> str:
 
 
 def _runs(report: Report, keys: Mapping[str, int]) -> str:
-    swatches = [_swatch(keys[run.folder]) for run in report.runs]
+    swatches = [swatch(keys[run.folder]) for run in report.runs]
     best = None if report.best is None else report.runs.index(report.best)
-    return _table(run_table(report), swatches, best=best)
-
-
-def _table(
-    table: Table,
-    swatches: Sequence[str],
-    best: int | None = None,
-    extra: tuple[str, Sequence[str]] | None = None,
-) -> str:
-    """An HTML table with a fixed first column; `extra` is one more column, already in HTML."""
-    kinds = ["n" if right else "" for right in table.numeric]
-    heads = "".join(
-        f'<th scope="col" class="{kind}">{_safe(head)}</th>'
-        for head, kind in zip(table.headers, kinds, strict=True)
-    )
-    heads += "" if extra is None else f"<th>{_safe(extra[0])}</th>"
-    state = table.headers.index("state") if "state" in table.headers else None
-    body = []
-    for i, row in enumerate(table.rows):
-        first = f'<th scope="row"><div>{swatches[i]}{_breakable(row[0])}</div></th>'
-        cells = [f'<td class="{k}">{_safe(c)}</td>' for c, k in zip(row, kinds, strict=True)]
-        if state is not None:
-            symbol = _SYMBOLS.get(row[state], "")
-            cells[state] = (
-                f'<td class="s {_safe(row[state])}"><i>{symbol}</i>{_safe(row[state])}</td>'
-            )
-        cells[0] = first
-        cells += [] if extra is None else [f"<td>{extra[1][i]}</td>"]
-        body.append(f"<tr{' class=won' if i == best else ''}>{''.join(cells)}</tr>")
-    rows = "\n".join(body)
-    return f"""<div class="scroll" tabindex="0"><table>
-<thead><tr>{heads}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table></div>"""
+    return html_table(run_table(report), swatches, best=best)
 
 
 def _footer(report: Report) -> str:
     paragraphs = []
     if report.common:
         same = ", ".join(f"{key}={text(value)}" for key, value in report.common.items())
-        paragraphs.append(f"The same in all runs: {_safe(same)}.")
+        paragraphs.append(f"The same in all runs: {safe(same)}.")
     paragraphs.append(
         "Runs are compared by the last value of their metric, that of the weights they keep; those "
         "that are not finished count only where none is. std is of the sample (n - 1). Images/s is "

@@ -299,12 +299,13 @@ def markdown(report: Report) -> str:
         same = ", ".join(f"{key}={text(value)}" for key, value in report.common.items())
         parts.append(f"The same in all: {escape(same)}.")
     if report.groups:
-        parts.append(_markdown_table(group_table(report)))
-    parts.append(_markdown_table(run_table(report)))
+        parts.append(markdown_table(group_table(report)))
+    parts.append(markdown_table(run_table(report)))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Formats a table as GitHub-flavoured Markdown."""
     rule = ["---:" if right else "---" for right in table.numeric]
     rows = [[escape(cell) for cell in row] for row in (table.headers, *table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))

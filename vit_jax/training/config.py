@@ -57,14 +57,23 @@ class EvalConfig:
     Attributes:
       every: steps between evaluations of `data.val`; 0 is only at the end.
       batch_size: global batch size of evaluation; None is that of training.
+      flip: whether to classify each image mirrored as well (see `eval_steps.averaged`).
+      crops: how many crops of an image to classify: 1, or 5, the centre and the corners; with
+        `flip`, each mirrored as well. They differ where images are resized to more than the model's
+        size: by `crop` below 1, or by `aspect`.
       evaluators: further evaluations, each a section under a name of its own.
     """
 
     every: int = 0
     batch_size: int | None = None
+    flip: bool = False
+    crops: int = 1
     evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if self.crops not in (1, 5):
+            hint = "; ten are crops=5 with flip=True" if self.crops == 10 else ""
+            raise UserError(f"eval.crops is {self.crops}; expected 1 or 5{hint}")
         for name in self.evaluators:
             if not name.isidentifier() or name in ("train", "val", "test"):
                 raise UserError(
@@ -215,6 +224,12 @@ class Config:
                     f"augment.{name} is for classification: set it to 0 with objective "
                     f"{self.objective}, which reads no labels"
                 )
+        if self.eval.flip or self.eval.crops > 1:
+            name = "flip" if self.eval.flip else "crops"
+            raise UserError(
+                f"eval.{name} averages what a model says of classes, which objective "
+                f"{self.objective} has not: leave it out"
+            )
         for name, evaluator in self.eval.evaluators.items():
             if isinstance(evaluator, Classification):
                 raise UserError(

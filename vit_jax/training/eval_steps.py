@@ -1,5 +1,6 @@
 """The evaluation steps: sums over the examples of a batch, and features of each."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.create import Model
 from vit_jax.models.vit import Layout
@@ -22,22 +24,31 @@ def make_eval_step(
     num_classes: int,
     objective: str,
     each: bool = False,
+    rows: bool = False,
+    flip: bool = False,
     layout: Layout | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
     """Returns (params, batch) -> sums over the batch's real examples, to be divided by the caller.
+
+    An image may come as several crops, [b v h w c]: `averaged` makes their logits one.
 
     With labels [b k], an image is right if the top class is any of its labels (ImageNet-ReaL);
     images without labels are left out of all sums.
 
     Args:
       each: whether each label is a separate yes-or-no question, so that images without labels have
-        a loss, too: `loss` is then the sum over all images, `images` their number, and the rows
-        that `multilabel.scores` reads are added: logits (float32), label, mask.
+        a loss, too: `loss` is then the sum over all images, and `images` their number.
+      rows: whether to add what is known of each example: logits (float32 [b k]), label, mask.
+      flip: whether each image is seen mirrored as well.
     """
     loss_of = objectives.LOSSES[objective]
 
     def eval_step(params, batch):
-        logits = merged(graphdef, params, layout)(images(batch, preprocess), layout=layout)
+        model = merged(graphdef, params, layout)
+        if flip or batch["image"].ndim == 5:
+            logits = _of_views(model, batch["image"], preprocess, objective, flip, layout)
+        else:
+            logits = model(images(batch, preprocess), layout=layout)
         targets = objectives.to_targets(batch["label"], num_classes)
         # Of several right classes the top one counts; images without any do not.
         mask = batch["mask"] & (targets.max(axis=-1) > 0)
@@ -54,12 +65,45 @@ def make_eval_step(
             "top5": jnp.sum((rank < min(5, num_classes)) & right),
             "loss": jnp.sum(loss_of(logits, targets) * (batch["mask"] if each else mask)),
         }
-        if not each:
-            return sums
-        rows = {"logits": logits.astype(jnp.float32), "label": targets, "mask": batch["mask"]}
-        return {**sums, "images": batch["mask"].sum(), **rows}
+        if each:
+            sums["images"] = batch["mask"].sum()
+        if rows:
+            known = {"label": batch["label"], "mask": batch["mask"]}
+            sums |= {"logits": logits.astype(jnp.float32), **known}
+        return sums
 
     return eval_step
+
+
+def _of_views(
+    model: Any,
+    pixels: Array,
+    preprocess: Preprocess,
+    objective: str,
+    flip: bool,
+    layout: Layout | None,
+) -> Array:
+    """The logits [b k] of images [b h w c], or of crops of each [b v h w c], one view at a time."""
+    views = jnp.moveaxis(pixels, 1, 0) if pixels.ndim == 5 else pixels[None]
+    if flip:
+        views = jnp.concatenate([views, views[..., ::-1, :]])
+    logits = jax.lax.map(lambda view: model(preprocess.normalise(view), layout=layout), views)
+    return averaged(logits, multi_label=OBJECTIVES[objective].multi_label)
+
+
+def averaged(logits: Float[Array, "v b k"], *, multi_label: bool) -> Float[Array, "b k"]:
+    """The logits of the mean of the probabilities of v views, float32.
+
+    Probabilities are averaged, as by VGG (arXiv 1409.1556) and GoogLeNet (arXiv 1409.4842), not
+    logits: their mean is a distribution that the loss and the calibration can be measured of, and
+    one view of extreme logits does not outweigh all others. Classes that are questions of their own
+    (`multi_label`) have a mean probability each.
+    """
+    logits, v = logits.astype(jnp.float32), len(logits)
+    mean = functools.partial(jax.nn.logsumexp, axis=0, b=1 / v)
+    if not multi_label:
+        return mean(jax.nn.log_softmax(logits))
+    return mean(jax.nn.log_sigmoid(logits)) - mean(jax.nn.log_sigmoid(-logits))
 
 
 def make_masked_eval_step(

@@ -15,26 +15,36 @@ from vit_jax.training.config import Config, differences, read_config
 from vit_jax.training.config_file import overridden
 from vit_jax.training.datasets import DataSets, with_recorded_sources
 from vit_jax.training.evaluation import Evaluation
-from vit_jax.training.sharding import (
-    make_mesh,
-    placement,
-)
+from vit_jax.training.predictions import Predictions
+from vit_jax.training.sharding import make_mesh, placement
 
 
-def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict[str, int | float]:
+def root_of(workdir: epath.PathLike) -> epath.PathLike:
+    """The run folder of a run folder, or of one of its checkpoints."""
+    model = os.fspath(workdir).rstrip("/")
+    if os.path.basename(os.path.dirname(model)) == "checkpoints":
+        return os.path.dirname(os.path.dirname(model))
+    return workdir
+
+
+def evaluate_own(
+    workdir: epath.PathLike,
+    overrides: Sequence[str] = (),
+    kept: dict[str, Predictions] | None = None,
+    needed_by: str = "",
+) -> dict[str, int | float]:
     """Evaluates a run folder with its own config and data, which may have moved.
 
     Args:
       workdir: the run folder, or one of its checkpoints, RUN/checkpoints/STEP or .../best.
       overrides: flags for fields that may change on resuming, and for new places of the same data,
         `--config.data.val.source=...`.
+      kept, needed_by: as in `evaluate_run`.
 
     Raises:
       UserError: as `evaluate_run`, or flags that would make it another run.
     """
-    model = os.fspath(workdir).rstrip("/")
-    if os.path.basename(os.path.dirname(model)) == "checkpoints":
-        workdir = os.path.dirname(os.path.dirname(model))
+    model, workdir = os.fspath(workdir).rstrip("/"), root_of(workdir)
     own = read_config(workdir)
     config, moved = with_recorded_sources(own, overridden(dataclasses.asdict(own), overrides))
     if changed := differences(own, config):
@@ -42,25 +52,40 @@ def evaluate_own(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> dict
             f"{workdir} is evaluated as its config says ({'; '.join(changed)}): name --model and "
             "--config for another"
         )
-    return evaluate_run(model, config, DataSets.of_run(workdir, moved))
+    return evaluate_run(model, config, DataSets.of_run(workdir, moved), kept, needed_by)
 
 
 def evaluate_run(
-    path: epath.PathLike, config: Config, data: DataSets | None = None
+    path: epath.PathLike,
+    config: Config,
+    data: DataSets | None = None,
+    kept: dict[str, Predictions] | None = None,
+    needed_by: str = "",
 ) -> dict[str, int | float]:
     """Evaluates any model that `load` takes on the splits of `config`: {"val/accuracy": ..., ...}.
 
-    `data` opens the splits (see `Evaluation`).
+    Args:
+      data: opens the splits (see `Evaluation`).
+      kept: where the predictions of each split are put, by its name (see `Evaluation`).
+      needed_by: the flag that needs predictions, if any does.
 
     Raises:
-      UserError: no model there, no split to evaluate, or classes that do not agree.
+      UserError: no model there, no split to evaluate, classes that do not agree, or no classes
+        where predictions are needed.
     """
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1))
     distributed.meet()
     opened = open_together(path)
-    evaluation = distributed.each("evaluation", lambda: Evaluation(config, opened.card, mesh, data))
+    evaluation = distributed.each(
+        "evaluation", lambda: Evaluation(config, opened.card, mesh, data, kept)
+    )
     if not evaluation.names:
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
+    if needed_by and not evaluation.classifies:
+        raise UserError(
+            f"{needed_by} is of images that are classified: here no data.val, data.test or "
+            "evaluator of type classification does that"
+        )
     shardings = functools.partial(placement, mesh=mesh)
     params, _ = place(opened, opened.card.config, shardings=shardings)
     results: dict[str, int | float] = {} if opened.step is None else {"step": opened.step}

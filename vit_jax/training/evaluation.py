@@ -24,6 +24,7 @@ from vit_jax.training.datasets import DataSets
 from vit_jax.training.eval_steps import make_eval_step, make_feature_step, make_masked_eval_step
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
+from vit_jax.training.predictions import Gathered, Predictions
 from vit_jax.training.probes import Features
 from vit_jax.training.segmentation import Dense
 from vit_jax.training.sharding import batch_shards, local_rows, make_layout, to_devices, total
@@ -43,14 +44,24 @@ class Evaluation:
 
     Args:
       data: opens the splits; by default as the config says, relative to the current folder.
+      kept: where each classification puts what the model says of each image, by its name. By
+        default nothing leaves the device but sums.
 
     Raises:
       UserError: a split that cannot be opened, is endless, has other classes than the model, or
         is the same images as an evaluator's training split.
     """
 
-    def __init__(self, config: Config, card: ModelCard, mesh: Mesh, data: DataSets | None = None):
+    def __init__(
+        self,
+        config: Config,
+        card: ModelCard,
+        mesh: Mesh,
+        data: DataSets | None = None,
+        kept: dict[str, Predictions] | None = None,
+    ):
         data = data or DataSets()
+        self._kept = kept
         self._config, self._mesh = config, mesh
         self._evaluators: dict[str, Evaluator] = {
             name: Classification(test=split, every=every)
@@ -71,7 +82,7 @@ class Evaluation:
         # By evaluator and split: the classes of a split depend on the evaluator.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
         self._several: dict[str, str | None] = {}
-        known: dict[tuple[Split, tuple[str, ...]], BatchReader] = {}
+        known: dict[tuple[Split, tuple[str, ...], int], BatchReader] = {}
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
             matched = not (ours and masked)  # labels that nothing reads need not be the model's
@@ -92,10 +103,18 @@ class Evaluation:
                         source = data.with_labels(named, split, labels)
                         several = _several(named, source, split, evaluator, config, card)
                         self._several[name] = several
-                    read = BatchReader.of(
-                        source, split, card.preprocess, on_corrupt=config.data.on_corrupt
-                    )
-                    self._reads[name, split] = known.setdefault((split, source.label_names), read)
+                    crops = config.eval.crops if ours else 1  # features are of the centre
+                    options = dict(on_corrupt=config.data.on_corrupt, crops=crops)
+                    read = BatchReader.of(source, split, card.preprocess, **options)
+                    if crops > 1 and not read.preprocess.cuts:
+                        key = named if named.startswith("data.") else f"{named}.test"
+                        raise UserError(
+                            f"{named}: images are resized to the model's size, so that eval.crops="
+                            f"{crops} would be {crops} times the same: set --config.{key}.crop, "
+                            "such as 0.875, or leave eval.crops out"
+                        )
+                    key = split, source.label_names, crops
+                    self._reads[name, split] = known.setdefault(key, read)
                 if len(names) > 1:
                     data.check(names, config)
         graphdef, _ = structure(card.config)
@@ -108,14 +127,18 @@ class Evaluation:
             self._eval_step = jax.jit(step, compiler_options=asked)
         else:
             classes = card.config.num_classes
-            make = functools.partial(
-                make_eval_step, graphdef, card.preprocess, num_classes=classes, **options
-            )
-            step, each = make(), make(each=True)
+            options |= dict(num_classes=classes, flip=config.eval.flip)
+            make = functools.partial(make_eval_step, graphdef, card.preprocess, **options)
+            step = make()
             self._eval_step = jax.jit(
                 lambda params, batch, start: step(params, batch), compiler_options=asked
             )
-            self._each_step = jax.jit(each, out_shardings=whole, compiler_options=asked)
+            self._row_steps = {  # by whether each label is a question of its own
+                each: jax.jit(
+                    make(each=each, rows=True), out_shardings=whole, compiler_options=asked
+                )
+                for each in (False, True)
+            }
         self._feature_steps = {
             dense: jax.jit(
                 make_feature_step(graphdef, card.preprocess, dense=dense, layout=layout),
@@ -129,6 +152,12 @@ class Evaluation:
     def names(self) -> tuple[str, ...]:
         """The evaluations that the config has: val, test and the evaluators."""
         return tuple(self._evaluators)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether any of them tells classes of images."""
+        ours = (isinstance(each, Classification) for each in self._evaluators.values())
+        return self._config.classifies and any(ours)
 
     def during(self) -> dict[str, tuple[str, ...] | None]:
         """What is measured during the run, not only at its end: name -> its metrics.
@@ -175,7 +204,9 @@ class Evaluation:
         that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
         """
         read, corrupt = self._reads[name, split], 0
-        each = self._several.get(name) == "each"
+        several = self._several.get(name)
+        each = several == "each"
+        rows = each or (self._kept is not None and self._config.classifies)
 
         def results(batches):
             nonlocal corrupt
@@ -183,19 +214,18 @@ class Evaluation:
                 if read.on_corrupt == "skip":
                     corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
                 on_device = self._to_devices(batch)
-                if each:
-                    yield self._each_step(params, on_device)
+                if rows:
+                    yield self._row_steps[each](params, on_device)
                 else:
                     yield self._eval_step(params, on_device, number * self._batch_size)
 
-        logits, labels = [], []
+        gathered = Gathered(len(read.source), several, self._config.objective)
         with self._batches(read) as batches:
-            if each:
+            if rows:
                 sums = []
-                for values in fetched(results(batches)):
-                    mask = values.pop("mask")
-                    logits.append(values.pop("logits")[mask])
-                    labels.append(values.pop("label")[mask])
+                for number, values in enumerate(fetched(results(batches))):
+                    known = [values.pop(column) for column in ("logits", "label", "mask")]
+                    gathered.add(number * self._batch_size, *known)
                     sums.append(values)
             else:
                 sums = jax.device_get(list(results(batches)))
@@ -213,8 +243,13 @@ class Evaluation:
         if each:
             counts["loss"] = totals.pop("images")
         means = {name: float(value / counts[name]) for name, value in totals.items()}
-        if each:
-            means |= multilabel.scores(np.concatenate(logits), np.concatenate(labels))
+        if rows:
+            flip, crops = self._config.eval.flip, read.crops
+            found = gathered.predictions(read.source, split, flip=flip, crops=crops)
+            if each:
+                means |= multilabel.scores(found.logits, found.label)
+            if self._kept is not None:
+                self._kept[name] = found
         return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
 
     def features(self, params: Any, name: str, split: Split) -> Features:
