@@ -28,6 +28,7 @@ from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan
 from vit_jax.training.sharding import AXES, device_memory
 from vit_jax.training.stopping import interruptible
+from vit_jax.training.trainable import trainable
 
 logger = logging.getLogger(__name__)
 PERIOD = 30.0  # seconds between two lines of progress where there is no bar
@@ -108,10 +109,11 @@ def _model(plan: Plan, state: Any) -> str:
         ]
         name += f" with {', '.join(changed)}" if changed else ""
     classes = f", {model.num_classes:,} classes" if model.num_classes else ""
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    learned, count = trainable(plan.config.optim.freeze, state.params).sizes(state.params)
+    learning = f", of which {learned:,} learn" if learned < count else ""
     pixels = "{}x{} pixels".format(*model.image_size)
     precision = "" if model.dtype == "float32" else f", {model.dtype}"
-    return f"{name}; {pixels}{classes}, {count:,} parameters{precision}"
+    return f"{name}; {pixels}{classes}, {count:,} parameters{learning}{precision}"
 
 
 @contextlib.contextmanager
