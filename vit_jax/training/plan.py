@@ -20,7 +20,7 @@ from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
 from vit_jax.data.contents import labels_of
-from vit_jax.data.order import Balance
+from vit_jax.data.order import Balance, Growth
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
@@ -31,6 +31,7 @@ from vit_jax.models.resnet import STYLES
 from vit_jax.models.variants import variant, variant_fields, variant_kind
 from vit_jax.training import masking
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
+from vit_jax.training.growth import check_sizes
 from vit_jax.training.objectives import class_weights
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,14 @@ class Plan:
             on_corrupt=config.data.on_corrupt,
             balance=Balance.of(source, share) if (share := config.data.train.balance) else None,
             repeats=config.data.train.repeats,
+            growth=self.growth,
         )
+
+    @property
+    def growth(self) -> Growth | None:
+        """The sizes of the training images, if they grow. Raises a UserError for too few steps."""
+        sides = self.config.augment.image_sizes
+        return Growth(sides, self.total_steps) if sides else None
 
     @property
     def class_weights(self) -> tuple[float, ...] | None:
@@ -200,6 +208,7 @@ def make_plan(config: Config, data: TrainingData, init: Opened | None = None) ->
     model = model_config(config, base and base.config, len(labels), keep_head)
     if base:
         _check_sizes(model, base.config)
+    check_sizes(config.augment.image_sizes, model)
     if model.num_classes != len(labels):
         what = config.data.train.source if config.classifies else f"objective {config.objective}"
         raise UserError(

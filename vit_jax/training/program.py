@@ -1,6 +1,7 @@
 """The compiled training step of a plan, on a mesh. Nothing is allocated."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.compiler import compiler_options, traced_for
 from vit_jax.models.create import structure
+from vit_jax.training import growth
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.plan import Plan
 from vit_jax.training.sharding import BATCH, check_batch, make_layout
@@ -25,7 +27,7 @@ class Program:
 
     Attributes:
       state: shapes, types and shardings of the train state.
-      batch: shapes, types and shardings of a batch.
+      batch: shapes, types and shardings of a batch; of the largest, if images grow.
       step: (state, batch) -> (state, metrics), jitted; it donates the state.
     """
 
@@ -61,11 +63,11 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
         "mask": ((b,), jnp.bool_),
     }
     mixed_steps = config.augment.mixed_steps(plan.total_steps)
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        schedule,
-        card.preprocess,
+    make_step = functools.partial(
+        make_train_step,
+        optimizer=optimizer,
+        schedule=schedule,
+        preprocess=card.preprocess,
         num_classes=k,
         objective=config.objective,
         augment=config.augment,
@@ -77,6 +79,17 @@ def make_program(plan: Plan, mesh: Mesh) -> Program:
         class_weights=plan.class_weights,
         mixed_steps=mixed_steps if mixed_steps < plan.total_steps else None,
     )
+    step = make_step(graphdef)
+    if plan.growth:  # jit compiles it for each size of images that it is given
+        sized = {side: growth.at_size(model, side) for side in plan.growth.sides}
+        step = growth.by_size(
+            {
+                (side, side): make_step(
+                    structure(there)[0], fit=growth.fit(model, there, card.position_resize)
+                )
+                for side, there in sized.items()
+            }
+        )
     return Program(
         mesh,
         optimizer,
