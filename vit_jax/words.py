@@ -63,6 +63,7 @@ KEYS = {
     "data.threads": "num_threads n_threads",
     "augment.mixup": "mixup_alpha",
     "augment.cutmix": "cutmix_alpha",
+    "augment.image_sizes": "progressive_resizing resolutions image_size_schedule",
     "augment.mix_off": "mixup_off_epoch",
     "augment.label_smoothing": "smoothing label_smooth",
     "optim.name": "optimizer optimiser opt optim",

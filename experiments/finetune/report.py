@@ -5,8 +5,8 @@ pixels, tested on 1,011) and on 326 solar cells (70 pixels, tested on 523). In f
 alone, LoRA of rank 8 (arXiv 2106.09685), all weights with layer decay (`configs/finetune_own.py`),
 all at one rate, and the same model from random weights.
 
-Each is 100 steps of 32 images. The learning rate of the head alone is the best of three, on garments
-that are neither trained nor tested on; the others have usual ones, `sweep.py` says which.
+Each is 100 steps of 32 images. The learning rate of the head alone is the best of three, on
+garments that are neither trained nor tested on; the others are usual ones (`sweep.py`).
 """
 
 import time

@@ -20,7 +20,7 @@ from vit_jax.data.ahead import read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
 from vit_jax.data.images import BadImage, decode_box
-from vit_jax.data.order import Balance, repeated, shuffled
+from vit_jax.data.order import Balance, Growth, repeated, shuffled
 from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import (
@@ -51,6 +51,7 @@ class BatchReader:
       crops: how many crops of each image to read, for evaluation alone: 1, or 5 (see
         `Preprocess.five_crops`), so that `image` is [b 5 h w c].
       balance: the order of training examples; None for all of them once an epoch.
+      growth: the size of the images of each training step; None is that of `preprocess`.
       repeats: how often each training example comes in a batch (see `order.repeated`).
       reported: the examples that were logged as skipped.
     """
@@ -72,6 +73,7 @@ class BatchReader:
     crops: int = 1
     balance: Balance | None = None
     repeats: int = 1
+    growth: Growth | None = None
     reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
@@ -99,6 +101,14 @@ class BatchReader:
         for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
         return cls(source, split.preprocess(preprocess), **fields)
+
+    def at(self, step: int) -> "BatchReader":
+        """The reader of the batch of a step, for images of its size."""
+        if self.growth is None:
+            return self
+        size = (self.growth(step),) * 2
+        preprocess = dataclasses.replace(self.preprocess, image_size=size)
+        return dataclasses.replace(self, preprocess=preprocess, growth=None)
 
     def __call__(self, positions: np.ndarray, indices: np.ndarray, threads: int = 1) -> Batch:
         """Reads the examples `indices`, at `positions` in the stream.
@@ -264,7 +274,7 @@ class _Step:
         rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
         positions = rows + int(step) * self.batch_size
         places, first = repeated(positions, self.batch_size, self.read.repeats)
-        batch = self.read(positions, self.indices(self.read, places), self.threads)
+        batch = self.read.at(int(step))(positions, self.indices(self.read, places), self.threads)
         # Counted once: each epoch of the order has every example once.
         batch["corrupt"] &= first & (places < _length(self.read.source, int(places.max()) + 1))
         return batch

@@ -79,6 +79,10 @@ def _augment(plan: Plan) -> Iterator[str]:
     if isinstance(model, ViTConfig) and (rate := model.patch_dropout):
         n = math.prod(model.grid)
         yield f"{kept_patches(n, rate)} of {n} patches of a training image"
+    if growth := plan.growth:
+        phases = zip(growth.sides, growth.starts, strict=True)
+        told = [f"{side}x{side} from step {first + 1:,}" for side, first in phases]
+        yield f"images of {', '.join(told)}"
     if (mixed := config.augment.mixed_steps(total)) < total:
         yield f"mixup and cutmix end after step {mixed:,}"
 
@@ -117,9 +121,14 @@ def _model(plan: Plan, state: Any) -> str:
 
 
 @contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """Says that the training step is being compiled and, at the end, how long it took."""
-    logger.info("compiling the training step ...")
+def compiling(side: int | None = None) -> Iterator[None]:
+    """Says that the training step is being compiled and, at the end, how long it took.
+
+    Args:
+      side: of the images, where they grow.
+    """
+    sized = "" if side is None else f" for images of {side}x{side} pixels"
+    logger.info("compiling the training step%s ...", sized)
     began = time.monotonic()
     with interruptible():
         yield
