@@ -388,6 +388,7 @@ def test_the_teacher_is_an_argument_placed_as_the_student_is(tiny_run):
     assert "fsdp" in program.teacher["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec
     traced = program.step.trace(*program.inputs)
     assert sum(np.asarray(const).nbytes for const in traced.jaxpr.consts) < 1000
+    assert "jvp(teacher)/" in traced.lower().as_text(debug_info=True)  # a part of the roofline
     assert jax.tree.structure(program.state.ema) != jax.tree.structure(program.teacher)
     again = dataclasses.replace(plan.teacher, opened=open_model(tiny_run[0], step=20))
     assert again.read(mesh)[1] != fingerprint
