@@ -18,6 +18,10 @@ KEYS = {
     "init_from": "pretrained pretrained_path pretrained_model checkpoint checkpoint_path ckpt"
     " weights load_from model_path finetune fine_tune finetune_from from_checkpoint resume",
     "objective": "loss criterion loss_fn loss_function",
+    "distill.teacher": "teacher_model teacher_path teacher_checkpoint teacher_name",
+    "distill.kind": "distillation_type",
+    "distill.temperature": "tau distillation_tau",
+    "distill.weight": "distillation_alpha",
     "precision": "amp use_amp fp16 bf16 float16 bfloat16 half mixed_precision half_precision dtype"
     " compute_dtype",
     "model.variant": "arch architecture model_name model_type backbone network",
