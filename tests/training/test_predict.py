@@ -251,6 +251,7 @@ def test_the_forms_of_the_output_hold_the_same(vit, path, here, capsys, caplog):
         assert predict(path, "pets", "--topk=2", f"--out=out/x.{ending}") == 3
         assert f"out/x.{ending}: 21 images in " in caplog.text
     assert capsys.readouterr().out == ""
+    assert re.search(r"x\.csv: 21 images in \d+\.\d s\n", caplog.text)  # of 3 batches, no rate
     assert (here / "out" / "x.jsonl").read_text() == printed
     columns = ["file", "label1", "probability1", "label2", "probability2", "error"]
     with open("out/x.csv", newline="") as file:
