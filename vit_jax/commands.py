@@ -148,7 +148,7 @@ def _keep(
     except (OSError, UserError) as error:
         logger.warning("nothing is kept in %s: %s", folder, error)
         return []
-    return [f"{folder} has all of it, for `vit-jax report {workdir}`"]
+    return [f"all of it is kept in {folder}, which `report` reads"]
 
 
 def predict(

@@ -90,7 +90,7 @@ def confusion(found: Confusion, classes: Sequence[str], name: str) -> Any:
         (
             np.ma.masked_array(shares, diagonal | (counts == 0)),
             "Oranges",
-            max(float(shares[~diagonal].max(initial=0.0)), 1e-9),
+            max(float(shares[~diagonal].max(initial=0.0)), 0.1),
             "mistaken",
         ),
     ):
@@ -99,7 +99,7 @@ def confusion(found: Confusion, classes: Sequence[str], name: str) -> Any:
         scale.set_label(f"{what}, share of the class", fontsize=8)
         scale.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         scale.ax.tick_params(labelsize=7)
-    reach = np.where(diagonal, 1.0, max(float(shares[~diagonal].max(initial=0.0)), 1e-9))
+    reach = np.where(diagonal, 1.0, max(float(shares[~diagonal].max(initial=0.0)), 0.1))
     for i, j in zip(*np.nonzero(counts), strict=True):
         colour = "white" if shares[i, j] > 0.6 * reach[i, j] else "#222222"
         axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=7)
