@@ -127,6 +127,8 @@ def run_evaluation(
     told = {
         name: evaluation_files.to_json(name, found[name], kept[name], results) for name in found
     }
+    if views := {each.crops * (1 + each.flip) for each in kept.values()} - {1}:
+        lines.append(f"each image is classified by the mean of {views.pop()} views of it")
     lines += assess.lines(found, {name: kept[name].source.label_names for name in found})
     if config is None and found:
         lines += _keep(evaluation.root_of(model), told, kept)

@@ -73,12 +73,13 @@ def test_views_against_one_view_after_another(tiny_run, flip, crops):
     assert (kept["test"].flip, kept["test"].crops) == (flip, crops)
 
 
-def test_a_run_may_be_evaluated_with_other_views(tiny_run, capsys, tmp_path):
+def test_a_run_may_be_evaluated_with_other_views(tiny_run, capsys):
     own = ["evaluate", f"--workdir={tiny_run[0]}"]
     error = fails(capsys, *own, "--config.eval.crops=5")
     assert "eval.crops=5 would be 5 times the same: set --config.data.val.crop" in error
     error = fails(capsys, *own, "--config.eval.crops=10")
     assert "eval.crops is 10; expected 1 or 5; ten are crops=5 with flip=True" in error
-    assert main([*own, "--config.eval.flip=True", "--json"]) == 0
+    assert main([*own, "--config.eval.flip=True"]) == 0
+    assert "each image is classified by the mean of 2 views of it" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"eval\.flip averages what a model says of classes"):
         load_config(DIGITS, ["--config.objective=masked_colour", "--config.eval.flip=True"])

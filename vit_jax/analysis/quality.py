@@ -180,8 +180,8 @@ def mistakes_page(name: str, quality: Quality, found: Predictions) -> str:
     wrong = quality.images - int(found.correct[found.labelled].sum())
     told = f"{wrong:,} of {quality.images:,} images are wrong, accuracy {quality.accuracy:.4f}"
     if wrong > len(rows):
-        told += f"; here are {len(rows)}"
-    told += ", those that the model was most confident of first" if wrong else ""
+        told += f", of which {len(rows)} are here"
+    told += "; the model was most confident of the first" if wrong else ""
     title = f"{name}: the worst mistakes" if wrong else f"{name}: no mistakes"
     cards = "\n".join(_cards(found, rows))
     source = f"{found.split.source}, {found.split.split}"
