@@ -51,6 +51,7 @@ class BatchReader:
     seed: int = 0
     inception_crop: InceptionCrop | None = None
     random_crop: bool = False
+    crop_padding: int = 0
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
@@ -90,6 +91,13 @@ class BatchReader:
         for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
         return cls(source, split.preprocess(preprocess), **fields)
+
+    def in_uint8(self) -> "BatchReader":
+        """The reader of training images, which are uint8 whatever evaluation has."""
+        if self.preprocess.resize_dtype != "float32":
+            return self
+        preprocess = dataclasses.replace(self.preprocess, resize_dtype="uint8")
+        return dataclasses.replace(self, preprocess=preprocess)
 
     def at(self, step: int) -> "BatchReader":
         """The reader of the batch of a step, for images of its size."""
@@ -234,7 +242,7 @@ class BatchReader:
         else:
             image = how.read(image)
             image = crop(image, random) if crop else image
-        return how.pixels(image, random if self.random_crop else None)
+        return how.pixels(image, random if self.random_crop else None, self.crop_padding)
 
 
 def _length(source: Source, endless: int) -> int:
@@ -300,10 +308,7 @@ def train_batches(
       rows: the rows of the global batch that this process reads: a slice or ascending numbers.
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
-    preprocess = read.preprocess
-    if preprocess.resize_dtype == "float32":
-        preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
-    read = dataclasses.replace(read, preprocess=preprocess, replace=True)
+    read = dataclasses.replace(read.in_uint8(), replace=True)
     step = _Step(read, _train_indices, batch_size, rows, threads_of(workers, threads))
     return read_ahead(step, range(start_step, stop_step), workers)
 
