@@ -270,7 +270,8 @@ class _Step:
         places, first = repeated(positions, self.batch_size, self.read.repeats)
         batch = self.read.at(int(step))(positions, self.indices(self.read, places), self.threads)
         # Counted once: each epoch of the order has every example once.
-        batch["corrupt"] &= first & (places < _length(self.read.source, int(places.max()) + 1))
+        length = _length(self.read.source, int(places.max(initial=0)) + 1)
+        batch["corrupt"] &= first & (places < length)
         return batch
 
 
