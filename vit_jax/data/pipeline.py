@@ -61,6 +61,7 @@ class BatchReader:
     seed: int = 0
     inception_crop: InceptionCrop | None = None
     random_crop: bool = False
+    crop_padding: int = 0
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
@@ -101,6 +102,13 @@ class BatchReader:
         for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
         return cls(source, split.preprocess(preprocess), **fields)
+
+    def in_uint8(self) -> "BatchReader":
+        """The reader of training images, which are uint8 whatever evaluation has."""
+        if self.preprocess.resize_dtype != "float32":
+            return self
+        preprocess = dataclasses.replace(self.preprocess, resize_dtype="uint8")
+        return dataclasses.replace(self, preprocess=preprocess)
 
     def at(self, step: int) -> "BatchReader":
         """The reader of the batch of a step, for images of its size."""
@@ -248,7 +256,7 @@ class BatchReader:
             image = crop(image, random) if crop else image
         if self.crops > 1:
             return how.five_crops(image)
-        return how.pixels(image, random if self.random_crop else None)
+        return how.pixels(image, random if self.random_crop else None, self.crop_padding)
 
 
 def _length(source: Source, endless: int) -> int:
@@ -276,7 +284,8 @@ class _Step:
         places, first = repeated(positions, self.batch_size, self.read.repeats)
         batch = self.read.at(int(step))(positions, self.indices(self.read, places), self.threads)
         # Counted once: each epoch of the order has every example once.
-        batch["corrupt"] &= first & (places < _length(self.read.source, int(places.max()) + 1))
+        length = _length(self.read.source, int(places.max(initial=0)) + 1)
+        batch["corrupt"] &= first & (places < length)
         return batch
 
 
@@ -314,10 +323,7 @@ def train_batches(
       rows: the rows of the global batch that this process reads: a slice or ascending numbers.
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
-    preprocess = read.preprocess
-    if preprocess.resize_dtype == "float32":
-        preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
-    read = dataclasses.replace(read, preprocess=preprocess, replace=True)
+    read = dataclasses.replace(read.in_uint8(), replace=True)
     step = _Step(read, _train_indices, batch_size, rows, threads_of(workers, threads))
     return read_ahead(step, range(start_step, stop_step), workers)
 
