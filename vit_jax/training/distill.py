@@ -35,6 +35,7 @@ from vit_jax.writing import write_atomically
 
 KINDS = ("soft", "hard")
 FILE = "teacher.json"
+_TEXTS = ("teacher", "place", "file", "fingerprint")  # of the file, that are read
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as in transforms.to_channels
 
 
@@ -279,7 +280,11 @@ def open_teacher(
     opens: Callable[[str], Opened],
     workdir: epath.PathLike | None = None,
 ) -> Opened | None:
-    """Opens the teacher, if there is one; with a `workdir`, at the place where the run found it.
+    """Opens the teacher, if there is one.
+
+    Args:
+      workdir: of a run that began: a teacher of the same name is opened where the run found it,
+        from whatever folder the command is given.
 
     Raises:
       UserError: there is no model there; or the run folder does not say what its teacher was.
@@ -287,8 +292,10 @@ def open_teacher(
     if settings.teacher is None:
         return None
     where = settings.teacher
-    if workdir is not None and epath.Path(kept := _record(workdir)["place"]).exists():
-        where = kept
+    if workdir is not None:
+        record = _record(workdir)
+        if record["teacher"] == where and epath.Path(record["place"]).exists():
+            where = record["place"]
     try:
         return opens(where)
     except UserError as error:
@@ -318,8 +325,8 @@ def check(workdir: epath.PathLike, teacher: Teacher, fingerprint: str) -> None:
         raise UserError(
             f"distill.teacher {teacher.settings.teacher} changed since {os.fspath(workdir)} began "
             f"(from {before['file']}, fingerprint {before['fingerprint']}, to "
-            f"{teacher.opened.facts['file']}, {fingerprint}): restore it, name the checkpoint that "
-            "it was as RUN/checkpoints/STEP, or name another --workdir"
+            f"{teacher.opened.facts['file']}, {fingerprint}): restore it, set distill.teacher to "
+            "where the same weights are, such as RUN/checkpoints/STEP, or name another --workdir"
         )
 
 
@@ -327,7 +334,7 @@ def _record(workdir: epath.PathLike) -> Mapping[str, Any]:
     path = epath.Path(workdir) / FILE
     try:
         record = json.loads(path.read_text())
-        if not all(isinstance(record[name], str) for name in ("place", "file", "fingerprint")):
+        if not all(isinstance(record[name], str) for name in _TEXTS):
             raise ValueError("expected texts")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -160,6 +160,7 @@ def plan_run(
         init = None if config.init_from is None else open_together(config.init_from)
         return make_plan(config, data, init, open_teacher(config.distill, open_together))
     begun = read_config(workdir)
+    named, config = config.distill, _with_recorded_teacher(begun, config)
     changed = differences(begun, config)
     length = {name: getattr(config, name) for name in DURATIONS}
     if changed and not differences(dataclasses.replace(begun, **length), config):
@@ -180,17 +181,25 @@ def plan_run(
             f"{card.fingerprint} -> {data.fingerprint}): restore it, or name another --workdir"
         )
     counts = _counts(config, data, card.labels)
-    opened = open_teacher(config.distill, open_together, workdir)
-    teacher = opened and Teacher.of(config.distill, opened, card)
+    opened = open_teacher(named, open_together, workdir)
+    teacher = opened and Teacher.of(named, opened, card)
     return Plan(config, card, data.examples, resume_step, counts=counts, teacher=teacher)
 
 
 def check_begun(workdir: epath.PathLike, begun: Config, config: Config) -> None:
-    """Raises a UserError if a run is of another config, wherever its data is now."""
-    changed = differences(begun, config)
+    """Raises a UserError if a run is of another config, wherever its data and teacher are now."""
+    changed = differences(begun, _with_recorded_teacher(begun, config))
     may = (*DURATIONS, *(f"data.{split}.source" for split in ("train", "val", "test")))
     if any(each.partition(":")[0] not in may for each in changed):
         raise _another(workdir, changed)
+
+
+def _with_recorded_teacher(begun: Config, config: Config) -> Config:
+    """The config with the name that a teacher had: its weights are compared (`distill.check`)."""
+    old, new = begun.distill, config.distill
+    if None in (old.teacher, new.teacher):
+        return config
+    return dataclasses.replace(config, distill=dataclasses.replace(new, teacher=old.teacher))
 
 
 def _another(workdir: epath.PathLike, changed: list[str]) -> UserError:
