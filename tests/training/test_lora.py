@@ -359,6 +359,10 @@ def test_the_optimiser_and_the_program_know_adapters_and_head_alone(tiny_run):
         (["model.pool=map"], "the model is to have attention_pool/"),
         (["init_from=None"], "and init_from names none"),
         (["model.lora.rnk=2"], "did you mean"),
+        (
+            ["optim.freeze=backbone"],
+            "optim.freeze ('backbone',) freezes all adapters of model.lora",
+        ),
     ],
 )
 def test_what_cannot_be_adapted_is_said(tiny_run, flags, said):

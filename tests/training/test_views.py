@@ -83,3 +83,6 @@ def test_a_run_may_be_evaluated_with_other_views(tiny_run, capsys):
     assert "each image is classified by the mean of 2 views of it" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"eval\.flip averages what a model says of classes"):
         load_config(DIGITS, ["--config.objective=masked_colour", "--config.eval.flip=True"])
+    none = [f"--config.data.{split}=None" for split in ("val", "test")]
+    with pytest.raises(UserError, match=r"eval\.flip is for evaluations that classify, of which"):
+        load_config(DIGITS, [*none, "--config.eval.flip=True"])

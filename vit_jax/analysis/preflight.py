@@ -75,9 +75,9 @@ class CompiledStep:
 def compile_step(plan: Plan, mesh: Mesh) -> CompiledStep:
     """Compiles the training step of a plan for the devices of `mesh`, which need not exist.
 
-    Of a run with several phases, the one that needs the most memory.
+    Of a run with several phases, the one that needs the most memory; of equal ones the last.
     """
-    steps = [_compile_phase(plan, mesh, phase) for phase in plan.phases]
+    steps = [_compile_phase(plan, mesh, phase) for phase in reversed(plan.phases)]
     return max(steps, key=lambda step: math.inf if step.peak_bytes is None else step.peak_bytes)
 
 
@@ -181,6 +181,9 @@ def preflight(
     yield _line("model", f"{params:,} parameters, {sizes}")
     if (growth := plan.growth) and len(growth.sides) > 1:
         yield _line("images", f"grow to {vit.image_size[0]} pixels; what follows is of these")
+    if probe := config.optim.probe:
+        told = f"the first {probe.steps:,} steps train the head alone; what follows is of the others"
+        yield _line("probe", told)
     flops = step_flops(config, vit, teacher_of(plan))
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")

@@ -31,8 +31,8 @@ _STATE, _CHECKSUMS, _BEST = "state", "checksums.json", "best.json"
 # What may be in the folder of a run that begins: what an earlier start left, and logs.
 RUN_FILES = (
     *("checkpoints", "model", "config.json", "data.json", "teacher.json", "metrics.jsonl"),
-    *("starts.jsonl", "corrupt.jsonl", "curves.png", "tensorboard", "wandb", "wandb_id", "evaluation"),
-    *("report.html", "report.md", "*.log", "*.out", "*.err", "lost+found"),
+    *("starts.jsonl", "corrupt.jsonl", "curves.png", "tensorboard", "wandb", "wandb_id"),
+    *("evaluation", "report.html", "report.md", "*.log", "*.out", "*.err", "lost+found"),
 )
 # Errors that tensorstore reports as text.
 _REFUSALS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE)

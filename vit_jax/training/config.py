@@ -81,6 +81,11 @@ class EvalConfig:
                     "test"
                 )
 
+    @property
+    def views(self) -> str | None:
+        """The key by which an image is classified in several views; None for one view."""
+        return "flip" if self.flip else "crops" if self.crops > 1 else None
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -201,8 +206,17 @@ class Config:
         self.distill.check(self.objective, self.augment)
         if not self.classifies:
             self._check_masked()
+        elif (name := self.eval.views) and not self._evaluates_classes():
+            raise UserError(
+                f"eval.{name} is for evaluations that classify, of which there is none: set "
+                "data.val, or leave it out"
+            )
         if self.data.train is not None:
             self._check_repeats(self.data.train.repeats)
+
+    def _evaluates_classes(self) -> bool:
+        given = (isinstance(each, Classification) for each in self.eval.evaluators.values())
+        return bool(self.data.val or self.data.test) or any(given)
 
     def _check_repeats(self, repeats: int) -> None:
         if self.batch_size % repeats:
@@ -224,8 +238,7 @@ class Config:
                     f"augment.{name} is for classification: set it to 0 with objective "
                     f"{self.objective}, which reads no labels"
                 )
-        if self.eval.flip or self.eval.crops > 1:
-            name = "flip" if self.eval.flip else "crops"
+        if name := self.eval.views:
             raise UserError(
                 f"eval.{name} averages what a model says of classes, which objective "
                 f"{self.objective} has not: leave it out"

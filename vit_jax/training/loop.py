@@ -48,6 +48,7 @@ from vit_jax.training.sharding import (
 )
 from vit_jax.training.state import from_saved, make_state, to_saved, with_optimizer
 from vit_jax.training.stopping import SaveTimer, Stop
+from vit_jax.training.trainable import trainable
 from vit_jax.writing import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,11 @@ def _run(
         if step == phase.last and programs:
             phase, program = programs.popleft()
             state = with_optimizer(state, program.state, program.optimizer)
-            logger.info("step %s: the probe is over, and all learns but optim.freeze", f"{step:,}")
+            learned, count = trainable(phase.optim.freeze, state.params).sizes(state.params)
+            logger.info(
+                "step %s: the probe is over; %s of %s parameters learn now",
+                *(f"{each:,}" for each in (step, learned, count)),
+            )
         if step == start_step + 1:
             stop.on_ctrl_c()
         if skips:

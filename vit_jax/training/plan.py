@@ -231,7 +231,7 @@ def make_plan(
     model = model_config(config, base and base.config, len(labels), keep_head)
     if base:
         check_sizes(model, base.config)
-        check_adapted(model, init)
+        check_adapted(config, model, init)
     growth.check_sizes(config.augment.image_sizes, model)
     if model.num_classes != len(labels):
         what = config.data.train.source if config.classifies else f"objective {config.objective}"
