@@ -363,6 +363,10 @@ def test_the_optimiser_and_the_program_know_adapters_and_head_alone(tiny_run):
             ["optim.freeze=backbone"],
             "optim.freeze ('backbone',) freezes all adapters of model.lora",
         ),
+        (
+            ["optim.groups.a.match=norm/*", "optim.groups.a.rate=2"],
+            "optim.groups.a.match is 'norm/*', of which nothing learns with model.lora",
+        ),
     ],
 )
 def test_what_cannot_be_adapted_is_said(tiny_run, flags, said):

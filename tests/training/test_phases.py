@@ -147,6 +147,9 @@ def test_bad_probes_are_refused():
     warm = dataclasses.replace(optim, warmup=4.0)
     with pytest.raises(UserError, match=r"warmup of 4 steps is longer than the run of 3"):
         make_phases(warm, 8)[1].schedule()
+    scratch = load_config(DIGITS, ["--config.optim.probe.steps=2", "--config.optim.probe.lr=0.3"])
+    with pytest.raises(UserError, match=r"trained model at first, and init_from names none"):
+        make_plan(scratch, TrainingData(tuple("0123456789")))
     for key, said in ((dict(steps=0, lr=0.1), "steps is 0"), (dict(steps=1, lr=0.0), "lr is 0.0")):
         with pytest.raises(UserError, match=said):
             Probe(**key)

@@ -182,7 +182,7 @@ def preflight(
     if (growth := plan.growth) and len(growth.sides) > 1:
         yield _line("images", f"grow to {vit.image_size[0]} pixels; what follows is of these")
     if probe := config.optim.probe:
-        told = f"the first {probe.steps:,} steps train the head alone; what follows is of the others"
+        told = f"the first {probe.steps:,} steps train the head alone; what follows is of others"
         yield _line("probe", told)
     flops = step_flops(config, vit, teacher_of(plan))
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"

@@ -8,14 +8,12 @@ from vit_jax.checkpoints.convert import shapes_of
 from vit_jax.checkpoints.opened import Opened
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, ViTConfig, check_fields
-from vit_jax.models.create import structure
-from vit_jax.models.lora import is_adapter, learns
+from vit_jax.models.lora import learns
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
 from vit_jax.models.variants import variant, variant_fields, variant_kind
 from vit_jax.training import masking
 from vit_jax.training.config import Config
-from vit_jax.training.trainable import trainable
 
 
 def model_config(
@@ -64,19 +62,11 @@ def same_head(model: ModelConfig, base: ModelConfig) -> bool:
     return all(getattr(model, name, None) == getattr(base, name, None) for name in names)
 
 
-def check_adapted(config: Config, model: ModelConfig, init: Opened) -> None:
-    """Raises a UserError for LoRA that freezes what the checkpoint lacks, or that never learns."""
+def check_adapted(model: ModelConfig, init: Opened) -> None:
+    """Raises a UserError if LoRA would freeze parameters that the checkpoint does not have."""
     if getattr(model, "lora", None) is None:
         return
-    names = shapes_of(model)
-    if config.optim is not None and config.optim.freeze:
-        frozen = trainable(config.optim.freeze, structure(model)[1]).frozen
-        if all(frozen.get(name, 0) is None for name in filter(is_adapter, names)):
-            raise UserError(
-                f"optim.freeze {config.optim.freeze} freezes all adapters of model.lora: leave one "
-                "of the two out"
-            )
-    for name in names:
+    for name in shapes_of(model):
         if not (learns(name) or name in init.shapes):
             raise UserError(
                 f"the model is to have {name}, which the checkpoint of init_from does not have "

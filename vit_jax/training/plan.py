@@ -25,12 +25,14 @@ from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig
+from vit_jax.models.create import structure
 from vit_jax.training import growth
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
 from vit_jax.training.distill import Teacher, open_teacher
 from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
 from vit_jax.training.objectives import class_weights
 from vit_jax.training.phases import Phase, make_phases
+from vit_jax.training.trainable import check_learns
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +233,14 @@ def make_plan(
     model = model_config(config, base and base.config, len(labels), keep_head)
     if base:
         check_sizes(model, base.config)
-        check_adapted(config, model, init)
+        check_adapted(model, init)
+    if (optim := config.optim) is not None:
+        check_learns(optim, structure(model)[1])
+        if optim.probe and not init:
+            raise UserError(
+                "optim.probe trains the head of a trained model at first, and init_from names "
+                "none: leave optim.probe out"
+            )
     growth.check_sizes(config.augment.image_sizes, model)
     if model.num_classes != len(labels):
         what = config.data.train.source if config.classifies else f"objective {config.objective}"

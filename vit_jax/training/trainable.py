@@ -88,13 +88,31 @@ def trainable(freeze: Sequence[str], params: Any) -> Trainable:
             old = frozen.get(name, 0)
             frozen[name] = None if None in (rows, old) else max(rows, old)
     if set(frozen) == set(leaves) and not any(rows is not None for rows in frozen.values()):
-        raise UserError(f"optim.freeze {tuple(freeze)} leaves nothing to learn")
+        raise UserError(f"optim.freeze {tuple(freeze)} leaves nothing to learn: freeze less")
     stacked = [name for name in leaves if name.startswith("blocks/")]
     whole = [
         leaves[name].shape[0] if frozen.get(name, 0) is None else frozen.get(name, 0)
         for name in stacked
     ]
     return Trainable(frozen, min(whole, default=0))
+
+
+def check_learns(config: OptimConfig, params: Any) -> None:
+    """Raises a UserError if all adapters (LoRA), or all that a group names, are frozen."""
+    leaves = flatten_dict(params, sep="/")
+    fixed = {name for name, rows in trainable(config.freeze, params).frozen.items() if rows is None}
+    adapters = set(filter(is_adapter, leaves))
+    if adapters and adapters <= fixed:
+        raise UserError(
+            f"optim.freeze {config.freeze} freezes all adapters of model.lora: leave one of the "
+            "two out"
+        )
+    for key, group in config.groups.items():
+        if fixed.issuperset(matching(f"optim.groups.{key}.match", group.match, leaves)):
+            raise UserError(
+                f"optim.groups.{key}.match is {group.match!r}, of which nothing learns with "
+                f"{'model.lora' if adapters else 'optim.freeze'}: leave the group out"
+            )
 
 
 def _matched(entry: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
