@@ -224,6 +224,12 @@ def test_a_loaded_run_is_plain_in_every_dialect(tuned, tmp_path):
     card, params = params_of(tuned[0])
     vit = vit_jax.load(tuned[0])
     assert vit.config == dataclasses.replace(card.config, lora=None)
+    adapted = [line.name for line in vit.report.lines if line.source.endswith(", with its adapter")]
+    assert adapted == sorted(
+        name.replace("lora_a", "kernel")
+        for name in flatten_dict(params, sep="/")
+        if name.endswith("lora_a")
+    )
     wanted = np.asarray(run(card.config, params, random_images(card.config)), np.float64)
     assert relative_error(logits(vit), wanted) < 1e-5
     plain_config = dataclasses.replace(SMALL, pool="token")

@@ -85,6 +85,13 @@ class Adapter:
         return Report(lines, {"file": f"lora, {path}", "base": self.base})
 
     @property
+    def kernels(self) -> list[str]:
+        """The kernels that have an adapter."""
+        ending = "/lora_a"
+        layers = (n.removesuffix(ending) for n in self.params if n.endswith(ending))
+        return [f"{layer}/kernel" for layer in layers]
+
+    @property
     def plain_card(self) -> ModelCard:
         """The card of the plain model, with the adapters merged into its kernels."""
         config = dataclasses.replace(self.card.config, lora=None)

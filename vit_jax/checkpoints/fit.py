@@ -108,6 +108,7 @@ def with_adapter(opened: Opened, adapter: Adapter, name: Any) -> Opened:
     adapter.check_weights(params, name)
     params = adapter.merged(params)
     sources |= dict.fromkeys(filter(learns, params), "adapter")
+    sources |= {kernel: f"{sources[kernel]}, with its adapter" for kernel in adapter.kernels}
     return Opened(
         card,
         {key: value.shape for key, value in params.items()},

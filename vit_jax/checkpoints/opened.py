@@ -203,16 +203,17 @@ def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Op
             if step in store.steps():
                 raise
             # The run is still training and has deleted this checkpoint: there is a newer one.
-    adapter = None
+    sources, adapter = {name: f"{weights}/{name}" for name in params}, None
     if getattr(card.config, "lora", None) is not None:
         begun = read_json(os.fspath(workdir / "config.json"))
         adapter = Adapter.of(card, params, str(begun.get("init_from")))
+        sources |= {kernel: f"{sources[kernel]}, with its adapter" for kernel in adapter.kernels}
         card, params = adapter.plain_card, adapter.merged(params)
     return Opened(
         card,
         {name: value.shape for name, value in params.items()},
         params.pop,  # each is let go of once it is on its device
-        {name: f"{weights}/{name}" for name in params},
+        {name: sources[name] for name in params},
         facts(f"run folder, {workdir}, step {step}", card.config),
         step=step,
         adapter=adapter,

@@ -144,9 +144,14 @@ def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
 
 
 def short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, if it is unique among `keys`; else the whole key."""
-    last = key.rpartition(".")[2]
-    return last if [each.rpartition(".")[2] for each in keys].count(last) == 1 else key
+    """The end of a key, as lr or probe.lr, if it is unique among `keys`; else the whole key."""
+    return _end(key) if [_end(each) for each in keys].count(_end(key)) == 1 else key
+
+
+def _end(key: str) -> str:
+    """The last part of a key; the last two in a section of a section, but not of `data`."""
+    section, *parts = key.split(".")
+    return ".".join(parts[-2:] if parts and section != "data" else key.split(".")[-1:])
 
 
 def text(value: Any) -> str:
