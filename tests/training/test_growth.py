@@ -1,5 +1,6 @@
 """Growing images: the step of a size is that of a model of that size, with resized positions."""
 
+import dataclasses
 import functools
 import shutil
 
@@ -25,6 +26,7 @@ from vit_jax.training.loop import train
 from vit_jax.training.metrics import TIMING_KEYS, read_metrics
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig, make_optimizer
+from vit_jax.training.plan import TrainingData, make_plan
 from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_layout, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, make_state
@@ -182,6 +184,17 @@ def test_a_run_with_all_of_it_resumes_bit_identical(tmp_path, caplog, monkeypatc
     for one, other in zip(weights(whole), weights(resumed), strict=True):
         np.testing.assert_array_equal(one, other)
     assert logged(resumed) == logged(whole)
+
+
+def test_an_extended_run_says_what_begins_again(caplog):
+    caplog.set_level("INFO", "vit_jax")
+    config = load_config(DIGITS, FLAGS)  # of 24 steps
+    plan = make_plan(config, TrainingData(tuple("0123456789")))
+    for at, said in ((10, "from 8x8 to 4x4"), (16, "mixup and cutmix are on again, until step 18")):
+        before = dataclasses.replace(config, total_steps=at)
+        loop._extend(dataclasses.replace(plan, resume_step=at), before)
+        assert said in caplog.text
+    assert caplog.text.count("shrink") == 1
 
 
 @pytest.mark.parametrize(

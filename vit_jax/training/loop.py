@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -285,7 +286,7 @@ def keep_best(store: Store, selection: Selection) -> None:
 
 
 def _extend(plan: Plan, before: Config) -> None:
-    """Logs what a longer run does to the learning rate."""
+    """Logs what a longer run does to the learning rate, growing images and mixing."""
     steps, at = count_steps(before, plan.examples), plan.resume_step
     old, new = (learning_rate(plan.config.optim, total, at) for total in (steps, plan.total_steps))
     logger.info(
@@ -293,6 +294,14 @@ def _extend(plan: Plan, before: Config) -> None:
         "schedule, where the shorter one had %.4g",
         *(f"{steps:,}", f"{plan.total_steps:,}", f"{at + 1:,}", new, old),
     )
+    growth, augment = plan.growth, plan.config.augment
+    if growth:
+        last, now = dataclasses.replace(growth, total_steps=steps)(at - 1), growth(at)
+        if now < last:
+            logger.info("images shrink from %dx%d to %dx%d, and grow again", last, last, now, now)
+    mixed = augment.mixed_steps(plan.total_steps)
+    if augment.mix_off and augment.mixed_steps(steps) < at < mixed:
+        logger.info("mixup and cutmix are on again, until step %s", f"{mixed:,}")
 
 
 def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
