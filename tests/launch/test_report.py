@@ -155,6 +155,21 @@ def test_run_folders_differ_where_their_configs_do(tmp_path):
     assert report.common == {} and report.test is None
 
 
+def test_students_of_the_seeds_of_a_teacher_are_of_one_point(tmp_path):
+    folders = []
+    for seed in (0, 1):
+        teacher = make_run(tmp_path / f"teacher_{seed}", f"seed={seed}", lines=lines_of(0, 0.5))
+        flags = [f"seed={seed}", "objective=distill", f"distill.teacher={teacher}"]
+        flags += ["optim.probe.steps=2", "optim.probe.lr=0.5"]
+        folders += [teacher, make_run(tmp_path / f"student_{seed}", *flags, lines=lines_of(0, 0.7))]
+    groups = report_of(*folders).groups
+    assert [[run.name[:-2] for run in group.runs] for group in groups] == [
+        ["student"] * 2,
+        ["teacher"] * 2,
+    ]
+    assert "probe.lr=0.5" in groups[0].label
+
+
 def test_loss_is_best_where_it_is_lowest(tmp_path):
     runs = [
         make_run(tmp_path / name, f"optim.lr={lr}", lines=[{"step": 20, "val/loss": loss}])

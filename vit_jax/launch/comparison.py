@@ -206,17 +206,18 @@ def _devices(starts: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _point(run: Run, of_folder: Mapping[str, Run], seen: tuple[str, ...] = ()) -> str:
-    """A run's identity without the seed; if it starts from another run, it includes that one's."""
+    """A run's identity without the seed; with that of the run it starts from or learns from."""
     from vit_jax.training.config import is_resumable
 
     if not run.settings:
         return run.folder
     settings = {k: v for k, v in run.settings.items() if k != "seed" and not is_resumable(k)}
-    start = settings.get("init_from")
-    if isinstance(start, str):
-        beside = os.path.join(os.path.dirname(run.folder), start[1:])
-        source = of_folder.get(beside if start.startswith("@") else os.path.abspath(start))
-        if source is not None and source.folder not in seen:
-            settings["init_from"] = _point(source, of_folder, (*seen, source.folder))
+    for key in ("init_from", "distill.teacher"):
+        other = settings.get(key)
+        if isinstance(other, str):
+            beside = os.path.join(os.path.dirname(run.folder), other[1:])
+            source = of_folder.get(beside if other.startswith("@") else os.path.abspath(other))
+            if source is not None and source.folder not in seen:
+                settings[key] = _point(source, of_folder, (*seen, source.folder))
     where = os.path.dirname(run.folder) if "config" in settings else ""
     return json.dumps([where, settings], sort_keys=True)
