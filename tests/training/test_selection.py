@@ -14,7 +14,7 @@ from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics, read_starts
-from vit_jax.training.selection import History, Metric
+from vit_jax.training.selection import History, Metric, Selection, StopConfig
 from vit_jax.training.stopping import Stop
 
 NAN = math.nan
@@ -31,6 +31,16 @@ def test_the_best_is_better_than_all_before(mode, expected):
     assert not history.add(22, {"test/x": 1.0})  # another evaluation
     again = History(history.metric).read({"step": s, "val/x": v} for s, v in CURVE.items())
     assert again == history
+
+
+def test_patience_begins_after_the_probe():
+    lines = [{"step": step, "val/x": value} for step, value in CURVE.items()]
+    stop = StopConfig(patience=3, metric="val/x:max")
+    for begins, last in ((0, 16), (12, 20)):  # the best is at 10, and then at 18
+        found = Selection(None, stop, {"val": None}, [], begins)
+        ended = (line["step"] for line in lines if found.add(line["step"], line) or found.ended)
+        assert next(ended, 20) == last
+        assert bool(Selection(None, stop, {"val": None}, lines[:8], begins).ended) == (begins == 0)
 
 
 @pytest.fixture

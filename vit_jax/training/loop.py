@@ -191,7 +191,11 @@ def _run(
     if distributed.is_lead():
         record_start(workdir, start_step, total_steps, mesh.size)
     selection = Selection(
-        config.checkpoint.best, config.stop, evaluation.during(), read_metrics(workdir, start_step)
+        config.checkpoint.best,
+        config.stop,
+        evaluation.during(),
+        read_metrics(workdir, start_step),
+        plan.phases[-1].first,
     )
     keep_best(store, selection)
     recorder = Recorder(workdir, start_step, total_steps, config)

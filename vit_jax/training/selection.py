@@ -17,7 +17,7 @@ class StopConfig:
 
     Attributes:
       patience: evaluations without a better `metric` after which the run ends, as if that were its
-        last step; 0 is never.
+        last step; 0 is never. Those during optim.probe do not count.
       metric: as for checkpoint.best, which is also its default.
     """
 
@@ -74,13 +74,14 @@ class History:
 
     Attributes:
       step, value: of the best measurement; 0 and NaN before the first. Of equal ones, the first.
-      since: the number of measurements after it.
+      since: the number of measurements after it, but for those up to step `begins`.
     """
 
     metric: Metric
     step: int = 0
     value: float = math.nan
     since: int = 0
+    begins: int = 0
 
     def read(self, lines: Iterable[Mapping[str, Any]]) -> "History":
         """Adds lines of metrics.jsonl, in order."""
@@ -97,7 +98,7 @@ class History:
         if not math.isnan(value) and not sign * value <= sign * self.value:
             self.step, self.value, self.since = step, value, 0
             return True
-        self.since += 1
+        self.since += step > self.begins
         return False
 
 
@@ -110,6 +111,7 @@ class Selection:
       metrics: by evaluation that is measured during the run, the names of its metrics, or None
         where they are not known beforehand.
       lines: of metrics.jsonl, up to the step that the run is at.
+      begins: the step from which on the patience of `stop` counts: that after a linear probe.
 
     Raises:
       UserError: a metric that is not measured during the run.
@@ -121,14 +123,15 @@ class Selection:
         stop: StopConfig,
         metrics: Mapping[str, tuple[str, ...] | None],
         lines: Iterable[Mapping[str, Any]],
+        begins: int = 0,
     ):
         lines = list(lines)
         self._metrics, self._patience = metrics, stop.patience
-        self.best = best and self._history("checkpoint.best", best, lines)
+        self.best = best and self._history("checkpoint.best", best, lines, 0)
         key = "checkpoint.best" if stop.metric is None else "stop.metric"
-        self._stop = stop.patience and self._history(key, stop.metric or best, lines)
+        self._stop = stop.patience and self._history(key, stop.metric or best, lines, begins)
 
-    def _history(self, key: str, text: str, lines: list[Mapping[str, Any]]) -> History:
+    def _history(self, key: str, text: str, lines: list[Mapping[str, Any]], begins: int) -> History:
         metric = Metric.parse(key, text)
         split, _, last = metric.name.rpartition("/")
         if split not in self._metrics:
@@ -140,7 +143,7 @@ class Selection:
         known = self._metrics[split]
         if known is not None and last not in known:
             raise UserError(f"{key} is {text}, but {split} has {', '.join(known)}")
-        return History(metric).read(lines)
+        return History(metric, begins=begins).read(lines)
 
     def add(self, step: int, values: Mapping[str, Any]) -> bool:
         """Adds what an evaluation measured; returns whether the model is the best so far.
