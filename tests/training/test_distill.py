@@ -336,19 +336,21 @@ def test_a_run_resumes_with_its_teacher_and_with_no_other(
     shutil.rmtree(f"teacher/checkpoints/{last[-1]}")
     error = fails(capsys, *command, "--workdir=run")
     assert "distill.teacher teacher changed since" in error and "teacher, step 20" in error
+    # Another name of the same weights goes on, from any folder.
+    (tmp_path / "elsewhere").mkdir()
+    moved = ["--config.teacher=../away/checkpoints/24", "--config.data.threads=1"]
+    with monkeypatch.context() as patch:
+        patch.chdir("elsewhere")
+        die_at(SIGTERM, "step", 7, patch.setattr)
+        with pytest.raises(Stopped):
+            train(load_config(DIGITS, [*flags[:-1], *moved]), tmp_path / "run")
     shutil.rmtree("teacher")
     error = fails(capsys, *command, "--workdir=run")
     assert error.startswith("error: distill.teacher: there is no ")
 
-    # Another name of the same weights goes on, from any folder; so does the place where it was.
-    (tmp_path / "elsewhere").mkdir()
+    # The same name is looked for where it was.
+    os.rename("away", "teacher")
     monkeypatch.chdir("elsewhere")
-    moved = ["--config.teacher=../away/checkpoints/24", "--config.data.threads=1"]
-    with monkeypatch.context() as patch:
-        die_at(SIGTERM, "step", 7, patch.setattr)
-        with pytest.raises(Stopped):
-            train(load_config(DIGITS, [*flags[:-1], *moved]), tmp_path / "run")
-    os.rename("../away", "../teacher")
     train(load_config(DIGITS, flags), tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     assert "resuming" in caplog.text and "at step 6 of 8" in caplog.text
