@@ -19,9 +19,9 @@ Why it is as it is:
 - Val is measured every 50 steps, the best checkpoint is kept, and the run stops after ten
   measurements without a better one, since small data is over-fitted sooner or later.
 - Crops keep at least a quarter of the image: of a few thousand photographs, smaller parts often
-  show nothing of the class. Left and right are swapped half of the time: `flip=False` where that
-  changes the class. Photographs are turned upright by EXIF. Val is resized as the checkpoint's own
-  family does it.
+  show nothing of the class. Left and right are swapped half of the time; where that changes the
+  class, `--config.data.train.flip=False`. Photographs are turned upright by EXIF. Val is resized as
+  the checkpoint's own family does it.
 - An image that cannot be read stops the run: `--config.data.on_corrupt=skip` goes on, and counts.
 
 To choose first: the learning rate, of 3e-5, 1e-4 and 3e-4. With fewer than a thousand images try

@@ -227,7 +227,7 @@ def test_the_end_of_a_key_will_do_and_a_space_for_the_equals_sign(caplog):
     _, flags = make_parser(COMMANDS).parse_known_args(line.split())
     assert flags == ["--config.mu_dtype=bfloat16", "--config.mesh.data=-1"]
     flags += [
-        "--config.flip=true",
+        "--config.train.flip=true",
         "--config.test.split=val",
         "--config.end_lr=1",
         "--config.optim.end_lr=2",
