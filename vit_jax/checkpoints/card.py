@@ -13,8 +13,7 @@ from etils import epath
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
-from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
-from vit_jax.models.lora import Lora
+from vit_jax.models.config import FAMILIES, SECTIONS, ModelConfig, ViTConfig, check_fields, pair
 from vit_jax.writing import write_atomically
 
 # Errors that malformed JSON may raise while a card is read.
@@ -77,8 +76,12 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return None
     if name == "resnet":
         return value  # of JSON, a list: checked and made a tuple by the config
-    if name == "lora":
-        return Lora(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+    if name in SECTIONS:
+        if isinstance(value, SECTIONS[name]):
+            return value
+        check_fields(SECTIONS[name], value)
+        inner = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        return SECTIONS[name](**inner)
     if kind == "float" and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value).__name__ != kind:

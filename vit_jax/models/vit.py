@@ -106,11 +106,14 @@ class ViT(nnx.Module):
                 x = elementwise.row_major(x + self.positions().astype(x.dtype))
         x = elementwise.dropout(x, config.dropout, embedding_key)
         prefix = config.num_prefix_tokens
+        rotation = self.rotation(len(x), embedding_key)
         x = elementwise.drop_patches(x, config.patch_dropout, prefix, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
 
-        x = self.encode(x, block_key, captures, layout, frozen)  # Eq. 2 and 3, `depth` times
+        x = self.encode(
+            x, block_key, captures, layout, frozen, rotation
+        )  # Eq. 2 and 3, `depth` times
         with jax.named_scope("head"):
             x = self.classified(x, captures, corruption)
         logits = x.astype(jnp.float32)
@@ -176,6 +179,20 @@ class ViT(nnx.Module):
         owner = self.blocks if self.config.position_at == "layers" else self
         return positions.composed(owner, self.config)
 
+    def rotation(self, b: int, key: Key[Array, ""] | None) -> Float[Array, "*b n k"] | None:
+        """The table of rotary positions of all tokens; of b images with patch dropout, by image.
+
+        Patch dropout with the same key keeps the same patches of it as of the tokens.
+        """
+        config, prefix = self.config, self.config.num_prefix_tokens
+        if config.rotary is None:
+            return None
+        table = jnp.asarray(config.rotary.table(config.grid, config.head_dim, prefix))
+        if key is None or config.patch_dropout == 0:
+            return table
+        table = jnp.broadcast_to(table, (b, *table.shape))
+        return elementwise.drop_patches(table, config.patch_dropout, prefix, key)
+
     def pooled(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
@@ -216,6 +233,7 @@ class ViT(nnx.Module):
         captures: Captures,
         layout: Layout | None = None,
         frozen: int = 0,
+        rotation: Float[Array, "*b n k"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
@@ -228,6 +246,8 @@ class ViT(nnx.Module):
 
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
+
+        rotation = None if rotation is None else pad(rotation)
 
         # On one GPU, norms are folded into the next kernels (see `layers.folded`); with a layout
         # that would gather sharded kernels. In a scan, the body folds: no copy of all blocks.
@@ -246,6 +266,7 @@ class ViT(nnx.Module):
                 key=None if key is None else jax.random.fold_in(key, index),
                 captures=inner,
                 length=length,
+                rotation=rotation,
             )
             inner("tokens", lambda: x[:, :length])
             return x, inner.values

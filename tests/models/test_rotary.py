@@ -1,0 +1,186 @@
+"""Rotary positions: against rotations of pairs written out, in all ways to run a model."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import random_images, random_params, relative_error, run
+
+from vit_jax.errors import UserError
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.create import structure
+from vit_jax.models.rotary import Rotary
+
+TINY = dict(image_size=(8, 15), patch_size=(4, 5), width=24, mlp_dim=20, num_heads=3, num_classes=5)
+EVA02 = Rotary("index", base=10_000.0, reference=(4, 6), layout="pairs")
+PE = Rotary("index", base=10_000.0, reference=(4, 4), offset=1.0, axes="xy", layout="pairs")
+
+
+def angles(rotary, row, column, grid, head_dim):
+    """The angles of a patch's pairs, one by one."""
+    if rotary.coordinates == "centred":
+        y, x = (2 * np.pi * ((2 * i + 1) / n - 1) for i, n in ((row, grid[0]), (column, grid[1])))
+    else:
+        h, w = rotary.reference or grid
+        y, x = (row + rotary.offset) * h / grid[0], (column + rotary.offset) * w / grid[1]
+    frequencies = [rotary.base ** (-4 * i / head_dim) for i in range(head_dim // 4)]
+    first, second = (y, x) if rotary.axes == "yx" else (x, y)
+    return [first * f for f in frequencies] + [second * f for f in frequencies]
+
+
+def rotated(vector, turns, layout):
+    """Each pair of channels as a complex number, times exp(i angle)."""
+    out, half = vector.copy(), len(vector) // 2
+    for i, turn in enumerate(turns):
+        a, b = (i, i + half) if layout == "halves" else (2 * i, 2 * i + 1)
+        number = (vector[a] + 1j * vector[b]) * np.exp(1j * turn)
+        out[a], out[b] = number.real, number.imag
+    return out
+
+
+def normalised(x, p, eps=1e-6):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+
+def attention(x, p, config):
+    """Weights [heads n n] and output of a block's attention, for normalised tokens x [n d]."""
+    kernel, bias = p["qkv"]["kernel"], p["qkv"].get("bias")
+    if bias is not None and len(bias) == 2:
+        bias = np.stack([bias[0], 0 * bias[0], bias[1]])
+    prefix, grid, joined, found = config.num_prefix_tokens, config.grid, [], []
+    for head in range(config.num_heads):
+        q, k, v = (
+            x @ kernel[:, i, head] + (0 if bias is None else bias[i, head]) for i in range(3)
+        )
+        for patch in range(grid[0] * grid[1]):
+            turns = angles(config.rotary, *divmod(patch, grid[1]), grid, config.head_dim)
+            for part in (q, k):
+                part[prefix + patch] = rotated(part[prefix + patch], turns, config.rotary.layout)
+        weights = np.exp(q @ k.T / np.sqrt(config.head_dim))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        found.append(weights)
+        joined.append(weights @ v)
+    y = np.concatenate(joined, axis=-1)
+    if config.attention_norm:
+        y = normalised(y, p["norm"])
+    return np.stack(found), y @ p["out"]["kernel"].reshape(y.shape[-1], -1) + p["out"]["bias"]
+
+
+def block(x, p, config):
+    weights, y = attention(normalised(x, p["norm1"]), p["attention"], config)
+    x = x + y
+    gate, y = np.split(normalised(x, p["norm2"]) @ p["mlp"]["fc1"]["kernel"], 2, axis=-1)
+    gate_bias, bias = np.split(p["mlp"]["fc1"]["bias"], 2)
+    y = (gate + gate_bias) / (1 + np.exp(-gate - gate_bias)) * (y + bias)
+    y = normalised(y, p["mlp"]["norm"]) if config.mlp_norm else y
+    return weights, x + y @ p["mlp"]["fc2"]["kernel"] + p["mlp"]["fc2"]["bias"]
+
+
+CASES = {
+    "dinov3": dict(position="rope", registers=2, key_bias=False),
+    "dinov3 without biases": dict(position="rope", qkv_bias=False, pool="gap"),
+    "eva02": dict(rotary=EVA02, key_bias=False, mlp_norm=True),
+    "eva02 clip": dict(rotary=EVA02, key_bias=False, mlp_norm=True, attention_norm=True),
+    "pe": dict(rotary=PE),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_are_those_written_out(name):
+    config = ViTConfig(**TINY, depth=2, mlp="swiglu", **CASES[name])
+    params, images = random_params(config), random_images(config)
+    _, found = run(config, params, images, capture=("patches", "tokens", "attention"))
+    for i in range(2):
+        x = np.asarray(found["patches"][i], np.float64)
+        tokens = [params[n][0] for n in ("cls_token", "registers") if n in params]
+        x = np.concatenate([*tokens, x]) + params.get("pos_embed", 0)
+        for layer in range(2):
+            own = jax.tree.map(lambda leaf: leaf[layer], params["blocks"])  # noqa: B023
+            weights, x = block(x, own, config)
+            assert relative_error(found["attention"][layer, i], weights) < 1e-5
+            assert relative_error(found["tokens"][layer, i], x) < 1e-5
+
+
+def test_scan_and_loop_and_remat_compute_the_same():
+    config = ViTConfig(**TINY, depth=2, **CASES["eva02 clip"], scan=True)
+    params, images = random_params(config), random_images(config)
+    wanted = np.asarray(run(config, params, images))
+    for change in (dict(scan=False), dict(scan=True, remat="full")):
+        found = run(dataclasses.replace(config, **change), params, images)
+        assert relative_error(found, wanted) < 1e-6
+
+
+def test_dropped_patches_take_their_positions_with_them():
+    """The place of what is kept shows: attention is a part of the whole image's, renormalised."""
+    config = ViTConfig(**TINY, depth=1, position="rope", registers=1, patch_dropout=0.5)
+    params, images = random_params(config), random_images(config, n=6)
+    whole = run(config, params, images, capture=("attention", "patches"))[1]
+    seen = run(config, params, images, key=jax.random.key(1), capture="attention")[1]["attention"][
+        0
+    ]
+    prefix, kept = config.num_prefix_tokens, set()
+    for image in range(6):
+        every, part = np.asarray(whole["attention"][0, image]), np.asarray(seen[image])
+        logits = np.log(every)
+        chosen = []
+        for token in range(part.shape[1]):  # found by its logits with the prefix tokens
+            left = np.log(part[:, token, :prefix]) - np.log(part[:, token, :1])
+            right = logits[:, :, :prefix] - logits[:, :, :1]
+            chosen.append(int(np.abs(right - left[:, None]).max(axis=(0, 2)).argmin()))
+        assert chosen == sorted(chosen) and chosen[:prefix] == list(range(prefix))
+        some = every[:, chosen][:, :, chosen]
+        np.testing.assert_allclose(part, some / some.sum(-1, keepdims=True), atol=1e-5)
+        kept.add(tuple(chosen))
+    assert len(kept) > 2
+
+
+def test_in_bfloat16_angles_keep_their_digits():
+    """A rotation in bfloat16 would be 0.4% off; queries and keys rounded once each are less."""
+    config = ViTConfig(**TINY, depth=1, **CASES["eva02"])
+    params, images = random_params(config), random_images(config)
+    exact = run(config, params, images, capture="attention")[1]["attention"]
+    half = dataclasses.replace(config, dtype="bfloat16")
+    found = run(half, params, images, capture="attention")[1]["attention"]
+    assert 1e-4 < np.abs(np.asarray(found) - np.asarray(exact)).max() < 0.03
+
+
+def test_what_is_stored():
+    shapes = structure(ViTConfig(**TINY, depth=2, mlp="swiglu", **CASES["eva02 clip"]))[1]
+    block = shapes["blocks"]
+    assert block["attention"]["qkv"]["bias"].shape == (2, 2, 3, 8)  # of queries and values
+    assert block["attention"]["norm"]["scale"].shape == (2, 24)
+    assert block["mlp"]["norm"]["scale"].shape == (2, 20)
+    config = ViTConfig(**TINY, depth=2, position="rope")
+    assert config.rotary == Rotary("centred", 100.0) and "pos_embed" not in structure(config)[1]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(position="none", rotary=EVA02), "set model.position to 'rope'"),
+        (dict(position="relative", rotary=EVA02), "does not go with model.position 'relative'"),
+        (dict(position="rope", num_heads=4), "heads of 4, 8, 12, ... channels, not 6"),
+        (dict(qkv_bias=False, key_bias=False), "key_bias is false, and so is model.qkv_bias"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        ViTConfig(**(TINY | fields))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(coordinates="centered"), "coordinates is 'centered'"),
+        (dict(base=1.0), "base is 1.0; expected a number above 1"),
+        (dict(reference=(16, 16)), "reference is for coordinates 'index'"),
+        (dict(coordinates="index", reference=(16, 0)), "expected a grid"),
+    ],
+    ids=str,
+)
+def test_rotations_that_do_not_exist_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        Rotary(**fields)

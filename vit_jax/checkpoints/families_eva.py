@@ -1,0 +1,34 @@
+"""What names of timm's eva.py say that their weights do not: rotary positions, epsilon, pooling."""
+
+import re
+from typing import Any
+
+from vit_jax.models.rotary import Rotary
+
+DINOV3 = Rotary("centred", base=100.0, layout="halves")
+EVA02 = Rotary("index", base=10_000.0, reference=(16, 16), layout="pairs")
+AXIAL = Rotary("index", base=100.0, axes="xy", layout="pairs")
+
+# A pattern of names, and the fields of their models.
+_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"vit_\w+_dinov3(_qkvb)?", dict(rotary=DINOV3, layernorm_eps=1e-5, pool="gap")),
+    (r"vit_\w+_lingbot", dict(rotary=DINOV3, layernorm_eps=1e-5, pool="token")),
+    (r"eva02_\w+_clip_\d+", dict(rotary=EVA02, pool="token")),
+    (r"eva02_\w+", dict(rotary=EVA02, pool="gap")),
+    (r"eva_giant_patch14_clip_224", dict(rotary=None, pool="token")),
+    (r"eva_giant_\w+", dict(rotary=None, pool="gap")),
+    (r"vit_\w+_rope_reg\d_gap_\d+", dict(rotary=EVA02, pool="gap")),
+    (r"vit_\w+_rope(_ape)?_\d+", dict(rotary=AXIAL, pool="token")),
+)
+# Heads that are not as many as in other models of that width.
+_HEADS = {"vit_huge_plus": 20, "vit_7b": 32}
+
+
+def said(name: str) -> dict[str, Any]:
+    """The config fields of a timm architecture of eva.py; {} for a name of another file."""
+    for pattern, fields in _FAMILIES:
+        if re.fullmatch(pattern, name):
+            heads = [n for start, n in _HEADS.items() if name.startswith(f"{start}_")]
+            heads = {"num_heads": heads[0]} if heads else {}
+            return {"layernorm_eps": 1e-6, **fields, **heads}
+    return {}

@@ -1,0 +1,116 @@
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in two dimensions.
+
+Pairs of channels of each query and key turn by angles that grow with the place of its patch, so
+that attention logits depend on the difference of two places.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vit_jax.errors import UserError, nearest
+
+CHOICES = {
+    "coordinates": ("centred", "index"),
+    "axes": ("yx", "xy"),
+    "layout": ("halves", "pairs"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary positions of the patches; tokens before them are not rotated.
+
+    A quarter of a head's channels has an angle for each axis, the place times base^(-4i / head_dim)
+    for i = 0, 1, ...; with the other half of the channels they make the pairs that are rotated. The
+    defaults are DINOv3's (arXiv 2508.10104).
+
+    Attributes:
+      coordinates: the place of a patch: its centre between -1 and 1 of the image, times 2 pi
+        (`centred`, DINOv3's), or the number of its row and column (`index`, EVA-02's, arXiv
+        2303.11331).
+      base: ratio of the highest frequency to about the lowest; 100 in DINOv3, 10000 in EVA-02.
+      reference: the grid (h, w) that `index` is scaled to, whatever the image's; None is as it is.
+      offset: what is added to `index`.
+      axes: the axis that comes first among the channels: rows (`yx`) or columns (`xy`).
+      layout: which channels make a pair: i and i + head_dim / 2 (`halves`), or 2i and 2i + 1
+        (`pairs`).
+
+    Raises:
+      UserError: a choice that does not exist, or a number out of range.
+    """
+
+    coordinates: str = "centred"
+    base: float = 100.0
+    reference: tuple[int, int] | None = None
+    offset: float = 0.0
+    axes: str = "yx"
+    layout: str = "halves"
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"model.rotary.{name} is {value!r}: {nearest(value, choices)}")
+        for name, least in (("base", 1.0), ("offset", -math.inf)):
+            value = getattr(self, name)
+            if not least < value < math.inf:
+                above = f" above {least:g}" if least > -math.inf else ""
+                raise UserError(f"model.rotary.{name} is {value!r}; expected a number{above}")
+        grid = self.reference
+        if grid is not None and not all(side > 0 for side in grid):
+            raise UserError(f"model.rotary.reference is {grid!r}; expected a grid (h, w)")
+        if self.coordinates == "centred" and (grid is not None or self.offset):
+            name = "offset" if grid is None else "reference"
+            raise UserError(
+                f"model.rotary.{name} is for coordinates 'index': 'centred' ones end at -1 and 1 "
+                "in every image"
+            )
+
+    def table(
+        self, grid: tuple[int, int], head_dim: int, prefix: int
+    ) -> Float[np.ndarray, "n {head_dim}"]:
+        """Cosines and sines of the angles of each token: [prefix + gh * gw, head_dim], float32.
+
+        The first half of the channels are cosines. Those of the `prefix` tokens are 1 and 0.
+        """
+        places = []
+        for axis, count in enumerate(grid):
+            place = np.arange(count, dtype=np.float64)
+            if self.coordinates == "centred":
+                place = ((place + 0.5) / count * 2 - 1) * 2 * np.pi
+            else:
+                scale = 1 if self.reference is None else self.reference[axis] / count
+                place = (place + self.offset) * scale
+            places.append(place)
+        quarter = head_dim // 4
+        frequencies = self.base ** (-np.arange(quarter) / quarter)
+        order = (0, 1) if self.axes == "yx" else (1, 0)
+        grids = np.meshgrid(*places, indexing="ij")
+        angles = np.stack([grids[axis] for axis in order], axis=-1)[..., None] * frequencies
+        angles = angles.reshape(-1, 2 * quarter)  # [gh * gw, axes * quarter]
+        angles = np.concatenate([np.zeros((prefix, angles.shape[1])), angles])
+        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "b n h k"], table: Float[Array | np.ndarray, "*b n k"], layout: str
+) -> Float[Array, "b n h k"]:
+    """Rotates queries or keys by the angles of a `Rotary.table`, in float32, in x's dtype again."""
+    cos, sin = (_of_heads(part) for part in jnp.split(jnp.asarray(table), 2, axis=-1))
+    y = x.astype(jnp.float32)
+    if layout == "halves":
+        a, b = jnp.split(y, 2, axis=-1)
+        y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    else:
+        a, b = y[..., ::2], y[..., 1::2]
+        y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(y.shape)
+    return y.astype(x.dtype)
+
+
+def _of_heads(part: Any) -> Any:
+    return part[..., None, :]  # [*b n 1 k/2]
