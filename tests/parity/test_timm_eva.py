@@ -10,10 +10,12 @@ import pytest
 import timm
 import timm.data
 import torch
+import transformers
 from timm.models import eva
 from timm.models._hub import save_for_hf
 
 import vit_jax
+from parity import test_transformers
 from parity.references import (
     agree,
     assert_same_models,
@@ -41,7 +43,7 @@ CASES = {
     "dinov3_plus": Case(
         "DINOv3, SwiGLU",
         "vit_small_plus_patch16_dinov3_qkvb",
-        SMALL | dict(img_size=(32, 64), global_pool="token"),
+        SMALL | dict(img_size=(32, 64), num_classes=0, global_pool="token"),
         writes=("timm", "hf"),
     ),
     "lingbot": Case("LingBot-Vision", "vit_small_patch16_lingbot", SMALL, writes=("timm", "hf")),
@@ -170,6 +172,21 @@ def test_written_for_others(name, folders, tmp_path):
                 vit_jax.save(vit, path, format=format)
     vit_jax.save(vit, tmp_path / "ours.safetensors", format="vit_jax")
     assert_same_models(load(tmp_path / "ours.safetensors"), vit)
+
+
+@pytest.mark.parametrize("name", ["lingbot", "dinov3_plus"])
+def test_from_timm_to_transformers(name, folders, record, tmp_path):
+    """The class token's output of timm's model, in transformers' DINOv3ViTModel."""
+    vit = load(folders(name) / "model.safetensors")
+    if vit.config.image_size[0] != vit.config.image_size[1]:
+        with pytest.raises(UserError, match="square"):
+            vit_jax.save(vit, tmp_path, format="hf")
+        return
+    vit_jax.save(vit, tmp_path, format="hf")
+    back = test_transformers.read_back(tmp_path, transformers.DINOv3ViTModel)
+    case = dataclasses.replace(test_transformers.CASES["dinov3"], config=back.config)
+    worst = agree(vit, test_transformers.expected_of(case, back, vit.config))
+    record(CASES[name].family, f"timm {timm.__version__}", f"written for {case.reference}", worst)
 
 
 @pytest.mark.parametrize(

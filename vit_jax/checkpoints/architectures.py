@@ -132,6 +132,7 @@ UNNAMED = (
     "is not named, and no key shows it: no rotary positions, softmax attention scaled by "
     "head_dim^-0.5, each norm before its branch, and only the patches averaged where any are"
 )
+UNNAMED_DINOV3 = "is not named: rotary positions and their base are DINOv3's"
 
 
 def current(name: str) -> str:
