@@ -140,7 +140,7 @@ def truth_of_eva(model):
     found = {
         "num_heads": block.attn.num_heads,
         "layernorm_eps": block.norm1.eps,
-        "pool": {"token": "token", "avg": "gap"}[model.global_pool],
+        "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": registers,
         "has_class_token": model.cls_token is not None,
         "num_prefix_tokens": model.num_prefix_tokens,
@@ -151,8 +151,13 @@ def truth_of_eva(model):
         "num_classes": model.num_classes,
         "position": "rope" if model.pos_embed is None else "learned",
         "mlp_dim": block.mlp.fc2.in_features,
+        "pre_norm": not isinstance(model.norm_pre, torch.nn.Identity),
         "rotary": None,
     }
+    norms = (model.norm, model.fc_norm)
+    found["final_norm"] = not all(isinstance(norm, torch.nn.Identity) for norm in norms)
+    if model.attn_pool is not None:
+        found |= {"pool_heads": model.attn_pool.num_heads, "pool_prefix": True}
     if model.pos_embed is not None:
         found["num_position_prefix"] = 0 if model.no_embed_class else model.num_prefix_tokens
     if isinstance(rope, timm.layers.RotaryEmbeddingDinoV3):

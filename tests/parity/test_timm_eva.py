@@ -77,6 +77,22 @@ CASES = {
         "vit_small_patch16_rope_ape_224",
         SMALL | dict(num_classes=7),
     ),
+    "pe_core": Case(
+        "Perception Encoder, core",
+        "vit_pe_core_small_patch16_384",
+        SMALL | dict(num_classes=7),
+    ),
+    "pe_core_giant": Case(
+        "Perception Encoder, core, no class token",
+        "vit_pe_core_gigantic_patch14_448",
+        SMALL | dict(num_classes=7),
+    ),
+    "pe_lang": Case(
+        "Perception Encoder, language, LayerScale",
+        "vit_pe_lang_large_patch14_448",
+        SMALL | dict(img_size=(28, 56)),
+    ),
+    "pe_spatial": Case("Perception Encoder, spatial", "vit_pe_spatial_tiny_patch16_512", SMALL),
 }
 MODELS = {}
 
@@ -129,7 +145,7 @@ def test_a_folder_of_the_hub(name, folders, record):
     np.testing.assert_allclose(vit.preprocess(picture), transformed, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dinov3", "eva02_norm", "eva", "rope", "rope_gap"])
+@pytest.mark.parametrize("name", ["dinov3", "eva02_norm", "eva", "rope", "pe_core"])
 def test_a_file_alone_has_to_be_named(name, tmp_path):
     """Most of these names go with several kinds of rotary positions, and with none."""
     model = model_of(name)
@@ -137,7 +153,7 @@ def test_a_file_alone_has_to_be_named(name, tmp_path):
     with pytest.raises(UserError, match=r"names of timm's eva\.py.*rotary.*architecture="):
         load(path)
     known = dict(num_heads=3, image_size=model.patch_embed.img_size, pool=None)
-    known["pool"] = "token" if model.global_pool == "token" else "gap"
+    known["pool"] = {"token": "token", "avg": "gap", "map": "map"}[model.global_pool]
     vit = load(path, architecture=f"{CASES[name].name}.some_tag", **known)
     assert_true(vit.config, model)
     agree(vit, expected_of(model, vit))
@@ -194,6 +210,7 @@ def test_from_timm_to_transformers(name, folders, record, tmp_path):
     [
         *(("dinov3", (48, 96)), ("eva02", (84, 42)), ("eva02_clip", (96, 80))),
         *(("rope_gap", (96, 48)), ("rope", (32, 80)), ("rope_ape", (80, 48)), ("eva", (70, 84))),
+        ("pe_core", (96, 48)),
     ],
 )
 def test_another_image_size(name, size, folders, record):

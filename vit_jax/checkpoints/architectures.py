@@ -25,9 +25,14 @@ TIMM_EVA = frozenset(
     vit_huge_plus_patch16_dinov3_qkvb vit_large_patch16_dinov3 vit_large_patch16_dinov3_qkvb
     vit_large_patch16_lingbot vit_large_patch16_rope_224 vit_large_patch16_rope_ape_224
     vit_medium_patch16_rope_reg1_gap_256 vit_mediumd_patch16_rope_reg1_gap_256
-    vit_small_patch16_dinov3 vit_small_patch16_dinov3_qkvb vit_small_patch16_lingbot
-    vit_small_patch16_rope_224 vit_small_patch16_rope_ape_224 vit_small_plus_patch16_dinov3
-    vit_small_plus_patch16_dinov3_qkvb vit_tiny_patch16_dinov3_qkvb
+    vit_pe_core_base_patch16_224 vit_pe_core_gigantic_patch14_448 vit_pe_core_large_patch14_336
+    vit_pe_core_small_patch16_384 vit_pe_core_tiny_patch16_384 vit_pe_lang_gigantic_patch14_448
+    vit_pe_lang_large_patch14_448 vit_pe_spatial_base_patch16_512
+    vit_pe_spatial_gigantic_patch14_448 vit_pe_spatial_large_patch14_448
+    vit_pe_spatial_small_patch16_512 vit_pe_spatial_tiny_patch16_512 vit_small_patch16_dinov3
+    vit_small_patch16_dinov3_qkvb vit_small_patch16_lingbot vit_small_patch16_rope_224
+    vit_small_patch16_rope_ape_224 vit_small_plus_patch16_dinov3 vit_small_plus_patch16_dinov3_qkvb
+    vit_tiny_patch16_dinov3_qkvb
     """.split()
 )
 TIMM = TIMM_EVA | frozenset(
@@ -125,7 +130,8 @@ EVA_ARGS = frozenset(
     img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias qkv_fused
     swiglu_mlp swiglu_align_to scale_mlp scale_attn_inner init_values class_token num_reg_tokens
     no_embed_class use_abs_pos_emb use_fc_norm global_pool dynamic_img_size drop_rate pos_drop_rate
-    patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate head_init_scale
+    patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate head_init_scale attn_pool_mlp_ratio
+    use_pre_transformer_norm
     """.split()
 )
 UNNAMED = (

@@ -158,7 +158,8 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         if dialect not in (TIMM_EVA, HF_DINOV3):
             allowed |= {"rotary": (None,), "key_bias": (True,)}
         if dialect is not TIMM_EVA:
-            allowed |= {"attention_norm": (False,), "mlp_norm": (False,)}
+            allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "final_norm": (True,)}
+            allowed |= {"pool_heads": (None, config.num_heads), "pool_prefix": (False,)}
     if config.position == "relative" and dialect.name != "vit_jax":
         yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
@@ -261,8 +262,11 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     }
     if dialect in (TIMM, TIMM_EVA):
         settings["pool"] = config.pool
-    if dialect in (TIMM_EVA, HF_DINOV3):
+    if dialect in (TIMM, TIMM_EVA, HF_DINOV3):
         settings["rotary"] = config.rotary
+    if dialect is TIMM_EVA:
+        told = ("pool_heads", "pool_prefix", "final_norm")
+        settings |= {name: getattr(config, name) for name in told}
     back = interpret(weights, **settings).config
     for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(back, field.name)

@@ -52,7 +52,12 @@ def infer(
         fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
     if dialect is HF_DINOV3:
         fields["position"] = "rope"
-    elif dialect is TIMM_EVA and "rotary" not in given:
+    if "attention_pool/probe" in found:
+        hidden = axis("attention_pool/mlp/fc1/kernel", "o")
+        fields["pool_mlp_dim"] = None if hidden == fc2 else hidden
+    # Of timm's models with these keys, the Perception Encoder alone has both.
+    perception = dialect is TIMM and fields["pre_norm"] and "attention_pool/probe" in found
+    if (dialect is TIMM_EVA or perception) and "rotary" not in given:
         raise UserError(
             f"{weights.path} has the names of timm's eva.py, whose rotary positions no key shows: "
             'say which of its models it is, architecture="NAME", or --set architecture=NAME'

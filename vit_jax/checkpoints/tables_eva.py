@@ -45,6 +45,7 @@ TIMM_EVA = Dialect(
         Row("cls_token", ("cls_token",), "1 1 d -> 1 1 d"),
         Row("registers", ("reg_token",), "1 r d -> 1 r d"),
         Row("pos_embed", ("pos_embed",), "1 n d -> n d"),
+        *norm_rows("pre_norm", "norm_pre"),
         *norm_rows("blocks/norm1", "blocks.{}.norm1"),
         *_as(
             torch_attention("blocks/attention", _APART, f"{_ATTENTION}.proj")[:1], only=_WITH_NORM
@@ -72,6 +73,16 @@ TIMM_EVA = Dialect(
         Row("blocks/scale2", ("blocks.{}.gamma_2",), "d -> d"),
         *_as(norm_rows("norm", "norm"), norm_after_pool=False),
         *_as(norm_rows("norm", "fc_norm"), norm_after_pool=True),
+        Row("attention_pool/probe", ("attn_pool.latent",), "1 1 d -> 1 1 d"),
+        *torch_attention(
+            "attention_pool/attention",
+            ["attn_pool.q.", "attn_pool.kv."],
+            "attn_pool.proj",
+            parts=(1, 2),
+        ),
+        *norm_rows("attention_pool/norm", "attn_pool.norm"),
+        *linear_rows("attention_pool/mlp/fc1", "attn_pool.mlp.fc1"),
+        *linear_rows("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
         *linear_rows("head", "head"),
     ),
     leftover=(r"mask_token$",),

@@ -76,6 +76,11 @@ class ViTConfig:
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
       pre_norm: whether a LayerNorm follows the positions (CLIP).
       norm_after_pool: whether the last LayerNorm is behind the pooling (MAE's fc_norm).
+      final_norm: whether there is such a last LayerNorm; in most of the Perception Encoders (arXiv
+        2504.13181) there is none.
+      pool_heads: heads of the pooling head (`map`); None is num_heads.
+      pool_mlp_dim: hidden units of its MLP; None is mlp_dim.
+      pool_prefix: whether it reads the tokens before the patches, too (Perception Encoder).
       patch_bias: whether the patch embedding has a bias.
       qkv_bias: whether queries, keys and values have a bias.
       key_bias: whether keys have one where queries and values do; in EVA and DINOv3 they do not.
@@ -123,6 +128,10 @@ class ViTConfig:
     layer_scale: float | None = None
     pre_norm: bool = False
     norm_after_pool: bool = False
+    final_norm: bool = True
+    pool_heads: int | None = None
+    pool_mlp_dim: int | None = None
+    pool_prefix: bool = False
     patch_bias: bool = True
     qkv_bias: bool = True
     key_bias: bool = True
@@ -144,8 +153,9 @@ class ViTConfig:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
         smallest |= dict(registers=0, patch_outputs=0)
-        if self.representation_size is not None:
-            smallest["representation_size"] = 1
+        for name in ("representation_size", "pool_heads", "pool_mlp_dim"):
+            if getattr(self, name) is not None:
+                smallest[name] = 1
         if self.position_prefix is not None:
             smallest["position_prefix"] = 0
         for name, least in smallest.items():
@@ -177,11 +187,12 @@ class ViTConfig:
                 f"model.image_size to a multiple of the patch, such as {max(h // ph, 1) * ph}x"
                 f"{max(w // pw, 1) * pw}, or the patch size"
             )
-        if self.width % self.num_heads:
-            raise UserError(
-                f"model.width {self.width} does not divide into {self.num_heads} heads "
-                "(model.num_heads)"
-            )
+        for name in ("num_heads", "pool_heads"):
+            if self.width % (getattr(self, name) or 1):
+                raise UserError(
+                    f"model.width {self.width} does not divide into {getattr(self, name)} heads "
+                    f"(model.{name})"
+                )
         if self.position_at != "input" and not self.position.startswith("learned"):
             raise UserError(
                 f"model.position_at {self.position_at!r} is for learned tables; model.position "
@@ -193,6 +204,11 @@ class ViTConfig:
                 "use 'auto' or 'xla'"
             )
         _check_rotary(self)
+        if self.norm_after_pool and not self.final_norm:
+            raise UserError(
+                "model.norm_after_pool moves the last LayerNorm, and model.final_norm is false: "
+                "set one of them only"
+            )
         if not (self.key_bias or self.qkv_bias):
             raise UserError(
                 "model.key_bias is false, and so is model.qkv_bias: set only the latter"

@@ -301,7 +301,17 @@ class AttentionPool(nnx.Module):
     """Attention pooling with one learned query (`map`: big_vision's MAPHead)."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        config = dataclasses.replace(config, key_bias=True, attention_norm=False, mlp_norm=False)
+        config = dataclasses.replace(
+            config,
+            rotary=None,
+            position="none",
+            position_at="input",
+            key_bias=True,
+            attention_norm=False,
+            mlp_norm=False,
+            num_heads=config.pool_heads or config.num_heads,
+            mlp_dim=config.pool_mlp_dim or config.mlp_dim,
+        )
         xavier = nnx.initializers.xavier_uniform()
         self.probe = nnx.Param(xavier(rngs.params(), (1, 1, config.width)))
         self.attention = Attention(config, rngs=rngs)

@@ -41,7 +41,8 @@ class ViT(nnx.Module):
             self.pre_norm = layers.layer_norm(config, rngs)
         keys = jax.random.split(rngs.params(), config.depth)
         self.blocks = nnx.vmap(lambda key: layers.Block(config, rngs=nnx.Rngs(key)))(keys)
-        self.norm = layers.layer_norm(config, rngs)
+        if config.final_norm:
+            self.norm = layers.layer_norm(config, rngs)
         if config.pool == "map":
             self.attention_pool = layers.AttentionPool(config, rngs=rngs)
         pooled = width * (2 if config.pool == "token_gap" else 1)
@@ -127,7 +128,7 @@ class ViT(nnx.Module):
     ) -> Float[Array, "b *k"]:
         """Final norm, pooling and head: logits, or the predictions for corrupted patches."""
         config = self.config
-        if not config.norm_after_pool:
+        if config.final_norm and not config.norm_after_pool:
             x = self.norm(x)
         captures("encoded", lambda: x)
         if corruption is not None:
@@ -202,7 +203,8 @@ class ViT(nnx.Module):
         if config.pool == "token":
             return x[:, 0], x_dist
         if config.pool == "map":
-            return self.attention_pool(x[:, config.num_prefix_tokens :]), None
+            first = 0 if config.pool_prefix else config.num_prefix_tokens
+            return self.attention_pool(x[:, first:]), None
         mean = x[:, config.num_prefix_tokens :].mean(axis=1)
         return (mean if config.pool == "gap" else jnp.concatenate([x[:, 0], mean], axis=1)), None
 
