@@ -242,7 +242,7 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
         return {"resize": "bilinear", "resize_dtype": "truncated", "jpeg": "fast", **HALF}
     if isinstance(vit, ResNetConfig):
         return {"resize": "bilinear_antialias", "aspect": "keep", "crop": 0.875, **HALF}
-    if vit.position == "rope" and vit.rotary == families_eva.DINOV3:
+    if vit.rotary is not None and vit.rotary.coordinates == "centred":  # DINOv3's
         if dialect == "hf":
             return {"resize": "bilinear_antialias", "resize_dtype": "float32", **IMAGENET}
         return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}

@@ -8,7 +8,7 @@ from vit_jax.checkpoints.rows import conv_rows as _conv
 from vit_jax.checkpoints.rows import layer_rows as _each
 from vit_jax.checkpoints.rows import linear_rows as _linear
 from vit_jax.checkpoints.rows import norm_rows as _norm
-from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL
 
 _FLAX = {"kernel": "/kernel", "bias": "/bias"}
 
@@ -208,16 +208,7 @@ TIMM = Dialect(
         Row("blocks/scale2", ("blocks.{}.ls2.gamma",), "d -> d"),
         *(dataclasses.replace(r, says={"norm_after_pool": False}) for r in _norm("norm", "norm")),
         *(dataclasses.replace(r, says={"norm_after_pool": True}) for r in _norm("norm", "fc_norm")),
-        Row("attention_pool/probe", ("attn_pool.latent",), "1 1 d -> 1 1 d"),
-        *torch_attention(
-            "attention_pool/attention",
-            ["attn_pool.q.", "attn_pool.kv."],
-            "attn_pool.proj",
-            parts=(1, 2),
-        ),
-        *_norm("attention_pool/norm", "attn_pool.norm"),
-        *_linear("attention_pool/mlp/fc1", "attn_pool.mlp.fc1"),
-        *_linear("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
+        *TIMM_POOL,
         *_linear("head", "head"),
         *_linear("head_dist", "head_dist"),
     ),

@@ -33,6 +33,17 @@ _BIAS, _LAYOUT = "blocks/attention/qkv/bias", "(t h k) -> t h k"
 # The models with a norm in their MLP have Q, K and V apart, too; DINOv3 has the gate apart.
 _WITH_NORM = {"mlp_norm": True}
 
+# huggingface/pytorch-image-models: timm/layers/attention_pool.py, AttentionPoolLatent
+TIMM_POOL = (
+    Row("attention_pool/probe", ("attn_pool.latent",), "1 1 d -> 1 1 d"),
+    *torch_attention(
+        "attention_pool/attention", ["attn_pool.q.", "attn_pool.kv."], "attn_pool.proj", (1, 2)
+    ),
+    *norm_rows("attention_pool/norm", "attn_pool.norm"),
+    *linear_rows("attention_pool/mlp/fc1", "attn_pool.mlp.fc1"),
+    *linear_rows("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
+)
+
 # huggingface/pytorch-image-models: timm/models/eva.py
 TIMM_EVA = Dialect(
     "timm",
@@ -73,16 +84,7 @@ TIMM_EVA = Dialect(
         Row("blocks/scale2", ("blocks.{}.gamma_2",), "d -> d"),
         *_as(norm_rows("norm", "norm"), norm_after_pool=False),
         *_as(norm_rows("norm", "fc_norm"), norm_after_pool=True),
-        Row("attention_pool/probe", ("attn_pool.latent",), "1 1 d -> 1 1 d"),
-        *torch_attention(
-            "attention_pool/attention",
-            ["attn_pool.q.", "attn_pool.kv."],
-            "attn_pool.proj",
-            parts=(1, 2),
-        ),
-        *norm_rows("attention_pool/norm", "attn_pool.norm"),
-        *linear_rows("attention_pool/mlp/fc1", "attn_pool.mlp.fc1"),
-        *linear_rows("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
+        *TIMM_POOL,
         *linear_rows("head", "head"),
     ),
     leftover=(r"mask_token$",),

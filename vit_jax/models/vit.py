@@ -106,8 +106,8 @@ class ViT(nnx.Module):
             if config.position_at == "input":
                 x = elementwise.row_major(x + self.positions().astype(x.dtype))
         x = elementwise.dropout(x, config.dropout, embedding_key)
-        prefix = config.num_prefix_tokens
         rotation = self.rotation(len(x), embedding_key)
+        prefix = config.num_prefix_tokens
         x = elementwise.drop_patches(x, config.patch_dropout, prefix, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
