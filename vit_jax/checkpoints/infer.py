@@ -59,7 +59,7 @@ def infer(
     perception = dialect is TIMM and fields["pre_norm"] and "attention_pool/probe" in found
     if (dialect is TIMM_EVA or perception) and "rotary" not in given:
         raise UserError(
-            f"{weights.path} has the names of timm's eva.py, whose rotary positions no key shows: "
+            f"{weights.path} has names of timm's eva.py, whose rotary positions no key shows: "
             'say which of its models it is, architecture="NAME", or --set architecture=NAME'
         )
     for ours, may_miss in {
