@@ -13,6 +13,7 @@ from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.layers import folded
+from vit_jax.models.lora import Lora
 from vit_jax.models.vit import ViT
 
 GPU = fake_mesh("gpu")
@@ -50,6 +51,7 @@ def assert_alike(found, wanted, rtol):
         dict(position="relative", remat="full"),
         dict(position="rope", key_bias=False, mlp="swiglu", mlp_norm=True, attention_norm=True),
         dict(pool="gap", norm_after_pool=True, pre_norm=True, position="sincos2d"),
+        dict(lora=Lora(2, targets=("qkv", "out", "fc1", "fc2")), layer_scale=0.5, pool="map"),
     ],
     ids=str,
 )

@@ -77,16 +77,26 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if name == "resnet":
         return value  # of JSON, a list: checked and made a tuple by the config
     if name in SECTIONS:
-        if isinstance(value, SECTIONS[name]):
-            return value
-        check_fields(SECTIONS[name], value)
-        inner = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-        return SECTIONS[name](**inner)
+        return _section(name, value)
     if kind == "float" and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value).__name__ != kind:
         raise UserError(f"model.{name} is {value!r}; expected {kind}")
     return value
+
+
+def _section(name: str, value: Any) -> Any:
+    """A field that is a dataclass itself, of JSON: `lora`, `rotary`."""
+    kind = SECTIONS[name]
+    if isinstance(value, kind):
+        return value
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    needed = {key for key, field in fields.items() if field.default is dataclasses.MISSING}
+    if not isinstance(value, Mapping) or not needed <= set(value) <= set(fields):
+        raise UserError(
+            f"model.{name} is {str(value)[:80]!r}; expected {', '.join(sorted(fields))}"
+        )
+    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
 
 
 def numbers(values: Any) -> Any:
