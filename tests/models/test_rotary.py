@@ -4,13 +4,17 @@ import dataclasses
 
 import jax
 import numpy as np
+import numpy_vit
 import pytest
-from tiny_models import random_images, random_params, relative_error, run
+from flax import nnx
+from jax.sharding import NamedSharding
+from tiny_models import as_float32, random_images, random_params, relative_error, run
 
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.rotary import Rotary
+from vit_jax.training.sharding import BATCH, MeshConfig, make_mesh, placement
 
 TINY = dict(image_size=(8, 15), patch_size=(4, 5), width=24, mlp_dim=20, num_heads=3, num_classes=5)
 EVA02 = Rotary("index", base=10_000.0, reference=(4, 6), layout="pairs")
@@ -184,3 +188,34 @@ def test_what_does_not_go_together_is_refused(fields, message):
 def test_rotations_that_do_not_exist_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         Rotary(**fields)
+
+
+def test_heads_on_several_devices_rotate_alike():
+    """Queries and keys are split by heads; the table is on every device."""
+    fields = TINY | dict(width=32, num_heads=4, mlp_dim=24, depth=2, mlp="swiglu")
+    config = ViTConfig(**fields, **CASES["eva02 clip"])
+    params, images = as_float32(random_params(config)), random_images(config, n=4)
+    wanted = np.asarray(run(config, params, images))
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    graphdef, shapes = structure(config)
+    placed = jax.device_put(params, placement(shapes, mesh))
+    assert placed["blocks"]["attention"]["qkv"]["bias"].sharding.spec[2] == "tensor"
+    split = jax.device_put(images.astype(np.float32), NamedSharding(mesh, BATCH))
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))(placed, split)
+    assert relative_error(found, wanted) < 1e-5
+
+
+def test_a_pooling_of_all_tokens_with_heads_of_its_own():
+    """The Perception Encoder's: no LayerNorm before it, and the class token is read, too."""
+    pooling = dict(pool="map", class_token=True, pool_heads=2, pool_mlp_dim=12, pool_prefix=True)
+    config = ViTConfig(**TINY, depth=1, rotary=PE, final_norm=False, **pooling)
+    params, images = random_params(config), random_images(config)
+    assert "norm" not in params
+    _, found = run(config, params, images, capture=("tokens", "pooled"))
+    head = params["attention_pool"]
+    for i in range(2):
+        x = np.asarray(found["tokens"][0, i], np.float64)
+        y, _ = numpy_vit.attention(head["probe"][0], x, head["attention"])
+        y = y + numpy_vit.mlp(normalised(y, head["norm"]), head["mlp"], "tanh")
+        assert relative_error(found["pooled"][i], y[0]) < 1e-5
