@@ -71,6 +71,12 @@ class Rotary:
                 "in every image"
             )
 
+    def __str__(self) -> str:
+        scaled = "" if self.reference is None else " of a grid of {}x{}".format(*self.reference)
+        offset = f" from {self.offset:g}" if self.offset else ""
+        places = f"{self.coordinates}{offset}{scaled}"
+        return f"rotary, {places}, {self.axes}, base {self.base:g}, {self.layout}"
+
     def table(
         self, grid: tuple[int, int], head_dim: int, prefix: int
     ) -> Float[np.ndarray, "n {head_dim}"]:
