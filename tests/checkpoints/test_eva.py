@@ -165,7 +165,7 @@ def test_the_name_says_what_no_key_shows(name, expected, tmp_path):
     "config, message",
     [
         (dict(architecture="eva02_enormous_patch14_clip_224"), "which is not known"),
-        (dict(architecture="vit_small_patch16_rope_mixed_224"), "which is not known"),
+        (dict(architecture="vit_base_patch16_sapiens2"), "which is not known"),
         (
             dict(architecture="eva_giant_patch14_224", model_args=dict(rope_type="dinov3")),
             "rope_type='dinov3' may change what is computed",

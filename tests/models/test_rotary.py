@@ -18,11 +18,12 @@ from vit_jax.training.sharding import BATCH, MeshConfig, make_mesh, placement
 
 TINY = dict(image_size=(8, 15), patch_size=(4, 5), width=24, mlp_dim=20, num_heads=3, num_classes=5)
 EVA02 = Rotary("index", base=10_000.0, reference=(4, 6), layout="pairs")
+MIXED = Rotary("index", base=10.0, axes="xy", layout="pairs", learned=True)
 PE = Rotary("index", base=10_000.0, reference=(4, 4), offset=1.0, axes="xy", layout="pairs")
 
 
-def angles(rotary, row, column, grid, head_dim):
-    """The angles of a patch's pairs, one by one."""
+def angles(rotary, row, column, grid, head_dim, learned):
+    """The angles of a patch's pairs, one by one; `learned` are a head's frequencies, if any."""
     if rotary.coordinates == "centred":
         y, x = (2 * np.pi * ((2 * i + 1) / n - 1) for i, n in ((row, grid[0]), (column, grid[1])))
     else:
@@ -30,6 +31,8 @@ def angles(rotary, row, column, grid, head_dim):
         y, x = (row + rotary.offset) * h / grid[0], (column + rotary.offset) * w / grid[1]
     frequencies = [rotary.base ** (-4 * i / head_dim) for i in range(head_dim // 4)]
     first, second = (y, x) if rotary.axes == "yx" else (x, y)
+    if learned is not None:
+        return [first * f + second * g for f, g in zip(*learned, strict=True)]
     return [first * f for f in frequencies] + [second * f for f in frequencies]
 
 
@@ -59,7 +62,8 @@ def attention(x, p, config):
             x @ kernel[:, i, head] + (0 if bias is None else bias[i, head]) for i in range(3)
         )
         for patch in range(grid[0] * grid[1]):
-            turns = angles(config.rotary, *divmod(patch, grid[1]), grid, config.head_dim)
+            learned = p["rotary_freqs"][:, head] if "rotary_freqs" in p else None
+            turns = angles(config.rotary, *divmod(patch, grid[1]), grid, config.head_dim, learned)
             for part in (q, k):
                 part[prefix + patch] = rotated(part[prefix + patch], turns, config.rotary.layout)
         weights = np.exp(q @ k.T / np.sqrt(config.head_dim))
@@ -88,6 +92,7 @@ CASES = {
     "eva02": dict(rotary=EVA02, key_bias=False, mlp_norm=True),
     "eva02 clip": dict(rotary=EVA02, key_bias=False, mlp_norm=True, attention_norm=True),
     "pe": dict(rotary=PE),
+    "mixed": dict(position="rope", rotary=MIXED),
 }
 
 
@@ -116,9 +121,11 @@ def test_scan_and_loop_and_remat_compute_the_same():
         assert relative_error(found, wanted) < 1e-6
 
 
-def test_dropped_patches_take_their_positions_with_them():
+@pytest.mark.parametrize("rotary", [None, MIXED], ids=["dinov3", "mixed"])
+def test_dropped_patches_take_their_positions_with_them(rotary):
     """The place of what is kept shows: attention is a part of the whole image's, renormalised."""
-    config = ViTConfig(**TINY, depth=1, position="rope", registers=1, patch_dropout=0.5)
+    rope = dict(position="rope", rotary=rotary, patch_dropout=0.5)
+    config = ViTConfig(**TINY, depth=1, registers=1, **rope)
     params, images = random_params(config), random_images(config, n=6)
     whole = run(config, params, images, capture=("attention", "patches"))[1]
     seen = run(config, params, images, key=jax.random.key(1), capture="attention")[1]["attention"][
@@ -148,6 +155,17 @@ def test_in_bfloat16_angles_keep_their_digits():
     half = dataclasses.replace(config, dtype="bfloat16")
     found = run(half, params, images, capture="attention")[1]["attention"]
     assert 1e-4 < np.abs(np.asarray(found) - np.asarray(exact)).max() < 0.03
+
+
+def test_learned_frequencies_start_along_two_directions_at_a_right_angle():
+    model = structure(ViTConfig(**TINY, depth=3, position="rope", rotary=MIXED))[1]
+    assert model["blocks"]["attention"]["rotary_freqs"].shape == (3, 2, 3, 4)
+    found = np.asarray(MIXED.frequencies(jax.random.key(0), 3, 8), np.float64)  # [2 heads 4]
+    first, second = found[..., :2], found[..., 2:]
+    np.testing.assert_allclose((first * second).sum(0), 0, atol=1e-6)
+    for half in (first, second):
+        np.testing.assert_allclose((half**2).sum(0) ** 0.5, [[1, 10**-0.5]] * 3, rtol=1e-5)
+    assert len({round(float(f), 3) for f in found[0, :, 0]}) == 3  # a direction for each head
 
 
 def test_what_is_stored():

@@ -27,6 +27,8 @@ def randomise(model, seed=0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("rope.freqs"):
+                noise *= 0.5
             small = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
             if any(word in name for word in (*small, "embeddings", "register_tokens")):
                 # Tokens of a variance near 1e-3: an epsilon of 1e-5 is 1% of it, not 1e-5.
@@ -168,6 +170,11 @@ def truth_of_eva(model):
             "ij",
         )
         assert block.attn.rotate_half
+    elif isinstance(rope, timm.layers.RotaryEmbeddingMixed):
+        axes = {"ij": "yx", "xy": "xy"}[rope.grid_indexing]
+        found["rotary"] = Rotary(
+            "index", float(rope.temperature), axes=axes, layout="pairs", learned=True
+        )
     elif rope is not None:
         reference = None if rope.ref_feat_shape is None else tuple(rope.ref_feat_shape)
         axes = {"ij": "yx", "xy": "xy"}[rope.grid_indexing]

@@ -77,6 +77,16 @@ CASES = {
         "vit_small_patch16_rope_ape_224",
         SMALL | dict(num_classes=7),
     ),
+    "mixed": Case(
+        "ViT with learned RoPE",
+        "vit_small_patch16_rope_mixed_224",
+        SMALL | dict(num_classes=7, img_size=(48, 32)),
+    ),
+    "mixed_ape": Case(
+        "ViT with learned RoPE and a table",
+        "vit_small_patch16_rope_mixed_ape_224",
+        SMALL | dict(num_classes=7),
+    ),
     "pe_core": Case(
         "Perception Encoder, core",
         "vit_pe_core_small_patch16_384",
@@ -210,7 +220,7 @@ def test_from_timm_to_transformers(name, folders, record, tmp_path):
     [
         *(("dinov3", (48, 96)), ("eva02", (84, 42)), ("eva02_clip", (96, 80))),
         *(("rope_gap", (96, 48)), ("rope", (32, 80)), ("rope_ape", (80, 48)), ("eva", (70, 84))),
-        ("pe_core", (96, 48)),
+        *(("pe_core", (96, 48)), ("mixed", (64, 80)), ("mixed_ape", (48, 80))),
     ],
 )
 def test_another_image_size(name, size, folders, record):

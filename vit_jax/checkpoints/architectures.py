@@ -20,10 +20,12 @@ TIMM_EVA = frozenset(
     eva02_tiny_patch14_224 eva02_tiny_patch14_336 eva_giant_patch14_224 eva_giant_patch14_336
     eva_giant_patch14_560 eva_giant_patch14_clip_224 vit_7b_patch16_dinov3 vit_base_patch16_dinov3
     vit_base_patch16_dinov3_qkvb vit_base_patch16_lingbot vit_base_patch16_rope_224
-    vit_base_patch16_rope_ape_224 vit_base_patch16_rope_reg1_gap_256
+    vit_base_patch16_rope_ape_224 vit_base_patch16_rope_mixed_224
+    vit_base_patch16_rope_mixed_ape_224 vit_base_patch16_rope_reg1_gap_256
     vit_betwixt_patch16_rope_reg4_gap_256 vit_giant_patch16_lingbot vit_huge_plus_patch16_dinov3
     vit_huge_plus_patch16_dinov3_qkvb vit_large_patch16_dinov3 vit_large_patch16_dinov3_qkvb
     vit_large_patch16_lingbot vit_large_patch16_rope_224 vit_large_patch16_rope_ape_224
+    vit_large_patch16_rope_mixed_224 vit_large_patch16_rope_mixed_ape_224
     vit_medium_patch16_rope_reg1_gap_256 vit_mediumd_patch16_rope_reg1_gap_256
     vit_pe_core_base_patch16_224 vit_pe_core_gigantic_patch14_448 vit_pe_core_large_patch14_336
     vit_pe_core_small_patch16_384 vit_pe_core_tiny_patch16_384 vit_pe_lang_gigantic_patch14_448
@@ -31,8 +33,9 @@ TIMM_EVA = frozenset(
     vit_pe_spatial_gigantic_patch14_448 vit_pe_spatial_large_patch14_448
     vit_pe_spatial_small_patch16_512 vit_pe_spatial_tiny_patch16_512 vit_small_patch16_dinov3
     vit_small_patch16_dinov3_qkvb vit_small_patch16_lingbot vit_small_patch16_rope_224
-    vit_small_patch16_rope_ape_224 vit_small_plus_patch16_dinov3 vit_small_plus_patch16_dinov3_qkvb
-    vit_tiny_patch16_dinov3_qkvb
+    vit_small_patch16_rope_ape_224 vit_small_patch16_rope_mixed_224
+    vit_small_patch16_rope_mixed_ape_224 vit_small_plus_patch16_dinov3
+    vit_small_plus_patch16_dinov3_qkvb vit_tiny_patch16_dinov3_qkvb
     """.split()
 )
 TIMM = TIMM_EVA | frozenset(

@@ -8,6 +8,7 @@ from vit_jax.models.rotary import Rotary
 DINOV3 = Rotary("centred", base=100.0, layout="halves")
 EVA02 = Rotary("index", base=10_000.0, reference=(16, 16), layout="pairs")
 AXIAL = Rotary("index", base=100.0, axes="xy", layout="pairs")
+MIXED = Rotary("index", base=10.0, axes="xy", layout="pairs", learned=True)
 
 
 def perception(side: int, offset: float) -> Rotary:
@@ -21,16 +22,14 @@ _REST = dict(pool="gap", final_norm=False, layernorm_eps=1e-5)
 _DINOV3 = dict(rotary=DINOV3, layernorm_eps=1e-5)
 # A pattern of names, and the fields of their models.
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (
-        r"vit_\w+_dinov3(_qkvb)?",
-        dict(rotary=DINOV3, layernorm_eps=1e-5, pool="gap", image_size=256),
-    ),
+    (r"vit_\w+_dinov3(_qkvb)?", dict(pool="gap", image_size=256, **_DINOV3)),
     (r"vit_\w+_lingbot", dict(pool="token", image_size=512, **_DINOV3)),
     (r"eva02_\w+_clip_\d+", dict(rotary=EVA02, pool="token")),
     (r"eva02_\w+", dict(rotary=EVA02, pool="gap")),
     (r"eva_giant_patch14_clip_224", dict(rotary=None, pool="token")),
     (r"eva_giant_\w+", dict(rotary=None, pool="gap")),
     (r"vit_\w+_rope_reg\d_gap_\d+", dict(rotary=EVA02, pool="gap", image_size=256)),
+    (r"vit_\w+_rope_mixed(_ape)?_\d+", dict(rotary=MIXED, pool="token")),
     (r"vit_\w+_rope(_ape)?_\d+", dict(rotary=AXIAL, pool="token")),
     (r"vit_pe_core_base_patch16_224", dict(rotary=perception(14, 1.0), **_CORE)),
     (r"vit_pe_core_gigantic_patch14_448", dict(rotary=perception(32, 0.0), **_CORE)),

@@ -36,6 +36,7 @@ class Row:
       only: config fields of the models that are written so; any spelling is read.
       first, digits: the index of block 0 in a file, and the minimum number of its digits.
       any_rank: whether files may have additional axes of 1.
+      whole: whether the layout has the depth axis, too.
     """
 
     ours: str
@@ -47,10 +48,11 @@ class Row:
     first: int = 0
     digits: int = 1
     any_rank: bool = False
+    whole: bool = False
 
     @property
     def in_stack(self) -> bool:
-        return self.ours.startswith("blocks/") or "/rest/" in self.ours
+        return not self.whole and (self.ours.startswith("blocks/") or "/rest/" in self.ours)
 
     @property
     def per_block(self) -> bool:

@@ -15,6 +15,7 @@ _ARCHITECTURES: dict[tuple[Rotary | None, bool, bool], tuple[str, float]] = {
     (families_eva.DINOV3, False, True): ("vit_base_patch16_dinov3", 1e-5),
     (families_eva.EVA02, False, True): ("eva02_base_patch14_224", 1e-6),
     (families_eva.AXIAL, True, True): ("vit_base_patch16_rope_224", 1e-6),
+    (families_eva.MIXED, True, True): ("vit_base_patch16_rope_mixed_224", 1e-6),
     (None, False, True): ("eva_giant_patch14_224", 1e-6),
     (families_eva.perception(14, 1.0), True, True): ("vit_pe_core_base_patch16_224", 1e-5),
     (families_eva.perception(24, 1.0), True, True): ("vit_pe_core_large_patch14_336", 1e-5),

@@ -74,6 +74,7 @@ TIMM_EVA = Dialect(
         ),
         *_as([Row(_BIAS, (f"{_ATTENTION}.qkv.bias",), _LAYOUT)], key_bias=True),
         *norm_rows("blocks/attention/norm", f"{_ATTENTION}.norm"),
+        Row("blocks/attention/rotary_freqs", ("rope.freqs",), "a l h k -> l a h k", whole=True),
         Row("blocks/scale1", ("blocks.{}.gamma_1",), "d -> d"),
         *norm_rows("blocks/norm2", "blocks.{}.norm2"),
         *_as(_gated(_GATE), only=_WITH_NORM, mlp="swiglu"),

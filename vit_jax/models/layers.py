@@ -18,7 +18,7 @@ from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
 from vit_jax.models.linear import linear, split_linear
 from vit_jax.models.lora import LAYERS, adapted, adapted_qkv
-from vit_jax.models.rotary import rotate
+from vit_jax.models.rotary import mixed, rotate
 from vit_jax.models.stack import Captures, split_key
 
 
@@ -125,6 +125,9 @@ class Attention(nnx.Module):
         self.out = Affine(xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d), (d,))
         if config.attention_norm:
             self.norm = layer_norm(config, rngs)
+        if config.rotary is not None and config.rotary.learned:
+            frequencies = config.rotary.frequencies(rngs.params(), heads, head_dim)
+            self.rotary_freqs = nnx.Param(frequencies)
         if relative:
             offsets = 2 * config.grid[0] * config.grid[1] - 1
             self.rel_embed = nnx.Param(positions.INIT(rngs.params(), (offsets, heads, head_dim)))
@@ -136,17 +139,18 @@ class Attention(nnx.Module):
         *,
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
-        rotation: Float[Array | np.ndarray, "*b n k"] | None = None,
+        rotation: Float[Array, "*b n c"] | None = None,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
-        `rotation` is the table of rotary positions, for all images or for each.
+        `rotation` is the table of rotary positions, for all images or for each; with learned
+        frequencies, the tokens' places [n 2].
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
             q, k, v = self._qkv(x, query)
             if rotation is not None:
-                q, k = (rotate(part, rotation, self.config.rotary.layout) for part in (q, k))
+                q, k = self._rotated((q, k), rotation)
         logits_bias = None
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
@@ -168,6 +172,14 @@ class Attention(nnx.Module):
             y = self.norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
         with jax.named_scope("attention_out"):
             return affine(y, self.out, dtype)
+
+    def _rotated(
+        self, parts: tuple[Float[Array, "b n h k"], ...], rotation: Float[Array, "*b n c"]
+    ) -> list[Float[Array, "b n h k"]]:
+        layout, table = self.config.rotary.layout, rotation[..., None, :]
+        if self.config.rotary.learned:
+            table = mixed(rotation, self.rotary_freqs[...])
+        return [rotate(part, table, layout) for part in parts]
 
     def _qkv(
         self, x: Float[Array, "b n d"], query: Float[Array, "b m d"] | None
@@ -272,7 +284,7 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
         captures: Captures | None = None,
         length: int | None = None,
-        rotation: Float[Array | np.ndarray, "*b n k"] | None = None,
+        rotation: Float[Array, "*b n c"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 

@@ -6,11 +6,11 @@ that attention logits depend on the difference of two places.
 
 import dataclasses
 import math
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from vit_jax.errors import UserError, nearest
 
@@ -39,6 +39,9 @@ class Rotary:
       axes: the axis that comes first among the channels: rows (`yx`) or columns (`xy`).
       layout: which channels make a pair: i and i + head_dim / 2 (`halves`), or 2i and 2i + 1
         (`pairs`).
+      learned: whether each head of each layer learns its frequencies, two for each pair of
+        channels, so that angles mix both axes (RoPE-Mixed, arXiv 2403.13298); `base` is then that
+        of the initial ones, along directions drawn at random.
 
     Raises:
       UserError: a choice that does not exist, or a number out of range.
@@ -50,6 +53,7 @@ class Rotary:
     offset: float = 0.0
     axes: str = "yx"
     layout: str = "halves"
+    learned: bool = False
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -75,15 +79,11 @@ class Rotary:
         scaled = "" if self.reference is None else " of a grid of {}x{}".format(*self.reference)
         offset = f" from {self.offset:g}" if self.offset else ""
         places = f"{self.coordinates}{offset}{scaled}"
-        return f"rotary, {places}, {self.axes}, base {self.base:g}, {self.layout}"
+        learned = ", learned" if self.learned else ""
+        return f"rotary, {places}, {self.axes}, base {self.base:g}, {self.layout}{learned}"
 
-    def table(
-        self, grid: tuple[int, int], head_dim: int, prefix: int
-    ) -> Float[np.ndarray, "n {head_dim}"]:
-        """Cosines and sines of the angles of each token: [prefix + gh * gw, head_dim], float32.
-
-        The first half of the channels are cosines. Those of the `prefix` tokens are 1 and 0.
-        """
+    def places(self, grid: tuple[int, int], prefix: int) -> Float[np.ndarray, "n 2"]:
+        """The place of each token along both axes, [prefix + gh * gw, 2]; 0 before the patches."""
         places = []
         for axis, count in enumerate(grid):
             place = np.arange(count, dtype=np.float64)
@@ -93,21 +93,54 @@ class Rotary:
                 scale = 1 if self.reference is None else self.reference[axis] / count
                 place = (place + self.offset) * scale
             places.append(place)
-        quarter = head_dim // 4
-        frequencies = self.base ** (-np.arange(quarter) / quarter)
-        order = (0, 1) if self.axes == "yx" else (1, 0)
-        grids = np.meshgrid(*places, indexing="ij")
-        angles = np.stack([grids[axis] for axis in order], axis=-1)[..., None] * frequencies
-        angles = angles.reshape(-1, 2 * quarter)  # [gh * gw, axes * quarter]
-        angles = np.concatenate([np.zeros((prefix, angles.shape[1])), angles])
+        y, x = np.meshgrid(*places, indexing="ij")
+        found = np.stack((y, x) if self.axes == "yx" else (x, y), axis=-1).reshape(-1, 2)
+        return np.concatenate([np.zeros((prefix, 2)), found])
+
+    def table(
+        self, grid: tuple[int, int], head_dim: int, prefix: int
+    ) -> Float[np.ndarray, "n {head_dim}"]:
+        """Cosines and sines of the angles of each token: [prefix + gh * gw, head_dim], float32.
+
+        The first half of the channels are cosines. Those of the `prefix` tokens are 1 and 0.
+        """
+        frequencies = self.base ** (-np.arange(head_dim // 4) / (head_dim // 4))
+        angles = self.places(grid, prefix)[..., None] * frequencies
+        angles = angles.reshape(len(angles), head_dim // 2)  # [n, axes * quarter]
         return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    def frequencies(
+        self, key: Key[Array, ""], heads: int, head_dim: int
+    ) -> Float[Array, "2 {heads} half"]:
+        """Initial frequencies that are learned, along both axes: [2 heads head_dim / 2].
+
+        Those of a head are along two directions at a right angle, the first drawn at random.
+        """
+        sizes = self.base ** (-jnp.arange(head_dim // 4) / (head_dim // 4))
+        turns = jax.random.uniform(key, (heads, 1), maxval=2 * jnp.pi)
+        turns = jnp.stack([turns, turns + jnp.pi / 2], axis=1)  # [heads 2 1]
+        both = jnp.stack([jnp.cos(turns), jnp.sin(turns)]) * sizes
+        return both.reshape(2, heads, head_dim // 2)
+
+
+def mixed(
+    places: Float[Array | np.ndarray, "*b n 2"], frequencies: Float[Array, "2 h half"]
+) -> Float[Array, "*b n h k"]:
+    """The table of a layer with learned frequencies, for each head (see `Rotary.table`)."""
+    angles = jnp.einsum(
+        "...na,ahf->...nhf", places, frequencies, precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def rotate(
-    x: Float[Array, "b n h k"], table: Float[Array | np.ndarray, "*b n k"], layout: str
+    x: Float[Array, "b n h k"], table: Float[Array | np.ndarray, "*b n _ k"], layout: str
 ) -> Float[Array, "b n h k"]:
-    """Rotates queries or keys by the angles of a `Rotary.table`, in float32, in x's dtype again."""
-    cos, sin = (_of_heads(part) for part in jnp.split(jnp.asarray(table), 2, axis=-1))
+    """Rotates queries or keys by the angles of a table, in float32, in x's dtype again.
+
+    The table is that of all heads (an axis of 1) or of each.
+    """
+    cos, sin = jnp.split(jnp.asarray(table), 2, axis=-1)
     y = x.astype(jnp.float32)
     if layout == "halves":
         a, b = jnp.split(y, 2, axis=-1)
@@ -116,7 +149,3 @@ def rotate(
         a, b = y[..., ::2], y[..., 1::2]
         y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(y.shape)
     return y.astype(x.dtype)
-
-
-def _of_heads(part: Any) -> Any:
-    return part[..., None, :]  # [*b n 1 k/2]

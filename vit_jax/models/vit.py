@@ -180,15 +180,20 @@ class ViT(nnx.Module):
         owner = self.blocks if self.config.position_at == "layers" else self
         return positions.composed(owner, self.config)
 
-    def rotation(self, b: int, key: Key[Array, ""] | None) -> Float[Array, "*b n k"] | None:
+    def rotation(self, b: int, key: Key[Array, ""] | None) -> Float[Array, "*b n c"] | None:
         """The table of rotary positions of all tokens; of b images with patch dropout, by image.
+
+        Where layers learn frequencies, these are the places that they are multiplied by.
 
         Patch dropout with the same key keeps the same patches of it as of the tokens.
         """
         config, prefix = self.config, self.config.num_prefix_tokens
         if config.rotary is None:
             return None
-        table = jnp.asarray(config.rotary.table(config.grid, config.head_dim, prefix))
+        if config.rotary.learned:
+            table = jnp.asarray(config.rotary.places(config.grid, prefix), jnp.float32)
+        else:
+            table = jnp.asarray(config.rotary.table(config.grid, config.head_dim, prefix))
         if key is None or config.patch_dropout == 0:
             return table
         table = jnp.broadcast_to(table, (b, *table.shape))
@@ -235,7 +240,7 @@ class ViT(nnx.Module):
         captures: Captures,
         layout: Layout | None = None,
         frozen: int = 0,
-        rotation: Float[Array, "*b n k"] | None = None,
+        rotation: Float[Array, "*b n c"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
