@@ -160,6 +160,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         if dialect is not TIMM_EVA:
             allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "final_norm": (True,)}
             allowed |= {"pool_heads": (None, config.num_heads), "pool_prefix": (False,)}
+            allowed["pool_mlp_dim"] = (None, config.mlp_dim)
     if config.position == "relative" and dialect.name != "vit_jax":
         yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
