@@ -117,12 +117,13 @@ def test_every_field_of_the_config_is_read_by_something():
 
 
 def test_every_field_of_a_model_can_be_set_by_a_flag():
+    from vit_jax.models.config import SECTIONS
     from vit_jax.training.config import MODEL_KEYS
     from vit_jax.training.config_file import load_config
 
     examples = {str: ("x", "x"), int: ("7", 7), float: ("0.5", 0.5), bool: ("true", True)}
     examples |= {tuple: ("(8, 8)", (8, 8))}
-    flat = {name: kind for name, kind in MODEL_KEYS.items() if name != "lora"}
+    flat = {name: kind for name, kind in MODEL_KEYS.items() if name not in SECTIONS}
     flags = [f"--config.model.{name}={examples[kind][0]}" for name, kind in flat.items()]
     model = load_config(str(ROOT / "configs" / "digits.py"), flags).model
     assert model == {name: examples[kind][1] for name, kind in flat.items()}

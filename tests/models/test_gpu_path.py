@@ -49,6 +49,7 @@ def assert_alike(found, wanted, rtol):
         dict(qkv_bias=False, gelu="quick", pool="map", registers=2),
         dict(mlp="swiglu", layer_scale=0.1, position_at="layers"),
         dict(position="relative", remat="full"),
+        dict(position="rope", key_bias=False, mlp="swiglu", mlp_norm=True, attention_norm=True),
         dict(pool="gap", norm_after_pool=True, pre_norm=True, position="sincos2d"),
         dict(lora=Lora(2, targets=("qkv", "out", "fc1", "fc2")), layer_scale=0.5, pool="map"),
     ],

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from flax import nnx
 from timm.models._hub import save_config_for_hf
@@ -15,6 +16,7 @@ from vit_jax.checkpoints.convert import interpret
 from vit_jax.checkpoints.files import Weights
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
+from vit_jax.models.rotary import Rotary
 
 TOLERANCE = 2e-5  # float32 rounding over a few blocks; another GELU is 1e-3 off
 
@@ -25,6 +27,8 @@ def randomise(model, seed=0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("rope.freqs"):
+                noise *= 0.5
             small = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
             if any(word in name for word in (*small, "embeddings", "register_tokens")):
                 # Tokens of a variance near 1e-3: an epsilon of 1e-5 is 1% of it, not 1e-5.
@@ -107,6 +111,8 @@ def same_tensors(found, expected, leave=()):
 
 def truth_of_timm(model):
     """What a model of timm is, read off its modules, by the names of our config."""
+    if isinstance(model, timm.models.eva.Eva):
+        return truth_of_eva(model)
     block = model.blocks[0]
     gelus = {"GELU": "erf", "QuickGELU": "quick", "GELUTanh": "tanh", "SiLU": None}
     found = {
@@ -127,6 +133,55 @@ def truth_of_timm(model):
     if model.pos_embed is not None:
         found["num_position_prefix"] = 0 if model.no_embed_class else model.num_prefix_tokens
     return {name: value for name, value in found.items() if value is not None}
+
+
+def truth_of_eva(model):
+    """The same of a model of timm's eva.py."""
+    block, rope = model.blocks[0], model.rope
+    registers = 0 if model.reg_token is None else model.reg_token.shape[1]
+    found = {
+        "num_heads": block.attn.num_heads,
+        "layernorm_eps": block.norm1.eps,
+        "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
+        "registers": registers,
+        "has_class_token": model.cls_token is not None,
+        "num_prefix_tokens": model.num_prefix_tokens,
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "grid": tuple(model.patch_embed.grid_size),
+        "depth": len(model.blocks),
+        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
+        "num_classes": model.num_classes,
+        "position": "rope" if model.pos_embed is None else "learned",
+        "mlp_dim": block.mlp.fc2.in_features,
+        "pre_norm": not isinstance(model.norm_pre, torch.nn.Identity),
+        "rotary": None,
+    }
+    norms = (model.norm, model.fc_norm)
+    found["final_norm"] = not all(isinstance(norm, torch.nn.Identity) for norm in norms)
+    if model.attn_pool is not None:
+        found |= {"pool_heads": model.attn_pool.num_heads, "pool_prefix": True}
+    if model.pos_embed is not None:
+        found["num_position_prefix"] = 0 if model.no_embed_class else model.num_prefix_tokens
+    if isinstance(rope, timm.layers.RotaryEmbeddingDinoV3):
+        found["rotary"] = Rotary("centred", rope.temperature)
+        assert (rope.normalize_coords, rope.grid_offset, rope.grid_indexing) == (
+            "separate",
+            0,
+            "ij",
+        )
+        assert block.attn.rotate_half
+    elif isinstance(rope, timm.layers.RotaryEmbeddingMixed):
+        axes = {"ij": "yx", "xy": "xy"}[rope.grid_indexing]
+        found["rotary"] = Rotary(
+            "index", float(rope.temperature), axes=axes, layout="pairs", learned=True
+        )
+    elif rope is not None:
+        reference = None if rope.ref_feat_shape is None else tuple(rope.ref_feat_shape)
+        axes = {"ij": "yx", "xy": "xy"}[rope.grid_indexing]
+        base, offset = float(rope.temperature), float(rope.grid_offset)
+        found["rotary"] = Rotary("index", base, reference, offset, axes, layout="pairs")
+        assert rope.grid_type == "index" and not block.attn.rotate_half
+    return found
 
 
 def interpreted(model, folder=None, **known):

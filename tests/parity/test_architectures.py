@@ -12,7 +12,7 @@ import timm
 from timm.models._hub import save_config_for_hf
 from timm.models._registry import _deprecated_models, _model_to_module
 
-from parity import test_resnet, test_transformers, timm_cases
+from parity import test_resnet, test_timm_eva, test_transformers, timm_cases
 from parity.references import agree, interpreted, load, randomise, save, theirs, truth_of_timm
 from vit_jax.checkpoints import architectures, sidecars
 from vit_jax.errors import UserError
@@ -80,6 +80,7 @@ def test_every_name_is_known_or_refused():
     known = collections.Counter(_model_to_module[name] for name in architectures.TIMM)
     assert known == {
         "vision_transformer": 128,
+        "eva": 59,
         "deit": 16,
         "vision_transformer_hybrid": 9,
         "resnetv2": 6,
@@ -87,6 +88,7 @@ def test_every_name_is_known_or_refused():
     beside = collections.Counter(_model_to_module[name] for name in refused)
     assert {name: beside[name] for name in known} == {
         "vision_transformer": 35,
+        "eva": 6,
         "deit": 0,
         "vision_transformer_hybrid": 5,
         "resnetv2": 14,
@@ -107,6 +109,7 @@ def test_one_of_each_group_computes_the_same(groups, tmp_path, record):
     """Those that no case of the other files is of: what a case changes there are sizes alone."""
     sizes = {"depth", "img_size", "embed_dim", "num_heads", "num_classes", "patch_size", "in_chans"}
     cases = (*timm_cases.CASES.values(), *test_resnet.CASES.values())
+    cases = (*cases, *test_timm_eva.CASES.values())
     compared = {case.name for case in cases if set(case.changes) <= sizes}
     for names in groups:
         if compared & set(names):
@@ -127,7 +130,7 @@ def test_one_of_each_group_computes_the_same(groups, tmp_path, record):
     "name, changes, reason",
     [
         ("vit_base_patch16_rpn_224", {}, "'vit_base_patch16_rpn_224', which is not known"),
-        ("vit_pe_core_tiny_patch16_384", {}, "'vit_pe_core_tiny_patch16_384', which is not known"),
+        ("eva02_enormous_patch14_clip_224", {}, "_enormous_patch14_clip_224', which is not known"),
         ("vit_base_patch16_224", dict(qk_norm=True), "q_norm.* belongs to no part"),
         ("vit_base_patch16_224", dict(global_pool="avgmax"), "global_pool 'avgmax'"),
         ("vit_base_patch16_224", dict(final_norm=False), "norm.* is missing"),
@@ -149,8 +152,8 @@ def test_what_is_no_plain_vit_is_refused(name, changes, reason, tmp_path):
     [
         ("vit_small_patch16_18x2_224", "mlp.fc1.weight is missing"),  # parallel branches
         ("vit_pwee_patch16_reg1_gap_256", "missing"),  # attention beside the MLP
-        ("vit_base_patch16_rope_224", "missing|belongs to no part"),
-        ("beit_base_patch16_224", "missing|belongs to no part"),
+        ("vit_base_patch16_rope_224", "names of timm's eva.py"),
+        ("beit_base_patch16_224", "names of timm's eva.py"),
         ("vit_relpos_base_patch16_224", "missing|belongs to no part"),
     ],
 )
@@ -162,10 +165,12 @@ def test_keys_are_accounted_for_whatever_the_user_says(name, reason):
 def test_arguments_that_weights_show_are_arguments_of_timms():
     import inspect
 
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     theirs = set(inspect.signature(VisionTransformer).parameters)
     assert theirs > architectures.TIMM_ARGS
+    assert set(inspect.signature(Eva).parameters) > architectures.EVA_ARGS
     assert theirs - architectures.TIMM_ARGS == {
         *("pool_include_prefix", "dynamic_img_pad", "embed_layer", "embed_norm_layer"),
         *("norm_layer", "block_fn", "mlp_layer", "attn_layer", "device", "dtype"),
@@ -185,7 +190,7 @@ def test_every_class_of_transformers_is_known_or_refused():
     for kind in refused:
         with pytest.raises(UserError, match=f"architecture {kind!r}, which is not known"):
             architectures.named("hf", {"model_type": kind})
-    assert {"beit", "data2vec-vision", "dinov3_vit", "siglip2", "yolos", "dpt"} <= refused
+    assert {"beit", "data2vec-vision", "siglip2", "yolos", "dpt"} <= refused
     assert {"vit_hybrid", "vitpose_backbone", "pe_audio"} & set(CONFIG_MAPPING_NAMES) <= refused
     for name in ("Dinov2Backbone", "SiglipForImageClassification", "ViTMSNForImageClassification"):
         with pytest.raises(UserError, match=f"architecture {name!r}, which is not known"):
@@ -193,17 +198,24 @@ def test_every_class_of_transformers_is_known_or_refused():
 
 
 def test_a_bare_file_says_what_no_key_shows(tmp_path):
-    """Rotary positions have no weights: what is assumed is said, and the numbers are others."""
-    model = timm.create_model("vit_pe_core_small_patch16_384", depth=1, img_size=32)
+    """Where a norm stands has no key: what is assumed is said, and the numbers are others."""
+    model = timm.create_model("vit_base_patch16_rpn_224", depth=1, img_size=32)
     vit = load(save(randomise(model), tmp_path / "weights.safetensors"))
     assert vit.report.assumed["architecture"].startswith("is not named")
-    with pytest.raises(AssertionError, match=r"e-0[1-4]"):
+    with pytest.raises(AssertionError, match=r"e-0[1-4]|e\+00"):
         agree(vit, theirs(vit.config, model.blocks, model))
+
+
+def test_a_bare_file_of_the_perception_encoder_is_recognised(tmp_path):
+    model = timm.create_model("vit_pe_core_small_patch16_384", depth=1, img_size=32)
+    with pytest.raises(UserError, match=r"rotary positions no key shows: say which"):
+        load(save(model, tmp_path / "weights.safetensors"))
 
 
 def test_an_export_names_what_timm_calls_it(tmp_path):
     """Of the sizes that timm has, all but these are named; the same architectures once."""
-    names = [name for name in architectures.TIMM if not name.startswith("resnet")]
+    plain = architectures.TIMM - architectures.TIMM_EVA
+    names = [name for name in plain if not name.startswith("resnet")]
     found = {}
     for name in names:
         config = interpreted(timm.create_model(name, device="meta", num_classes=5), tmp_path)

@@ -24,6 +24,7 @@ from parity.references import (
 from parity.timm_cases import CASES as TIMM
 from parity.timm_cases import model_of as timm_model_of
 from vit_jax.errors import UserError
+from vit_jax.models.rotary import Rotary
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
 MLP = dict(intermediate_size=48)
@@ -71,6 +72,8 @@ DEIT = dict(processor=hf.DeiTImageProcessorPil)
 DINOV2 = dict(processor=hf.BitImageProcessorPil)
 SIGLIP = dict(processor=hf.SiglipImageProcessorPil, back=hf.SiglipVisionModel)
 CLIP = dict(processor=hf.CLIPImageProcessorPil, back=hf.CLIPVisionModel, encoded=False)
+DINOV3 = dict(processor=hf.DINOv3ViTImageProcessor)
+dinov3_config = functools.partial(hf.DINOv3ViTConfig, **SIZE, **MLP, num_register_tokens=3)
 CASES = {
     "vit": Case("ViT", hf.ViTForImageClassification, vit_config(**LABELS)),
     "vit_model": Case("ViT, pooler", hf.ViTModel, vit_config(pooler_output_size=24)),
@@ -95,6 +98,19 @@ CASES = {
         hf.Dinov2WithRegistersForImageClassification,
         registers_config(**LABELS),
         **DINOV2,
+    ),
+    "dinov3": Case("DINOv3", hf.DINOv3ViTModel, dinov3_config(), **DINOV3),
+    "dinov3_gated": Case(
+        "DINOv3, SwiGLU, another base",
+        hf.DINOv3ViTModel,
+        dinov3_config(use_gated_mlp=True, hidden_act="silu", rope_theta=30.0),
+        **DINOV3,
+    ),
+    "dinov3_no_bias": Case(
+        "DINOv3, no QKV bias",
+        hf.DINOv3ViTModel,
+        dinov3_config(query_bias=False, value_bias=False, use_gated_mlp=True, hidden_act="silu"),
+        **DINOV3,
     ),
     "mae": Case(
         "MAE",
@@ -172,7 +188,7 @@ def tower_of(model):
 def expected_of(case, model, config, **options):
     """What the model computes, by our names."""
     tower = tower_of(model)
-    encoder = getattr(tower, "encoder", tower)
+    encoder = getattr(tower, "encoder", getattr(tower, "model", tower))
     blocks = encoder.layers if hasattr(encoder, "layers") else encoder.layer
     classifier = hasattr(model, "classifier") or hasattr(model, "cls_classifier")
     if type(tower) is hf.ViTMAEModel:  # which shuffles its patches by noise
@@ -211,7 +227,7 @@ def folders(tmp_path_factory):
 
 
 def assert_same_preprocessing(preprocess, processor):
-    expected = processor(PICTURE)["pixel_values"][0].transpose(1, 2, 0)
+    expected = np.asarray(processor(PICTURE)["pixel_values"][0]).transpose(1, 2, 0)
     np.testing.assert_allclose(preprocess(PICTURE), expected, atol=1e-5)
 
 
@@ -237,6 +253,9 @@ def test_a_file_with_the_names_in_memory(name, folders, record, tmp_path):
     case, model = CASES[name], model_of(name)
     known = {"layernorm_eps": 1e-6} if name == "msn" else {}
     known |= {"num_heads": SIZE["num_attention_heads"]}
+    if name.startswith("dinov3"):  # whose weights are those of any size, and of any base
+        known |= {"image_size": SIZE["image_size"]}
+        known |= {"rotary": Rotary(base=case.config.rope_theta)}
     vit = load(save(model, tmp_path / "model.safetensors"), **known)
     assert vit.report.assumed["architecture"].startswith("is not named")
     assert_same_models(vit, load(folders(name)))
@@ -288,7 +307,9 @@ def read_back(folder, kind):
     )
     model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     amiss = {key for keys in info.values() for key in keys}
-    if "register" in config["model_type"]:  # which has no say in whether it has a mask token
+    if (
+        "register" in config["model_type"] or kind is hf.DINOv3ViTModel
+    ):  # which has no say in whether it has a mask token
         amiss = {key for key in amiss if not key.endswith("embeddings.mask_token")}
     assert not amiss
     return model.eval()
@@ -334,6 +355,7 @@ def test_every_gelu(hidden_act, tmp_path, record):
         ("dinov2", (56, 40)),
         ("registers", (24, 56)),
         ("registers", (64, 72)),
+        ("dinov3", (48, 40)),
         ("siglip", (40, 48)),
         ("clip", (64, 24)),
     ],
@@ -341,9 +363,16 @@ def test_every_gelu(hidden_act, tmp_path, record):
 def test_another_image_size(name, size, folders, record):
     case = CASES[name]
     vit = load(folders(name), image_size=size)
-    always = {} if "Dinov2" in case.kind.__name__ else {"interpolate_pos_encoding": True}
+    always = {} if name.startswith(("dino", "registers")) else {"interpolate_pos_encoding": True}
     worst = agree(vit, expected_of(case, model_of(name), vit.config, **always))
     record(case.family, case.reference, "resized", worst)
+
+
+def test_another_gate_is_refused(tmp_path):
+    model = hf.DINOv3ViTModel(dinov3_config(use_gated_mlp=True))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="use_gated_mlp with hidden_act 'gelu'; expected 'silu'"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

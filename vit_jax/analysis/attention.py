@@ -73,6 +73,11 @@ def position_similarity(model: Model) -> Float[np.ndarray, "gh gw gh gw"]:
         raise UserError("a ResNet has no position embeddings to compare")
     if config.position == "none":
         raise UserError("this model has no position embeddings to compare: its position is 'none'")
+    if config.position == "rope":
+        raise UserError(
+            "this model has no position embeddings to compare: its position is 'rope', which "
+            "rotates queries and keys, and adds nothing to the tokens"
+        )
     if config.position == "relative":
         raise UserError(
             "this model has no position embeddings to compare: its position is 'relative', which "

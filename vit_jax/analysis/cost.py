@@ -53,7 +53,9 @@ def _resnet_macs(model: ModelConfig) -> int:
 def _vit_macs(vit: ViTConfig, n: int) -> int:
     d, m = vit.width, vit.mlp_dim
     patches, pixels = math.prod(vit.grid), math.prod(vit.patch_size)
-    mlp = (3 if vit.mlp == "swiglu" else 2) * d * m
+    mlp, pool_mlp = (
+        (3 if vit.mlp == "swiglu" else 2) * d * each for each in (m, vit.pool_mlp_dim or m)
+    )
     block = (
         n * d * 3 * d  # Q, K and V
         + _attention_macs(vit, n)
@@ -62,7 +64,7 @@ def _vit_macs(vit: ViTConfig, n: int) -> int:
     )
     macs = patches * pixels * vit.patch_channels * d + vit.depth * block
     if vit.pool == "map":  # one query attends to n tokens
-        macs += d * d + n * d * 2 * d + 2 * n * d + d * d + mlp
+        macs += d * d + n * d * 2 * d + 2 * n * d + d * d + pool_mlp
     pooled = d * (2 if vit.pool == "token_gap" else 1)
     hidden = vit.representation_size
     macs += (pooled * hidden if hidden else 0) + (hidden or pooled) * vit.num_classes

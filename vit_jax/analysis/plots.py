@@ -111,6 +111,8 @@ def pictures(
         images = ()
     elif vit.config.position == "none":
         notes.append("there is no positions.png: the model has no position embeddings")
+    elif vit.config.position == "rope":
+        notes.append("there is no positions.png: rotary positions add nothing to the tokens")
     elif vit.config.position == "relative":
         notes.append("there is no positions.png: relative embeddings are of offsets, not of places")
     else:

@@ -11,8 +11,34 @@ from typing import Any
 
 from vit_jax.errors import UserError, nearest
 
-# timm 1.0.31, without the tags of pretrained weights.
-TIMM = frozenset(
+# timm 1.0.31, without the tags of pretrained weights; first those of eva.py.
+TIMM_EVA = frozenset(
+    """
+    eva02_base_patch14_224 eva02_base_patch14_448 eva02_base_patch16_clip_224
+    eva02_large_patch14_224 eva02_large_patch14_448 eva02_large_patch14_clip_224
+    eva02_large_patch14_clip_336 eva02_small_patch14_224 eva02_small_patch14_336
+    eva02_tiny_patch14_224 eva02_tiny_patch14_336 eva_giant_patch14_224 eva_giant_patch14_336
+    eva_giant_patch14_560 eva_giant_patch14_clip_224 vit_7b_patch16_dinov3 vit_base_patch16_dinov3
+    vit_base_patch16_dinov3_qkvb vit_base_patch16_lingbot vit_base_patch16_rope_224
+    vit_base_patch16_rope_ape_224 vit_base_patch16_rope_mixed_224
+    vit_base_patch16_rope_mixed_ape_224 vit_base_patch16_rope_reg1_gap_256
+    vit_betwixt_patch16_rope_reg4_gap_256 vit_giant_patch16_lingbot vit_huge_plus_patch16_dinov3
+    vit_huge_plus_patch16_dinov3_qkvb vit_large_patch16_dinov3 vit_large_patch16_dinov3_qkvb
+    vit_large_patch16_lingbot vit_large_patch16_rope_224 vit_large_patch16_rope_ape_224
+    vit_large_patch16_rope_mixed_224 vit_large_patch16_rope_mixed_ape_224
+    vit_medium_patch16_rope_reg1_gap_256 vit_mediumd_patch16_rope_reg1_gap_256
+    vit_pe_core_base_patch16_224 vit_pe_core_gigantic_patch14_448 vit_pe_core_large_patch14_336
+    vit_pe_core_small_patch16_384 vit_pe_core_tiny_patch16_384 vit_pe_lang_gigantic_patch14_448
+    vit_pe_lang_large_patch14_448 vit_pe_spatial_base_patch16_512
+    vit_pe_spatial_gigantic_patch14_448 vit_pe_spatial_large_patch14_448
+    vit_pe_spatial_small_patch16_512 vit_pe_spatial_tiny_patch16_512 vit_small_patch16_dinov3
+    vit_small_patch16_dinov3_qkvb vit_small_patch16_lingbot vit_small_patch16_rope_224
+    vit_small_patch16_rope_ape_224 vit_small_patch16_rope_mixed_224
+    vit_small_patch16_rope_mixed_ape_224 vit_small_plus_patch16_dinov3
+    vit_small_plus_patch16_dinov3_qkvb vit_tiny_patch16_dinov3_qkvb
+    """.split()
+)
+TIMM = TIMM_EVA | frozenset(
     """
     deit3_base_patch16_224 deit3_base_patch16_384 deit3_huge_patch14_224 deit3_large_patch16_224
     deit3_large_patch16_384 deit3_medium_patch16_224 deit3_small_patch16_224
@@ -86,6 +112,7 @@ HF = {
     "vit_mae": ("ViTMAEModel", "ViTMAEForPreTraining"),
     "vit_msn": ("ViTMSNModel",),
     "ijepa": ("IJepaModel", "IJepaForImageClassification"),
+    "dinov3_vit": ("DINOv3ViTModel",),
     "siglip": ("SiglipModel", "SiglipVisionModel"),
     "siglip_vision_model": ("SiglipVisionModel",),
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -100,10 +127,21 @@ TIMM_ARGS = frozenset(
     pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init
     """.split()
 )
+# The same of those of eva.py.
+EVA_ARGS = frozenset(
+    """
+    img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias qkv_fused
+    swiglu_mlp swiglu_align_to scale_mlp scale_attn_inner init_values class_token num_reg_tokens
+    no_embed_class use_abs_pos_emb use_fc_norm global_pool dynamic_img_size drop_rate pos_drop_rate
+    patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate head_init_scale attn_pool_mlp_ratio
+    use_pre_transformer_norm
+    """.split()
+)
 UNNAMED = (
     "is not named, and no key shows it: no rotary positions, softmax attention scaled by "
     "head_dim^-0.5, each norm before its branch, and only the patches averaged where any are"
 )
+UNNAMED_DINOV3 = "is not named: rotary positions and their base are DINOv3's"
 
 
 def current(name: str) -> str:

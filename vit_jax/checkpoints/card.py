@@ -13,8 +13,7 @@ from etils import epath
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
-from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig, check_fields, pair
-from vit_jax.models.lora import Lora
+from vit_jax.models.config import FAMILIES, SECTIONS, ModelConfig, ViTConfig, check_fields, pair
 from vit_jax.writing import write_atomically
 
 # Errors that malformed JSON may raise while a card is read.
@@ -77,8 +76,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return None
     if name == "resnet":
         return value  # of JSON, a list: checked and made a tuple by the config
-    if name == "lora":
-        return _lora(value)
+    if name in SECTIONS:
+        return _section(name, value)
     if kind == "float" and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value).__name__ != kind:
@@ -86,13 +85,18 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def _lora(value: Any) -> Lora:
-    known = {field.name for field in dataclasses.fields(Lora)}
-    if isinstance(value, Lora):
+def _section(name: str, value: Any) -> Any:
+    """A field that is a dataclass itself, of JSON: `lora`, `rotary`."""
+    kind = SECTIONS[name]
+    if isinstance(value, kind):
         return value
-    if not isinstance(value, Mapping) or not {"rank"} <= set(value) <= known:
-        raise UserError(f"model.lora is {str(value)[:80]!r}; expected {', '.join(sorted(known))}")
-    return Lora(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    needed = {key for key, field in fields.items() if field.default is dataclasses.MISSING}
+    if not isinstance(value, Mapping) or not needed <= set(value) <= set(fields):
+        raise UserError(
+            f"model.{name} is {str(value)[:80]!r}; expected {', '.join(sorted(fields))}"
+        )
+    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
 
 
 def numbers(values: Any) -> Any:

@@ -25,6 +25,7 @@ from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FOREIGN, native
+from vit_jax.checkpoints.tables_eva import HF_DINOV3
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
 from vit_jax.models.create import structure
@@ -162,7 +163,10 @@ def interpret(
         except UserError as error:
             raise UserError(f"{weights.path}: {error}") from None
         if name is None and dialect.family == "vit":
-            assumed["architecture"] = architectures.UNNAMED
+            dinov3 = dialect is HF_DINOV3
+            assumed["architecture"] = (
+                architectures.UNNAMED_DINOV3 if dinov3 else architectures.UNNAMED
+            )
     elif architecture is not None:
         raise UserError(
             f"{weights.path} has no use for architecture={architecture!r}: "

@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import sidecars
+from vit_jax.checkpoints import sidecars, sidecars_eva
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_weights
@@ -31,6 +31,7 @@ from vit_jax.checkpoints.tables import (
     TIMM,
     native,
 )
+from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
@@ -72,10 +73,13 @@ def choose(format: str, config: ModelConfig) -> Dialect:
             )
         return known[format]
     if format == "hf":
+        if sidecars_eva.is_dinov3(config):
+            return HF_DINOV3
         if config.pool == "map" or config.pre_norm:
             return HF_SIGLIP
         return HF_DINOV2 if config.layer_scale is not None else HF_VIT
-    return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": TIMM}[format]
+    timm = TIMM_EVA if sidecars_eva.is_eva(config) else TIMM
+    return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
 
 
 def to_names(
@@ -131,6 +135,15 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["distillation"] = ("none", "head" if head else "token")
         if config.resnet is not None:
             allowed |= {"distillation": ("none",), "mlp": ("gelu",)}
+    elif dialect is TIMM_EVA:
+        yield from sidecars_eva.cannot(config)
+    elif dialect is HF_DINOV3:
+        allowed |= {"pool": ("token",), "class_token": (None, True), "num_classes": (0,)}
+        allowed |= {"patch_bias": (True,), "distillation": ("none",), "pre_norm": (False,)}
+        allowed |= {"position": ("rope",), "representation_size": (None,)}
+        for field in ("layer_scale", "registers"):  # which its code always has
+            if not getattr(config, field):
+                yield field, getattr(config, field)
     elif dialect is HF_VIT:
         allowed |= {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["representation_size"] = (None, *(() if head else (config.representation_size,)))
@@ -142,6 +155,12 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["mlp"] = ("gelu",)
     if dialect.name != "vit_jax":
         allowed["position_at"] = ("input",)
+        if dialect not in (TIMM_EVA, HF_DINOV3):
+            allowed |= {"rotary": (None,), "key_bias": (True,)}
+        if dialect is not TIMM_EVA:
+            allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "final_norm": (True,)}
+            allowed |= {"pool_heads": (None, config.num_heads), "pool_prefix": (False,)}
+            allowed["pool_mlp_dim"] = (None, config.mlp_dim)
     if config.position == "relative" and dialect.name != "vit_jax":
         yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
@@ -158,7 +177,8 @@ def _written_row(dialect: Dialect, ours: str, config: ModelConfig) -> Row | None
         (
             row
             for row in dialect.rows
-            if row.ours == ours and all(getattr(config, k) == v for k, v in row.says.items())
+            if row.ours == ours
+            and all(getattr(config, k) == v for k, v in (*row.says.items(), *row.only.items()))
         ),
         None,
     )
@@ -241,8 +261,13 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     settings |= {
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
-    if dialect is TIMM:
+    if dialect in (TIMM, TIMM_EVA):
         settings["pool"] = config.pool
+    if dialect in (TIMM, TIMM_EVA, HF_DINOV3):
+        settings["rotary"] = config.rotary
+    if dialect is TIMM_EVA:
+        told = ("pool_heads", "pool_prefix", "final_norm")
+        settings |= {name: getattr(config, name) for name in told}
     back = interpret(weights, **settings).config
     for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(back, field.name)
@@ -272,7 +297,10 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
         return found
     if format in ("google", "big_vision") and config.gelu != "tanh":
         found["gelu"] = f"{config.gelu}, where {format}'s code computes tanh"
-    usual = {"google": 1e-6, "big_vision": 1e-6, "timm": 1e-5 if config.pre_norm else 1e-6}
+    timm = 1e-5 if config.pre_norm else 1e-6
+    if dialect is TIMM_EVA:
+        timm = (sidecars_eva.timm_eva(config) or ("", timm))[1]
+    usual = {"google": 1e-6, "big_vision": 1e-6, "timm": timm}
     if config.layernorm_eps != usual.get(format, config.layernorm_eps):
         found["layernorm_eps"] = f"{config.layernorm_eps:g}, where {format} has {usual[format]:g}"
     return found
@@ -345,9 +373,10 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
         for name, content in files.items():
             write_atomically(os.path.join(path, name), json.dumps(content, indent=2))
         if format == "timm" and isinstance(config, ViTConfig) and not sidecars.timm_name(config):
+            unnamed = "" if sidecars_eva.is_eva(config) else "timm has no name for these sizes: "
             notes["architecture"] = (
-                "timm has no name for these sizes: config.json has "
-                f"{files['config.json']['architecture']} and, in model_args, what makes it this one"
+                f"{unnamed}config.json has {files['config.json']['architecture']} and, in "
+                "model_args, what makes it this one"
             )
     lines = tuple(Line(name, array.shape, "written", name) for name, array in arrays.items())
     return Report(lines, facts(f"{format}, {path}", config), {**caveats(config, format), **notes})

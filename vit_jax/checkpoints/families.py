@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoints import architectures
+from vit_jax.checkpoints import architectures, families_eva
 from vit_jax.checkpoints.card import numbers
 from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
+from vit_jax.models.rotary import Rotary
 from vit_jax.models.variants import VARIANTS, variant_kind
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -84,7 +85,16 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["layernorm_eps"] = 1e-6  # where the others have 1e-12
     if config.get("pooler_act", "tanh") != "tanh":
         raise UserError(f"config.json: pooler_act {config['pooler_act']!r}; expected 'tanh'")
-    if "hidden_act" in config and not config.get("use_swiglu_ffn"):
+    if config.get("model_type") == "dinov3_vit":
+        found |= {"layernorm_eps": 1e-5, "position": "rope"}
+        found["rotary"] = Rotary(base=float(config.get("rope_theta", 100.0)))
+        if config.get("use_gated_mlp") and config.get("hidden_act") != "silu":
+            raise UserError(
+                f"config.json: use_gated_mlp with hidden_act {config.get('hidden_act')!r}; "
+                "expected 'silu'"
+            )
+    gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
+    if "hidden_act" in config and not gated:
         act = config["hidden_act"]
         if act not in _HF_GELU:
             raise UserError(f"config.json: hidden_act {act!r}; {nearest(act, _HF_GELU)}")
@@ -103,9 +113,10 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
     settings = {**config, **(config.get("model_args") or {})}
+    known = architectures.EVA_ARGS if name in architectures.TIMM_EVA else architectures.TIMM_ARGS
     for arg, value in (config.get("model_args") or {}).items():
         # None, False and "" are timm's unset values.
-        if arg not in architectures.TIMM_ARGS and value not in (None, False, ""):
+        if arg not in known and value not in (None, False, ""):
             raise UserError(
                 f"config.json: model_args {arg}={value!r} may change what is computed, and no key "
                 "shows it"
@@ -122,6 +133,7 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["gelu"] = "tanh" if _TIMM_TANH.search(name) else "erf"
     if name:
         found["layernorm_eps"] = 1e-5 if "_clip_" in name else 1e-6
+        found |= families_eva.said(name)
     if "num_heads" in settings:
         found["num_heads"] = settings["num_heads"]
     elif name == "vit_base_patch16_gap_224" or "giantopt" in name:
@@ -152,8 +164,13 @@ def position_resize(dialect: str, vit: ModelConfig) -> str:
     return "bicubic_antialias" if dialect == "timm" else "zoom"
 
 
-def default_heads(width: int, mlp: str) -> int | None:
-    """Number of heads of the known models with this width; else width / 64, or None if unclear."""
+def default_heads(width: int, mlp: str, rotary: bool = False) -> int | None:
+    """Number of heads of the known models with this width; else width / 64, or None if unclear.
+
+    `rotary` are DINOv3's, where heads have 64 channels, and 128 in its largest.
+    """
+    if rotary and width % 64 == 0:
+        return 32 if width == 4096 else width // 64
     known = {v["width"]: v["num_heads"] for v in VARIANTS.values() if "width" in v}
     if width == 1536:
         return 24 if mlp == "swiglu" else 16  # DINOv2's giant, SigLIP 2's
@@ -171,6 +188,8 @@ def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, floa
             return "quick", 1e-5
         if fields["pool"] == "map":
             return "tanh", 1e-6
+        if fields.get("position") == "rope":
+            return "erf", 1e-5
         return "erf", 1e-6 if fields.get("layer_scale") else 1e-12
     return "tanh", 1e-6
 
@@ -223,7 +242,11 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
         return {"resize": "bilinear", "resize_dtype": "truncated", "jpeg": "fast", **HALF}
     if isinstance(vit, ResNetConfig):
         return {"resize": "bilinear_antialias", "aspect": "keep", "crop": 0.875, **HALF}
-    if vit.pre_norm:
+    if vit.rotary is not None and vit.rotary.coordinates == "centred":  # DINOv3's
+        if dialect == "hf":
+            return {"resize": "bilinear_antialias", "resize_dtype": "float32", **IMAGENET}
+        return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
+    if vit.pre_norm or not vit.key_bias:  # CLIP's, and EVA's
         return {"resize": "bicubic_antialias", "aspect": "keep", **CLIP}
     if vit.pool == "map":
         return {"resize": "bicubic_antialias", **HALF}
@@ -267,6 +290,8 @@ def _instead(name: str, method: str) -> str:
 
 def _hf_preprocess(cfg: Mapping[str, Any], assumed: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"mean": 0.0, "std": 1.0}
+    if "DINOv3" in str(cfg.get("image_processor_type", "")):
+        found["resize_dtype"] = "float32"  # it resizes after the division by 255
     resample = cfg.get("resample", 2)
     if type(resample) is not int or not 0 <= resample <= 5:
         raise UserError(f"preprocessor_config.json: resample {resample!r}; expected 0 to 5")

@@ -8,6 +8,7 @@ from vit_jax.checkpoints import families
 from vit_jax.checkpoints.files import Weights
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, RESNET_PAPER, TIMM
+from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
 
@@ -33,7 +34,7 @@ def infer(
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
-    gated = dialect in (TIMM, HF_DINOV2) and fc1 == 2 * fc2
+    gated = dialect in (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3) and fc1 == 2 * fc2
     fields["mlp"] = "swiglu" if gated else "gelu"
     first = found["blocks/mlp/fc1/kernel"]
     fields["depth"] = first.depth if first.row.per_block else first.shapes[0][0]
@@ -47,10 +48,24 @@ def infer(
     fields["pre_norm"] = any(ours.startswith("pre_norm/") for ours in found)
     fields["patch_bias"] = "patch_embed/bias" in found
     fields["qkv_bias"] = "blocks/attention/qkv/bias" in found
+    for part in ("attention", "mlp"):
+        fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
+    if dialect is HF_DINOV3:
+        fields["position"] = "rope"
+    if "attention_pool/probe" in found:
+        hidden = axis("attention_pool/mlp/fc1/kernel", "o")
+        fields["pool_mlp_dim"] = None if hidden == fc2 else hidden
+    # Of timm's models with these keys, the Perception Encoder alone has both.
+    perception = dialect is TIMM and fields["pre_norm"] and "attention_pool/probe" in found
+    if (dialect is TIMM_EVA or perception) and "rotary" not in given:
+        raise UserError(
+            f"{weights.path} has names of timm's eva.py, whose rotary positions no key shows: "
+            'say which of its models it is, architecture="NAME", or --set architecture=NAME'
+        )
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
         "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP),
-        "pos_embed": dialect in (BIG_VISION, TIMM),
+        "pos_embed": dialect in (BIG_VISION, TIMM, TIMM_EVA, HF_DINOV3),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)
@@ -71,7 +86,7 @@ def infer(
     if qkv and qkv.row.stacked:  # one axis for heads, one for their channels
         fields["num_heads"] = axis("blocks/attention/qkv/kernel", "h")
     elif "num_heads" not in given:
-        heads = families.default_heads(width, fields["mlp"])
+        heads = families.default_heads(width, fields["mlp"], dialect is HF_DINOV3)
         if heads is None:
             raise UserError(
                 f"{weights.path}: the number of heads is not in the file, and no known model is "
@@ -196,7 +211,9 @@ def _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
             raise UserError(f"{weights.path}: image_size {given['image_size']!r} is no (h, w)")
     if "pos_embed" not in found:
         position = "sincos2d" if dialect is BIG_VISION else "none"
-        if "position" in given:
+        if dialect is HF_DINOV3 or given.get("rotary") is not None:
+            position = "rope"
+        elif "position" in given:
             position = given["position"]
         else:
             assumed["position"] = "there is no position embedding in the file"

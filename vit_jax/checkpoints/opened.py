@@ -160,9 +160,11 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     }
     if config.patch_outputs:
         known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
-    with_rows = f", {config.num_position_prefix} with positions"
+    rows = config.num_position_prefix
+    with_rows = "" if config.position == "rope" else f", {rows} with positions"
     prefix = ", ".join(name for name, there in tokens.items() if there)
     where = "" if config.position_at == "input" else f", at {config.position_at}"
+    rotary = "" if config.rotary is None else f"; {config.rotary}"
     return {
         **known,
         "sizes": f"width {config.width}, depth {config.depth}, MLP {config.mlp_dim} "
@@ -170,7 +172,7 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "image": image,
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
-        "positions": config.position + where,
+        "positions": config.position + where + rotary,
         "pooling": config.pool + (", then LayerNorm" if config.norm_after_pool else ""),
         "GELU": f"{config.gelu}, LayerNorm eps {config.layernorm_eps:g}",
         "head": f"{config.num_classes} classes"

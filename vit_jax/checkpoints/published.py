@@ -312,6 +312,8 @@ _AUGREG = (
     ("L/16", "medium1-wd_0.1-do_0.1-sd_0.1", "0.01", 384, 87.084, _TIMM),
     ("B/16", "medium1-wd_0.1-do_0.0-sd_0.0", "0.01", 224, 84.532, _TIMM),
 )
+_DINOV3 = "arXiv 2508.10104; DINOv3 License"
+_EVA02 = "EVA-02 (arXiv 2303.11331)"
 _HUB = (
     ("B/16", "google/vit-base-patch16-224", "i21k", 224, None, "ViT (arXiv 2010.11929)"),
     # Of these two, only the revisions named here hold .safetensors files.
@@ -325,6 +327,16 @@ _HUB = (
     ("B/16", "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k", "i21k", 224, 85.096, _TIMM),
     ("B/16", "timm/vit_base_patch16_clip_224.openai", "openai", 224, None, "arXiv 2103.00020"),
     ("B/16", "timm/vit_base_patch16_siglip_224.v2_webli", "webli", 224, None, "arXiv 2502.14786"),
+    # Meta's DINOv3 License, not an open one.
+    ("S/16", "timm/vit_small_patch16_dinov3.lvd1689m", "lvd1689m", 256, None, _DINOV3),
+    ("B/16", "timm/vit_base_patch16_dinov3.lvd1689m", "lvd1689m", 256, None, _DINOV3),
+    ("L/16", "timm/vit_large_patch16_dinov3.lvd1689m", "lvd1689m", 256, None, _DINOV3),
+    ("B/16", "facebook/dinov3-vitb16-pretrain-lvd1689m", "lvd1689m", 224, None, _DINOV3),
+    # MIT; widths and depths of B and L, with SwiGLU.
+    ("B/14", "timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", "i21k", 448, None, _EVA02),
+    ("L/14", "timm/eva02_large_patch14_448.mim_in22k_ft_in22k_in1k", "i21k", 448, None, _EVA02),
+    # Apache 2.0.
+    ("B/16", "timm/vit_pe_core_base_patch16_224.fb", "pe", 224, None, "arXiv 2504.13181"),
 )
 
 

@@ -33,8 +33,10 @@ class Row:
       layout: see the module's docstring; empty if nothing changes.
       parts: how much of `t` each of `theirs` holds.
       says: config fields that this spelling implies.
+      only: config fields of the models that are written so; any spelling is read.
       first, digits: the index of block 0 in a file, and the minimum number of its digits.
       any_rank: whether files may have additional axes of 1.
+      whole: whether the layout has the depth axis, too.
     """
 
     ours: str
@@ -42,13 +44,15 @@ class Row:
     layout: str = ""
     parts: tuple[int, ...] = ()
     says: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     first: int = 0
     digits: int = 1
     any_rank: bool = False
+    whole: bool = False
 
     @property
     def in_stack(self) -> bool:
-        return self.ours.startswith("blocks/") or "/rest/" in self.ours
+        return not self.whole and (self.ours.startswith("blocks/") or "/rest/" in self.ours)
 
     @property
     def per_block(self) -> bool:
@@ -149,6 +153,48 @@ def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
 
     left, right = layout.split(" -> ")
     return list(groups(left)), list(groups(right))
+
+
+def layer_rows(
+    ours: str, theirs: str, names: Mapping[str, str], layouts: Mapping[str, str]
+) -> list[Row]:
+    """A row for each parameter of a layer; `names` maps kernel, bias and scale to their names."""
+    return [
+        Row(f"{ours}/{leaf}", (f"{theirs}{names[leaf]}",), layout)
+        for leaf, layout in layouts.items()
+    ]
+
+
+def norm_rows(ours: str, theirs: str, scale: str = ".weight", bias: str = ".bias") -> list[Row]:
+    return layer_rows(
+        ours, theirs, {"scale": scale, "bias": bias}, {"scale": "d -> d", "bias": "d -> d"}
+    )
+
+
+TORCH = {"kernel": ".weight", "bias": ".bias"}
+
+
+def linear_rows(ours: str, theirs: str) -> list[Row]:
+    return layer_rows(ours, theirs, TORCH, {"kernel": "o i -> i o", "bias": "o -> o"})
+
+
+def conv_rows(theirs: str) -> list[Row]:
+    layouts = {"kernel": "d c p q -> p q c d", "bias": "d -> d"}
+    return layer_rows("patch_embed", theirs, TORCH, layouts)
+
+
+def torch_attention(
+    ours: str, qkv: Sequence[str], out: str, parts: Sequence[int] = ()
+) -> list[Row]:
+    """Attention with PyTorch projections [out in]: one fused, or several in the order q, k, v."""
+    weights = tuple(f"{name}weight" for name in qkv)
+    biases = tuple(f"{name}bias" for name in qkv)
+    return [
+        Row(f"{ours}/qkv/kernel", weights, "(t h k) d -> d t h k", tuple(parts)),
+        Row(f"{ours}/qkv/bias", biases, "(t h k) -> t h k", tuple(parts)),
+        Row(f"{ours}/out/kernel", (f"{out}.weight",), "d (h k) -> h k d"),
+        Row(f"{ours}/out/bias", (f"{out}.bias",), "d -> d"),
+    ]
 
 
 class Found(NamedTuple):

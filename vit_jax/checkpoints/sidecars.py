@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+from vit_jax.checkpoints import sidecars_eva
 from vit_jax.checkpoints.architectures import TIMM
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -36,7 +37,10 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
         config["id2label"] = {str(i): name for i, name in enumerate(labels)}
         config["label2id"] = {name: i for i, name in enumerate(labels)}
     head = vit.num_classes > 0
-    if vit.pool == "map":
+    if sidecars_eva.is_dinov3(vit):
+        kind, name = "dinov3_vit", "DINOv3ViTModel"
+        config |= sidecars_eva.hf_config(vit)
+    elif vit.pool == "map":
         kind, name = "siglip_vision_model", "SiglipVisionModel"
     elif vit.pre_norm:
         kind, name = "clip_vision_model", "CLIPVisionModel"
@@ -83,6 +87,7 @@ def _hf_processor(kind: str, pre: Preprocess) -> dict[str, Any]:
         "deit": "DeiTImageProcessor",
         "dinov2": "BitImageProcessor",
         "dinov2_with_registers": "BitImageProcessor",
+        "dinov3_vit": "DINOv3ViTImageProcessor",
         "siglip_vision_model": "SiglipImageProcessor",
         "clip_vision_model": "CLIPImageProcessor",
     }
@@ -198,6 +203,8 @@ def timm_name(vit: ViTConfig) -> str | None:
     size = _TIMM_SIZES.get((vit.width, vit.depth, vit.num_heads, vit.mlp_dim))
     (patch, across), learned = vit.patch_size, vit.position == "learned"
     clip = vit.layernorm_eps == 1e-5
+    if sidecars_eva.is_eva(vit):
+        return None
     if size is None or patch != across or not learned or vit.pre_norm != clip:
         return None
     swiglu = size == "giant" and vit.width == 1536
@@ -244,6 +251,8 @@ def _timm_named(names: dict[Any, Any], sizes: tuple[tuple[int, ...], int]) -> An
 
 def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
     """A timm architecture, and the arguments that turn it into this model."""
+    if sidecars_eva.is_eva(vit):
+        return sidecars_eva.timm_args(vit)
     gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
     square = vit.patch_size[0] == vit.patch_size[1]
     args: dict[str, Any] = {

@@ -1,56 +1,20 @@
 """Weight name tables: how other code bases name our parameters, as rows (see rows.py)."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from vit_jax.checkpoints.rows import Dialect, Row
+from vit_jax.checkpoints.rows import Dialect, Row, torch_attention
+from vit_jax.checkpoints.rows import conv_rows as _conv
+from vit_jax.checkpoints.rows import layer_rows as _each
+from vit_jax.checkpoints.rows import linear_rows as _linear
+from vit_jax.checkpoints.rows import norm_rows as _norm
+from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL
 
-
-def _each(
-    ours: str, theirs: str, names: Mapping[str, str], layouts: Mapping[str, str]
-) -> list[Row]:
-    """A row for each parameter of a layer; `names` maps kernel, bias and scale to their names."""
-    return [
-        Row(f"{ours}/{leaf}", (f"{theirs}{names[leaf]}",), layout)
-        for leaf, layout in layouts.items()
-    ]
-
-
-def _norm(ours: str, theirs: str, scale: str = ".weight", bias: str = ".bias") -> list[Row]:
-    return _each(
-        ours, theirs, {"scale": scale, "bias": bias}, {"scale": "d -> d", "bias": "d -> d"}
-    )
-
-
-_TORCH = {"kernel": ".weight", "bias": ".bias"}
 _FLAX = {"kernel": "/kernel", "bias": "/bias"}
-
-
-def _linear(ours: str, theirs: str) -> list[Row]:
-    return _each(ours, theirs, _TORCH, {"kernel": "o i -> i o", "bias": "o -> o"})
 
 
 def _dense(ours: str, theirs: str) -> list[Row]:
     return _each(ours, theirs, _FLAX, {"kernel": "i o -> i o", "bias": "o -> o"})
-
-
-def _conv(theirs: str) -> list[Row]:
-    layouts = {"kernel": "d c p q -> p q c d", "bias": "d -> d"}
-    return _each("patch_embed", theirs, _TORCH, layouts)
-
-
-def _torch_attention(
-    ours: str, qkv: Sequence[str], out: str, parts: Sequence[int] = ()
-) -> list[Row]:
-    """Attention with PyTorch projections [out in]: one fused, or several in the order q, k, v."""
-    weights = tuple(f"{name}weight" for name in qkv)
-    biases = tuple(f"{name}bias" for name in qkv)
-    return [
-        Row(f"{ours}/qkv/kernel", weights, "(t h k) d -> d t h k", tuple(parts)),
-        Row(f"{ours}/qkv/bias", biases, "(t h k) -> t h k", tuple(parts)),
-        Row(f"{ours}/out/kernel", (f"{out}.weight",), "d (h k) -> h k d"),
-        Row(f"{ours}/out/bias", (f"{out}.bias",), "d -> d"),
-    ]
 
 
 def _flax_attention(ours: str, theirs: str) -> list[Row]:
@@ -236,7 +200,7 @@ TIMM = Dialect(
         Row("pos_embed", ("pos_embed",), "1 n d -> n d"),
         *_norm("pre_norm", "norm_pre"),
         *_norm("blocks/norm1", "blocks.{}.norm1"),
-        *_torch_attention("blocks/attention", ["blocks.{}.attn.qkv."], "blocks.{}.attn.proj"),
+        *torch_attention("blocks/attention", ["blocks.{}.attn.qkv."], "blocks.{}.attn.proj"),
         Row("blocks/scale1", ("blocks.{}.ls1.gamma",), "d -> d"),
         *_norm("blocks/norm2", "blocks.{}.norm2"),
         *_linear("blocks/mlp/fc1", "blocks.{}.mlp.fc1"),
@@ -244,16 +208,7 @@ TIMM = Dialect(
         Row("blocks/scale2", ("blocks.{}.ls2.gamma",), "d -> d"),
         *(dataclasses.replace(r, says={"norm_after_pool": False}) for r in _norm("norm", "norm")),
         *(dataclasses.replace(r, says={"norm_after_pool": True}) for r in _norm("norm", "fc_norm")),
-        Row("attention_pool/probe", ("attn_pool.latent",), "1 1 d -> 1 1 d"),
-        *_torch_attention(
-            "attention_pool/attention",
-            ["attn_pool.q.", "attn_pool.kv."],
-            "attn_pool.proj",
-            parts=(1, 2),
-        ),
-        *_norm("attention_pool/norm", "attn_pool.norm"),
-        *_linear("attention_pool/mlp/fc1", "attn_pool.mlp.fc1"),
-        *_linear("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
+        *TIMM_POOL,
         *_linear("head", "head"),
         *_linear("head_dist", "head_dist"),
     ),
@@ -272,8 +227,8 @@ def _hf_attention(layer: str) -> list[Row]:
     old = _hf_names(f"{layer}.attention.attention", ("query", "key", "value"))
     new = _hf_names(f"{layer}.attention", ("q_proj", "k_proj", "v_proj"))
     return [
-        *_torch_attention("blocks/attention", old, f"{layer}.attention.output.dense"),
-        *_torch_attention("blocks/attention", new, f"{layer}.attention.o_proj"),
+        *torch_attention("blocks/attention", old, f"{layer}.attention.output.dense"),
+        *torch_attention("blocks/attention", new, f"{layer}.attention.o_proj"),
     ]
 
 
@@ -371,7 +326,7 @@ HF_SIGLIP = Dialect(
         Row("pos_embed", ("embeddings.position_embedding.weight",), "n d -> n d"),
         *_norm("pre_norm", "pre_layrnorm"),
         *_norm("blocks/norm1", f"{_SIGLIP}.layer_norm1"),
-        *_torch_attention(
+        *torch_attention(
             "blocks/attention",
             _hf_names(f"{_SIGLIP}.self_attn", ("q_proj", "k_proj", "v_proj")),
             f"{_SIGLIP}.self_attn.out_proj",
@@ -381,7 +336,7 @@ HF_SIGLIP = Dialect(
         *_linear("blocks/mlp/fc2", f"{_SIGLIP}.mlp.fc2"),
         *_norm("norm", "post_layernorm"),
         Row("attention_pool/probe", ("head.probe",), "1 1 d -> 1 1 d"),
-        *_torch_attention(
+        *torch_attention(
             "attention_pool/attention", ["head.attention.in_proj_"], "head.attention.out_proj"
         ),
         *_norm("attention_pool/norm", "head.layernorm"),
@@ -441,9 +396,9 @@ RESNET_TIMM = Dialect(
     resnet_style="timm_v2",
 )
 
-# In the order of detection: DINOv2's files have HF_VIT's marker, too.
+# In the order of detection: DINOv2's files have HF_VIT's marker, too, and EVA's have TIMM's.
 FOREIGN = (
-    *(GOOGLE, BIG_VISION, TIMM, HF_DINOV2, HF_SIGLIP, HF_VIT),
+    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM, HF_DINOV3, HF_DINOV2, HF_SIGLIP, HF_VIT),
     *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),
 )
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.lora import Lora
+from vit_jax.models.rotary import Rotary
 
 CHOICES = {
     "pool": ("token", "gap", "map", "token_gap"),
     "distillation": ("none", "token", "head"),
-    "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "none"),
+    "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "rope", "none"),
     "position_at": ("input", "layers", "layers_shared"),
     "mlp": ("gelu", "swiglu"),
     "gelu": ("tanh", "erf", "quick"),
@@ -55,7 +56,10 @@ class ViTConfig:
       position: position embedding (paper, appendix D.4): a table with a row for each token
         (`learned`), tables for rows and columns, concatenated (`learned2d`) or added
         (`learned2d_added`), fixed sines and cosines (`sincos2d`), learned embeddings of the offsets
-        between patches that add to the attention logits (`relative`), or `none`.
+        between patches that add to the attention logits (`relative`), rotary positions (`rope`), or
+        `none`.
+      rotary: how queries and keys are rotated, with `rope` or beside another embedding; None is not
+        at all, with `rope` as DINOv3 does.
       position_at: where learned tables are added: at the `input`, before every layer with tables of
         its own (`layers`), or before every layer with the same ones (`layers_shared`).
       position_prefix: how many tokens before the patches have a row in the table; None is all.
@@ -72,8 +76,16 @@ class ViTConfig:
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
       pre_norm: whether a LayerNorm follows the positions (CLIP).
       norm_after_pool: whether the last LayerNorm is behind the pooling (MAE's fc_norm).
+      final_norm: whether there is such a last LayerNorm; in most of the Perception Encoders (arXiv
+        2504.13181) there is none.
+      pool_heads: heads of the pooling head (`map`); None is num_heads.
+      pool_mlp_dim: hidden units of its MLP; None is mlp_dim.
+      pool_prefix: whether it reads the tokens before the patches, too (Perception Encoder).
       patch_bias: whether the patch embedding has a bias.
       qkv_bias: whether queries, keys and values have a bias.
+      key_bias: whether keys have one where queries and values do; in EVA and DINOv3 they do not.
+      attention_norm: whether a LayerNorm is between the heads and their projection (EVA-02's CLIP).
+      mlp_norm: whether a LayerNorm is before the MLP's last layer (EVA-02).
       head_bias: initial bias of the head.
       patch_outputs: outputs for a corrupted patch in masked patch prediction; training sets it.
       dtype: dtype of the computation; parameters are always float32.
@@ -103,6 +115,7 @@ class ViTConfig:
     distillation: str = "none"
     registers: int = 0
     position: str = "learned"
+    rotary: Rotary | None = None
     position_at: str = "input"
     position_prefix: int | None = None
     representation_size: int | None = None
@@ -115,8 +128,15 @@ class ViTConfig:
     layer_scale: float | None = None
     pre_norm: bool = False
     norm_after_pool: bool = False
+    final_norm: bool = True
+    pool_heads: int | None = None
+    pool_mlp_dim: int | None = None
+    pool_prefix: bool = False
     patch_bias: bool = True
     qkv_bias: bool = True
+    key_bias: bool = True
+    attention_norm: bool = False
+    mlp_norm: bool = False
     head_bias: float = 0.0
     patch_outputs: int = 0
     dtype: str = "float32"
@@ -133,8 +153,9 @@ class ViTConfig:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
         smallest |= dict(registers=0, patch_outputs=0)
-        if self.representation_size is not None:
-            smallest["representation_size"] = 1
+        for name in ("representation_size", "pool_heads", "pool_mlp_dim"):
+            if getattr(self, name) is not None:
+                smallest[name] = 1
         if self.position_prefix is not None:
             smallest["position_prefix"] = 0
         for name, least in smallest.items():
@@ -166,11 +187,12 @@ class ViTConfig:
                 f"model.image_size to a multiple of the patch, such as {max(h // ph, 1) * ph}x"
                 f"{max(w // pw, 1) * pw}, or the patch size"
             )
-        if self.width % self.num_heads:
-            raise UserError(
-                f"model.width {self.width} does not divide into {self.num_heads} heads "
-                "(model.num_heads)"
-            )
+        for name in ("num_heads", "pool_heads"):
+            if self.width % (getattr(self, name) or 1):
+                raise UserError(
+                    f"model.width {self.width} does not divide into {getattr(self, name)} heads "
+                    f"(model.{name})"
+                )
         if self.position_at != "input" and not self.position.startswith("learned"):
             raise UserError(
                 f"model.position_at {self.position_at!r} is for learned tables; model.position "
@@ -180,6 +202,16 @@ class ViTConfig:
             raise UserError(
                 "model.attention 'cudnn' does not take the bias of model.position 'relative': "
                 "use 'auto' or 'xla'"
+            )
+        _check_rotary(self)
+        if self.norm_after_pool and not self.final_norm:
+            raise UserError(
+                "model.norm_after_pool moves the last LayerNorm, and model.final_norm is false: "
+                "set one of them only"
+            )
+        if not (self.key_bias or self.qkv_bias):
+            raise UserError(
+                "model.key_bias is false, and so is model.qkv_bias: set only the latter"
             )
         whole = (self.position == "relative", self.position_at != "input", self.patch_outputs > 0)
         for name, needed in zip(("position", "position_at", "patch_outputs"), whole, strict=True):
@@ -303,6 +335,7 @@ class ResNetConfig:
 
 
 ModelConfig = ViTConfig | ResNetConfig
+SECTIONS = {"lora": Lora, "rotary": Rotary}  # fields that are dataclasses themselves
 FAMILIES = {"vit": ViTConfig, "resnet": ResNetConfig}
 
 
@@ -321,6 +354,24 @@ def _check_choices(config: ModelConfig) -> None:
         value = getattr(config, name, choices[0])
         if value not in choices:
             raise UserError(f"model.{name} is {value!r}: {nearest(value, choices)}")
+
+
+def _check_rotary(config: ViTConfig) -> None:
+    """Sets the default of `rotary` with position `rope`."""
+    if config.position == "rope" and config.rotary is None:
+        object.__setattr__(config, "rotary", Rotary())
+    if config.rotary is None:
+        return
+    if config.position in ("none", "relative"):
+        raise UserError(
+            f"model.rotary does not go with model.position {config.position!r}: set model.position "
+            "to 'rope', or to a table that is added as well"
+        )
+    if config.head_dim % 4:
+        raise UserError(
+            f"model.rotary needs heads of 4, 8, 12, ... channels, not {config.head_dim}: change "
+            "model.width or model.num_heads"
+        )
 
 
 def _check_resnet(config: ModelConfig) -> None:
@@ -343,10 +394,10 @@ def pair(value: Any, name: str) -> tuple[int, int]:
     return (int(sides[0]), int(sides[-1]))
 
 
-def check_fields(kind: type[ModelConfig], names: Iterable[str]) -> None:
+def check_fields(kind: type, names: Iterable[str]) -> None:
     """Raises a UserError if any of `names` is not a field of the config class."""
     known = {field.name for field in dataclasses.fields(kind)}
     for name in names:
         if name not in known:
-            of = "" if kind is ViTConfig else " of a ResNet"
+            of = {ViTConfig: "", ResNetConfig: " of a ResNet"}.get(kind, f" of {kind.__name__}")
             raise UserError(f"unknown model field {name!r}{of}; {nearest(name, known)}")

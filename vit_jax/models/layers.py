@@ -1,5 +1,6 @@
 """Layers of a Vision Transformer; parameters in float32, computation in `config.dtype`."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,7 @@ from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
 from vit_jax.models.linear import linear, split_linear
 from vit_jax.models.lora import LAYERS, adapted, adapted_qkv
+from vit_jax.models.rotary import mixed, rotate
 from vit_jax.models.stack import Captures, split_key
 
 
@@ -55,10 +57,10 @@ class LayerNorm(nnx.LayerNorm):
         return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
-def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Returns a LayerNorm over the model's width."""
+def layer_norm(config: ViTConfig, rngs: nnx.Rngs, size: int | None = None) -> nnx.LayerNorm:
+    """Returns a LayerNorm over `size` channels, by default the model's width."""
     return LayerNorm(
-        config.width,
+        size or config.width,
         epsilon=config.layernorm_eps,
         dtype=jnp.dtype(config.dtype),
         use_fast_variance=False,  # which loses digits where the mean is large
@@ -109,7 +111,8 @@ class Attention(nnx.Module):
     give them a standard deviation of 0.0255 in place of 0.0361 (width 768).
 
     With `relative`, each offset between patches has a learned embedding. The query's product with
-    it is added to the logits (appendix D.4). This always runs on XLA, not on cuDNN.
+    it is added to the logits (appendix D.4). This always runs on XLA, not on cuDNN. Where keys have
+    no bias, that of the kernel is [2 heads head_dim], of Q and V.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, relative: bool = False):
@@ -117,9 +120,14 @@ class Attention(nnx.Module):
         d, heads, head_dim = config.width, config.num_heads, config.head_dim
         xavier = nnx.initializers.xavier_uniform()
         kernels = [xavier(rngs.params(), (d, d)).reshape(d, heads, head_dim) for _ in range(3)]
-        qkv_bias = (3, heads, head_dim) if config.qkv_bias else None
+        qkv_bias = (3 if config.key_bias else 2, heads, head_dim) if config.qkv_bias else None
         self.qkv = Affine(jnp.stack(kernels, axis=1), qkv_bias)
         self.out = Affine(xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d), (d,))
+        if config.attention_norm:
+            self.norm = layer_norm(config, rngs)
+        if config.rotary is not None and config.rotary.learned:
+            frequencies = config.rotary.frequencies(rngs.params(), heads, head_dim)
+            self.rotary_freqs = nnx.Param(frequencies)
         if relative:
             offsets = 2 * config.grid[0] * config.grid[1] - 1
             self.rel_embed = nnx.Param(positions.INIT(rngs.params(), (offsets, heads, head_dim)))
@@ -131,11 +139,18 @@ class Attention(nnx.Module):
         *,
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
+        rotation: Float[Array, "*b n c"] | None = None,
     ) -> Float[Array, "b m d"]:
-        """Attends from x, or from `query` if given, to x, or only to its first `length` tokens."""
+        """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
+
+        `rotation` is the table of rotary positions, for all images or for each; with learned
+        frequencies, the tokens' places [n 2].
+        """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
             q, k, v = self._qkv(x, query)
+            if rotation is not None:
+                q, k = self._rotated((q, k), rotation)
         logits_bias = None
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
@@ -153,21 +168,38 @@ class Attention(nnx.Module):
                 y = jax.nn.dot_product_attention(
                     q, k, v, logits_bias, implementation=backend, **padded
                 )
+        if self.config.attention_norm:
+            y = self.norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
         with jax.named_scope("attention_out"):
             return affine(y, self.out, dtype)
+
+    def _rotated(
+        self, parts: tuple[Float[Array, "b n h k"], ...], rotation: Float[Array, "*b n c"]
+    ) -> list[Float[Array, "b n h k"]]:
+        layout, table = self.config.rotary.layout, rotation[..., None, :]
+        if self.config.rotary.learned:
+            table = mixed(rotation, self.rotary_freqs[...])
+        return [rotate(part, table, layout) for part in parts]
 
     def _qkv(
         self, x: Float[Array, "b n d"], query: Float[Array, "b m d"] | None
     ) -> tuple[Float[Array, "b m h k"], Float[Array, "b n h k"], Float[Array, "b n h k"]]:
         dtype = jnp.dtype(self.config.dtype)
         kernel = self.qkv.kernel[...].astype(dtype)
-        bias = self.qkv.bias[...].astype(dtype) if self.config.qkv_bias else None
+        bias = with_key(self.qkv.bias[...]).astype(dtype) if self.config.qkv_bias else None
         if query is not None:
             first, rest = (None, None) if bias is None else (bias[0], bias[1:])
             parts = linear(query, kernel[:, 0], first), *split_linear(x, kernel[:, 1:], rest)
         else:
             parts = split_linear(x, kernel, bias)
         return adapted_qkv(parts, x.astype(dtype), query, self.qkv)
+
+
+def with_key(bias: Float[Array, "parts h k"]) -> Float[Array, "3 h k"]:
+    """The bias of Q, K and V: zeros for K where only Q and V have one."""
+    if len(bias) == 3:
+        return bias
+    return jnp.stack([bias[0], jnp.zeros_like(bias[0]), bias[1]])
 
 
 def affine(
@@ -191,7 +223,8 @@ class Mlp(nnx.Module):
     """Two linear layers with a GELU between (Eq. 3); biases start at a deviation of 1e-6 (Google).
 
     With `mlp="swiglu"` the first layer outputs the gate and the gated value, `mlp_dim` channels
-    each, concatenated in the last dimension (arXiv 2002.05202; DINOv2's giant).
+    each, concatenated in the last dimension (arXiv 2002.05202; DINOv2's giant). With `mlp_norm`, a
+    LayerNorm is before the second layer.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -205,6 +238,8 @@ class Mlp(nnx.Module):
         )
         self.fc1 = linear(config.width, config.mlp_dim * (2 if config.mlp == "swiglu" else 1))
         self.fc2 = linear(config.mlp_dim, config.width)
+        if config.mlp_norm:
+            self.norm = layer_norm(config, rngs, config.mlp_dim)
 
     @jax.named_scope("mlp")
     def __call__(
@@ -217,7 +252,10 @@ class Mlp(nnx.Module):
             x = jax.nn.silu(gate) * x
         else:
             x = gelu(self.config.gelu)(x)
-        return affine(dropout(x, self.config.dropout, key), self.fc2, dtype)
+        x = dropout(x, self.config.dropout, key)
+        if self.config.mlp_norm:
+            x = self.norm(x)
+        return affine(x, self.fc2, dtype)
 
 
 class Block(nnx.Module):
@@ -246,10 +284,12 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
         captures: Captures | None = None,
         length: int | None = None,
+        rotation: Float[Array, "*b n c"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 
-        `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path.
+        `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path. `rotation`
+        is the table of rotary positions.
         """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
 
@@ -262,7 +302,7 @@ class Block(nnx.Module):
             return drop_path(y, self.config.drop_path * depth_fraction, path_key)
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
-        y = self.attention(self.norm1(x), captures, length=length)
+        y = self.attention(self.norm1(x), captures, length=length, rotation=rotation)
         x = x + branch(y, scale1, attention_key, path_keys[0])
         y = self.mlp(self.norm2(x), hidden_key)
         x = x + branch(y, scale2, mlp_key, path_keys[1])
@@ -273,6 +313,17 @@ class AttentionPool(nnx.Module):
     """Attention pooling with one learned query (`map`: big_vision's MAPHead)."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        config = dataclasses.replace(
+            config,
+            rotary=None,
+            position="none",
+            position_at="input",
+            key_bias=True,
+            attention_norm=False,
+            mlp_norm=False,
+            num_heads=config.pool_heads or config.num_heads,
+            mlp_dim=config.pool_mlp_dim or config.mlp_dim,
+        )
         xavier = nnx.initializers.xavier_uniform()
         self.probe = nnx.Param(xavier(rngs.params(), (1, 1, config.width)))
         self.attention = Attention(config, rngs=rngs)
@@ -299,7 +350,8 @@ def folded(block: dict[str, Any]) -> dict[str, Any]:
             return norm, layer
         kernel, scale = layer["kernel"], norm["scale"]
         scaled = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
-        bias = layer["bias"] + jnp.tensordot(norm["bias"], kernel, axes=1)
+        bias = with_key(layer["bias"]) if kernel.ndim == 4 else layer["bias"]
+        bias = bias + jnp.tensordot(norm["bias"], kernel, axes=1)
         left = {"scale": jnp.ones_like(scale), "bias": jnp.zeros_like(scale)}
         return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
 

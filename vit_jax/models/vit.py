@@ -41,7 +41,8 @@ class ViT(nnx.Module):
             self.pre_norm = layers.layer_norm(config, rngs)
         keys = jax.random.split(rngs.params(), config.depth)
         self.blocks = nnx.vmap(lambda key: layers.Block(config, rngs=nnx.Rngs(key)))(keys)
-        self.norm = layers.layer_norm(config, rngs)
+        if config.final_norm:
+            self.norm = layers.layer_norm(config, rngs)
         if config.pool == "map":
             self.attention_pool = layers.AttentionPool(config, rngs=rngs)
         pooled = width * (2 if config.pool == "token_gap" else 1)
@@ -105,12 +106,15 @@ class ViT(nnx.Module):
             if config.position_at == "input":
                 x = elementwise.row_major(x + self.positions().astype(x.dtype))
         x = elementwise.dropout(x, config.dropout, embedding_key)
+        rotation = self.rotation(len(x), embedding_key)
         prefix = config.num_prefix_tokens
         x = elementwise.drop_patches(x, config.patch_dropout, prefix, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
 
-        x = self.encode(x, block_key, captures, layout, frozen)  # Eq. 2 and 3, `depth` times
+        x = self.encode(
+            x, block_key, captures, layout, frozen, rotation
+        )  # Eq. 2 and 3, `depth` times
         with jax.named_scope("head"):
             x = self.classified(x, captures, corruption)
         logits = x.astype(jnp.float32)
@@ -124,7 +128,7 @@ class ViT(nnx.Module):
     ) -> Float[Array, "b *k"]:
         """Final norm, pooling and head: logits, or the predictions for corrupted patches."""
         config = self.config
-        if not config.norm_after_pool:
+        if config.final_norm and not config.norm_after_pool:
             x = self.norm(x)
         captures("encoded", lambda: x)
         if corruption is not None:
@@ -176,6 +180,25 @@ class ViT(nnx.Module):
         owner = self.blocks if self.config.position_at == "layers" else self
         return positions.composed(owner, self.config)
 
+    def rotation(self, b: int, key: Key[Array, ""] | None) -> Float[Array, "*b n c"] | None:
+        """The table of rotary positions of all tokens; of b images with patch dropout, by image.
+
+        Where layers learn frequencies, these are the places that they are multiplied by.
+
+        Patch dropout with the same key keeps the same patches of it as of the tokens.
+        """
+        config, prefix = self.config, self.config.num_prefix_tokens
+        if config.rotary is None:
+            return None
+        if config.rotary.learned:
+            table = jnp.asarray(config.rotary.places(config.grid, prefix), jnp.float32)
+        else:
+            table = jnp.asarray(config.rotary.table(config.grid, config.head_dim, prefix))
+        if key is None or config.patch_dropout == 0:
+            return table
+        table = jnp.broadcast_to(table, (b, *table.shape))
+        return elementwise.drop_patches(table, config.patch_dropout, prefix, key)
+
     def pooled(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
@@ -185,7 +208,8 @@ class ViT(nnx.Module):
         if config.pool == "token":
             return x[:, 0], x_dist
         if config.pool == "map":
-            return self.attention_pool(x[:, config.num_prefix_tokens :]), None
+            first = 0 if config.pool_prefix else config.num_prefix_tokens
+            return self.attention_pool(x[:, first:]), None
         mean = x[:, config.num_prefix_tokens :].mean(axis=1)
         return (mean if config.pool == "gap" else jnp.concatenate([x[:, 0], mean], axis=1)), None
 
@@ -216,6 +240,7 @@ class ViT(nnx.Module):
         captures: Captures,
         layout: Layout | None = None,
         frozen: int = 0,
+        rotation: Float[Array, "*b n c"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
@@ -228,6 +253,8 @@ class ViT(nnx.Module):
 
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
+
+        rotation = None if rotation is None else pad(rotation)
 
         # On one GPU, norms are folded into the next kernels (see `layers.folded`); with a layout
         # that would gather sharded kernels. In a scan, the body folds: no copy of all blocks.
@@ -246,6 +273,7 @@ class ViT(nnx.Module):
                 key=None if key is None else jax.random.fold_in(key, index),
                 captures=inner,
                 length=length,
+                rotation=rotation,
             )
             inner("tokens", lambda: x[:, :length])
             return x, inner.values

@@ -13,8 +13,7 @@ from etils import epath
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import CHOICES, FAMILIES
-from vit_jax.models.lora import Lora
+from vit_jax.models.config import CHOICES, FAMILIES, SECTIONS
 from vit_jax.training.distill import DistillConfig
 from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import Augment
@@ -39,7 +38,7 @@ def not_none(kind: Any) -> Any:
     return kind
 
 
-# Keys of the `model` section; the compute dtype is in `precision`. `lora` is a section.
+# Keys of the `model` section; the compute dtype is in `precision`. Dataclasses are sections.
 MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
     field.name: tuple
     if field.name in ("image_size", "patch_size", "resnet")
@@ -353,8 +352,10 @@ def unpack(kind: Any, value: Any, path: str = "") -> Any:
         return {k: unpack(Group, v, f"{path}.{k}") for k, v in value.items() if v is not None}
     if origin is dict:
         given = {k: v for k, v in value.items() if v is not None}
-        lora = {k: unpack(Lora, v, f"{path}.{k}") for k, v in given.items() if k == "lora"}
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} | lora
+        inner = {
+            k: unpack(SECTIONS[k], v, f"{path}.{k}") for k, v in given.items() if k in SECTIONS
+        }
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} | inner
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if value is not None and type(value) is not kind:

@@ -19,8 +19,8 @@ from vit_jax.data import config as data
 from vit_jax.data import images, transforms
 from vit_jax.data.forms.vtab import TASKS
 from vit_jax.errors import UserError, nearest
-from vit_jax.models.config import CHOICES, ResNetConfig, ViTConfig
-from vit_jax.models.lora import Lora
+from vit_jax.models import rotary
+from vit_jax.models.config import CHOICES, SECTIONS, ResNetConfig, ViTConfig
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.variants import variant_fields, variant_kind
 from vit_jax.recipes import recipes
@@ -32,6 +32,7 @@ from vit_jax.training.evaluators import EVALUATORS, SEVERAL, Evaluator
 # The values that texts may have, by the key or by the last part of it.
 KNOWN = {
     **CHOICES,
+    **rotary.CHOICES,
     **transforms.CHOICES,
     "jpeg": images.JPEG_MODES,
     "on_corrupt": data.ON_CORRUPT,
@@ -113,7 +114,8 @@ def sections(kind: Any = Config, name: str = "", only: str = "") -> Iterator[Sec
             continue
         if key == "model":
             nested.append(Section(key, texts[key], list(_model_leaves(texts))))
-            nested += sections(Lora, "model.lora")
+            for each, section in SECTIONS.items():
+                nested += sections(section, f"model.{each}")
         elif inner == dict[str, Evaluator]:
             for type_name, evaluator in EVALUATORS.items():
                 nested += sections(evaluator, f"{key}.NAME", f"type {type_name}")
@@ -247,7 +249,7 @@ def _unsaid(config: Config) -> dict[str, tuple[Any, str]]:
     fields = {field: (value, "variant") for field, value in sizes.items()}
     if name and not config.init_from:
         for field in dataclasses.fields(variant_kind(sizes)):
-            if field.name not in ("dtype", "num_classes", "patch_outputs", "lora"):
+            if field.name not in ("dtype", "num_classes", "patch_outputs", *SECTIONS):
                 fields.setdefault(field.name, (field.default, "default"))
     return {field: texts for field, texts in fields.items() if field not in config.model}
 

@@ -59,6 +59,7 @@ PLACEMENT = (
     (r"(patch_embed|conv\w+)/kernel$", (None, None), (-1,)),
     (r"(pre_logits|head|head_dist|patch_head)/kernel$", (None, None), (-2, -1)),
     (r"pos_embed(_\w+)?$", (None, None), (-1,)),
+    (r"attention/rotary_freqs$", (None, "tensor", None), ()),
     (r"attention/rel_embed$", (None, "tensor", None), (-1,)),
 )
 

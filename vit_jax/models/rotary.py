@@ -1,0 +1,151 @@
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in two dimensions.
+
+Pairs of channels of each query and key turn by angles that grow with the place of its patch, so
+that attention logits depend on the difference of two places.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from vit_jax.errors import UserError, nearest
+
+CHOICES = {
+    "coordinates": ("centred", "index"),
+    "axes": ("yx", "xy"),
+    "layout": ("halves", "pairs"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary positions of the patches; tokens before them are not rotated.
+
+    A quarter of a head's channels has an angle for each axis, the place times base^(-4i / head_dim)
+    for i = 0, 1, ...; with the other half of the channels they make the pairs that are rotated. The
+    defaults are DINOv3's (arXiv 2508.10104).
+
+    Attributes:
+      coordinates: the place of a patch: its centre between -1 and 1 of the image, times 2 pi
+        (`centred`, DINOv3's), or the number of its row and column (`index`, EVA-02's, arXiv
+        2303.11331).
+      base: ratio of the highest frequency to about the lowest; 100 in DINOv3, 10000 in EVA-02.
+      reference: the grid (h, w) that `index` is scaled to, whatever the image's; None is as it is.
+      offset: what is added to `index`.
+      axes: the axis that comes first among the channels: rows (`yx`) or columns (`xy`).
+      layout: which channels make a pair: i and i + head_dim / 2 (`halves`), or 2i and 2i + 1
+        (`pairs`).
+      learned: whether each head of each layer learns its frequencies, two for each pair of
+        channels, so that angles mix both axes (RoPE-Mixed, arXiv 2403.13298); `base` is then that
+        of the initial ones, along directions drawn at random.
+
+    Raises:
+      UserError: a choice that does not exist, or a number out of range.
+    """
+
+    coordinates: str = "centred"
+    base: float = 100.0
+    reference: tuple[int, int] | None = None
+    offset: float = 0.0
+    axes: str = "yx"
+    layout: str = "halves"
+    learned: bool = False
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"model.rotary.{name} is {value!r}: {nearest(value, choices)}")
+        for name, least in (("base", 1.0), ("offset", -math.inf)):
+            value = getattr(self, name)
+            if not least < value < math.inf:
+                above = f" above {least:g}" if least > -math.inf else ""
+                raise UserError(f"model.rotary.{name} is {value!r}; expected a number{above}")
+        grid = self.reference
+        if grid is not None and not all(side > 0 for side in grid):
+            raise UserError(f"model.rotary.reference is {grid!r}; expected a grid (h, w)")
+        if self.coordinates == "centred" and (grid is not None or self.offset):
+            name = "offset" if grid is None else "reference"
+            raise UserError(
+                f"model.rotary.{name} is for coordinates 'index': 'centred' ones end at -1 and 1 "
+                "in every image"
+            )
+
+    def __str__(self) -> str:
+        scaled = "" if self.reference is None else " of a grid of {}x{}".format(*self.reference)
+        offset = f" from {self.offset:g}" if self.offset else ""
+        places = f"{self.coordinates}{offset}{scaled}"
+        learned = ", learned" if self.learned else ""
+        return f"rotary, {places}, {self.axes}, base {self.base:g}, {self.layout}{learned}"
+
+    def places(self, grid: tuple[int, int], prefix: int) -> Float[np.ndarray, "n 2"]:
+        """The place of each token along both axes, [prefix + gh * gw, 2]; 0 before the patches."""
+        places = []
+        for axis, count in enumerate(grid):
+            place = np.arange(count, dtype=np.float64)
+            if self.coordinates == "centred":
+                place = ((place + 0.5) / count * 2 - 1) * 2 * np.pi
+            else:
+                scale = 1 if self.reference is None else self.reference[axis] / count
+                place = (place + self.offset) * scale
+            places.append(place)
+        y, x = np.meshgrid(*places, indexing="ij")
+        found = np.stack((y, x) if self.axes == "yx" else (x, y), axis=-1).reshape(-1, 2)
+        return np.concatenate([np.zeros((prefix, 2)), found])
+
+    def table(
+        self, grid: tuple[int, int], head_dim: int, prefix: int
+    ) -> Float[np.ndarray, "n {head_dim}"]:
+        """Cosines and sines of the angles of each token: [prefix + gh * gw, head_dim], float32.
+
+        The first half of the channels are cosines. Those of the `prefix` tokens are 1 and 0.
+        """
+        frequencies = self.base ** (-np.arange(head_dim // 4) / (head_dim // 4))
+        angles = self.places(grid, prefix)[..., None] * frequencies
+        angles = angles.reshape(len(angles), head_dim // 2)  # [n, axes * quarter]
+        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    def frequencies(
+        self, key: Key[Array, ""], heads: int, head_dim: int
+    ) -> Float[Array, "2 {heads} half"]:
+        """Initial frequencies that are learned, along both axes: [2 heads head_dim / 2].
+
+        Those of a head are along two directions at a right angle, the first drawn at random.
+        """
+        sizes = self.base ** (-jnp.arange(head_dim // 4) / (head_dim // 4))
+        turns = jax.random.uniform(key, (heads, 1), maxval=2 * jnp.pi)
+        turns = jnp.stack([turns, turns + jnp.pi / 2], axis=1)  # [heads 2 1]
+        both = jnp.stack([jnp.cos(turns), jnp.sin(turns)]) * sizes
+        return both.reshape(2, heads, head_dim // 2)
+
+
+def mixed(
+    places: Float[Array | np.ndarray, "*b n 2"], frequencies: Float[Array, "2 h half"]
+) -> Float[Array, "*b n h k"]:
+    """The table of a layer with learned frequencies, for each head (see `Rotary.table`)."""
+    angles = jnp.einsum(
+        "...na,ahf->...nhf", places, frequencies, precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotate(
+    x: Float[Array, "b n h k"], table: Float[Array | np.ndarray, "*b n _ k"], layout: str
+) -> Float[Array, "b n h k"]:
+    """Rotates queries or keys by the angles of a table, in float32, in x's dtype again.
+
+    The table is that of all heads (an axis of 1) or of each.
+    """
+    cos, sin = jnp.split(jnp.asarray(table), 2, axis=-1)
+    y = x.astype(jnp.float32)
+    if layout == "halves":
+        a, b = jnp.split(y, 2, axis=-1)
+        y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    else:
+        a, b = y[..., ::2], y[..., 1::2]
+        y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(y.shape)
+    return y.astype(x.dtype)
