@@ -26,7 +26,7 @@ def named(example, path, **changes):
 
 
 def test_a_name_that_is_not_known_is_refused(tmp_path):
-    tiny, rpn = "vit_pe_core_tiny_patch16_384", "vit_base_patch16_rpn_224"
+    tiny, rpn = "vit_my_tiny_patch16_384", "vit_base_patch16_rpn_224"
     for example, changes, said in [
         (TIMM, {"architecture": tiny}, "known name is 'vit_tiny_patch16_384'. If its"),
         (TIMM, {"architecture": rpn}, "known name is 'vit_base_patch16_"),
@@ -34,7 +34,7 @@ def test_a_name_that_is_not_known_is_refused(tmp_path):
         (TIMM, {"architecture": None, "model_type": "evil"}, "names the architecture 'evil'"),
         (VIT, {"architectures": ["ViTModell"]}, "known name is 'ViTModel'"),
         (VIT, {"architectures": None, "model_type": "beit"}, "names the architecture 'beit'"),
-        (VIT, {"model_type": "dinov3_vit"}, "names the architecture 'dinov3_vit'"),
+        (VIT, {"model_type": "dpt"}, "names the architecture 'dpt'"),
         (VIT, {"architectures": None, "model_type": None, "architecture": "x"}, "'x'"),
     ]:
         path = named(example, tmp_path / example.name, **changes)
@@ -46,6 +46,19 @@ def test_a_name_that_is_not_known_is_refused(tmp_path):
         opened = open_model(path, architecture=known)
         assert opened.card.config == open_model(named(example, path)).card.config
         assert "architecture" not in opened.assumed
+
+
+def test_a_name_of_other_keys_is_refused(tmp_path):
+    """Rotary positions are not given to a plain ViT because of what its config.json says."""
+    message = "has rotary positions, and its keys are those of a model without"
+    for number, (example, changes) in enumerate(
+        [
+            (TIMM, {"architecture": "vit_pe_core_tiny_patch16_384"}),
+            (TIMM, {"architecture": "vit_small_patch16_dinov3"}),
+            (VIT, {"architectures": None, "model_type": "dinov3_vit"}),
+        ]
+    ):
+        refused(message, named(example, tmp_path / str(number), **changes))
 
 
 def test_the_user_must_name_one_that_is_known(tmp_path):

@@ -25,7 +25,7 @@ from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FOREIGN, native
-from vit_jax.checkpoints.tables_eva import HF_DINOV3
+from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
 from vit_jax.models.create import structure
@@ -181,7 +181,14 @@ def interpret(
         dialect = native(shapes_of(config))
     found = _find(weights, dialect, prefix)
     if not card:
-        given = {**families.hints(dialect, weights.config, name), **known}
+        hints = families.hints(dialect, weights.config, name)
+        rotary_keys = dialect in (TIMM_EVA, HF_DINOV3) or "pre_norm/scale" in found
+        if hints.get("rotary") is not None and not rotary_keys:
+            raise UserError(
+                f"{weights.path}: its architecture has rotary positions, and its keys are those of "
+                "a model without: say what it is, architecture=NAME, or --set architecture=NAME"
+            )
+        given = {**hints, **known}
         fields = infer(weights, dialect, found, given, file_size, assumed)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
