@@ -47,6 +47,7 @@ setup(
         "jaxtyping>=0.3.2",
         "ml-collections>=1.1.0",
         "ml-dtypes>=0.5",
+        "msgpack>=1.0",
         "numpy>=2.0",
         "opencv-python-headless>=4.10",
         "optax>=0.2.6",

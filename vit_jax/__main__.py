@@ -95,7 +95,8 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.checkpoints.export import save
     from vit_jax.checkpoints.load import load
 
-    model = load(args.src, adapter=args.adapter, **fields(args.known))
+    chosen = dict(only=args.only, ignore=args.ignore)
+    model = load(args.src, adapter=args.adapter, **chosen, **fields(args.known))
     report = save(model, args.dst, format=args.format)
     print(f"{args.dst}: {len(report.lines)} arrays in {args.format}'s names")
     for name, what in report.assumed.items():
@@ -110,7 +111,7 @@ def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.checkpoints.load import load
     from vit_jax.checkpoints.opened import inspect as inspect_file
 
-    known = fields(args.known)
+    known = fields(args.known) | dict(only=args.only, ignore=args.ignore)
     if args.pictures is None:
         if args.images:
             raise UserError(f"{args.images[0]} is drawn with --pictures=DIR only: where to?")

@@ -207,6 +207,10 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         dest="known",
         help="a field of the config that the file does not say, such as gelu=tanh or num_heads=8",
     )
+    chosen = {
+        "--only": "keys to read, of a file that holds more than one model, such as 'model_ema.*'",
+        "--ignore": "keys to leave out, such as 'text_model.*'",
+    }
     command = commands.add_parser("convert", help=functions["convert"].__doc__)
     command.add_argument("src", type=path, help="whatever vit_jax.load reads")
     command.add_argument(
@@ -217,6 +221,8 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     )
     command.add_argument("--adapter", metavar="FILE", help="of format lora, to merge into SRC")
     command.add_argument("--set", **fields)
+    for flag, what in chosen.items():
+        command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)
     command.set_defaults(function=functions["convert"], takes_overrides=False)
 
     command = commands.add_parser("inspect", help=functions["inspect"].__doc__)
@@ -231,6 +237,8 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help="draw filters and positions there, and attention",
     )
     command.add_argument("--set", **fields)
+    for flag, what in chosen.items():
+        command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)
     command.set_defaults(function=functions["inspect"], takes_overrides=False)
 
     command = commands.add_parser(

@@ -77,7 +77,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return None
     if name == "resnet":
         return value  # of JSON, a list: checked and made a tuple by the config
-    if name == "lora":
+    if name == "lora" and isinstance(value, Mapping):
         return Lora(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
     if kind == "float" and type(value) is int and abs(value) < 2**53:
         value = float(value)
