@@ -70,6 +70,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs>=2024.6"],
         "hub": ["huggingface_hub>=0.30"],
+        "onnx": ["jax2onnx>=0.17"],
         "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"],
         "docs": [
             "furo>=2025.9",

@@ -91,14 +91,22 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Converts a model to the format of another code base."""
+    """Converts a model to the format of another code base, or to a program."""
     from vit_jax.checkpoints.export import save
     from vit_jax.checkpoints.load import load
+    from vit_jax.checkpoints.programs import ENDINGS
 
+    program = args.dst.lower().endswith(ENDINGS)
+    if args.format is None and not program:
+        raise UserError("the following arguments are required: --format (programs have none)")
     chosen = dict(only=args.only, ignore=args.ignore)
     model = load(args.src, adapter=args.adapter, **chosen, **fields(args.known))
-    report = save(model, args.dst, format=args.format)
-    print(f"{args.dst}: {len(report.lines)} arrays in {args.format}'s names")
+    format = args.format or "vit_jax"
+    report = save(model, args.dst, format=format, preprocess=args.preprocess)
+    if program:
+        print(f"{args.dst}: takes {report.facts['input']}; gives {report.facts['output']}")
+    else:
+        print(f"{args.dst}: {len(report.lines)} arrays in {format}'s names")
     for name, what in report.assumed.items():
         print(f"note: {name}: {what}")
 

@@ -214,10 +214,18 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command = commands.add_parser("convert", help=functions["convert"].__doc__)
     command.add_argument("src", type=path, help="whatever vit_jax.load reads")
     command.add_argument(
-        "dst", type=path, help="FILE.npz, FILE.safetensors, or a folder for timm and hf"
+        "dst",
+        type=path,
+        help="FILE.npz, FILE.safetensors, or a folder for timm and hf; FILE.stablehlo and "
+        "FILE.onnx are programs",
     )
     command.add_argument(
-        "--format", required=True, help="google, big_vision, timm, hf, vit_jax or lora"
+        "--format", help="of weights: google, big_vision, timm, hf, vit_jax or lora"
+    )
+    command.add_argument(
+        "--preprocess",
+        action="store_true",
+        help="a program takes uint8 pixels, not normalised ones",
     )
     command.add_argument("--adapter", metavar="FILE", help="of format lora, to merge into SRC")
     command.add_argument("--set", **fields)

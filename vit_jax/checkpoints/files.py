@@ -54,7 +54,8 @@ _MARKS = {
     b"\x93NUMPY": "a single array of NumPy (.npy)",
 }
 _ENDINGS = {
-    ".onnx": "an ONNX program, not weights by their names",
+    ".onnx": "an ONNX program, not weights by their names: run it in ONNX Runtime",
+    ".stablehlo": "a program of JAX, not weights by their names: run it by jax.export.deserialize",
     ".tflite": "a TensorFlow Lite program",
     ".pb": "a program of TensorFlow",
     ".h5": _MARKS[b"\x89HDF"],
@@ -312,7 +313,7 @@ def _kind(start: bytes, ending: str) -> str | None:
         return "a web page, which came in place of the file"
     if start.lstrip()[:1] in (b"{", b"["):
         return "a text of JSON (a model is named by the folder of its config.json)"
-    named = _ENDINGS.get(ending) if ending in (".onnx", ".pb") else None
+    named = _ENDINGS.get(ending) if ending in (".onnx", ".pb", ".stablehlo") else None
     if named is None and start[0] == 8 and start[2:3] == b"\x12" and b"pytorch" in start[:32]:
         named = _ENDINGS[".onnx"]
     return named
