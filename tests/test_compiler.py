@@ -187,8 +187,9 @@ def test_options_reach_training_and_evaluation(objective, deterministic, asked):
     assert asked == [wanted]
     asked.clear()
     Evaluation(config, record, mesh)
-    # What measures the model, by one label an image or several, and reads two kinds of features.
-    assert asked == [wanted] * (3 if objective == "masked_colour" else 4)
+    # What measures the model, in sums or with a row an image (by one label or several), and reads
+    # two kinds of features.
+    assert asked == [wanted] * (3 if objective == "masked_colour" else 5)
 
 
 def test_options_reach_predict(asked, tmp_path):

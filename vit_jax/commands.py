@@ -132,6 +132,8 @@ def run_evaluation(
     told = {
         name: evaluation_files.to_json(name, found[name], kept[name], results) for name in found
     }
+    if views := {each.crops * (1 + each.flip) for each in kept.values()} - {1}:
+        lines.append(f"each image is classified by the mean of {views.pop()} views of it")
     lines += assess.lines(found, {name: kept[name].source.label_names for name in found})
     if config is None and found:
         lines += _keep(evaluation.root_of(model), told, kept)
@@ -153,7 +155,7 @@ def _keep(
     except (OSError, UserError) as error:
         logger.warning("nothing is kept in %s: %s", folder, error)
         return []
-    return [f"{folder} has all of it, for `vit-jax report {workdir}`"]
+    return [f"all of it is kept in {folder}, which `report` reads"]
 
 
 def predict(

@@ -18,6 +18,10 @@ KEYS = {
     "init_from": "pretrained pretrained_path pretrained_model checkpoint checkpoint_path ckpt"
     " weights load_from model_path finetune fine_tune finetune_from from_checkpoint resume",
     "objective": "loss criterion loss_fn loss_function",
+    "distill.teacher": "teacher_model teacher_path teacher_checkpoint teacher_name",
+    "distill.kind": "distillation_type",
+    "distill.temperature": "tau distillation_tau",
+    "distill.weight": "distillation_alpha",
     "precision": "amp use_amp fp16 bf16 float16 bfloat16 half mixed_precision half_precision dtype"
     " compute_dtype",
     "model.variant": "arch architecture model_name model_type backbone network",
@@ -63,6 +67,7 @@ KEYS = {
     "data.threads": "num_threads n_threads",
     "augment.mixup": "mixup_alpha",
     "augment.cutmix": "cutmix_alpha",
+    "augment.image_sizes": "progressive_resizing resolutions image_size_schedule",
     "augment.mix_off": "mixup_off_epoch",
     "augment.label_smoothing": "smoothing label_smooth",
     "optim.name": "optimizer optimiser opt optim",

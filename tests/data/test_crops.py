@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from made import refused, saved, turned, written
+from made import noise, refused, saved, turned, written
 
 from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.images import BadImage, decode, decode_box
@@ -193,6 +193,19 @@ def test_the_reader_squashes_the_box_whatever_the_model_does():
             box = images[index, top : top + h, left : left + w]
             np.testing.assert_array_equal(row, resize(box, (6, 8), "bilinear"))
         assert (found[0] != found[2]).any()
+
+
+def test_a_random_crop_may_reach_into_a_reflected_border():
+    image, size, seen = noise(4, 5, 2), (4, 5), set()
+    bordered = image[[2, 1, 0, 1, 2, 3, 2, 1]][:, [2, 1, 0, 1, 2, 3, 4, 3, 2]]  # by 2 on each side
+    for seed in range(200):
+        found = random_crop(image, size, np.random.default_rng(seed), 2)
+        crops = {(y, x): bordered[y : y + 4, x : x + 5] for y, x in np.ndindex(5, 5)}
+        (place,) = (place for place, crop in crops.items() if (crop == found).all())
+        seen.add(place)
+    assert len(seen) == 25
+    pixels = Preprocess(size, 2).pixels(image, np.random.default_rng(7), 2)
+    np.testing.assert_array_equal(pixels, random_crop(image, size, np.random.default_rng(7), 2))
 
 
 def test_a_random_crop_is_uniform_over_all_places():

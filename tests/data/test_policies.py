@@ -16,7 +16,7 @@ from vit_jax.data.config import Split
 from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.policies import OPS, ColorJitter, ThreeAugment, trivial_augment
-from vit_jax.data.transforms import Preprocess
+from vit_jax.data.transforms import Preprocess, random_crop
 from vit_jax.errors import UserError
 from vit_jax.training.config_file import load_config
 
@@ -231,10 +231,12 @@ def test_they_follow_the_flip_and_come_before_the_erasing():
         expected = jitter(trivial_augment(image, random), random)
         same = (found[row] == expected).all(axis=-1)
         assert same.all() or 0.5 < same.mean() < 1  # a box is erased
-    split = Split("", "", three_augment=ThreeAugment())
-    found = BatchReader.of(source, split, Preprocess((6, 8)), seed=3)(np.arange(4), np.arange(4))
-    expected = ThreeAugment()(images[0], np.random.default_rng((3, 0)))
-    np.testing.assert_array_equal(found["image"][0], expected)
+    split = Split("", "", random_crop=True, crop_padding=4, three_augment=ThreeAugment())
+    floats = Preprocess((6, 8), resize_dtype="float32")  # in evaluation
+    read = BatchReader.of(source, split, floats, seed=3).in_uint8()
+    random = np.random.default_rng((3, 0))
+    expected = ThreeAugment()(random_crop(images[0], (6, 8), random, 4), random)
+    np.testing.assert_array_equal(read(np.arange(4), np.arange(4))["image"][0], expected)
 
 
 def test_what_cannot_be_is_refused_in_a_sentence():
@@ -260,6 +262,8 @@ def test_what_cannot_be_is_refused_in_a_sentence():
             read(Split("", "", flip=True, color_jitter=ColorJitter(0.1)), channels)
     with pytest.raises(UserError, match=r"data\.val is evaluated as it is: trivial_a"):
         load_config(DIGITS, ["--config.data.val.trivial_augment=True"])
+    with pytest.raises(UserError, match=r"crop_padding is 4; expected 0 or, with random_crop"):
+        load_config(DIGITS, ["--config.data.train.crop_padding=4"])
     flags = ["color_jitter.hue=0.1", "three_augment.jitter=0.2"]
     train = load_config(DIGITS, [f"--config.data.train.{flag}" for flag in flags]).data.train
     assert train.color_jitter == ColorJitter(hue=0.1)

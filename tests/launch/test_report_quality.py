@@ -134,3 +134,24 @@ def test_runs_that_were_not_evaluated_have_no_sections(tmp_path):
     folder = make_run(tmp_path / "run", lines=lines_of(0.5, 0.9))
     told = write_report([str(folder)])
     assert "Evaluated" not in told + (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("several", ["any", "each"])
+def test_several_labels_an_image_have_no_confusion(tmp_path, several):
+    folder = make_run(tmp_path / "run", lines=lines_of(0.5, 0.9))
+    rng = np.random.default_rng(0)
+    label = (rng.random((40, 3)) < 0.4).astype(np.float32)
+    logits = (rng.normal(size=(40, 3)) + 2 * label - 1).astype(np.float32)
+    gathered = Gathered(40, several, "sigmoid")
+    gathered.add(0, logits, label, np.ones(40, bool))
+    source = ArraySource(np.zeros((40, 2, 2, 1), np.uint8), np.zeros(40, np.int32), NAMES)
+    found = {"val": gathered.predictions(source, Split("arrays:x", "val"))}
+    (told,) = assess(found).values()
+    text = evaluation_files.to_json("val", told, found["val"], {})
+    evaluation_files.write(folder / "evaluation", "val", text, found["val"])
+    shown = write_report([str(folder)])
+    assert f"| run | val | \N{EN DASH} | {told.images} | {told.accuracy:.4f} |" in shown
+    page = Page((folder / "report.html").read_text())
+    charts = [attrs["aria-label"] for attrs in page.all("svg") if attrs.get("class") == "chart"]
+    assert charts == (["reliability of run"] if several == "any" else [])
+    assert ("average precision" in page.texts) == (several == "each")

@@ -13,6 +13,7 @@ from vit_jax.models import attention, elementwise, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.layers import folded
+from vit_jax.models.lora import Lora
 from vit_jax.models.vit import ViT
 
 GPU = fake_mesh("gpu")
@@ -49,6 +50,7 @@ def assert_alike(found, wanted, rtol):
         dict(mlp="swiglu", layer_scale=0.1, position_at="layers"),
         dict(position="relative", remat="full"),
         dict(pool="gap", norm_after_pool=True, pre_norm=True, position="sincos2d"),
+        dict(lora=Lora(2, targets=("qkv", "out", "fc1", "fc2")), layer_scale=0.5, pool="map"),
     ],
     ids=str,
 )

@@ -119,11 +119,20 @@ def test_the_probe_computes_no_gradient_of_the_rest(tiny_run):
 
 def test_what_a_run_says_of_its_phases(tiny_run, tmp_path, caplog, untrained):
     caplog.set_level("INFO", "vit_jax")
-    more = ["total_steps=2", "optim.probe.steps=1", "optim.warmup=0", "data.test=None"]
+    more = [
+        "total_steps=2",
+        "model.lora.rank=1",
+        "optim.probe.steps=1",
+        "optim.warmup=0",
+        "data.test=None",
+    ]
     train(load_config(DIGITS, flags_of(tiny_run[0], *more, "data.val=None")), tmp_path / "run")
     assert re.search(
         r"^steps .* the first 1 train the head alone \(optim.probe\)", lines(caplog), re.M
     )
+    # 10 classes of 8 inputs; A and B of Q, K and V, and of out, in two blocks of width 16.
+    learn = 8 * 10 + 10 + 2 * (3 * (16 + 16) + 16 + 16)
+    assert f", of which {learn:,} learn" in lines(caplog)
     assert "step 1: the probe is over, and all learns but optim.freeze" in lines(caplog)
 
 

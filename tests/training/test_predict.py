@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+from argparse import Namespace
 from unittest.mock import Mock
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 import pytest
+from conftest import benchmarks
 from flax import nnx
 from jax.sharding import Mesh
 from tiny_models import as_float32, random_params
@@ -249,6 +251,7 @@ def test_the_forms_of_the_output_hold_the_same(vit, path, here, capsys, caplog):
         assert predict(path, "pets", "--topk=2", f"--out=out/x.{ending}") == 3
         assert f"out/x.{ending}: 21 images in " in caplog.text
     assert capsys.readouterr().out == ""
+    assert re.search(r"x\.csv: 21 images in \d+\.\d s\n", caplog.text)  # of 3 batches, no rate
     assert (here / "out" / "x.jsonl").read_text() == printed
     columns = ["file", "label1", "probability1", "label2", "probability2", "error"]
     with open("out/x.csv", newline="") as file:
@@ -316,3 +319,13 @@ def test_sources_and_folders_from_python(vit, here, caplog):
     check(vit, vit.predict(found), wanted)
     with pytest.raises(UserError, match=r"pets/05a\.jpg: "):
         list(vit_jax.predict(vit, vit_jax.find_images("pets")))
+
+
+def test_the_benchmark_measures_all_turns(tmp_path):
+    (benchmark,) = benchmarks("predict")
+    args = Namespace(variant="mu/16", image_size=32, dtype="float32", batch_size=8, batches=2)
+    args.rounds = 1
+    (found,) = benchmark.measure(args, str(tmp_path))
+    assert list(found) == ["forward", "reader", "predict"]
+    assert all(value > 0 for pair in found.values() for value in pair)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 16

@@ -308,7 +308,7 @@ def test_without_val_there_is_no_temperature(run, tmp_path, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "no temperature is fitted: there is no val to fit it on" in out
-    assert "evaluation has all of it" not in out  # the run's folder is for its own data
+    assert "is kept in" not in out  # the run's folder is for its own data
     assert evaluation_files.read(run[0])[0]["test"].told == before
     read = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(read) == 359 and isinstance(read[0]["correct"], bool)

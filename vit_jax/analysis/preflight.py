@@ -179,6 +179,8 @@ def preflight(
     else:
         sizes = f"{sum(vit.resnet)} units, {vit.width:,} channels"
     yield _line("model", f"{params:,} parameters, {sizes}")
+    if (growth := plan.growth) and len(growth.sides) > 1:
+        yield _line("images", f"grow to {vit.image_size[0]} pixels; what follows is of these")
     flops = step_flops(config, vit, teacher_of(plan))
     forward = f"{flops_per_image(vit) / 1e9:.4g} GFLOP an image forward"
     yield _line("work", f"{forward}, {flops / 1e12:.4g} TFLOP a training step")
@@ -309,7 +311,7 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
 
 def _data_rate(plan: Plan, source: Source, rows: int, needed: float | None) -> str:
     """Measures for some seconds how fast one host reads training batches."""
-    read, data = plan.reader(source), plan.config.data
+    read, data = dataclasses.replace(plan.reader(source), growth=None), plan.config.data
     size = max(min(rows, 256) // read.repeats, 1) * read.repeats
     options = dict(workers=data.workers, threads=data.threads)
     images, began = 0, None

@@ -90,7 +90,7 @@ def confusion(found: Confusion, classes: Sequence[str], name: str) -> Any:
         (
             np.ma.masked_array(shares, diagonal | (counts == 0)),
             "Oranges",
-            max(float(shares[~diagonal].max(initial=0.0)), 1e-9),
+            max(float(shares[~diagonal].max(initial=0.0)), 0.1),
             "mistaken",
         ),
     ):
@@ -99,7 +99,7 @@ def confusion(found: Confusion, classes: Sequence[str], name: str) -> Any:
         scale.set_label(f"{what}, share of the class", fontsize=8)
         scale.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         scale.ax.tick_params(labelsize=7)
-    reach = np.where(diagonal, 1.0, max(float(shares[~diagonal].max(initial=0.0)), 1e-9))
+    reach = np.where(diagonal, 1.0, max(float(shares[~diagonal].max(initial=0.0)), 0.1))
     for i, j in zip(*np.nonzero(counts), strict=True):
         colour = "white" if shares[i, j] > 0.6 * reach[i, j] else "#222222"
         axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=7)
@@ -180,8 +180,8 @@ def mistakes_page(name: str, quality: Quality, found: Predictions) -> str:
     wrong = quality.images - int(found.correct[found.labelled].sum())
     told = f"{wrong:,} of {quality.images:,} images are wrong, accuracy {quality.accuracy:.4f}"
     if wrong > len(rows):
-        told += f"; here are {len(rows)}"
-    told += ", those that the model was most confident of first" if wrong else ""
+        told += f", of which {len(rows)} are here"
+    told += "; the model was most confident of the first" if wrong else ""
     title = f"{name}: the worst mistakes" if wrong else f"{name}: no mistakes"
     cards = "\n".join(_cards(found, rows))
     source = f"{found.split.source}, {found.split.split}"

@@ -77,13 +77,22 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return None
     if name == "resnet":
         return value  # of JSON, a list: checked and made a tuple by the config
-    if name == "lora" and isinstance(value, Mapping):
-        return Lora(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+    if name == "lora":
+        return _lora(value)
     if kind == "float" and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value).__name__ != kind:
         raise UserError(f"model.{name} is {value!r}; expected {kind}")
     return value
+
+
+def _lora(value: Any) -> Lora:
+    known = {field.name for field in dataclasses.fields(Lora)}
+    if isinstance(value, Lora):
+        return value
+    if not isinstance(value, Mapping) or not {"rank"} <= set(value) <= known:
+        raise UserError(f"model.lora is {str(value)[:80]!r}; expected {', '.join(sorted(known))}")
+    return Lora(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
 
 
 def numbers(values: Any) -> Any:

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from vit_jax.checkpoints import families
 from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
+from vit_jax.checkpoints.files import read_json
 from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.published import fetch
 from vit_jax.checkpoints.store import Store
@@ -216,8 +216,8 @@ def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Op
             # The run is still training and has deleted this checkpoint: there is a newer one.
     adapter = None
     if getattr(card.config, "lora", None) is not None:
-        begun = json.loads((workdir / "config.json").read_text())
-        adapter = Adapter.of(card, params, str(begun["init_from"]))
+        begun = read_json(os.fspath(workdir / "config.json"))
+        adapter = Adapter.of(card, params, str(begun.get("init_from")))
         card, params = adapter.plain_card, adapter.merged(params)
     return Opened(
         card,

@@ -11,7 +11,15 @@ from vit_jax.errors import UserError, nearest
 ON_CORRUPT = ("stop", "skip")
 POLICIES = ("rand_augment", "trivial_augment", "three_augment")  # one of them
 COLOURS = (*POLICIES, "color_jitter")  # which know grey and RGB alone
-AUGMENTATIONS = ("inception_crop", "random_crop", "affine", "flip", *COLOURS, "erasing")
+AUGMENTATIONS = (
+    "inception_crop",
+    "random_crop",
+    "crop_padding",
+    "affine",
+    "flip",
+    *COLOURS,
+    "erasing",
+)
 TRAINING_KEYS = (*AUGMENTATIONS, "balance", "repeats")  # of data.train alone
 
 
@@ -42,6 +50,8 @@ class Split:
       inception_crop: cuts a random box out of the image, which `resize` then brings to size.
       random_crop: whether to cut the model's size out of the resized image anywhere, not from its
         centre: aspect="keep" and crop=0.875 cut 224 out of a shorter side of 256.
+      crop_padding: pixels by which random_crop extends the resized image on each side, reflected;
+        with aspect="keep" and 4, it is the simple random crop of DeiT III.
       affine: a random affine map of every training image.
       flip: whether to mirror half of the training images.
       rand_augment: changes colours and geometry of training images further.
@@ -67,6 +77,7 @@ class Split:
     exif: bool | None = None
     inception_crop: InceptionCrop | None = None
     random_crop: bool = False
+    crop_padding: int = 0
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
@@ -81,6 +92,11 @@ class Split:
         RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
+        if self.crop_padding < 0 or (self.crop_padding and not self.random_crop):
+            raise UserError(
+                f"data.train.crop_padding is {self.crop_padding}; expected 0 or, with random_crop, "
+                "a number of pixels"
+            )
         policies = [name for name in POLICIES if getattr(self, name)]
         if len(policies) > 1:
             raise UserError(

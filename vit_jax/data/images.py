@@ -219,7 +219,9 @@ def read_image(image: Any, jpeg: str = "accurate", exif: bool = False) -> Image:
         except FileNotFoundError:
             raise UserError(f"there is no image file {path!r}") from None
         except IsADirectoryError:
-            raise UserError(f"{path!r} is a folder: name the image files in it") from None
+            raise UserError(
+                f"{path!r} is a folder: name the image files in it, or take vit_jax.find_images"
+            ) from None
         except (OSError, ValueError, BadImage) as error:
             check_refused(error, path)
             raise BadImage(f"{path!r} is no readable image: {error}") from None

@@ -148,12 +148,13 @@ class _Finder:
 
     def add(self, argument: str) -> None:
         if argument.startswith("@"):
+            where = "standard input" if argument == "@-" else argument[1:]
             for number, line in enumerate(_lines(argument[1:]), 1):
                 try:
                     if line:
                         self._one(line)
                 except UserError as error:
-                    raise UserError(f"line {number} of {argument[1:]}: {error}") from None
+                    raise UserError(f"line {number} of {where}: {error}") from None
         else:
             self._one(argument)
 

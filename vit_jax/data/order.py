@@ -52,6 +52,35 @@ def repeated(
     return steps * share + rows % share, rows < share
 
 
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """Images that grow over a run: their size at each step, in equally long phases.
+
+    Attributes:
+      sides: of the square images of each phase, in pixels.
+      total_steps: of the run.
+    """
+
+    sides: tuple[int, ...]
+    total_steps: int
+
+    def __post_init__(self):
+        if self.total_steps < len(self.sides):
+            raise UserError(
+                f"augment.image_sizes has {len(self.sides)} sizes for a run of {self.total_steps} "
+                "steps: each needs one at least"
+            )
+
+    def __call__(self, step: int) -> int:
+        """The side of the images of a step, counted from 0; later steps have the last."""
+        return self.sides[min(step * len(self.sides) // self.total_steps, len(self.sides) - 1)]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first step of each phase."""
+        return tuple(-(-i * self.total_steps // len(self.sides)) for i in range(len(self.sides)))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Balance:
     """A stream in which rare classes come more often; each class takes its examples in turn.

@@ -126,7 +126,7 @@ def stored(source: Source, indices: Sequence[int]) -> list[Tile]:
 
 def as_read(read: BatchReader, indices: Sequence[int], tiles: Sequence[Tile]) -> list[Tile]:
     """The same examples as the model gets them from `read`, with the captions of `tiles`."""
-    read = dataclasses.replace(read, on_corrupt="skip", replace=False)
+    read = dataclasses.replace(read.in_uint8(), on_corrupt="skip", replace=False)
     images = []
     for position, (index, tile) in enumerate(zip(indices, tiles, strict=True)):
         try:  # one by one: a label may be out of range

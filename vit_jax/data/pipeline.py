@@ -20,7 +20,7 @@ from vit_jax.data.ahead import read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
 from vit_jax.data.images import BadImage, decode_box
-from vit_jax.data.order import Balance, repeated, shuffled
+from vit_jax.data.order import Balance, Growth, repeated, shuffled
 from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import (
@@ -51,6 +51,7 @@ class BatchReader:
       crops: how many crops of each image to read, for evaluation alone: 1, or 5 (see
         `Preprocess.five_crops`), so that `image` is [b 5 h w c].
       balance: the order of training examples; None for all of them once an epoch.
+      growth: the size of the images of each training step; None is that of `preprocess`.
       repeats: how often each training example comes in a batch (see `order.repeated`).
       reported: the examples that were logged as skipped.
     """
@@ -60,6 +61,7 @@ class BatchReader:
     seed: int = 0
     inception_crop: InceptionCrop | None = None
     random_crop: bool = False
+    crop_padding: int = 0
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
@@ -72,6 +74,7 @@ class BatchReader:
     crops: int = 1
     balance: Balance | None = None
     repeats: int = 1
+    growth: Growth | None = None
     reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
@@ -99,6 +102,21 @@ class BatchReader:
         for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
         return cls(source, split.preprocess(preprocess), **fields)
+
+    def in_uint8(self) -> "BatchReader":
+        """The reader of training images, which are uint8 whatever evaluation has."""
+        if self.preprocess.resize_dtype != "float32":
+            return self
+        preprocess = dataclasses.replace(self.preprocess, resize_dtype="uint8")
+        return dataclasses.replace(self, preprocess=preprocess)
+
+    def at(self, step: int) -> "BatchReader":
+        """The reader of the batch of a step, for images of its size."""
+        if self.growth is None:
+            return self
+        size = (self.growth(step),) * 2
+        preprocess = dataclasses.replace(self.preprocess, image_size=size)
+        return dataclasses.replace(self, preprocess=preprocess, growth=None)
 
     def __call__(self, positions: np.ndarray, indices: np.ndarray, threads: int = 1) -> Batch:
         """Reads the examples `indices`, at `positions` in the stream.
@@ -238,7 +256,7 @@ class BatchReader:
             image = crop(image, random) if crop else image
         if self.crops > 1:
             return how.five_crops(image)
-        return how.pixels(image, random if self.random_crop else None)
+        return how.pixels(image, random if self.random_crop else None, self.crop_padding)
 
 
 def _length(source: Source, endless: int) -> int:
@@ -264,9 +282,10 @@ class _Step:
         rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
         positions = rows + int(step) * self.batch_size
         places, first = repeated(positions, self.batch_size, self.read.repeats)
-        batch = self.read(positions, self.indices(self.read, places), self.threads)
+        batch = self.read.at(int(step))(positions, self.indices(self.read, places), self.threads)
         # Counted once: each epoch of the order has every example once.
-        batch["corrupt"] &= first & (places < _length(self.read.source, int(places.max()) + 1))
+        length = _length(self.read.source, int(places.max(initial=0)) + 1)
+        batch["corrupt"] &= first & (places < length)
         return batch
 
 
@@ -304,10 +323,7 @@ def train_batches(
       rows: the rows of the global batch that this process reads: a slice or ascending numbers.
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
-    preprocess = read.preprocess
-    if preprocess.resize_dtype == "float32":
-        preprocess = dataclasses.replace(preprocess, resize_dtype="uint8")
-    read = dataclasses.replace(read, preprocess=preprocess, replace=True)
+    read = dataclasses.replace(read.in_uint8(), replace=True)
     step = _Step(read, _train_indices, batch_size, rows, threads_of(workers, threads))
     return read_ahead(step, range(start_step, stop_step), workers)
 

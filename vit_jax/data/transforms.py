@@ -66,8 +66,12 @@ def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
     return mask[rows[:, None], columns]
 
 
-def random_crop(image: Pixels, size: tuple[int, int], random: np.random.Generator) -> Pixels:
-    """Cuts `size` (h, w) out of anywhere, uniformly."""
+def random_crop(
+    image: Pixels, size: tuple[int, int], random: np.random.Generator, padding: int = 0
+) -> Pixels:
+    """Cuts `size` (h, w) out of anywhere, uniformly, of the image and a reflected border."""
+    if padding:
+        image = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), "reflect")
     spare = [old - new for old, new in zip(image.shape[:2], size, strict=True)]
     top, left = (int(share * (n + 1)) for share, n in zip(random.random(2), spare, strict=True))
     return image[top : top + size[0], left : left + size[1]]
@@ -265,14 +269,17 @@ class Preprocess:
             f"channels, found {list(pixels.shape)}; {hint}"
         )
 
-    def pixels(self, image: Image, random: np.random.Generator | None = None) -> Pixels:
+    def pixels(
+        self, image: Image, random: np.random.Generator | None = None, padding: int = 0
+    ) -> Pixels:
         """Brings an image to the model's size and channels: `pixel_dtype`, of 0 to 255.
 
-        With a generator, it is cut out of the resized image anywhere, not from the centre.
+        With a generator, it is cut out of the resized image anywhere, not from the centre (see
+        `random_crop`).
         """
         image = self._whole(image)
         if random is not None:
-            return random_crop(image, self.image_size, random)
+            return random_crop(image, self.image_size, random, padding)
         return centre_crop(image, self.image_size, down=self.aspect == "small")
 
     def five_crops(self, image: Image) -> Pixels5:

@@ -16,7 +16,7 @@ from vit_jax.models.attention import attend, attention_weights, backend_of, padd
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
 from vit_jax.models.linear import linear, split_linear
-from vit_jax.models.lora import adapted, adapted_qkv
+from vit_jax.models.lora import LAYERS, adapted, adapted_qkv
 from vit_jax.models.stack import Captures, split_key
 
 
@@ -304,7 +304,7 @@ def folded(block: dict[str, Any]) -> dict[str, Any]:
         return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
 
     block, attention, mlp = dict(block), dict(block["attention"]), dict(block["mlp"])
-    if any("lora_a" in layer for part in (attention, mlp) for layer in part.values()):
+    if any("lora_a" in part.get(name, ()) for part in (attention, mlp) for name in LAYERS):
         return block
     block["norm1"], attention["qkv"] = fold(block["norm1"], attention["qkv"])
     block["norm2"], mlp["fc1"] = fold(block["norm2"], mlp["fc1"])

@@ -180,7 +180,7 @@ def _weakest(found: Quality, names: tuple[str, ...]) -> str:
     return f"{', '.join(told)} by {what}" if weak else ""
 
 
-def _short(name: str, most: int = 32) -> str:
+def _short(name: str, most: int = 24) -> str:
     """A class name for one line."""
     name = "".join(c if c.isprintable() else " " for c in name)
     return name if len(name) <= most else f"{name[: most - 3]}..."

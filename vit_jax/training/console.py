@@ -28,6 +28,7 @@ from vit_jax.training.config import Config
 from vit_jax.training.plan import Plan
 from vit_jax.training.sharding import AXES, device_memory
 from vit_jax.training.stopping import interruptible
+from vit_jax.training.trainable import trainable
 
 logger = logging.getLogger(__name__)
 PERIOD = 30.0  # seconds between two lines of progress where there is no bar
@@ -78,6 +79,10 @@ def _augment(plan: Plan) -> Iterator[str]:
     if isinstance(model, ViTConfig) and (rate := model.patch_dropout):
         n = math.prod(model.grid)
         yield f"{kept_patches(n, rate)} of {n} patches of a training image"
+    if growth := plan.growth:
+        phases = zip(growth.sides, growth.starts, strict=True)
+        told = [f"{side}x{side} from step {first + 1:,}" for side, first in phases]
+        yield f"images of {', '.join(told)}"
     if (mixed := config.augment.mixed_steps(total)) < total:
         yield f"mixup and cutmix end after step {mixed:,}"
 
@@ -108,16 +113,22 @@ def _model(plan: Plan, state: Any) -> str:
         ]
         name += f" with {', '.join(changed)}" if changed else ""
     classes = f", {model.num_classes:,} classes" if model.num_classes else ""
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    learned, count = trainable(plan.config.optim.freeze, state.params).sizes(state.params)
+    learning = f", of which {learned:,} learn" if learned < count else ""
     pixels = "{}x{} pixels".format(*model.image_size)
     precision = "" if model.dtype == "float32" else f", {model.dtype}"
-    return f"{name}; {pixels}{classes}, {count:,} parameters{precision}"
+    return f"{name}; {pixels}{classes}, {count:,} parameters{learning}{precision}"
 
 
 @contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """Says that the training step is being compiled and, at the end, how long it took."""
-    logger.info("compiling the training step ...")
+def compiling(side: int | None = None) -> Iterator[None]:
+    """Says that the training step is being compiled and, at the end, how long it took.
+
+    Args:
+      side: of the images, where they grow.
+    """
+    sized = "" if side is None else f" for images of {side}x{side} pixels"
+    logger.info("compiling the training step%s ...", sized)
     began = time.monotonic()
     with interruptible():
         yield

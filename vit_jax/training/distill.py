@@ -99,6 +99,7 @@ class Teacher:
     """A teacher as a student sees it; its weights are not part of it.
 
     Attributes:
+      settings: how the student learns from it.
       model: its config, in the student's compute dtype.
       preprocess: how it takes its images.
       columns: its class for each of the student's, in order; None where both are the same.
@@ -116,7 +117,7 @@ class Teacher:
     rule: str = ""
 
     @classmethod
-    def of(cls, settings: DistillConfig, opened: Opened | None, student: ModelCard) -> "Teacher":
+    def of(cls, settings: DistillConfig, opened: Opened, student: ModelCard) -> "Teacher":
         """The teacher of a student; its weights are not read yet.
 
         Raises:
@@ -157,7 +158,7 @@ class Teacher:
         )
 
     def read(self, mesh: Mesh) -> tuple[Any, str]:
-        """Reads its parameters onto the mesh; also returns a fingerprint of all that it is."""
+        """Reads its parameters onto the mesh; also returns a fingerprint of weights and classes."""
         card = self.opened.card
         seen = (card.labels, card.config.image_size, card.preprocess.mean, card.preprocess.std)
         digest = hashlib.blake2b(repr(seen).encode(), digest_size=8)

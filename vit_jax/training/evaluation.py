@@ -3,24 +3,23 @@
 import collections
 import dataclasses
 import functools
-import logging
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.checkpoints.card import OBJECTIVES, ModelCard
+from vit_jax.checkpoints.card import ModelCard
 from vit_jax.compiler import compiler_options
 from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader, eval_batches
-from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, during
 from vit_jax.models.create import structure
 from vit_jax.training import multilabel
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
+from vit_jax.training.eval_data import how_several, open_split, split_names
 from vit_jax.training.eval_steps import make_eval_step, make_feature_step, make_masked_eval_step
 from vit_jax.training.evaluators import Classification, Evaluator
 from vit_jax.training.metrics import due
@@ -28,13 +27,6 @@ from vit_jax.training.predictions import Gathered, Predictions
 from vit_jax.training.probes import Features
 from vit_jax.training.segmentation import Dense
 from vit_jax.training.sharding import batch_shards, local_rows, make_layout, to_devices, total
-
-logger = logging.getLogger(__name__)
-# How images with several labels are counted.
-_COUNTED = {
-    "any": "an image is right where any is found (ImageNet-ReaL), images without one are left out",
-    "each": "each is a question of its own (mAP, micro_f1, macro_f1), of images without one too",
-}
 
 
 class Evaluation:
@@ -94,14 +86,14 @@ class Evaluation:
                 )
             for splits in evaluator.data_sets():
                 labels = card.labels if ours else None
-                names = _names(where, evaluator, splits)
+                names = split_names(where, evaluator, splits)
                 for named, split in zip(names, splits, strict=True):
-                    source = _open(data, named, split, evaluator.reads_masks)
+                    source = open_split(data, named, split, evaluator.reads_masks)
                     if labels is None:
                         labels = data.labels(named, split)
                     if matched:
                         source = data.with_labels(named, split, labels)
-                        several = _several(named, source, split, evaluator, config, card)
+                        several = how_several(named, source, split, evaluator, config, card)
                         self._several[name] = several
                     crops = config.eval.crops if ours else 1  # features are of the centre
                     options = dict(on_corrupt=config.data.on_corrupt, crops=crops)
@@ -337,60 +329,3 @@ def fetched(
         if len(pending) > behind:
             yield jax.device_get(pending.popleft())
     yield from map(jax.device_get, pending)
-
-
-def _several(
-    where: str,
-    source: Source,
-    split: Split,
-    evaluator: Evaluator,
-    config: Config,
-    card: ModelCard,
-) -> str | None:
-    """How the labels of a split count ("any" or "each"); None if images have one each.
-
-    Raises:
-      UserError: an evaluator or an objective that does not support several labels.
-    """
-    asked = getattr(evaluator, "several", None)
-    if not getattr(source, "multi_label", False):
-        if asked == "each":
-            raise UserError(
-                f"{where}: {split.source} has one label an image: leave several=each out"
-            )
-        return None
-    if not isinstance(evaluator, Classification):
-        raise UserError(
-            f"{where}: {split.source} has several labels an image, which no evaluator of type "
-            f"{evaluator.type} takes: measure them by type classification"
-        )
-    several = asked or ("each" if card.multi_label else "any")
-    if several == "each" and not OBJECTIVES[config.objective].multi_label:
-        raise UserError(
-            f"{where}: {split.source} has several labels an image, each a question of its own, but "
-            f"the objective is {config.objective}: set --config.objective=sigmoid"
-        )
-    logger.info("%s: images have several labels: %s", where, _COUNTED[several])
-    return several
-
-
-def _names(where: str, evaluator: Evaluator, splits: tuple[Split, ...]) -> tuple[str, ...]:
-    """Names of the splits of one of an evaluator's data sets."""
-    if len(splits) == 1:
-        return (where,)
-    parts = [part for part in ("train", "val", "test") if getattr(evaluator, part, None)]
-    if len(parts) == len(splits):
-        return tuple(f"{where}.{part}" for part in parts)
-    return tuple(f"{where} {split.source} {split.split}" for split in splits)
-
-
-def _open(data: DataSets, where: str, split: Split, masks: bool) -> Source:
-    source = data.open(where, split)
-    if not isinstance(source, Sized):
-        raise UserError(f"{where}.source {split.source} is endless: name a finite split")
-    if masks != getattr(source, "masks", False):
-        said = "has no masks, which type segmentation reads: name a source such as scenes:digits"
-        if not masks:
-            said = "has masks for labels, which only an evaluator of type segmentation reads"
-        raise UserError(f"{where}: {split.source} {said}")
-    return source

@@ -201,14 +201,20 @@ def _run(
         logger.info("%s is finished: there is nothing left to train", workdir)
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     timer = SaveTimer(config.checkpoint.every_minutes, start_step)
+    growth = plan.growth
     for step in range(start_step + 1, total_steps + 1) if not selection.ended else ():
-        is_first = step in (start_step + 1, phase.first + 1)
-        first = "compiling or " if is_first else ""
+        compiles = step in (start_step + 1, phase.first + 1)
+        compiles |= growth is not None and step - 1 in growth.starts
+        first = "compiling or " if compiles else ""
         doing = f"{first}running step {step} of {total_steps}"
         began = time.perf_counter()
         batch, unread = next(arriving)
         waited = time.perf_counter() - began
-        with console.compiling() if is_first else contextlib.nullcontext():
+        with contextlib.ExitStack() as beside:
+            if compiles:
+                if step > start_step + 1:
+                    beside.enter_context(recorder.pause())
+                beside.enter_context(console.compiling(growth and growth(step - 1)))
             state, metrics = program.step(state, batch, *taught)
         if step == phase.last and programs:
             phase, program = programs.popleft()

@@ -23,6 +23,9 @@ class Augment:
       cutmix_share: the probability of cutmix if both are on.
       mix_off: without mixup and cutmix are the last steps, so many; below 1, a fraction of the run.
         Label smoothing stays. timm counts its `mixup_off_epoch` from the start.
+      image_sizes: sides of the training images, which grow in equally long phases, such as
+        128,160,224, up to model.image_size. Position embeddings are resized to each by the model's
+        position_resize; what is saved and evaluated has the model's size. () is that size alone.
       per_image: whether weights and boxes are drawn for each image. Otherwise there is one a batch,
         as in AugReg and big_vision.
       label_smoothing: how much of each target is spread over all classes.
@@ -38,6 +41,7 @@ class Augment:
     cutmix: float = 0.0
     cutmix_share: float = 0.5
     mix_off: float = 0.0
+    image_sizes: tuple[int, ...] = ()
     per_image: bool = False
     label_smoothing: float = 0.0
     class_weights: str | None = None
@@ -53,6 +57,12 @@ class Augment:
                 raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.cutmix_share <= 1:
             raise UserError(f"augment.cutmix_share is {self.cutmix_share}; not in [0, 1]")
+        sides = self.image_sizes
+        if min(sides, default=1) < 1 or list(sides) != sorted(set(sides)):
+            raise UserError(
+                f"augment.image_sizes is {sides}; expected sides in pixels that grow, such as "
+                "128,160,224"
+            )
         if not 0 <= self.mix_off < float("inf"):
             raise UserError(f"augment.mix_off is {self.mix_off}; it must be at least 0")
         if self.mix_off and not self.mixes:

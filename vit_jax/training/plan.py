@@ -19,12 +19,13 @@ from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
 from vit_jax.data.contents import labels_of
-from vit_jax.data.order import Balance
+from vit_jax.data.order import Balance, Growth
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig
+from vit_jax.training import growth
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
 from vit_jax.training.distill import Teacher, open_teacher
 from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
@@ -116,7 +117,14 @@ class Plan:
             on_corrupt=config.data.on_corrupt,
             balance=Balance.of(source, share) if (share := config.data.train.balance) else None,
             repeats=config.data.train.repeats,
+            growth=self.growth,
         )
+
+    @property
+    def growth(self) -> Growth | None:
+        """The sizes of the training images, if they grow. Raises a UserError for too few steps."""
+        sides = self.config.augment.image_sizes
+        return Growth(sides, self.total_steps) if sides else None
 
     @property
     def class_weights(self) -> tuple[float, ...] | None:
@@ -215,6 +223,7 @@ def make_plan(
     if base:
         check_sizes(model, base.config)
         check_adapted(model, init)
+    growth.check_sizes(config.augment.image_sizes, model)
     if model.num_classes != len(labels):
         what = config.data.train.source if config.classifies else f"objective {config.objective}"
         raise UserError(

@@ -77,19 +77,24 @@ def predict_to(
         paths = [stack.enter_context(replacing(path)) for path in _files(out)]
         predictor = Predictor(load(), what, topk=topk, batch_size=batch_size, threads=threads)
         began, failed = time.monotonic(), list[str]()
+        first = None  # when the first batch was there, so all is compiled
         write = stack.enter_context(_writer(out, paths, predictor, len(inputs)))
         hidden = True if out is None and sys.stdout.isatty() else None  # None: if it is no terminal
         names = tqdm.tqdm(inputs.names, unit=" images", disable=hidden)
         for name, answer in zip(names, predictor(inputs), strict=True):
+            first = first or time.monotonic()
             write(name, answer)
             if isinstance(answer, UserError):
                 text = str(answer)
                 failed.append(text if text.startswith(name) else f"{name}: {text}")
-    seconds = time.monotonic() - began
+    ended = time.monotonic()
     if out is not None or len(inputs) > 1:
-        rate = f"{len(inputs) / seconds:,.4g} images/s with compilation"
-        where = f"{out}: " if out is not None else ""
-        logger.info("%s%s images in %.1f s, %s", where, f"{len(inputs):,}", seconds, rate)
+        told = f"{out}: " if out is not None else ""
+        told += f"{len(inputs):,} images in {ended - began:.1f} s"
+        later = len(inputs) - predictor.batch_size
+        if later > 3 * predictor.batch_size:
+            told += f", {later / (ended - first):,.4g} images/s after the first batch"
+        logger.info("%s", told)
     return _tell(failed, len(inputs), inputs.passed_over)
 
 

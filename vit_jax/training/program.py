@@ -1,6 +1,7 @@
 """The compiled training step of a plan, on a mesh. Nothing is allocated."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.compiler import compiler_options, traced_for
 from vit_jax.models.create import structure
+from vit_jax.training import growth
 from vit_jax.training.optim import make_optimizer
 from vit_jax.training.phases import Phase
 from vit_jax.training.plan import Plan
@@ -26,7 +28,7 @@ class Program:
 
     Attributes:
       state: shapes, types and shardings of the train state.
-      batch: shapes, types and shardings of a batch.
+      batch: shapes, types and shardings of a batch; of the largest, if images grow.
       step: (state, batch) -> (state, metrics), jitted; it donates the state. With a teacher, it
         takes its parameters third.
       teacher: shapes, types and shardings of the teacher's parameters, if there is one.
@@ -75,11 +77,11 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         "mask": ((b,), jnp.bool_),
     }
     mixed_steps = config.augment.mixed_steps(plan.total_steps)
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        lambda step: schedule(step - phase.first),
-        card.preprocess,
+    make_step = functools.partial(
+        make_train_step,
+        optimizer=optimizer,
+        schedule=lambda step: schedule(step - phase.first),
+        preprocess=card.preprocess,
         num_classes=k,
         objective=config.objective,
         augment=config.augment,
@@ -92,6 +94,17 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         mixed_steps=mixed_steps if mixed_steps < plan.total_steps else None,
         teacher=plan.teacher,
     )
+    step = make_step(graphdef)
+    if plan.growth:  # jit compiles it for each size of images that it is given
+        sized = {side: growth.at_size(model, side) for side in plan.growth.sides}
+        step = growth.by_size(
+            {
+                (side, side): make_step(
+                    structure(there)[0], fit=growth.fit(model, there, card.position_resize)
+                )
+                for side, there in sized.items()
+            }
+        )
     return Program(
         mesh,
         optimizer,

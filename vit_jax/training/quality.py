@@ -278,18 +278,21 @@ def fit_temperature(
     bounds = np.log([0.01, 100.0])
 
     def loss(log_beta: float) -> float:
-        beta, total = np.exp(log_beta), 0.0
+        beta, total = np.float32(np.exp(log_beta)), 0.0
         for rows, right in _chunks(logits, label):
-            z = rows.astype(np.float64) * beta
-            own = z[np.arange(len(z)), right]
+            own = rows[np.arange(len(rows)), right]
             if OBJECTIVES[objective].multi_label:
-                total += np.logaddexp(0, z).sum() - own.sum()
+                z = rows * beta
+                total += np.logaddexp(0, z).sum(dtype=np.float64)
+                total -= float(beta) * own.sum(dtype=np.float64)
             else:
-                total += np.sum(scipy.special.logsumexp(z, axis=1) - own)
+                top = rows.max(axis=1)
+                sums = np.exp((rows - top[:, None]) * beta).sum(axis=1, dtype=np.float64)
+                total += np.sum(np.log(sums) + (top - own) * np.float64(beta))
         return total / len(label)
 
     best = scipy.optimize.minimize_scalar(
-        loss, bounds=bounds, method="bounded", options={"xatol": 1e-5}
+        loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}
     )
     if min(map(loss, bounds)) <= best.fun:
         return None

@@ -166,13 +166,15 @@ def make_train_step(
     class_weights: tuple[float, ...] | None = None,
     mixed_steps: int | None = None,
     teacher: Teacher | None = None,
+    fit: Callable[[Any], Any] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     With a `teacher`, the step takes its parameters as a third argument.
 
     `optimizer` is of the parameters that learn, as `trainable` says; None is all. Mixup and cutmix
-    end after `mixed_steps`; None is never.
+    end after `mixed_steps`; None is never. `fit` makes the parameters of `graphdef` from those of
+    the state, where images are smaller (see growth.py).
 
     The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
     none for pixels; for several labels see `class_loss`), grad_norm (of what learns, before
@@ -188,7 +190,8 @@ def make_train_step(
         loss_fn = class_loss(graphdef, preprocess, objective, num_classes, smoothing, **options)
 
     def loss_of(learned, params, *inputs):
-        return loss_fn(learning.combine(params, learned), *inputs)
+        params = learning.combine(params, learned)
+        return loss_fn(params if fit is None else fit(params), *inputs)
 
     def train_step(state, batch, *teacher_params):
         # Randomness depends on seed and step alone, so no random state is stored.
