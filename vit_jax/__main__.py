@@ -99,9 +99,21 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     program = args.dst.lower().endswith(ENDINGS)
     if args.format is None and not program:
         raise UserError("the following arguments are required: --format (programs have none)")
-    chosen = dict(only=args.only, ignore=args.ignore)
-    model = load(args.src, adapter=args.adapter, **chosen, **fields(args.known))
-    format = args.format or "vit_jax"
+    options = dict(only=args.only, ignore=args.ignore, **fields(args.known))
+    if args.adapter:
+        options["adapter"] = args.adapter
+    if args.license is not None and not args.dst.startswith("hf:"):
+        raise UserError(f"--license is for the hub, hf:OWNER/NAME, not for {args.dst}")
+    if args.dst.startswith("hf:"):
+        from vit_jax.training.hub import upload
+
+        if args.license is None:
+            raise UserError(f"{args.dst} needs --license=NAME: which one, nothing here can know")
+        model = load(args.src, **options) if any(options.values()) else args.src
+        print(upload(model, args.dst, license=args.license, format=args.format))
+        return
+    model = load(args.src, **options)
+    format = "vit_jax" if args.format is None else args.format
     report = save(model, args.dst, format=format, preprocess=args.preprocess)
     if program:
         print(f"{args.dst}: takes {report.facts['input']}; gives {report.facts['output']}")

@@ -217,7 +217,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "dst",
         type=path,
         help="FILE.npz, FILE.safetensors, or a folder for timm and hf; FILE.stablehlo and "
-        "FILE.onnx are programs",
+        "FILE.onnx are programs; hf:OWNER/NAME of the hub",
     )
     command.add_argument(
         "--format", help="of weights: google, big_vision, timm, hf, vit_jax or lora"
@@ -228,6 +228,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help="a program takes uint8 pixels, not normalised ones",
     )
     command.add_argument("--adapter", metavar="FILE", help="of format lora, to merge into SRC")
+    command.add_argument("--license", metavar="NAME", help="of hf:OWNER/NAME, such as apache-2.0")
     command.add_argument("--set", **fields)
     for flag, what in chosen.items():
         command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)

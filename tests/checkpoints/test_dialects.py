@@ -852,7 +852,6 @@ def test_where_a_model_may_be_written(loaded, tmp_path):
         ("x.pt", "timm", timm + ", and that of a folder does not end in .pt"),
         ("x.PT", "timm", timm + ", and that of a folder"),
         ("x.SAFETENSORS", "timm", timm),
-        ("x.onnx", "vit_jax", ours + ", and that of a folder"),
         ("x.pt", "google", google),
         ("x.safetensors", "google", google),
         ("x", "big_vision", big_vision),
