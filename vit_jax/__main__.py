@@ -91,13 +91,34 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Converts a model to the format of another code base."""
+    """Converts a model to the format of another code base, or to a program."""
     from vit_jax.checkpoints.export import save
     from vit_jax.checkpoints.load import load
+    from vit_jax.checkpoints.programs import ENDINGS
 
-    model = load(args.src, adapter=args.adapter, **fields(args.known))
-    report = save(model, args.dst, format=args.format)
-    print(f"{args.dst}: {len(report.lines)} arrays in {args.format}'s names")
+    program = args.dst.lower().endswith(ENDINGS)
+    if args.format is None and not program:
+        raise UserError("the following arguments are required: --format (programs have none)")
+    options = dict(only=args.only, ignore=args.ignore, **fields(args.known))
+    if args.adapter:
+        options["adapter"] = args.adapter
+    if args.license is not None and not args.dst.startswith("hf:"):
+        raise UserError(f"--license is for the hub, hf:OWNER/NAME, not for {args.dst}")
+    if args.dst.startswith("hf:"):
+        from vit_jax.training.hub import upload
+
+        if args.license is None:
+            raise UserError(f"{args.dst} needs --license=NAME: which one, nothing here can know")
+        model = load(args.src, **options) if any(options.values()) else args.src
+        print(upload(model, args.dst, license=args.license, format=args.format))
+        return
+    model = load(args.src, **options)
+    format = "vit_jax" if args.format is None else args.format
+    report = save(model, args.dst, format=format, preprocess=args.preprocess)
+    if program:
+        print(f"{args.dst}: takes {report.facts['input']}; gives {report.facts['output']}")
+    else:
+        print(f"{args.dst}: {len(report.lines)} arrays in {format}'s names")
     for name, what in report.assumed.items():
         print(f"note: {name}: {what}")
 
@@ -110,7 +131,7 @@ def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.checkpoints.load import load
     from vit_jax.checkpoints.opened import inspect as inspect_file
 
-    known = fields(args.known)
+    known = fields(args.known) | dict(only=args.only, ignore=args.ignore)
     if args.pictures is None:
         if args.images:
             raise UserError(f"{args.images[0]} is drawn with --pictures=DIR only: where to?")

@@ -207,16 +207,31 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         dest="known",
         help="a field of the config that the file does not say, such as gelu=tanh or num_heads=8",
     )
+    chosen = {
+        "--only": "keys to read, of a file that holds more than one model, such as 'model_ema.*'",
+        "--ignore": "keys to leave out, such as 'text_model.*'",
+    }
     command = commands.add_parser("convert", help=functions["convert"].__doc__)
     command.add_argument("src", type=path, help="whatever vit_jax.load reads")
     command.add_argument(
-        "dst", type=path, help="FILE.npz, FILE.safetensors, or a folder for timm and hf"
+        "dst",
+        type=path,
+        help="FILE.npz, FILE.safetensors, or a folder for timm and hf; FILE.stablehlo and "
+        "FILE.onnx are programs; hf:OWNER/NAME of the hub",
     )
     command.add_argument(
-        "--format", required=True, help="google, big_vision, timm, hf, vit_jax or lora"
+        "--format", help="of weights: google, big_vision, timm, hf, vit_jax or lora"
+    )
+    command.add_argument(
+        "--preprocess",
+        action="store_true",
+        help="a program takes uint8 pixels, not normalised ones",
     )
     command.add_argument("--adapter", metavar="FILE", help="of format lora, to merge into SRC")
+    command.add_argument("--license", metavar="NAME", help="of hf:OWNER/NAME, such as apache-2.0")
     command.add_argument("--set", **fields)
+    for flag, what in chosen.items():
+        command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)
     command.set_defaults(function=functions["convert"], takes_overrides=False)
 
     command = commands.add_parser("inspect", help=functions["inspect"].__doc__)
@@ -231,6 +246,8 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help="draw filters and positions there, and attention",
     )
     command.add_argument("--set", **fields)
+    for flag, what in chosen.items():
+        command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)
     command.set_defaults(function=functions["inspect"], takes_overrides=False)
 
     command = commands.add_parser(

@@ -368,13 +368,6 @@ def test_other_orders_of_bytes_axes_and_members(tmp_path):
     assert_same(parameters(vit_jax.load(path, num_heads=2).model), TIMM.params())
 
 
-def test_what_training_code_puts_before_timms_names(put):
-    for prefix in ("model.", "module."):
-        arrays = {prefix + key: value for key, value in TIMM.arrays.items()}
-        opened = open_model(put(replaced(TIMM, arrays=arrays)), num_heads=2)
-        assert_same(read(opened), TIMM.params())
-
-
 # -- Grids ---------------------------------------------------------------------------------------
 
 
@@ -859,7 +852,6 @@ def test_where_a_model_may_be_written(loaded, tmp_path):
         ("x.pt", "timm", timm + ", and that of a folder does not end in .pt"),
         ("x.PT", "timm", timm + ", and that of a folder"),
         ("x.SAFETENSORS", "timm", timm),
-        ("x.onnx", "vit_jax", ours + ", and that of a folder"),
         ("x.pt", "google", google),
         ("x.safetensors", "google", google),
         ("x", "big_vision", big_vision),

@@ -23,8 +23,9 @@ from vit_jax.checkpoints import architectures, families
 from vit_jax.checkpoints.card import family_of, typed_config
 from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
+from vit_jax.checkpoints.keys import Patterns, choose, recognise, several, wrappers
 from vit_jax.checkpoints.rows import Dialect, Found
-from vit_jax.checkpoints.tables import FOREIGN, native
+from vit_jax.checkpoints.tables import FLAX_DINOV2, native
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
@@ -111,6 +112,8 @@ def read_foreign(
     path: str,
     file_size: tuple[int, int] | None = None,
     architecture: str | None = None,
+    only: Patterns = (),
+    ignore: Patterns = (),
     **known: Any,
 ) -> Foreign:
     """Opens a weight file and accounts for each of its keys; reads no array yet.
@@ -120,6 +123,7 @@ def read_foreign(
         position grid is not square.
       architecture: the name of the model in timm or transformers, overriding the config.json
         next to the file.
+      only, ignore: patterns of keys (see `keys.choose`).
       known: config fields given by the caller, which override the file.
 
     Raises:
@@ -132,7 +136,7 @@ def read_foreign(
             f"{path} is an adapter (LoRA), which goes with its base: "
             f"vit_jax.load(BASE, adapter={path!r})"
         )
-    return interpret(weights, file_size, architecture, **known)
+    return interpret(choose(weights, only, ignore), file_size, architecture, **known)
 
 
 def interpret(
@@ -147,7 +151,12 @@ def interpret(
     for name in known:
         if name not in _FIELDS:
             raise UserError(f"unknown model field {name!r}; {nearest(name, _FIELDS)}")
-    dialect, prefix = _recognise(weights)
+    weights, dialect, prefix = recognise(weights)
+    if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
+        raise UserError(
+            f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "
+            "code multiplies each lambda1; only 1 is read here"
+        )
     if dialect.aliases:
         weights = weights.renamed(dialect.spelt)
     card = weights.card.get("config") or {}
@@ -196,6 +205,8 @@ def interpret(
     leftover = tuple(key for key in weights.shapes if key not in taken)
     for key in leftover:
         if not dialect.may_leave(key):
+            if any(before and key.startswith(before) for before in wrappers(weights.shapes)):
+                raise several(weights)
             missing = f"; {nearest(key, taken)}" if "?" in nearest(key, taken) else ""
             raise UserError(
                 f"{weights.path}: {key} {list(weights.shapes[key])} belongs to no part of "
@@ -210,21 +221,6 @@ def _config(weights: Weights, fields: Mapping[str, Any], family: Any) -> ModelCo
         return typed_config(fields, family)
     except UserError as error:
         raise UserError(f"{weights.path}: {error}") from None
-
-
-def _recognise(weights: Weights) -> tuple[Dialect, str]:
-    keys = list(weights.shapes)
-    if native(()).prefix(keys) is not None:
-        return native(()), ""
-    for dialect in FOREIGN:
-        prefix = dialect.prefix(keys)
-        if prefix is not None:
-            return dialect, prefix
-    markers = ", ".join(f"{dialect.markers[0]} ({dialect.name})" for dialect in FOREIGN)
-    raise UserError(
-        f"{weights.path} has the names of no known code base ({', '.join(keys[:3])}, ...): "
-        f"expected one of {markers}"
-    )
 
 
 def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
@@ -300,4 +296,4 @@ def _checked(
 def accounted(foreign: Foreign) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Yields the path, the shape and the file's names of each of our parameters."""
     for name, shape in foreign.shapes.items():
-        yield name, shape, foreign.found[name].label()
+        yield name, shape, foreign.found[name].label(foreign.weights.before)

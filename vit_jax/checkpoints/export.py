@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import sidecars, sidecars_eva
+from vit_jax.checkpoints import programs, sidecars, sidecars_eva
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_weights
@@ -45,7 +45,7 @@ FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
 ADAPTER = "lora"  # not a format of whole models
 # Endings of files: a path with one of them is not a folder.
 _NO_FOLDERS = {
-    *(".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".keras", ".onnx"),
+    *(".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".keras"),
     *(".msgpack", ".gguf", ".tflite", ".pb", ".pt2", ".npy", ".tar", ".zip", ".gz", ".json"),
 }
 # Fields that weights do not show in any format, only a config next to them does.
@@ -306,8 +306,14 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     return found
 
 
-def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") -> Report:
-    """Saves a model in the format of a code base, with its metadata.
+def save(
+    vit: Loaded | Model,
+    path: epath.PathLike,
+    *,
+    format: str = "vit_jax",
+    preprocess: bool = False,
+) -> Report:
+    """Saves a model in the format of a code base, with its metadata, or as a program.
 
     Missing parent folders are made.
 
@@ -316,9 +322,12 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
         no names of classes.
       path: FILE.npz for google and big_vision (metadata in FILE.json), FILE.safetensors for the
         others (metadata in its header), or, for timm and hf, a folder that they can load:
-        model.safetensors and the config files that they expect.
+        model.safetensors and the config files that they expect. FILE.stablehlo and FILE.onnx are
+        programs with the weights inside, which run without this package (see programs.py).
       format: google, big_vision, timm, hf, or vit_jax, which holds every model; lora, of a model
-        that was trained with `model.lora`, is its adapters and head alone (see `load`).
+        that was trained with `model.lora`, is its adapters and head alone (see `load`). Programs
+        have no format.
+      preprocess: of a program: it takes uint8 pixels [b h w c] and normalises them.
 
     Returns:
       A report on each parameter, with what other readers need to know under `assumed`.
@@ -328,6 +337,14 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
         folder that holds other things than such a model.
     """
     path = os.path.expanduser(path)
+    suffix = os.path.splitext(path)[1].lower()
+    program = suffix in programs.ENDINGS
+    if program and format not in ("vit_jax", suffix[1:]):
+        raise UserError(
+            f"{path} is a program, not weights in the names of {format!r}: leave format out"
+        )
+    if preprocess and not program:
+        raise UserError(f"preprocess is for programs ({' and '.join(programs.ENDINGS)}) alone")
     if format == ADAPTER:
         if isinstance(vit, Model) or vit.adapter is None:
             raise UserError(
@@ -338,14 +355,16 @@ def save(vit: Loaded | Model, path: epath.PathLike, *, format: str = "vit_jax") 
             raise UserError(f"{path}: the name of a {format} file ends in .safetensors")
         return vit.adapter.write(path)
     if isinstance(vit, Model):
-        preprocess = Preprocess(vit.config.image_size, vit.config.in_channels)
+        usual = Preprocess(vit.config.image_size, vit.config.in_channels)
         names = tuple(str(i) for i in range(vit.config.num_classes))
-        vit = Loaded(vit, vit.config, preprocess, names, Report(()), None)
+        vit = Loaded(vit, vit.config, usual, names, Report(()), None)
     params = flatten_dict(nnx.to_pure_dict(nnx.state(vit.model)), sep="/")
     if (lora := getattr(vit.config, "lora", None)) is not None:
         params = merged({name: np.asarray(value) for name, value in params.items()}, lora)
         vit = dataclasses.replace(vit, config=dataclasses.replace(vit.config, lora=None))
-    suffix = os.path.splitext(path)[1].lower()
+    if program:
+        arrays = {name: np.asarray(value) for name, value in params.items()}
+        return programs.write(path, arrays, vit.card, preprocess=preprocess)
     arrays, config, notes = to_names(params, vit.config, format)
     ending = ".npz" if format in ("google", "big_vision") else ".safetensors"
     card = dataclasses.replace(vit.card, config=config)

@@ -25,10 +25,12 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float32, Shaped
 
+from vit_jax.checkpoints import flax_files, shards
 from vit_jax.errors import UserError, check_refused, nearest
 from vit_jax.writing import replacing, write_atomically
 
 WEIGHTS = (".npz", ".safetensors")
+_FLAX = ".msgpack"  # read, not written
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 # Weights hardly compress: a file with a higher ratio is a zip bomb.
@@ -52,9 +54,8 @@ _MARKS = {
     b"\x93NUMPY": "a single array of NumPy (.npy)",
 }
 _ENDINGS = {
-    ".msgpack": "Flax's msgpack, which no table of names is for: take the model.safetensors of the "
-    "same model",
-    ".onnx": "an ONNX program, not weights by their names",
+    ".onnx": "an ONNX program, not weights by their names: run it in ONNX Runtime",
+    ".stablehlo": "a program of JAX, not weights by their names: run it by jax.export.deserialize",
     ".tflite": "a TensorFlow Lite program",
     ".pb": "a program of TensorFlow",
     ".h5": _MARKS[b"\x89HDF"],
@@ -91,6 +92,8 @@ class Weights:
       card: the metadata that `vit_jax.save` wrote with them, {} for other files.
       stale: whether there is such metadata, but it belongs to other weights.
       config, preprocessor: the config.json and preprocessor_config.json of the folder, {} if none.
+      before: the prefix that was taken off all names (see keys.py).
+      left_out: arrays that the caller chose to leave out, and their shapes.
     """
 
     def __init__(self, path: str):
@@ -101,6 +104,8 @@ class Weights:
         self.stale = False
         self.config: Mapping[str, Any] = {}
         self.preprocessor: Mapping[str, Any] = {}
+        self.before = ""
+        self.left_out: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, Span | Callable[[], np.ndarray]] = {}
 
     def add(
@@ -142,13 +147,13 @@ class Weights:
         out[...] = array
         return out
 
-    def renamed(self, rename: Callable[[str], str]) -> "Weights":
-        """Returns the same arrays under other names."""
+    def renamed(self, rename: Callable[[str], str | None]) -> "Weights":
+        """Returns the same arrays under other names; those that get None are left out."""
         other = copy.copy(self)
         other.shapes, other.dtypes, other._places = {}, {}, {}
         for name, shape in self.shapes.items():
-            place = self._places.get(name)
-            other.add(rename(name), shape, self.dtypes[name], place)
+            if (new := rename(name)) is not None:
+                other.add(new, shape, self.dtypes[name], self._places.get(name))
         return other
 
     def missing(self, key: str, shape: tuple[int, ...] | None = None) -> UserError:
@@ -206,7 +211,7 @@ def reading(path: str, what: str = "") -> Iterator[None]:
 
 
 def open_weights(path: str) -> Weights:
-    """Opens an .npz or .safetensors file, or a folder with one in Hugging Face's layout.
+    """Opens an .npz, .safetensors or Flax .msgpack file, or a folder with one as the hub has it.
 
     Raises:
       UserError: no such file, or it is damaged, of a type that can run code when loaded, or
@@ -214,14 +219,20 @@ def open_weights(path: str) -> Weights:
     """
     weights = Weights(path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    if os.path.isdir(path):
-        files = _files_of_folder(path)
-    elif path.endswith(".safetensors.index.json") and os.path.exists(path):
-        files = _files_of_index(path)
+    first = _file_of_folder(path) if os.path.isdir(path) else path
+    files, index = [first], {}
+    if first.endswith(".safetensors.index.json") and os.path.exists(first):
+        index = read_json(first)
+        files = shards.files_of(first, index)
     else:
-        files = [path]
+        shards.check_alone(first)
+    places: dict[str, str] = {}
     for file in files:
+        known = len(weights.shapes)
         _open(weights, file)
+        places |= dict.fromkeys(list(weights.shapes)[known:], file)
+    if index:
+        shards.check(first, index, places)
     if len(files) == 1 and files[0].endswith(".npz"):
         beside = read_json(f"{files[0].removesuffix('.npz')}.json")
         weights.stale = "vit_jax" in beside and beside.get("weights") != _fingerprint(files[0])
@@ -233,15 +244,14 @@ def open_weights(path: str) -> Weights:
     return weights
 
 
-def _files_of_folder(path: str) -> list[str]:
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index) and not os.path.exists(os.path.join(path, "model.safetensors")):
-        return _files_of_index(index)
+def _file_of_folder(path: str) -> str:
+    """The file of weights in a folder, or the index of several."""
     names = sorted(os.listdir(path))
     found = [name for name in names if name.endswith(WEIGHTS)]
-    for name in ("model.safetensors", *(found if len(found) == 1 else ())):
-        if name in found:
-            return [os.path.join(path, name)]
+    found = found or [name for name in names if name.endswith(_FLAX)]
+    for name in ("model.safetensors", shards.INDEX, *(found if len(found) == 1 else ())):
+        if name in names:
+            return os.path.join(path, name)
     torch = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if not found and torch:
         raise UserError(_pickled(os.path.join(path, torch[0])))
@@ -261,16 +271,6 @@ def _files_of_folder(path: str) -> list[str]:
     raise UserError(f"{path} holds {what}. {expected}")
 
 
-def _files_of_index(index: str) -> list[str]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, Mapping) or not names:
-        raise UserError(f"{index} has no weight_map")
-    files = sorted({str(name) for name in names.values()})
-    if any(os.path.basename(file) != file for file in files):
-        raise UserError(f"{index} names files outside of its folder")
-    return [os.path.join(os.path.dirname(index), file) for file in files]
-
-
 def _open(weights: Weights, path: str) -> None:
     with reading(path):
         with open(path, "rb") as file:
@@ -280,6 +280,9 @@ def _open(weights: Weights, path: str) -> None:
             _open_safetensors(weights, path)
         elif start.startswith(b"PK"):
             _open_npz(weights, path)
+        elif re.match(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa0-\xbf\xd9]", start, re.DOTALL):
+            for name, array in flax_files.arrays(path):  # a map whose keys are texts
+                weights.add(name, array.shape, array.dtype.name, lambda array=array: array)
         elif start.startswith(b"\x80") or b"ustar" in start:
             raise UserError(_pickled(path))
         elif start.startswith(b"version https://git-lfs"):
@@ -310,7 +313,7 @@ def _kind(start: bytes, ending: str) -> str | None:
         return "a web page, which came in place of the file"
     if start.lstrip()[:1] in (b"{", b"["):
         return "a text of JSON (a model is named by the folder of its config.json)"
-    named = _ENDINGS.get(ending) if ending in (".msgpack", ".onnx", ".pb") else None
+    named = _ENDINGS.get(ending) if ending in (".onnx", ".pb", ".stablehlo") else None
     if named is None and start[0] == 8 and start[2:3] == b"\x12" and b"pytorch" in start[:32]:
         named = _ENDINGS[".onnx"]
     return named

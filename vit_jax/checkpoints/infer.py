@@ -7,7 +7,16 @@ from typing import Any
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.files import Weights
 from vit_jax.checkpoints.rows import Dialect, Found
-from vit_jax.checkpoints.tables import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, RESNET_PAPER, TIMM
+from vit_jax.checkpoints.tables import (
+    BIG_VISION,
+    FLAX_CLIP,
+    FLAX_DINOV2,
+    GOOGLE,
+    HF_DINOV2,
+    HF_SIGLIP,
+    RESNET_PAPER,
+    TIMM,
+)
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
@@ -34,7 +43,8 @@ def infer(
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
-    gated = dialect in (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3) and fc1 == 2 * fc2
+    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, FLAX_DINOV2)
+    gated = dialect in swiglu and fc1 == 2 * fc2
     fields["mlp"] = "swiglu" if gated else "gelu"
     first = found["blocks/mlp/fc1/kernel"]
     fields["depth"] = first.depth if first.row.per_block else first.shapes[0][0]
@@ -64,7 +74,7 @@ def infer(
         )
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
-        "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP),
+        "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
         "pos_embed": dialect in (BIG_VISION, TIMM, TIMM_EVA, HF_DINOV3),
     }.items():
         if ours not in found and not may_miss:
@@ -83,7 +93,7 @@ def infer(
         fields["class_token"] = "cls_token" in found
 
     qkv = found.get("blocks/attention/qkv/kernel")
-    if qkv and qkv.row.stacked:  # one axis for heads, one for their channels
+    if qkv and qkv.row.heads_apart:
         fields["num_heads"] = axis("blocks/attention/qkv/kernel", "h")
     elif "num_heads" not in given:
         heads = families.default_heads(width, fields["mlp"], dialect is HF_DINOV3)

@@ -19,6 +19,7 @@ from vit_jax.checkpoints import families
 from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
 from vit_jax.checkpoints.fit import place, with_adapter
+from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.opened import facts, open_model
 from vit_jax.compiler import compiler_options
 from vit_jax.data.transforms import Preprocess
@@ -149,6 +150,8 @@ def load(
     architecture: str | None = None,
     step: int | str | None = None,
     adapter: epath.PathLike | None = None,
+    only: Patterns = (),
+    ignore: Patterns = (),
     **known: Any,
 ) -> Loaded:
     """Loads a model: weights of any code base, or a run folder of ours.
@@ -174,6 +177,9 @@ def load(
         None is the last. RUN/checkpoints/STEP and RUN/checkpoints/best name the same as a path.
       adapter: a file that `save` wrote with format="lora", to merge into the model, which must be
         the one that it was trained on; head, classes and image size are then the adapter's.
+      only: a pattern of keys or several, in which * is any text, of a file that holds more than one
+        model: "model_ema.*". What is left out is listed in the report.
+      ignore: patterns of keys to leave out: "text_model.*".
       **known: fields of the config that a file does not say, such as gelu="tanh" or num_heads=8.
 
     Raises:
@@ -181,7 +187,8 @@ def load(
         adapter of other weights.
     """
     size = None if image_size is None else pair(image_size, "image_size")
-    opened = open_model(path, file_size=size, architecture=architecture, step=step, **known)
+    how = dict(architecture=architecture, step=step, only=only, ignore=ignore)
+    opened = open_model(path, file_size=size, **how, **known)
     if adapter is not None:
         opened = with_adapter(opened, Adapter.read(adapter), path)
     card = opened.card
@@ -205,7 +212,9 @@ def load(
     head = "keep" if num_classes is None else "fresh"
     params, lines = place(opened, config, head=head, method=method, shardings=shardings)
     model = nnx.merge(structure(config)[0], params)
-    report = Report(lines, facts(opened.facts["file"], config), opened.assumed)
+    summary = facts(opened.facts["file"], config)
+    summary |= {name: what for name, what in opened.facts.items() if name == "prefix"}
+    report = Report(lines, summary, opened.assumed)
     return Loaded(
         model,
         config,

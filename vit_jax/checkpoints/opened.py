@@ -18,6 +18,7 @@ from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.files import read_json
+from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.published import fetch
 from vit_jax.checkpoints.store import Store
 from vit_jax.errors import UserError
@@ -35,6 +36,7 @@ class Opened:
       read: path of a parameter -> float32 array.
       sources: the name of each parameter in the file.
       leftover: keys of the file that are not part of the model, and their shapes.
+      left_out: keys that the caller chose to leave out, and their shapes.
       adapter: what is merged into the kernels, if it was trained with LoRA.
     """
 
@@ -45,6 +47,7 @@ class Opened:
     facts: Mapping[str, str]
     assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     leftover: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     step: int | None = None
     adapter: Adapter | None = None
 
@@ -56,7 +59,9 @@ class Opened:
             for name, shape in self.shapes.items()
             if name not in kept
         ]
-        return lines + [Line(key, shape, "left over", key) for key, shape in self.leftover.items()]
+        for status, keys in {"left over": self.leftover, "left out": self.left_out}.items():
+            lines += [Line(key, shape, status, key) for key, shape in keys.items()]
+        return lines
 
 
 def open_model(
@@ -65,6 +70,8 @@ def open_model(
     file_size: tuple[int, int] | None = None,
     architecture: str | None = None,
     step: int | str | None = None,
+    only: Patterns = (),
+    ignore: Patterns = (),
     **known: Any,
 ) -> Opened:
     """Identifies what is at `path` and accounts for every key; reads no weights yet.
@@ -72,8 +79,7 @@ def open_model(
     Args:
       file_size: the image size (h, w) in pixels, needed if the file does not say it and its
         position grid is not square.
-      architecture: as in `load`.
-      step: as in `load`.
+      architecture, step, only, ignore: as in `load`.
       known: config fields given by the caller, which override the file.
 
     Raises:
@@ -89,12 +95,15 @@ def open_model(
     if not epath.Path(local).exists():
         raise UserError(f"there is no {os.fspath(path)!r} to load a model from")
     if (epath.Path(local) / "model" / "model.json").exists():
+        if only or ignore:
+            raise UserError(f"{path} is a run folder, of one model: leave only and ignore out")
         if architecture is not None:
             known["architecture"] = architecture
         return _open_run(epath.Path(local), step, **known)
     if step is not None:
         raise UserError(f"{path} is no run folder, which alone has checkpoints: leave step out")
-    foreign = read_foreign(local, file_size=file_size, architecture=architecture, **known)
+    chosen = dict(only=only, ignore=ignore)
+    foreign = read_foreign(local, file_size, architecture, **chosen, **known)
     weights, config, assumed = foreign.weights, foreign.config, dict(foreign.assumed)
     if weights.card:
         try:
@@ -111,14 +120,16 @@ def open_model(
             families.read_labels(config, weights.config, assumed),
             position_resize=families.position_resize(foreign.dialect, config),
         )
+    taken_off = {"prefix": f"{weights.before}, taken off every key"} if weights.before else {}
     return Opened(
         card,
         foreign.shapes,
         foreign.read,
         {name: source for name, _, source in accounted(foreign)},
-        facts(f"{foreign.dialect}, {local}", config),
+        facts(f"{foreign.dialect}, {local}", config) | taken_off,
         {name: f"{getattr(config, name, '')} {why}".strip() for name, why in assumed.items()},
-        {key: weights.shapes[key] for key in foreign.leftover},
+        {weights.before + key: weights.shapes[key] for key in foreign.leftover},
+        weights.left_out,
     )
 
 

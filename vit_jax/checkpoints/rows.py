@@ -142,6 +142,37 @@ class Row:
     def stacked(self) -> bool:
         return len(self.theirs) > 1 and self.layout.startswith("t ")
 
+    @property
+    def heads_apart(self) -> bool:
+        """Whether the file's array has an axis for the heads."""
+        return ["h"] in _sides(self.layout)[0]
+
+    def in_flax(self) -> "Row":
+        """A PyTorch row as Flax has it: other separators and leaves, kernels [in, out]."""
+        leaf = {"kernel": "kernel", "scale": "scale", "pos_embed": "embedding"}
+        ends = {".weight": f"/{leaf.get(self.ours.rpartition('/')[2])}"}
+        theirs = tuple(_in_flax(name, ends) for name in self.theirs)
+        return dataclasses.replace(
+            self, theirs=theirs, layout=_FLAX_LAYOUTS.get(self.layout, self.layout)
+        )
+
+
+# Of PyTorch's layers -> of Flax's.
+_FLAX_LAYOUTS = {
+    "d c p q -> p q c d": "p q c d -> p q c d",
+    "o i -> i o": "i o -> i o",
+    "(t h k) d -> d t h k": "t d (h k) -> d t h k",
+    "(t h k) -> t h k": "t (h k) -> t h k",
+    "d (h k) -> h k d": "(h k) d -> h k d",
+}
+
+
+def _in_flax(name: str, ends: Mapping[str, str]) -> str:
+    for end, flax in ends.items():
+        if name.endswith(end):
+            name = name.removesuffix(end) + flax
+    return name.replace(".", "/")
+
 
 @functools.cache
 def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
@@ -210,10 +241,12 @@ class Found(NamedTuple):
             return self.row.keys(self.prefix)
         return [key for i in range(self.depth or 0) for key in self.row.keys(self.prefix, i)]
 
-    def label(self) -> str:
-        """The names, with all blocks in one: blocks.{0..11}.attn.qkv.weight."""
+    def label(self, before: str = "") -> str:
+        """The names after `before`, with all blocks in one: blocks.{0..11}.attn.qkv.weight."""
         first, last = self.row.first, self.row.first + (self.depth or 1) - 1
-        return " + ".join(self.row.keys(self.prefix, f"{{{first}..{last}}}"))
+        return " + ".join(
+            before + key for key in self.row.keys(self.prefix, f"{{{first}..{last}}}")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,3 +285,14 @@ class Dialect:
 
     def may_leave(self, key: str) -> bool:
         return any(re.match(pattern, key) for pattern in self.leftover)
+
+    def in_flax(self) -> "Dialect":
+        """The scheme of the same model in Flax, from that of its PyTorch version."""
+        rows = (row for row in self.rows if not row.ours.startswith("attention_pool/"))
+        return dataclasses.replace(
+            self,
+            markers=tuple(_in_flax(marker, {".weight": "/kernel"}) for marker in self.markers),
+            rows=tuple(row.in_flax() for row in rows if len(row.theirs) != 2),
+            leftover=tuple(pattern.replace(r"\.", "/") for pattern in self.leftover),
+            prefixes=tuple(prefix.replace(".", "/") for prefix in self.prefixes),
+        )

@@ -213,7 +213,6 @@ TIMM = Dialect(
         *_linear("head_dist", "head_dist"),
     ),
     leftover=(r"mask_token$", r"decoder_"),
-    prefixes=("", "model.", "module."),
     resnet_style="timm_v1",
 )
 
@@ -352,6 +351,9 @@ HF_SIGLIP = Dialect(
     prefixes=("", "vision_model."),
 )
 
+# The Flax versions of the same in transformers 4: modeling_flax_vit.py, _dinov2.py, _clip.py
+FLAX_VIT, FLAX_DINOV2, FLAX_CLIP = (each.in_flax() for each in (HF_VIT, HF_DINOV2, HF_SIGLIP))
+
 # ResNet classifiers; sources as above.
 RESNET_V1 = Dialect(
     "big_vision",
@@ -391,7 +393,6 @@ RESNET_TIMM = Dialect(
         Row("head/kernel", ("head.fc.weight",), "o i 1 1 -> i o"),
         Row("head/bias", ("head.fc.bias",), "o -> o"),
     ),
-    prefixes=("", "model.", "module."),
     family="resnet",
     resnet_style="timm_v2",
 )
@@ -399,6 +400,7 @@ RESNET_TIMM = Dialect(
 # In the order of detection: DINOv2's files have HF_VIT's marker, too, and EVA's have TIMM's.
 FOREIGN = (
     *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM, HF_DINOV3, HF_DINOV2, HF_SIGLIP, HF_VIT),
+    *(FLAX_DINOV2, FLAX_CLIP, FLAX_VIT),
     *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),
 )
 

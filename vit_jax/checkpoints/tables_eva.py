@@ -89,7 +89,6 @@ TIMM_EVA = Dialect(
         *linear_rows("head", "head"),
     ),
     leftover=(r"mask_token$",),
-    prefixes=("", "model.", "module."),
 )
 
 

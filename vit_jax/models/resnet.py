@@ -203,7 +203,7 @@ class Backbone(nnx.Module):
                 x, padding = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]), "VALID"
             else:
                 x, padding = jax.nn.relu(norm_root(x)), "SAME"
-            return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+            return nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=padding)
 
         modules = {"conv_root": self.conv_root}
         if not self.preact:
