@@ -106,7 +106,7 @@ class ViT(nnx.Module):
             if config.position_at == "input":
                 x = elementwise.row_major(x + self.positions().astype(x.dtype))
         x = elementwise.dropout(x, config.dropout, embedding_key)
-        rotation = self.rotation(len(x), embedding_key)
+        rotation = self.rotation(x, embedding_key)
         prefix = config.num_prefix_tokens
         x = elementwise.drop_patches(x, config.patch_dropout, prefix, embedding_key)
         if config.pre_norm:
@@ -180,8 +180,10 @@ class ViT(nnx.Module):
         owner = self.blocks if self.config.position_at == "layers" else self
         return positions.composed(owner, self.config)
 
-    def rotation(self, b: int, key: Key[Array, ""] | None) -> Float[Array, "*b n c"] | None:
-        """The table of rotary positions of all tokens; of b images with patch dropout, by image.
+    def rotation(
+        self, x: Float[Array, "b ..."], key: Key[Array, ""] | None
+    ) -> Float[Array, "*b n c"] | None:
+        """The table of rotary positions of all tokens; with patch dropout, of each image of x.
 
         Where layers learn frequencies, these are the places that they are multiplied by.
 
@@ -196,7 +198,7 @@ class ViT(nnx.Module):
             table = jnp.asarray(config.rotary.table(config.grid, config.head_dim, prefix))
         if key is None or config.patch_dropout == 0:
             return table
-        table = jnp.broadcast_to(table, (b, *table.shape))
+        table = jnp.broadcast_to(table, (x.shape[0], *table.shape))
         return elementwise.drop_patches(table, config.patch_dropout, prefix, key)
 
     def pooled(
