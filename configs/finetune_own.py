@@ -24,7 +24,7 @@ Why it is as it is:
   the checkpoint's own family does it.
 - An image that cannot be read stops the run: `--config.data.on_corrupt=skip` goes on, and counts.
 
-To choose first: the learning rate, of 3e-5, 1e-4 and 3e-4. With fewer than a thousand images try
+To choose first: the learning rate, of 1e-4, 3e-4 and 1e-3. With fewer than a thousand images try
 `--config.optim.freeze=backbone --config.optim.lr=1e-3` as well. What each of these is worth on
 solar cells and garments is measured in experiments/finetune.
 """
@@ -60,7 +60,7 @@ def get_config(arg="folder:images"):
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"
-    config.optim.lr = 1e-4
+    config.optim.lr = 3e-4
     config.optim.schedule = "cosine"
     config.optim.warmup = 0.1
     config.optim.weight_decay = 0.05

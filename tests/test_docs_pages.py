@@ -125,6 +125,7 @@ def test_most_of_each_page_is_run_or_says_what_it_needs():
     assert {fence.needs.split(",")[0] for each in marked.values() for fence in each} == {
         *("a network", "a cloud", "a cluster", "ImageNet", "the TPU's compiler"),
         *("XLA's compiler for GPUs", "seconds", "minutes", "make train", "two terminals"),
+        *("a file of two models", "jax2onnx", "the extra hub"),
     }
 
 

@@ -76,7 +76,19 @@ def test_the_sweep_is_whole_at_every_scale(name, monkeypatch):
         load_sweep(f"experiments/{name}/sweep.py:huge")
 
 
-@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+def test_the_sweep_on_real_images_is_whole(monkeypatch):
+    """It is not run here: its images and weights are fetched."""
+    monkeypatch.chdir(ROOT)
+    for scale, count in (("smoke", 10), ("laptop", 30)):
+        points = load_sweep(f"experiments/finetune/sweep.py:{scale}").points
+        assert len(points) == count and len({point.name for point in points}) == count
+    adapted = next(point for point in points if point.name == "cells_lora_2")
+    config = point_config(adapted, str)
+    assert config.model["lora"].rank == 8 and config.seed == 2
+    assert config.data.test.source == "folder:data/elpv"
+
+
+@pytest.mark.parametrize("name", (*evidence.EXPERIMENTS, *evidence.REAL))
 def test_the_page_is_what_results_json_says(name, tmp_path):
     folder = ROOT / "experiments" / name
     (tmp_path / "results.json").write_text((folder / "results.json").read_text())
