@@ -40,6 +40,7 @@ setup(
         "chex>=0.1.90",
         "einops>=0.8",
         "etils[epath]>=1.12",
+        "flatbuffers>=24.3",
         "flax>=0.12.4",
         "fsspec>=2024.6",
         "grain>=0.2.15",

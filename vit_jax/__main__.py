@@ -79,6 +79,8 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.features and args.dense:
         raise UserError("--features and --dense are two kinds of features: name one of them")
     what = "dense" if args.dense else "features" if args.features else "classes"
+    if args.topk and what != "classes":
+        raise UserError(f"--topk={args.topk} counts classes, and --{what} names none: leave it out")
     from vit_jax.data.inputs import find_images
 
     inputs = find_images(*args.images, split=args.split)
@@ -86,7 +88,7 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
     from vit_jax.training.predict_output import predict_to
 
     load = functools.partial(load_local, args.model)
-    options = dict(topk=args.topk, batch_size=args.batch_size, threads=args.threads)
+    options = dict(topk=args.topk or 5, batch_size=args.batch_size, threads=args.threads)
     return 0 if predict_to(args.out, inputs, load, what, **options) else INCOMPLETE
 
 

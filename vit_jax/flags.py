@@ -181,7 +181,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
 
     command = commands.add_parser("predict", help=functions["predict"].__doc__)
     command.add_argument("--model", type=path, required=True, help="whatever vit_jax.load reads")
-    command.add_argument("--topk", type=number(1), default=5, help="classes to name (default 5)")
+    command.add_argument("--topk", type=number(1), help="classes to name (default 5)")
     command.add_argument(
         "images",
         type=path,

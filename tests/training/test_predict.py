@@ -287,6 +287,8 @@ def test_features_go_to_files(vit, path, here):
     dense = list(vit_jax.features(vit, [encode(image) for image in NOISE[:2]], dense=True))
     np.testing.assert_allclose(np.load("d.npy"), dense, rtol=1e-5)
     assert dense[0].shape == (2, 2, 8)
+    for flags in (["--dense", "--features"], ["--features", "--topk=2"]):
+        assert predict(path, NAMES[0], *flags, "--out=no.npy") == 2
 
 
 def test_a_file_is_whole_or_as_it_was(path, here, monkeypatch, caplog):

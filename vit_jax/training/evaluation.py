@@ -102,8 +102,9 @@ class Evaluation:
                         key = named if named.startswith("data.") else f"{named}.test"
                         raise UserError(
                             f"{named}: images are resized to the model's size, so that eval.crops="
-                            f"{crops} would be {crops} times the same: set --config.{key}.crop, "
-                            "such as 0.875, or leave eval.crops out"
+                            f"{crops} would be {crops} times the same: leave it out, or set "
+                            f"--config.{key}.crop, such as 0.875 (for a run, with --model and "
+                            "--config, as its own stays)"
                         )
                     key = split, source.label_names, crops
                     self._reads[name, split] = known.setdefault(key, read)
