@@ -46,7 +46,7 @@ test-faults: $(VENV)/.test
 	$(BIN)/python tests/faults.py $(FAULTS)
 
 test-parity: $(PARITY)/.parity
-	$(PARITY)/bin/python -m pytest tests/parity
+	$(PARITY)/bin/python -m pytest tests/parity tests/training/test_upload.py
 
 test-gpu-compile:
 	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then $(MAKE) $(GPU)/.gpu && \
