@@ -352,7 +352,9 @@ HF_SIGLIP = Dialect(
 )
 
 # The Flax versions of the same in transformers 4: modeling_flax_vit.py, _dinov2.py, _clip.py
-FLAX_VIT, FLAX_DINOV2, FLAX_CLIP = (each.in_flax() for each in (HF_VIT, HF_DINOV2, HF_SIGLIP))
+FLAX_VIT = HF_VIT.in_flax()
+FLAX_DINOV2 = HF_DINOV2.in_flax()
+FLAX_CLIP = HF_SIGLIP.in_flax()
 
 # ResNet classifiers; sources as above.
 RESNET_V1 = Dialect(

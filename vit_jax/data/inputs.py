@@ -118,8 +118,8 @@ def find_images(*arguments: str | os.PathLike, split: str | None = None) -> Inpu
       - a folder: the images in it, at any depth, in the order of their paths. Links are followed;
         hidden files and what is no image by its ending or first bytes are passed over;
       - an archive (.tar, .tar.gz and the like, .zip): the images in it, in its order;
-      - a pattern such as "pets/**/*.jpg" (`**` is any depth): the files, archives and, without
-        `**`, folders that match, sorted;
+      - a pattern such as `pets/**/*.jpg` (two stars are any depth): the files, archives and,
+        without two stars, folders that match, sorted;
       - "@FILE": a list with an argument a line, or "@-" for standard input;
       - a data source such as "digits" or "records:/data/pets": the images of a split. A folder of
         shards, an .npz or a table is such a source without its kind, too.
