@@ -76,7 +76,10 @@ def test_views_against_one_view_after_another(tiny_run, flip, crops):
 def test_a_run_may_be_evaluated_with_other_views(tiny_run, capsys):
     own = ["evaluate", f"--workdir={tiny_run[0]}"]
     error = fails(capsys, *own, "--config.eval.crops=5")
-    assert "eval.crops=5 would be 5 times the same: leave it out, or set --config.data.val.crop" in error
+    assert (
+        "eval.crops=5 would be 5 times the same: leave it out, or set --config.data.val.crop"
+        in error
+    )
     error = fails(capsys, *own, "--config.eval.crops=10")
     assert "eval.crops is 10; expected 1 or 5; ten are crops=5 with flip=True" in error
     assert main([*own, "--config.eval.flip=True"]) == 0

@@ -197,6 +197,7 @@ def layer_rows(
 
 
 def norm_rows(ours: str, theirs: str, scale: str = ".weight", bias: str = ".bias") -> list[Row]:
+    """A norm's scale and bias, `scale` and `bias` being the ends of the file's names."""
     return layer_rows(
         ours, theirs, {"scale": scale, "bias": bias}, {"scale": "d -> d", "bias": "d -> d"}
     )
@@ -206,10 +207,12 @@ TORCH = {"kernel": ".weight", "bias": ".bias"}
 
 
 def linear_rows(ours: str, theirs: str) -> list[Row]:
+    """A linear layer of PyTorch, with its kernel [out in]."""
     return layer_rows(ours, theirs, TORCH, {"kernel": "o i -> i o", "bias": "o -> o"})
 
 
 def conv_rows(theirs: str) -> list[Row]:
+    """The patch embedding as a convolution of PyTorch, with its kernel [out in h w]."""
     layouts = {"kernel": "d c p q -> p q c d", "bias": "d -> d"}
     return layer_rows("patch_embed", theirs, TORCH, layouts)
 

@@ -254,14 +254,8 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
     if sidecars_eva.is_eva(vit):
         return sidecars_eva.timm_args(vit)
     gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
-    square = vit.patch_size[0] == vit.patch_size[1]
     args: dict[str, Any] = {
-        "img_size": list(vit.image_size),
-        "patch_size": vit.patch_size[0] if square else list(vit.patch_size),
-        "in_chans": vit.in_channels,
-        "embed_dim": vit.width,
-        "depth": vit.depth,
-        "num_heads": vit.num_heads,
+        **sidecars_eva.timm_sizes(vit),
         "mlp_ratio": (vit.mlp_dim * (2 if vit.mlp == "swiglu" else 1) + 0.5) / vit.width,
         "class_token": vit.has_class_token,
         "global_pool": {"token": "token", "gap": "avg", "map": "map"}[vit.pool],

@@ -60,20 +60,27 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
             yield field, getattr(vit, field)
 
 
-def timm_args(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
-    """A timm architecture, and the arguments that turn it into this model."""
-    found = timm_eva(vit)
-    if found is None:
-        raise UserError(f"timm has no model with model.rotary={vit.rotary!r}")
+def timm_sizes(vit: ViTConfig) -> dict[str, Any]:
+    """The sizes of a model under the names of timm's arguments."""
     square = vit.patch_size[0] == vit.patch_size[1]
-    gated, pool_mlp = vit.mlp == "swiglu", vit.pool_mlp_dim or vit.mlp_dim
-    return found[0], {
+    return {
         "img_size": list(vit.image_size),
         "patch_size": vit.patch_size[0] if square else list(vit.patch_size),
         "in_chans": vit.in_channels,
         "embed_dim": vit.width,
         "depth": vit.depth,
         "num_heads": vit.num_heads,
+    }
+
+
+def timm_args(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
+    """A timm architecture, and the arguments that turn it into this model."""
+    found = timm_eva(vit)
+    if found is None:
+        raise UserError(f"timm has no model with model.rotary={vit.rotary!r}")
+    gated, pool_mlp = vit.mlp == "swiglu", vit.pool_mlp_dim or vit.mlp_dim
+    return found[0], {
+        **timm_sizes(vit),
         "mlp_ratio": (vit.mlp_dim + 0.5) / vit.width,
         "swiglu_mlp": gated,
         # Their alignment gives the gate a kernel of its own, as DINOv3 has it.

@@ -12,6 +12,7 @@ _SYMBOLS = {"finished": "✓", "running": "▸", "failed": "✕", "stopped": "�
 
 
 def safe(words: str) -> str:
+    """Escapes text, control characters included, for HTML."""
     return html.escape(printable(words))
 
 
@@ -21,6 +22,7 @@ def breakable(words: str) -> str:
 
 
 def swatch(i: int) -> str:
+    """A short line in the style of run i, as SVG."""
     return (
         f'<svg class="swatch c{i % COLOURS} d{i // COLOURS % 3}" viewBox="0 0 18 8" width="18" '
         'height="8" aria-hidden="true"><path d="M1 4h16"/></svg>'
