@@ -25,7 +25,7 @@ from vit_jax.data.images import encode
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.models.create import structure
-from vit_jax.training import predict_output
+from vit_jax.training.evaluation import predict_output
 from vit_jax.training.evaluation.predict import Predictor, best, default_batch_size
 
 CONFIG = ViTConfig(
