@@ -70,6 +70,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.0"],
         "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2025.5"],
         "hub": ["huggingface_hub>=0.30"],
         "onnx": ["jax2onnx>=0.17"],
         "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"],

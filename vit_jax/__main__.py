@@ -1,8 +1,8 @@
 """The command line: `vit-jax COMMAND`, or `python -m vit_jax COMMAND`.
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 3 done, but `predict`
-was given files that are no readable images, 75 another process of the run was lost or did not start
-(starting again resumes), 130 Ctrl-C (training saves first), 141 nobody reads the output (as in
+was given files that are no readable images, 75 another process of the run was lost or did not
+start, or a bucket does not answer (starting again resumes), 130 Ctrl-C (training saves first), 141 nobody reads the output (as in
 `inspect X | head`), 143 stopped by SIGTERM after saving. Several processes all end with the same
 one.
 """
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         code = args.function(args, rest) or 0
         _flush()
     except UserError as error:
-        code, message = 2, f"error: {error}"
+        code, message = error.code, f"error: {error}"
     except KeyboardInterrupt:
         code = 130
     except BaseException as error:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32
 
-from vit_jax import distributed
+from vit_jax import buckets, distributed
 from vit_jax.checkpoints.load import Loaded
 from vit_jax.data.config import ON_CORRUPT
 from vit_jax.data.inputs import Inputs
@@ -64,12 +64,15 @@ def run_training(
     config: Config, workdir: epath.PathLike, *, extend: bool = False
 ) -> tuple[dict[str, int | float], list[str]]:
     """Trains as `train` does; also returns the lines that sum up the run, for process 0."""
-    results = loop.train(config, workdir, extend=extend)
-    if not distributed.is_lead():
-        return results, []
-    from vit_jax.analysis.plots import write_curves
+    with buckets.working(workdir) as folder:
+        results = loop.train(config, folder, extend=extend)
+        if not distributed.is_lead():
+            return results, []
+        from vit_jax.analysis.plots import write_curves
 
-    return results, console.finished(config, workdir, results, write_curves(workdir))
+        picture, name = write_curves(folder), buckets.shown(folder)
+        picture = picture and f"{name}/{picture.name}"
+        return results, console.finished(config, name, results, picture)
 
 
 def evaluate(
@@ -121,11 +124,12 @@ def run_evaluation(
         drawn.check(pictures)
     kept: dict[str, Predictions] = {}
     if config is None:
+        model = buckets.local(model)
         results = evaluation.evaluate_own(model, overrides, kept, needed_by)
     else:
         results = evaluation.evaluate_run(model, config, None, kept, needed_by)
     found = assess.assess(kept)
-    lines = console.evaluated(model, results)
+    lines = console.evaluated(buckets.shown(model), results)
     results = results | {
         k: v for name, each in found.items() for k, v in each.scalars(name).items()
     }
@@ -154,10 +158,12 @@ def _keep(
     try:
         for name, each in told.items():
             evaluation_files.write(folder, name, each, kept[name])
+        if (copy := buckets.attached(workdir)) is not None:
+            copy.send(evaluation_files.FOLDER)
     except (OSError, UserError) as error:
         logger.warning("nothing is kept in %s: %s", folder, error)
         return []
-    return [f"all of it is kept in {folder}, which `report` reads"]
+    return [f"all of it is kept in {buckets.shown(folder)}, which `report` reads"]
 
 
 def predict(

@@ -13,6 +13,7 @@ from vit_jax.words import nearest, outermost
 
 __all__ = [
     "Stopped",
+    "Unreachable",
     "UserError",
     "check_refused",
     "during",
@@ -31,9 +32,20 @@ class UserError(ValueError):
     escaped, as messages may contain names from files.
     """
 
+    code = 2
+
     def __init__(self, message: str):
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__(text if len(text) < 2000 else f"{text[:1900]} ...")
+
+
+class Unreachable(UserError):
+    """A store or a service does not answer: what was saved is whole, and the command ends with 75.
+
+    That is EX_TEMPFAIL of sysexits.h, for launchers that start a command again by its exit code.
+    """
+
+    code = 75
 
 
 class Stopped(Exception):

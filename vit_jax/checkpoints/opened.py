@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax import distributed
+from vit_jax import buckets, distributed
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
@@ -206,7 +206,9 @@ def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Op
     while True:
         step = store.newest() if wanted is None else wanted
         if step is None:
-            raise UserError(f"{workdir} holds no checkpoint yet: the run has not saved one")
+            raise UserError(
+                f"{buckets.shown(workdir)} holds no checkpoint yet: the run has not saved one"
+            )
         try:
             weights = "ema" if "ema" in store.names(step) else "params"
             target = {weights: structure(card.config)[1]}
@@ -227,7 +229,7 @@ def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Op
         {name: value.shape for name, value in params.items()},
         params.pop,  # each is let go of once it is on its device
         {name: sources[name] for name in params},
-        facts(f"run folder, {workdir}, step {step}", card.config),
+        facts(f"run folder, {buckets.shown(workdir)}, step {step}", card.config),
         step=step,
         adapter=adapter,
     )

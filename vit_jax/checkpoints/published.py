@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from vit_jax import buckets
 from vit_jax.errors import UserError, nearest
 from vit_jax.extras import install
 from vit_jax.writing import replacing
@@ -42,7 +43,8 @@ def fetch(path: str | os.PathLike) -> str:
       path: hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE.npz of the Hugging Face hub;
         or the url of an .npz or .safetensors file in a store that fsspec knows, such as
         gs://BUCKET/FILE.npz. That is cached in $VIT_JAX_CACHE, or ~/.cache/vit_jax, with the
-        FILE.json next to it, if any, and downloaded again only if its size in the store changes.
+        FILE.json next to it, if any, and downloaded again only if its size in the store changes. Of
+        the URL of a run folder, its small files are copied (see `buckets.local`).
 
     Raises:
       UserError: it cannot be downloaded; the message says how to do it by hand.
@@ -52,7 +54,7 @@ def fetch(path: str | os.PathLike) -> str:
         return _fetch_from_hub(name)
     if "://" in name and name.endswith(_FILES):
         return _fetch_from_store(name)
-    return name
+    return buckets.local(name)
 
 
 def _fetch_from_hub(name: str) -> str:

@@ -3,6 +3,9 @@
 WORKDIR/checkpoints/STEP/state/          Orbax's files
 WORKDIR/checkpoints/STEP/checksums.json  written last: a checkpoint without it is incomplete
 WORKDIR/checkpoints/best.json            which one is the best, if the run keeps it
+
+In a bucket, Orbax's files are in STEP/state-ID, apart from those that another run, which slept and
+lost the folder, may still write (see buckets.py).
 """
 
 import concurrent.futures
@@ -21,7 +24,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from vit_jax import distributed
+from vit_jax import buckets, distributed
+from vit_jax.checkpoints import orbax_s3
 from vit_jax.errors import UserError, check_refused, why
 from vit_jax.writing import check_own, check_text, make_folder, write_atomically
 
@@ -49,7 +53,11 @@ class Store:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 2, together: bool = False):
-        self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
+        self._bucket = buckets.attached(workdir)
+        root = self._bucket.url if self._bucket else os.path.abspath(workdir)
+        self.directory = epath.Path(root) / "checkpoints"
+        token = self._bucket.token if self._bucket else ""
+        self._name = f"{_STATE}-{token}" if token else _STATE
         self.keep = keep
         self._together = together and distributed.count() > 1
         self._orbax: Any = None  # an AsyncCheckpointer; to import Orbax takes a second
@@ -75,26 +83,36 @@ class Store:
                 self._orbax = ocp.AsyncCheckpointer(
                     ocp.PyTreeCheckpointHandler(multiprocessing_options=_of(everyone)),
                     multiprocessing_options=_of(everyone),
+                    **orbax_s3.options(self.directory),
                 )
-            self._orbax.save(path / _STATE, args=ocp.args.PyTreeSave(tree))
+            self._orbax.save(path / self._name, args=ocp.args.PyTreeSave(tree))
         self._pending = self._thread.submit(self._commit, path)
 
     def _make_room(self, path: epath.Path) -> None:
         with _writing(path):
+            if self._bucket is not None:  # what another one left there goes with old checkpoints
+                self._bucket.confirm()
+                path = path / self._name
             if path.exists():  # half-written or damaged, or it would not be saved again
                 path.rmtree()
-            path.mkdir(parents=True)
+            if self._bucket is None:
+                path.mkdir(parents=True)
 
     def _commit(self, path: epath.Path) -> None:
         with _writing(path):
             self._orbax.wait_until_finished()
             # Process 0 has waited until Orbax had written the parts of all processes.
-            names = distributed.first("written", lambda: list(_files(path)))
+            names = distributed.first(
+                "written", lambda: list(_files(path / self._name, f"{self._name}/"))
+            )
             sums = _shared("sums", names, lambda name: _digest(path / name))
             distributed.first("commit", lambda: self._mark(path, sums))
 
     def _mark(self, path: epath.Path, sums: dict[str, str]) -> None:
         with _writing(path):
+            if self._bucket is not None:  # metrics.jsonl before the checkpoint, and the lease
+                self._bucket.push()
+                self._bucket.confirm()
             write_atomically(path / _CHECKSUMS, json.dumps(sums, indent=1))
             self._write_best()
             # Newer ones can only be damaged, as this run started from an older one.
@@ -223,9 +241,9 @@ class Store:
                 sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
             )
 
-        with _reader() as orbax:
+        with self._reader() as orbax:
             return orbax.restore(
-                self.directory / str(step) / _STATE,
+                self._state(step),
                 args=ocp.args.PyTreeRestore(
                     item=target,
                     restore_args=jax.tree.map(arguments, target),
@@ -235,8 +253,24 @@ class Store:
 
     def names(self, step: int) -> set[str]:
         """The top-level names in a checkpoint: step, params, opt_state and, if enabled, ema."""
-        with _reader() as orbax:
-            return set(orbax.metadata(self.directory / str(step) / _STATE).item_metadata.tree)
+        with self._reader() as orbax:
+            return set(orbax.metadata(self._state(step)).item_metadata.tree)
+
+    def _reader(self) -> Any:
+        """An Orbax reader that does not wait for other processes."""
+        import orbax.checkpoint as ocp
+
+        alone = _of({distributed.index()})
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        options = orbax_s3.options(self.directory)
+        return ocp.Checkpointer(handler, multiprocessing_options=alone, **options)
+
+    def _state(self, step: int) -> epath.Path:
+        """Orbax's folder of a complete checkpoint."""
+        path = self.directory / str(step)
+        if self._bucket is None:
+            return path / _STATE
+        return path / next(iter(json.loads((path / _CHECKSUMS).read_text()))).partition("/")[0]
 
 
 def verify(path: epath.Path, *, together: bool = False) -> str | None:
@@ -293,16 +327,11 @@ def _of(processes: Iterable[int]) -> Any:
     )
 
 
-def _reader() -> Any:
-    """An Orbax reader that does not wait for other processes."""
-    import orbax.checkpoint as ocp
-
-    alone = _of({distributed.index()})
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
 def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:
+    if buckets.is_bucket(path):  # whose folders are names alone, and some have an object, too
+        names = buckets.Objects(os.fspath(path)).names()
+        yield from (prefix + name for name in names if not name.endswith("/"))
+        return
     for child in sorted(path.iterdir(), key=lambda child: child.name):
         if child.is_dir():
             yield from _files(child, f"{prefix}{child.name}/")
@@ -323,6 +352,8 @@ def _writing(path: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if buckets.is_bucket(path) and (told := buckets.explained(str(path), error)):
+            raise told from error
         number = next((n for n in _REFUSALS if os.strerror(n) in str(error)), None)
         if number is None and not isinstance(error, OSError):
             raise
@@ -343,14 +374,15 @@ def claim(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
             check_own(workdir, RUN_FILES, "a run")
         make_folder(workdir, "--workdir")
         stack.enter_context(lock(workdir))
-        if distributed.count() > 1:
+        if distributed.count() > 1 and not buckets.attached(workdir):
             token.touch()
         return token.name
 
     name = distributed.first("claim", make)
 
     def see() -> None:
-        if distributed.count() > 1 and not (workdir / name).exists():
+        apart = distributed.count() > 1 and not buckets.attached(workdir)
+        if apart and not (workdir / name).exists():
             raise UserError(
                 f"{workdir} is not the folder that process 0 sees under this name: --workdir must "
                 "be on a disk that all hosts share"

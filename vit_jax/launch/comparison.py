@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from vit_jax import buckets
 from vit_jax.errors import UserError
 from vit_jax.launch.run import Result, is_held, read_results
 from vit_jax.launch.sweep import RECORD
@@ -59,7 +60,7 @@ def lower_is_better(metric: str) -> bool:
 def read_runs(folders: Sequence[str]) -> list[Run]:
     """Reads all runs in some run folders and sweeps, in order."""
     found: dict[epath.Path, Result | None] = {}
-    for folder in map(os.path.abspath, folders):
+    for folder in (os.path.abspath(buckets.local(each)) for each in folders):
         root = epath.Path(folder)
         if (root / RECORD).exists():
             found |= {root / result.name: result for result in read_results(root)}

@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from vit_jax import buckets
 from vit_jax.errors import UserError
 from vit_jax.launch.jobs import STATES, Job, Launcher
 from vit_jax.launch.launchers import python
@@ -67,13 +68,25 @@ def run_sweep(
         another config. Nothing was started.
       Stopped: SIGTERM or SIGINT came.
     """
+    check_text(workdir)
+    if buckets.is_bucket(workdir) and not launcher.dry:
+        with buckets.working(workdir) as folder:
+            return _run(sweep, epath.Path(folder), buckets.check(workdir), launcher, command)
+    root = epath.Path(workdir if buckets.is_bucket(workdir) else os.path.abspath(workdir))
+    return _run(sweep, root, str(root), launcher, command)
+
+
+def _run(
+    sweep: Sweep,
+    root: epath.Path,
+    place: str,
+    launcher: Launcher,
+    command: Callable[[str, str, Sequence[str]], list[str]],
+) -> list[Result]:
+    """Runs a sweep with its record and logs in `root`; the points' runs are in `place`."""
     from vit_jax.checkpoints.store import lock
     from vit_jax.training.metrics import last_values
 
-    if "://" in os.fspath(workdir):
-        raise UserError(f"{workdir}: a sweep's folder must be on a local or mounted disk so far")
-    check_text(workdir)
-    root = epath.Path(os.path.abspath(workdir))
     names = [point.name for point in sweep.points]
     jobs = {
         point.name: Job(
@@ -81,8 +94,8 @@ def run_sweep(
             tuple(
                 command(
                     point.config,
-                    str(root / point.name),
-                    point.flags(lambda name: str(root / name)),
+                    f"{place}/{point.name}",
+                    point.flags(lambda name: f"{place}/{name}"),
                 )
             ),
             str(root / f"{point.name}.log"),
@@ -103,7 +116,7 @@ def run_sweep(
             point.name: Result(point.name, point.config, point.overrides, point.after)
             for point in sweep.points
         }
-        for result in _finished(sweep, root):
+        for result in _finished(sweep, root, place):
             results[result.name] = result
         unfinished = [name for name in names if results[name].state != "finished"]
         outlived = launcher.under_way([jobs[name] for name in unfinished])
@@ -115,6 +128,8 @@ def run_sweep(
         changes = launcher.run([jobs[name] for name in unfinished])
         for change in stack.enter_context(contextlib.closing(changes)):
             if change is not None:
+                if (copy := buckets.attached(root)) is not None:
+                    copy.pull(change.name)
                 results[change.name] = dataclasses.replace(
                     results[change.name],
                     state=change.state,
@@ -137,7 +152,7 @@ def failures(results: Sequence[Result]) -> str | None:
     return f"{len(failed)} of {len(results)} points failed: {', '.join(names)} (see NAME.log){rest}"
 
 
-def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:
+def _finished(sweep: Sweep, root: epath.Path, place: str) -> Iterator[Result]:
     """Yields the points that are finished and need not be run again.
 
     A point is finished if the record says that its command succeeded, and its folder holds a run
@@ -158,7 +173,7 @@ def _finished(sweep: Sweep, root: epath.Path) -> Iterator[Result]:
         if not saved:
             continue
         changed = differences(
-            read_config(folder), point_config(point, lambda name: str(root / name))
+            read_config(folder), point_config(point, lambda name: f"{place}/{name}")
         )
         if changed:
             raise UserError(
@@ -218,6 +233,8 @@ def read_results(workdir: epath.PathLike) -> list[Result]:
 
 def is_held(root: epath.Path) -> bool:
     """Whether a sweep runs in this folder, by its lock: a killed sweep leaves no other sign."""
+    if (copy := buckets.attached(root)) is not None:
+        return copy.held()
     with contextlib.suppress(FileNotFoundError), open(root / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

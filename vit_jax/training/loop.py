@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from vit_jax import distributed
+from vit_jax import buckets, distributed
 from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.store import Store, claim
 from vit_jax.data.pipeline import Batch, train_batches
@@ -61,7 +61,7 @@ def train(
     """Trains until the config's last step, resuming from the newest checkpoint in `workdir`.
 
     Every process of a run calls this (after `distributed.connect`), with a `workdir` on a shared
-    disk.
+    disk, or that `buckets.working` gave it.
 
     Args:
       extend: goes on with a run for longer than it was begun with (see `plan_run`). The learning
@@ -75,8 +75,6 @@ def train(
         is no longer finite; or the disk is full. Earlier checkpoints are intact.
       Stopped: SIGTERM or Ctrl-C came; the run has saved a checkpoint and can be resumed.
     """
-    if "://" in os.fspath(workdir):
-        raise UserError(f"{workdir}: a run folder must be on a local or mounted disk so far")
     workdir = epath.Path(os.path.expanduser(workdir))
     with console.shown(), contextlib.ExitStack() as stack:
         store = Store(workdir, keep=config.checkpoint.keep, together=True)
@@ -117,7 +115,7 @@ def _run(
     extend: bool,
 ) -> dict[str, int | float]:
     config.check_trains()
-    doing = "reading the data and making the model"
+    doing, name = "reading the data and making the model", buckets.shown(workdir)
     stack.enter_context(during(lambda: doing))
     resume_step, data = store.newest(), DataSets()
     if resume_step is not None:  # with the recorded sources, and where they are now
@@ -149,7 +147,7 @@ def _run(
     read = plan.reader(source)
     evaluation = distributed.each("evaluation", lambda: Evaluation(config, card, mesh, data))
     distributed.first("same images", lambda: data.check_held_out(config))
-    for line in console.summary(plan, mesh, program.state, data.summary(), workdir, start_step):
+    for line in console.summary(plan, mesh, program.state, data.summary(), name, start_step):
         logger.info("%s", line)
     if (count := plan.examples) is not None and count < config.batch_size:
         logger.info(
@@ -169,7 +167,7 @@ def _run(
     else:
         state = from_saved(store.restore(resume_step, to_saved(program.state)), program.state)
         if resume_step < total_steps:
-            logger.info("resuming %s at step %d of %d", workdir, resume_step, total_steps)
+            logger.info("resuming %s at step %d of %d", name, resume_step, total_steps)
         if extend and begun != config:
             _extend(plan, begun)
             if distributed.is_lead():
@@ -204,7 +202,7 @@ def _run(
     skips = config.data.on_corrupt == "skip"
     corrupt = read_corrupt(workdir, start_step) if skips else 0
     if start_step == total_steps or selection.ended:
-        logger.info("%s is finished: there is nothing left to train", workdir)
+        logger.info("%s is finished: there is nothing left to train", name)
     arriving = on_device(batches, config.batch_size, mesh, corrupt=skips)
     timer = SaveTimer(config.checkpoint.every_minutes, start_step)
     growth = plan.growth

@@ -1,0 +1,503 @@
+"""Run folders in buckets, gs://BUCKET/... and s3://BUCKET/...: a local copy, and one writer.
+
+The small files of a run folder are worked on in a local copy, and every change is sent as a whole
+object; checkpoints go straight to the bucket (see checkpoints/store.py). A lease, the object
+`.lease`, has one owner: it is taken and renewed by conditional writes, as is every small file, so
+that a process which slept and lost it cannot write any more.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vit_jax import distributed
+from vit_jax.errors import Unreachable, UserError
+from vit_jax.extras import install
+from vit_jax.writing import replacing
+
+logger = logging.getLogger(__name__)
+
+STALE = 60.0  # seconds without a heartbeat after which another run may take the lease
+_LEASE = ".lease"
+_NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package for listing, extra
+# What no copy has: checkpoints, hidden and temporary files, and what Weights & Biases sends itself.
+_SKIPPED = re.compile(r"(^|/)(checkpoints/|wandb/|\.)|/$|\.tmp$")
+# tensorstore's codes, as texts of its errors.
+_AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL")
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+_LOGIN = {
+    "gs": "`gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "s3": "`aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+}
+_ATTACHED: dict[str, "Copy"] = {}  # local folder -> the copy in it
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL of an object store."""
+    return "://" in os.fspath(path)
+
+
+def attached(folder: str | os.PathLike) -> "Copy | None":
+    """The copy that a local folder is, or is part of; None if it is not."""
+    whole = Path(os.path.abspath(folder))
+    for root in (whole, *whole.parents):
+        if (copy := _ATTACHED.get(str(root))) is not None:
+            inside = whole.relative_to(root).as_posix()
+            return copy if root == whole else Copy(f"{copy.url}/{inside}", str(whole))
+    return None
+
+
+def shown(folder: str | os.PathLike) -> str:
+    """The name of a folder as the user gave it: of a copy, its URL."""
+    copy = attached(folder)
+    return os.fspath(folder) if copy is None else copy.url
+
+
+@contextlib.contextmanager
+def working(workdir: str | os.PathLike) -> Iterator[str]:
+    """Yields a local folder to run in; of a bucket, a copy of which process 0 sends every change.
+
+    All processes of a run call this.
+
+    Raises:
+      UserError: another run has this folder, there is no permission, or a package is missing.
+      Unreachable: the store does not answer.
+    """
+    if not is_bucket(workdir):
+        yield os.fspath(workdir)
+        return
+    url = check(workdir)
+    with contextlib.ExitStack() as stack:
+        lease = Lease(url)
+
+        def take() -> str:
+            stack.enter_context(lease)
+            return lease.id
+
+        token = distributed.first("lease", take)
+        # A temporary folder, as another process may look at the same run from here.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vit_jax-"))
+        copy = Copy(url, os.path.join(folder, url.rpartition("/")[2]), token)
+        os.mkdir(copy.folder)
+        distributed.each("pull", copy.pull)
+        _ATTACHED[copy.folder] = copy
+        stack.callback(_ATTACHED.pop, copy.folder)
+        if distributed.is_lead():
+            copy.lease, lease.at_each_beat = lease, copy.push
+        try:
+            yield copy.folder
+        except BaseException:
+            with contextlib.suppress(UserError):
+                copy.push()
+            raise
+        copy.push()
+
+
+def local(path: str | os.PathLike) -> str:
+    """The local path of a run folder, of a checkpoint in it, or of a sweep; disks' as they are.
+
+    Of a bucket, the small files are copied to the cache ($VIT_JAX_CACHE, or ~/.cache/vit_jax).
+
+    Raises:
+      UserError: nothing is there, there is no permission, or a package is missing.
+      Unreachable: the store does not answer.
+    """
+    if not is_bucket(path):
+        return os.fspath(path)
+    url = check(path)
+    url, found, step = url.partition("/checkpoints/")
+    cache = Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
+    copy = Copy(url, str(cache / "runs" / url.replace("://", "/")))
+    if not copy.pull():
+        raise UserError(f"there is nothing at {url}")
+    _ATTACHED[copy.folder] = copy
+    return copy.folder + found + step
+
+
+def check(url: str | os.PathLike) -> str:
+    """Returns a URL of a folder in a bucket without a slash at its end.
+
+    Raises:
+      UserError: another scheme, no bucket, a part that a folder cannot be named, or the package
+        for it is not installed.
+    """
+    url = os.fspath(url).rstrip("/")
+    scheme, _, rest = url.partition("://")
+    if scheme not in _NEEDS:
+        raise UserError(f"{url}: expected gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder")
+    parts = rest.split("/")
+    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"{url}: expected {scheme}://BUCKET/FOLDER")
+    package, extra = _NEEDS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{url} needs {package}: {install(extra)}")
+    _prepare_fsspec()
+    return url
+
+
+@functools.cache
+def _prepare_fsspec() -> None:
+    """Has fsspec ask the store at each listing: a run's folder changes under its feet."""
+    from fsspec.config import conf
+
+    for scheme in _NEEDS:
+        conf.setdefault(scheme, {})["use_listings_cache"] = False
+    if "STORAGE_EMULATOR_HOST" in os.environ:  # at each call, gcsfs misses Google's credentials
+        logging.getLogger("gcsfs").setLevel(logging.ERROR)
+
+
+class Objects:
+    """The objects below a URL, read and written as wholes through tensorstore.
+
+    Its clients retry what a network does (429, 500, 503, resets), with back-off, for a minute or
+    two. `generation` is the store's name of a version; MISSING is that of no object.
+    """
+
+    MISSING = b"\x02"
+
+    def __init__(self, url: str):
+        self.url = url
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        import tensorstore
+
+        with _explained(self.url):
+            retries = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}
+            context = tensorstore.Context(
+                {"gcs_request_retries": retries, "s3_request_retries": retries}
+            )
+            return tensorstore.KvStore.open(driver(self.url), context=context).result()
+
+    def names(self, before: str = "", after: str = "") -> list[str]:
+        """Names of all objects, relative to the URL, sorted; of those from `after` to `before`."""
+        import tensorstore
+
+        span = tensorstore.KvStore.KeyRange(after.encode(), before.encode())
+        with _explained(self.url):
+            found = self._store.list(span).result()
+        return sorted(name.decode() for name in found)
+
+    def read(self, name: str) -> tuple[bytes | None, bytes]:
+        """The content of an object, None if there is none, and its generation."""
+        with _explained(f"{self.url}/{name}"):
+            found = self._store.read(name).result()
+        return (found.value if found.state == "value" else None), found.stamp.generation
+
+    def write(self, name: str, content: bytes, generation: bytes) -> bytes | None:
+        """Writes an object if it still has this generation; returns the new one, or None."""
+        with _explained(f"{self.url}/{name}"):
+            made = self._store.write(name, content, if_equal=generation).result().generation
+        if made:
+            return made
+        there, now = self.read(name)  # a retry finds what the first attempt wrote
+        return now if there == content else None
+
+
+def driver(url: str) -> dict[str, Any]:
+    """tensorstore's spec of a folder: of gs://, s3:// and, for tests, file://."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, path = rest.partition("/")
+    if scheme == "file":
+        return {"driver": "file", "path": f"{rest}/"}
+    if scheme == "gs":
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{path}/"}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    elif region:
+        spec["aws_region"] = region
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # asks no other place, which writes to the screen
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Context that says what a store's error means for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise explained(url, error) or error from error
+
+
+def explained(url: str, error: BaseException) -> UserError | None:
+    """What an error of a store's client means for the user; None if it is of another kind."""
+    text = " ".join(str(error).split())
+    brief = text if len(text) < 200 else f"{text[:200]} ..."
+    kind = type(error).__name__
+    scheme = url.partition("://")[0]
+    code = str(getattr(error, "code", None) or getattr(error, "status", None) or "")
+    credentials = ("DefaultCredentialsError", "RefreshError", "NoCredentialsError")
+    if kind in credentials or any(sign in text for sign in _REFUSED) or code in ("401", "403"):
+        return UserError(f"{url}: access is refused ({brief}). Log in with {_LOGIN.get(scheme)}")
+    if any(sign in text for sign in _AGAIN) or code in ("429", "500", "502", "503", "504"):
+        return Unreachable(
+            f"{url} does not answer, after many attempts ({brief}): what was saved is whole; "
+            "start the same command again when the store is back"
+        )
+    if isinstance(error, (ConnectionError, TimeoutError)) or kind.startswith(("Client", "Server")):
+        return Unreachable(f"{url} cannot be reached ({kind}: {brief}): try again later")
+    if "NOT_FOUND" in text or isinstance(error, FileNotFoundError):
+        return UserError(f"{url}: there is no such bucket or object ({brief})")
+    return None
+
+
+class Lease:
+    """The right to write to a run folder, kept by a heartbeat while the context is open.
+
+    A lease is stale when its object has not changed for STALE seconds of the waiting process's own
+    clock, or at once if its owner was a process of this machine that is gone.
+    """
+
+    def __init__(self, url: str, stale: float = STALE):
+        self.at_each_beat: Callable[[], None] = lambda: None
+        self.stale = stale
+        self._told = False
+        self._objects = Objects(url)
+        self._me = {**_process(), "id": uuid.uuid4().hex[:8]}
+        self._generation = Objects.MISSING
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    @property
+    def id(self) -> str:
+        """A name of this lease that no other has."""
+        return self._me["id"]
+
+    def __enter__(self) -> "Lease":
+        content, generation = self._objects.read(_LEASE)
+        began = time.monotonic()
+        while not _free(content):
+            if time.monotonic() - began > self.stale:
+                logger.warning("%s: %s is silent and loses it", self._objects.url, _who(content))
+                break
+            if generation == (seen := self._objects.read(_LEASE))[1]:
+                if began is not None and not self._told:
+                    self._told = True
+                    logger.info(
+                        "%s was in use by %s: waiting up to %.0f s for a sign of life",
+                        *(self._objects.url, _who(content), self.stale),
+                    )
+                time.sleep(self.stale / 30)
+                continue
+            content, generation = seen
+            if not _free(content):
+                raise self._taken(content)
+        if not self._write(generation):
+            raise self._taken(self._objects.read(_LEASE)[0])
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(UserError):
+            self._write(self._generation, released=True)
+
+    def confirm(self) -> None:
+        """Renews the lease.
+
+        Raises:
+          UserError: another process has taken it.
+          Unreachable: the store does not answer.
+        """
+        with self._lock:
+            if not self._write(self._generation):
+                raise self._taken(self._objects.read(_LEASE)[0])
+
+    def _write(self, generation: bytes, **more: Any) -> bool:
+        # The time makes each beat another content, so that no retry is taken for another's write.
+        content = json.dumps({**self._me, "time": time.time(), **more}).encode()
+        made = self._objects.write(_LEASE, content, generation)
+        self._generation = self._generation if made is None else made
+        return made is not None
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.stale / 4):
+            try:
+                self.confirm()
+                self.at_each_beat()
+            except UserError as error:  # the next save raises it, if it still holds
+                logger.warning("%s", error)
+
+    def _taken(self, content: bytes | None) -> UserError:
+        return UserError(
+            f"{self._objects.url} is in use by {_who(content)}: wait for it to end, or name "
+            "another --workdir"
+        )
+
+
+def _process() -> dict[str, Any]:
+    """This process, as other ones on this machine can look for it."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot.read_text().strip() if boot.exists() else uuid.uuid4().hex
+    return {
+        "host": os.uname().nodename,
+        "machine": machine,
+        "process": os.getpid(),
+        "born": _born(os.getpid()),
+        "since": time.ctime(),
+    }
+
+
+def _born(process: int) -> str | None:
+    """When a process of this machine began, in ticks since boot; None if there is none."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _owner(content: bytes | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(content or b"{}"))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _free(content: bytes | None) -> bool:
+    """Whether a lease is nobody's, or that of a process of this machine that is gone."""
+    owner, me = _owner(content), _process()
+    if content is None or owner.get("released"):
+        return True
+    here = owner.get("machine") == me["machine"] and owner.get("host") == me["host"]
+    return here and _born(int(owner.get("process", 0))) != owner.get("born")
+
+
+def _who(content: bytes | None) -> str:
+    owner = _owner(content)
+    names = (owner.get(name, "?") for name in ("process", "host", "since"))
+    return "process {} on {} since {}".format(*names)
+
+
+@dataclasses.dataclass
+class Copy:
+    """A local copy of the small files of a folder in a bucket: all but its checkpoints.
+
+    Attributes:
+      url: of the folder.
+      folder: the local folder.
+      token: names what this run writes, apart from what another one wrote; "" of a copy to read.
+      lease: what allows to write; None in the processes that do not.
+    """
+
+    url: str
+    folder: str
+    token: str = ""
+    lease: Lease | None = None
+
+    def __post_init__(self):
+        self._objects = Objects(self.url)
+        self._lock = threading.Lock()
+        self._sent: dict[str, tuple[bytes, bytes]] = {}  # name: content's digest, generation
+
+    def pull(self, inside: str = "") -> int:
+        """Brings the copy to what is in the bucket; returns how many objects there are.
+
+        Args:
+          inside: a folder in it, which alone is looked at.
+        """
+        start = f"{inside}/" if inside else ""
+        there = self._objects.names(after=start, before=f"{inside}0" if inside else "")
+        names = [name for name in there if not _SKIPPED.search(name)]
+        for name in names:
+            path = self._path(name)
+            content, generation = self._objects.read(name)
+            if content is None:
+                continue
+            if not path.is_file() or path.read_bytes() != content:
+                with replacing(path, f"{path}.{os.getpid()}.tmp") as temporary:
+                    Path(temporary).write_bytes(content)
+            self._sent[name] = (_digest(content), generation)
+        for name in self._files():
+            if name.startswith(start) and name not in names:
+                self._path(name).unlink(missing_ok=True)
+        return len(there)
+
+    def push(self) -> None:
+        """Sends what changed, each file as one object, unless another process wrote there.
+
+        Of a .jsonl, that is its whole lines. Without a lease nothing is sent.
+
+        Raises:
+          UserError: the lease is another's now.
+          Unreachable: the store does not answer.
+        """
+        if self.lease is None:
+            return
+        with self._lock:
+            for name in self._files():
+                try:
+                    content = self._path(name).read_bytes()
+                except FileNotFoundError:  # a temporary
+                    continue
+                if name.endswith(".jsonl"):
+                    content = content[: content.rfind(b"\n") + 1]
+                digest, generation = self._sent.get(name, (b"", Objects.MISSING))
+                if digest == (now := _digest(content)):
+                    continue
+                made = self._objects.write(name, content, generation)
+                if made is None:
+                    self.lease.confirm()  # says who has the lease, if that is why
+                    raise UserError(f"{self.url}/{name} was changed by somebody else meanwhile")
+                self._sent[name] = (now, made)
+
+    def send(self, inside: str) -> None:
+        """Sends the files of a folder in it, which no run writes, over what is there."""
+        for name in self._files():
+            if name.startswith(f"{inside}/"):
+                content = self._path(name).read_bytes()
+                while self._objects.write(name, content, self._objects.read(name)[1]) is None:
+                    pass
+
+    def confirm(self) -> None:
+        """Renews the lease, if this process has it.
+
+        Raises:
+          UserError: it is another's now.
+        """
+        if self.lease is not None:
+            self.lease.confirm()
+
+    def held(self) -> bool:
+        """Whether somebody writes there, by the time of the last heartbeat."""
+        content = self._objects.read(_LEASE)[0]
+        return not _free(content) and time.time() - _owner(content).get("time", 0) < 2 * STALE
+
+    def _files(self) -> list[str]:
+        found = []
+        for folder, _, files in os.walk(self.folder):
+            inside = os.path.relpath(folder, self.folder)
+            found += [os.path.normpath(os.path.join(inside, name)) for name in files]
+        return sorted(name for name in found if not _SKIPPED.search(name))
+
+    def _path(self, name: str) -> Path:
+        path = Path(self.folder, name)
+        if not re.fullmatch(r"[^\0]+", name) or ".." in name.split("/") or name[0] == "/":
+            raise UserError(f"{self.url} has an object {name!r}, which is no name of a file")
+        return path
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
