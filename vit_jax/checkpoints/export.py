@@ -411,7 +411,8 @@ def save(
         for name, content in files.items():
             write_atomically(os.path.join(path, name), json.dumps(content, indent=2))
         if format == "timm" and isinstance(config, ViTConfig) and not sidecars.timm_name(config):
-            unnamed = "" if sidecars_eva.is_eva(config) else "timm has no name for these sizes: "
+            others = config.relative_bias is not None or sidecars_eva.is_eva(config)
+            unnamed = "" if others else "timm has no name for these sizes: "
             notes["architecture"] = (
                 f"{unnamed}config.json has {files['config.json']['architecture']} and, in "
                 "model_args, what makes it this one"

@@ -134,6 +134,12 @@ def infer(
     fields |= {k: v for k, v in given.items() if k not in ("image_size", "pool", "resnet")}
     fields["patch_size"] = pair(fields["patch_size"], "patch_size")
     fields |= _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
+    (h, w), (ph, pw) = fields["image_size"], fields["patch_size"]
+    if dialect is HF_BEIT and bias and h // ph != w // pw:
+        raise UserError(
+            f"{weights.path}: its position bias is of a grid of {h // ph}x{w // pw}, and "
+            "transformers' code mixes up both sides of one that is not square: it is not read"
+        )
     return fields
 
 

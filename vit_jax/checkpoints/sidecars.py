@@ -210,6 +210,8 @@ def timm_name(vit: ViTConfig) -> str | None:
     clip = vit.layernorm_eps == 1e-5
     if vit.relative_bias is not None or sidecars_eva.is_eva(vit):
         return None
+    if vit.res_post_norm or vit.attention_norm or vit.mlp_norm:
+        return sidecars_relative.timm_name(vit, size)
     if size is None or patch != across or not learned or vit.pre_norm != clip:
         return None
     swiglu = size == "giant" and vit.width == 1536

@@ -63,6 +63,8 @@ def _not_of_beit(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
 def hf_cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     """Yields config fields (with values) that transformers' BEiT does not have."""
     yield from _not_of_beit(vit)
+    if vit.grid[0] != vit.grid[1]:
+        yield "image_size", vit.image_size
     allowed: dict[str, tuple[Any, ...]] = {"mlp": ("gelu",), "qkv_bias": (True,)}
     allowed |= {"pool": ("gap",) if vit.norm_after_pool or not vit.final_norm else ("token",)}
     allowed |= {"registers": (0,), "distillation": ("none",), "patch_bias": (True,)}
@@ -108,6 +110,21 @@ def timm_args(vit: ViTConfig, sizes: dict[str, Any]) -> tuple[str, dict[str, Any
 def _named(vit: ViTConfig) -> str:
     size = "large" if vit.width == 1024 else "base"
     return f"beit_{size}_patch16_224"
+
+
+def timm_name(vit: ViTConfig, size: str | None) -> str | None:
+    """timm's name of a ViT of a size ("base") with norms of its own, at its nearest resolution."""
+    plain = vit.pool == "gap" and vit.position == "learned" and not vit.registers
+    plain = plain and vit.patch_size[0] == vit.patch_size[1] and vit.layer_scale is None
+    start = f"{size}_patch{vit.patch_size[0]}"
+    if vit.res_post_norm:
+        found = plain and start == "base_patch16" and not vit.has_class_token
+        return _RPN[False] if found else None
+    if not (plain and is_beit3(vit) and vit.has_class_token and vit.norm_after_pool):
+        return None
+    sizes = {"base_patch16": (224,), "large_patch16": (224,), "giant_patch14": (224, 336)}
+    near = min(sizes.get(start, ()), key=lambda side: abs(side - vit.image_size[0]), default=None)
+    return f"beit3_{start}_{near}" if near else None
 
 
 def timm_norms(vit: ViTConfig) -> tuple[str | None, dict[str, Any]]:
