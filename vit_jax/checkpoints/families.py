@@ -196,8 +196,9 @@ def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, floa
             return "tanh", 1e-6
         if fields.get("position") == "rope":
             return "erf", 1e-5
-        beit = not fields.get("key_bias", True)
-        return "erf", 1e-6 if fields.get("layer_scale") and not beit else 1e-12
+        if not fields.get("key_bias", True):  # BEiT's
+            return "erf", 1e-12
+        return "erf", 1e-6 if fields.get("layer_scale") else 1e-12
     return "tanh", 1e-6
 
 
@@ -253,19 +254,16 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
         if dialect == "hf":
             return {"resize": "bilinear_antialias", "resize_dtype": "float32", **IMAGENET}
         return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
-    if vit.relative_bias is not None:
-        if dialect == "hf":
-            return {"resize": "bilinear_antialias", **HALF}
-        return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.9, **HALF}
+    plain = vit.relative_bias is not None  # BEiT's
     if vit.attention_norm and vit.key_bias:  # BEiT-3's
         return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
-    if vit.pre_norm or not vit.key_bias:  # CLIP's, and EVA's
+    if (vit.pre_norm or not vit.key_bias) and not plain:  # CLIP's, and EVA's
         return {"resize": "bicubic_antialias", "aspect": "keep", **CLIP}
     if vit.pool == "map":
         return {"resize": "bicubic_antialias", **HALF}
-    if vit.distillation != "none" or vit.layer_scale is not None:
+    if (vit.distillation != "none" or vit.layer_scale is not None) and not plain:
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.875, **IMAGENET}
-    if dialect == "timm":  # augreg
+    if dialect == "timm":  # AugReg's, and BEiT's
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.9, **HALF}
     return {"resize": "bilinear_antialias", **HALF}
 

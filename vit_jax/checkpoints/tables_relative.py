@@ -44,8 +44,8 @@ _OLD, _NEW = "encoder.layer.{}", "layers.{}"
 
 def _block() -> Iterator[Row]:
     """The rows of a block: first the names on the hub, and of Data2VecVision in memory."""
-    old = [f"{_OLD}.attention.attention.{name}." for name in ("query", "key", "value")]
-    new = [f"{_NEW}.attention.{name}." for name in ("q_proj", "k_proj", "v_proj")]
+    old = [f"{_OLD}.attention.attention.{part}." for part in ("query", "key", "value")]
+    new = [f"{_NEW}.attention.{part}_proj." for part in "qkv"]
     for apart, out in ((old, f"{_OLD}.attention.output.dense"), (new, f"{_NEW}.attention.o_proj")):
         kernel, _, *rest = torch_attention("blocks/attention", apart, out)
         biases = (f"{apart[0]}bias", f"{apart[2]}bias")
