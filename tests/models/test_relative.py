@@ -7,20 +7,24 @@ import numpy as np
 import numpy_vit
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from scipy.special import expit
 from tiny_models import as_float32, random_images, random_params, relative_error, run
 
 from vit_jax.errors import UserError
-from vit_jax.models import relative
+from vit_jax.models import layers, relative, vit
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import init_params, structure
 from vit_jax.models.relative import RelativeBias
-from vit_jax.training import growth
+from vit_jax.training import growth, optim, trainable
+from vit_jax.training.config_file import load_config
+from vit_jax.training.model import model_config
 from vit_jax.training.sharding import BATCH, MeshConfig, make_mesh, placement
 
 TINY = dict(image_size=(8, 15), patch_size=(4, 5), width=24, mlp_dim=20, num_heads=3, num_classes=5)
 GRID, N = (2, 3), 6
+ADAMW = optim.OptimConfig(lr=1e-3)
 MLP = RelativeBias("mlp", hidden=7)
 SWIN = RelativeBias("mlp", hidden=7, coordinates="swin", shared=True)
 CASES = {
@@ -137,6 +141,16 @@ def test_in_bfloat16_the_bias_keeps_its_digits():
     assert 1e-4 < np.abs(np.asarray(found) - np.asarray(exact)).max() < 0.05
 
 
+def test_on_tpus_jaxs_own_attention_takes_the_bias(monkeypatch):
+    config = config_of("table", depth=1)
+    params, images = as_float32(random_params(config)), as_float32(random_images(config))
+    wanted = np.asarray(run(config, params, images))
+    for module in (layers, vit):
+        monkeypatch.setattr(module, "target", lambda: "tpu")
+    program = jax.jit(lambda params: nnx.merge(structure(config)[0], params)(images))
+    assert relative_error(program(params), wanted) < 1e-4
+
+
 def test_heads_on_several_devices_are_biased_alike():
     fields = dict(width=32, num_heads=4, mlp_dim=24)
     for name in ("table", "mlp, swin"):
@@ -166,6 +180,17 @@ def test_where_it_starts():
     assert set(params["fc2"]) == {"kernel"} and np.ptp(params["fc2"]["kernel"]) > 0.1
     bare = config_of("table, no class token")
     assert structure(bare)[1]["blocks"]["attention"]["relative_bias"]["table"].shape == (2, 15, 3)
+
+
+def test_a_run_is_told_by_flags_and_learns_it_as_beit_does():
+    flags = [f"--config.model.relative_bias.{flag}" for flag in ("kind=mlp", "hidden=9")]
+    flags += ["--config.model.position=relative_bias", "--config.model.res_post_norm=true"]
+    model = model_config(load_config("configs/digits.py", flags), None, 10)
+    assert model.relative_bias == RelativeBias("mlp", hidden=9) and model.res_post_norm
+    assert trainable.layer("relative_bias/table", 12) == 13  # a shared one at the full rate
+    shapes = structure(config_of("table, shared, and an embedding"))[1]
+    decayed = [name for name in flatten_dict(shapes, sep="/") if optim.is_decayed(ADAMW, name)]
+    assert not any("table" in name for name in decayed)
 
 
 def geometric(values, old, new):
@@ -218,10 +243,7 @@ def test_growing_images_resize_it_inside_the_step(name):
 
 def test_norms_at_the_end_are_not_folded_into_kernels(monkeypatch):
     """On GPUs, where those at the start are."""
-    from vit_jax.models import layers
-    from vit_jax.models import vit as module
-
-    monkeypatch.setattr(module, "target", lambda: "gpu")
+    monkeypatch.setattr(vit, "target", lambda: "gpu")
     calls = []
     monkeypatch.setattr(layers, "folded", lambda block: calls.append(block) or block)
     for name, count in {"mlp": 1, "norms last": 0}.items():
