@@ -23,6 +23,7 @@ from test_eva import (
 )
 
 import vit_jax
+from vit_jax.checkpoints.card import typed_config
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.errors import UserError
 from vit_jax.models.relative import RelativeBias
@@ -167,9 +168,14 @@ def test_transformers(prefix, old, tmp_path):
         shapes |= block(i, old)
     shapes = {prefix + name: shape for name, shape in shapes.items()} | layer("classifier", D, 5)
     arrays = draw(shapes)
+    index = "relative_position_bias.relative_position_index"  # as older files have it
+    index = f"{prefix}encoder.layer.0.attention.attention.{index}"
+    arrays[index] = np.zeros((1 + GRID, 1 + GRID), np.int64)
     kind = prefix.replace("_", "-")[:-1]
     config = dict(model_type=kind, image_size=IMAGE, use_mean_pooling=True, hidden_act="gelu")
     vit = vit_jax.load(put(tmp_path / "in", arrays, config))
+    left = {line.name for line in vit.report.lines if line.status == "left over"}
+    assert left == {index, f"{prefix}embeddings.mask_token"}
     assert (vit.config.pool, vit.config.norm_after_pool) == ("gap", True)
     assert vit.config.layernorm_eps == 1e-12 and not vit.config.key_bias
     assert vit.config.relative_bias == RelativeBias() and vit.position_resize == "bilinear"
@@ -184,6 +190,32 @@ def test_transformers(prefix, old, tmp_path):
     assert f"{start}relative_position_bias.relative_position_bias_table" in found
     again = vit_jax.load(str(tmp_path / "out"))
     assert again.config == vit.config and again.preprocess == vit.preprocess
+
+
+@pytest.mark.parametrize("kind", ["beit_base_patch16_224", "vit_relpos_medium_patch16_rpn_224"])
+def test_the_index_of_older_files_is_left_over(kind, tmp_path):
+    arrays, fields = FILES[kind]
+    name = "attn.rel_pos" if "relpos" in kind else "attn"
+    index = {f"blocks.0.{name}.relative_position_index": np.zeros((5, 5), np.int64)}
+    path = put(tmp_path, arrays | index, CONFIG | {"architecture": kind})
+    opened = open_model(path)
+    assert set(opened.leftover) == set(index)
+    assert opened.card.config.relative_bias == fields["relative_bias"]
+
+
+def test_odd_values_of_the_section_are_refused_with_a_sentence(as_users_have_it):
+    """As they may stand in the record of a model."""
+    sizes = dict(width=8, depth=1, mlp_dim=8, num_heads=2, position="relative_bias")
+    odd = [None, [], {}, "x", -1, 0, 1.5, [1, 2], {"a": 1}, float("nan")]
+    sections = [
+        {key: value} for value in odd for key in ("kind", "shared", "hidden", "coordinates")
+    ]
+    for section in (*sections, *(value for value in odd if value not in (None, {}))):
+        with pytest.raises(UserError, match=r"model\.relative_bias.* is .*(: known:|; expected) "):
+            typed_config({**sizes, "relative_bias": section})
+    for section in (None, {}, {"kind": "mlp", "hidden": 3}):
+        config = typed_config({**sizes, "relative_bias": section})
+        assert config.relative_bias == RelativeBias(**section or {})
 
 
 def test_resized_by_the_method_of_the_family_or_the_users(tmp_path):

@@ -9,7 +9,7 @@ from vit_jax.checkpoints.rows import layer_rows as _each
 from vit_jax.checkpoints.rows import linear_rows as _linear
 from vit_jax.checkpoints.rows import norm_rows as _norm
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL
-from vit_jax.checkpoints.tables_relative import HF_BEIT, TIMM_RELPOS_BIAS
+from vit_jax.checkpoints.tables_relative import HF_BEIT, INDEX, TIMM_RELPOS_BIAS
 
 _FLAX = {"kernel": "/kernel", "bias": "/bias"}
 
@@ -217,7 +217,7 @@ TIMM = Dialect(
         *_linear("head", "head"),
         *_linear("head_dist", "head_dist"),
     ),
-    leftover=(r"mask_token$", r"decoder_"),
+    leftover=(r"mask_token$", r"decoder_", INDEX),
     resnet_style="timm_v1",
 )
 

@@ -12,7 +12,7 @@ from vit_jax.checkpoints.rows import (
     norm_rows,
     torch_attention,
 )
-from vit_jax.checkpoints.tables_relative import TIMM_BEIT_BIAS
+from vit_jax.checkpoints.tables_relative import INDEX, TIMM_BEIT_BIAS
 
 
 def _as(rows: Iterable[Row], only: dict[str, Any] | None = None, **says: Any) -> list[Row]:
@@ -90,7 +90,7 @@ TIMM_EVA = Dialect(
         *TIMM_POOL,
         *linear_rows("head", "head"),
     ),
-    leftover=(r"mask_token$",),
+    leftover=(r"mask_token$", INDEX),
 )
 
 

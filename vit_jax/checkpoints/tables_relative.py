@@ -15,6 +15,7 @@ from vit_jax.checkpoints.rows import (
 
 _OWN, _SHARED = "blocks/attention/relative_bias", "relative_bias"
 _TABLE = "relative_position_bias_table"
+INDEX = r"(.*\.)?relative_position_index$"  # of offsets by pairs of tokens, which older files hold
 
 
 def _as(rows: Iterable[Row], **says: Any) -> list[Row]:
@@ -88,6 +89,6 @@ HF_BEIT = Dialect(
         *_as(norm_rows("norm", "pooler.layernorm"), norm_after_pool=True),
         *linear_rows("head", "/classifier"),
     ),
-    leftover=(r"(\w+\.)?embeddings\.mask_token$", r".*\.relative_position_index$"),
+    leftover=(r"(\w+\.)?embeddings\.mask_token$", INDEX),
     prefixes=("", "beit.", "data2vec_vision."),
 )
