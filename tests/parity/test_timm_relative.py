@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import timm
 import timm.data
-from timm.models import beit, vision_transformer, vision_transformer_relpos
+from timm.models import beit, vision_transformer_relpos
 from timm.models._hub import save_for_hf
 
 import vit_jax
@@ -131,13 +131,11 @@ def test_written_for_timm_and_others(name, folders, record, tmp_path):
 @pytest.mark.parametrize(
     "name, size, module",
     [
-        ("beit", (96, 96), beit),
         ("beit", (80, 112), beit),
         ("beit", (32, 48), beit),
         ("table", (112, 96), vision_transformer_relpos),
         ("relpos", (64, 80), vision_transformer_relpos),
         ("swin", (96, 64), vision_transformer_relpos),
-        ("beit3", (80, 64), vision_transformer),
     ],
 )
 def test_another_image_size(name, size, module, folders, record):
