@@ -254,14 +254,14 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
         if dialect == "hf":
             return {"resize": "bilinear_antialias", "resize_dtype": "float32", **IMAGENET}
         return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
-    plain = vit.relative_bias is not None  # BEiT's
+    biased = vit.relative_bias is not None  # BEiT's, preprocessed like AugReg's
     if vit.attention_norm and vit.key_bias:  # BEiT-3's
         return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
-    if (vit.pre_norm or not vit.key_bias) and not plain:  # CLIP's, and EVA's
+    if (vit.pre_norm or not vit.key_bias) and not biased:  # CLIP's, and EVA's
         return {"resize": "bicubic_antialias", "aspect": "keep", **CLIP}
     if vit.pool == "map":
         return {"resize": "bicubic_antialias", **HALF}
-    if (vit.distillation != "none" or vit.layer_scale is not None) and not plain:
+    if (vit.distillation != "none" or vit.layer_scale is not None) and not biased:
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.875, **IMAGENET}
     if dialect == "timm":  # AugReg's, and BEiT's
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.9, **HALF}
