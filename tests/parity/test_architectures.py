@@ -12,7 +12,7 @@ import timm
 from timm.models._hub import save_config_for_hf
 from timm.models._registry import _deprecated_models, _model_to_module
 
-from parity import test_resnet, test_timm_eva, test_transformers, timm_cases
+from parity import test_resnet, test_timm_eva, test_timm_relative, test_transformers, timm_cases
 from parity.references import agree, interpreted, load, randomise, save, theirs, truth_of_timm
 from vit_jax.checkpoints import architectures, sidecars
 from vit_jax.errors import UserError
@@ -79,16 +79,20 @@ def test_every_name_is_known_or_refused():
         assert architectures.named("timm", {"architecture": f"{name}.some_tag"}) == name
     known = collections.Counter(_model_to_module[name] for name in architectures.TIMM)
     assert known == {
-        "vision_transformer": 128,
+        "vision_transformer": 133,
         "eva": 59,
+        "vision_transformer_relpos": 14,
+        "beit": 7,
         "deit": 16,
         "vision_transformer_hybrid": 9,
         "resnetv2": 6,
     }
     beside = collections.Counter(_model_to_module[name] for name in refused)
     assert {name: beside[name] for name in known} == {
-        "vision_transformer": 35,
+        "vision_transformer": 30,
         "eva": 6,
+        "vision_transformer_relpos": 0,
+        "beit": 0,
         "deit": 0,
         "vision_transformer_hybrid": 5,
         "resnetv2": 14,
@@ -109,7 +113,7 @@ def test_one_of_each_group_computes_the_same(groups, tmp_path, record):
     """Those that no case of the other files is of: what a case changes there are sizes alone."""
     sizes = {"depth", "img_size", "embed_dim", "num_heads", "num_classes", "patch_size", "in_chans"}
     cases = (*timm_cases.CASES.values(), *test_resnet.CASES.values())
-    cases = (*cases, *test_timm_eva.CASES.values())
+    cases = (*cases, *test_timm_eva.CASES.values(), *test_timm_relative.CASES.values())
     compared = {case.name for case in cases if set(case.changes) <= sizes}
     for names in groups:
         if compared & set(names):
@@ -129,7 +133,7 @@ def test_one_of_each_group_computes_the_same(groups, tmp_path, record):
 @pytest.mark.parametrize(
     "name, changes, reason",
     [
-        ("vit_base_patch16_rpn_224", {}, "'vit_base_patch16_rpn_224', which is not known"),
+        ("vit_base_patch16_xp_224", {}, "'vit_base_patch16_xp_224', which is not known"),
         ("eva02_enormous_patch14_clip_224", {}, "_enormous_patch14_clip_224', which is not known"),
         ("vit_base_patch16_224", dict(qk_norm=True), "q_norm.* belongs to no part"),
         ("vit_base_patch16_224", dict(global_pool="avgmax"), "global_pool 'avgmax'"),
@@ -153,8 +157,6 @@ def test_what_is_no_plain_vit_is_refused(name, changes, reason, tmp_path):
         ("vit_small_patch16_18x2_224", "mlp.fc1.weight is missing"),  # parallel branches
         ("vit_pwee_patch16_reg1_gap_256", "missing"),  # attention beside the MLP
         ("vit_base_patch16_rope_224", "names of timm's eva.py"),
-        ("beit_base_patch16_224", "names of timm's eva.py"),
-        ("vit_relpos_base_patch16_224", "missing|belongs to no part"),
     ],
 )
 def test_keys_are_accounted_for_whatever_the_user_says(name, reason):
@@ -165,12 +167,16 @@ def test_keys_are_accounted_for_whatever_the_user_says(name, reason):
 def test_arguments_that_weights_show_are_arguments_of_timms():
     import inspect
 
+    from timm.models.beit import Beit
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
     theirs = set(inspect.signature(VisionTransformer).parameters)
     assert theirs > architectures.TIMM_ARGS
     assert set(inspect.signature(Eva).parameters) > architectures.EVA_ARGS
+    assert set(inspect.signature(Beit).parameters) > architectures.BEIT_ARGS
+    assert set(inspect.signature(VisionTransformerRelPos).parameters) > architectures.RELPOS_ARGS
     assert theirs - architectures.TIMM_ARGS == {
         *("pool_include_prefix", "dynamic_img_pad", "embed_layer", "embed_norm_layer"),
         *("norm_layer", "block_fn", "mlp_layer", "attn_layer", "device", "dtype"),
@@ -190,9 +196,14 @@ def test_every_class_of_transformers_is_known_or_refused():
     for kind in refused:
         with pytest.raises(UserError, match=f"architecture {kind!r}, which is not known"):
             architectures.named("hf", {"model_type": kind})
-    assert {"beit", "data2vec-vision", "siglip2", "yolos", "dpt"} <= refused
+    assert {"siglip2", "yolos", "dpt"} <= refused
     assert {"vit_hybrid", "vitpose_backbone", "pe_audio"} & set(CONFIG_MAPPING_NAMES) <= refused
-    for name in ("Dinov2Backbone", "SiglipForImageClassification", "ViTMSNForImageClassification"):
+    for name in (
+        "BeitForMaskedImageModeling",
+        "Dinov2Backbone",
+        "SiglipForImageClassification",
+        "ViTMSNForImageClassification",
+    ):
         with pytest.raises(UserError, match=f"architecture {name!r}, which is not known"):
             architectures.named("hf", {"architectures": [name], "model_type": "vit"})
 
@@ -214,7 +225,8 @@ def test_a_bare_file_of_the_perception_encoder_is_recognised(tmp_path):
 
 def test_an_export_names_what_timm_calls_it(tmp_path):
     """Of the sizes that timm has, all but these are named; the same architectures once."""
-    plain = architectures.TIMM - architectures.TIMM_EVA
+    others = architectures.TIMM_EVA | architectures.TIMM_BEIT | architectures.TIMM_RELPOS
+    plain = architectures.TIMM - others
     names = [name for name in plain if not name.startswith("resnet")]
     found = {}
     for name in names:

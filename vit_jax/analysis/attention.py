@@ -78,10 +78,10 @@ def position_similarity(model: Model) -> Float[np.ndarray, "gh gw gh gw"]:
             "this model has no position embeddings to compare: its position is 'rope', which "
             "rotates queries and keys, and adds nothing to the tokens"
         )
-    if config.position == "relative":
+    if config.position in ("relative", "relative_bias"):
         raise UserError(
-            "this model has no position embeddings to compare: its position is 'relative', which "
-            "embeds offsets between patches, not places"
+            "this model has no position embeddings to compare: its position is "
+            f"{config.position!r}, which embeds offsets between patches, not places"
         )
     table = model.positions()
     if config.position_at == "layers":

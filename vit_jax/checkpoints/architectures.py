@@ -97,6 +97,28 @@ TIMM = TIMM_EVA | frozenset(
     vit_xsmall_patch16_clip_224
     """.split()
 )
+# Of beit.py and vision_transformer_relpos.py, and others with norms of their own.
+TIMM_BEIT = frozenset(
+    """
+    beit_base_patch16_224 beit_base_patch16_384 beit_large_patch16_224 beit_large_patch16_384
+    beit_large_patch16_512 beitv2_base_patch16_224 beitv2_large_patch16_224
+    """.split()
+)
+TIMM_RELPOS = frozenset(
+    """
+    test_vit_relpos vit_relpos_base_patch16_224 vit_relpos_base_patch16_cls_224
+    vit_relpos_base_patch16_clsgap_224 vit_relpos_base_patch16_plus_240
+    vit_relpos_base_patch16_rpn_224 vit_relpos_base_patch32_plus_rpn_256
+    vit_relpos_medium_patch16_224 vit_relpos_medium_patch16_cls_224
+    vit_relpos_medium_patch16_rpn_224 vit_relpos_small_patch16_224 vit_relpos_small_patch16_rpn_224
+    vit_srelpos_medium_patch16_224 vit_srelpos_small_patch16_224
+    """.split()
+)
+TIMM |= TIMM_BEIT | TIMM_RELPOS
+TIMM |= {
+    *("beit3_base_patch16_224", "beit3_giant_patch14_224", "beit3_giant_patch14_336"),
+    *("beit3_large_patch16_224", "vit_base_patch16_rpn_224"),
+}
 # transformers 5.23: model_type -> classes.
 HF = {
     "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
@@ -113,6 +135,8 @@ HF = {
     "vit_msn": ("ViTMSNModel",),
     "ijepa": ("IJepaModel", "IJepaForImageClassification"),
     "dinov3_vit": ("DINOv3ViTModel",),
+    "beit": ("BeitModel", "BeitForImageClassification"),
+    "data2vec-vision": ("Data2VecVisionModel", "Data2VecVisionForImageClassification"),
     "siglip": ("SiglipModel", "SiglipVisionModel"),
     "siglip_vision_model": ("SiglipVisionModel",),
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -137,6 +161,21 @@ EVA_ARGS = frozenset(
     use_pre_transformer_norm
     """.split()
 )
+BEIT_ARGS = frozenset(
+    """
+    img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads qkv_bias
+    mlp_ratio swiglu_mlp scale_mlp drop_rate pos_drop_rate proj_drop_rate attn_drop_rate
+    drop_path_rate init_values use_abs_pos_emb use_rel_pos_bias use_shared_rel_pos_bias
+    head_init_scale use_fc_norm
+    """.split()
+)
+RELPOS_ARGS = frozenset(
+    """
+    img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads mlp_ratio
+    qkv_bias qk_norm init_values class_token fc_norm rel_pos_type rel_pos_dim shared_rel_pos
+    drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init act_layer
+    """.split()
+)
 UNNAMED = (
     "is not named, and no key shows it: no rotary positions, softmax attention scaled by "
     "head_dim^-0.5, each norm before its branch, and only the patches averaged where any are"
@@ -152,6 +191,12 @@ def current(name: str) -> str:
     name = re.sub(r"_bitm$", "_bit", name)
     name = re.sub(r"_bit_(distilled|teacher|teacher_384)$", "_bit", name)
     return re.sub(r"_resnet50_(224|384)$", r"_r50_s16_\1", name)
+
+
+def arguments(name: str) -> frozenset[str]:
+    """The arguments of a timm architecture that may be given in a config.json."""
+    kinds = {TIMM_EVA: EVA_ARGS, TIMM_BEIT: BEIT_ARGS, TIMM_RELPOS: RELPOS_ARGS}
+    return next((args for names, args in kinds.items() if name in names), TIMM_ARGS)
 
 
 def named(dialect: str, config: Mapping[str, Any], given: str | None = None) -> str | None:

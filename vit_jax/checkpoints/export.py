@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import programs, sidecars, sidecars_eva
+from vit_jax.checkpoints import programs, sidecars, sidecars_eva, sidecars_relative
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_weights
@@ -32,6 +32,7 @@ from vit_jax.checkpoints.tables import (
     native,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
@@ -75,10 +76,13 @@ def choose(format: str, config: ModelConfig) -> Dialect:
     if format == "hf":
         if sidecars_eva.is_dinov3(config):
             return HF_DINOV3
+        if sidecars_relative.is_hf_beit(config):
+            return HF_BEIT
         if config.pool == "map" or config.pre_norm:
             return HF_SIGLIP
         return HF_DINOV2 if config.layer_scale is not None else HF_VIT
-    timm = TIMM_EVA if sidecars_eva.is_eva(config) else TIMM
+    eva, biased = sidecars_eva.is_eva(config), config.relative_bias is not None
+    timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else TIMM
     return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
 
 
@@ -130,11 +134,18 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     if dialect in (GOOGLE, BIG_VISION):
         allowed |= {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["pool"] = ("token", "gap") if dialect is GOOGLE else ("token", "gap", "map")
+    elif dialect in (TIMM, TIMM_EVA) and config.relative_bias is not None:
+        yield from sidecars_relative.cannot(config)
+    elif dialect is HF_BEIT:
+        yield from sidecars_relative.hf_cannot(config)
     elif dialect is TIMM:
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
         if config.resnet is not None:
             allowed |= {"distillation": ("none",), "mlp": ("gelu",)}
+        if config.res_post_norm:  # which in timm is without these
+            allowed |= {"layer_scale": (None,), "mlp": ("gelu",), "attention_norm": (False,)}
+            allowed |= {"mlp_norm": (False,), "distillation": ("none",), "pre_norm": (False,)}
     elif dialect is TIMM_EVA:
         yield from sidecars_eva.cannot(config)
     elif dialect is HF_DINOV3:
@@ -156,9 +167,14 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     if dialect.name != "vit_jax":
         allowed["position_at"] = ("input",)
         if dialect not in (TIMM_EVA, HF_DINOV3):
-            allowed |= {"rotary": (None,), "key_bias": (True,)}
+            allowed["rotary"] = (None,)
+            allowed["key_bias"] = (True, dialect is not HF_BEIT)
+        if dialect not in (TIMM, TIMM_EVA):
+            allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "res_post_norm": (False,)}
+        if dialect not in (TIMM, TIMM_EVA, HF_BEIT):
+            allowed["relative_bias"] = (None,)
         if dialect is not TIMM_EVA:
-            allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "final_norm": (True,)}
+            allowed["final_norm"] = (True, dialect is not HF_BEIT)
             allowed |= {"pool_heads": (None, config.num_heads), "pool_prefix": (False,)}
             allowed["pool_mlp_dim"] = (None, config.mlp_dim)
     if config.position == "relative" and dialect.name != "vit_jax":
@@ -192,6 +208,8 @@ def _written_prefix(dialect: Dialect, config: ModelConfig) -> str:
         return ""
     if dialect is HF_VIT:
         return "vit." if config.distillation == "none" else "deit."
+    if dialect is HF_BEIT:
+        return "beit."
     if dialect is HF_DINOV2:
         return "dinov2_with_registers." if config.registers else "dinov2."
     return ""
@@ -262,7 +280,7 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
     if dialect in (TIMM, TIMM_EVA):
-        settings["pool"] = config.pool
+        settings |= {"pool": config.pool, "res_post_norm": config.res_post_norm}
     if dialect in (TIMM, TIMM_EVA, HF_DINOV3):
         settings["rotary"] = config.rotary
     if dialect is TIMM_EVA:
@@ -297,9 +315,10 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
         return found
     if format in ("google", "big_vision") and config.gelu != "tanh":
         found["gelu"] = f"{config.gelu}, where {format}'s code computes tanh"
-    timm = 1e-5 if config.pre_norm else 1e-6
+    timm = 1e-5 if config.pre_norm or sidecars_relative.is_beit3(config) else 1e-6
     if dialect is TIMM_EVA:
         timm = (sidecars_eva.timm_eva(config) or ("", timm))[1]
+        timm = 1e-6 if config.relative_bias is not None else timm
     usual = {"google": 1e-6, "big_vision": 1e-6, "timm": timm}
     if config.layernorm_eps != usual.get(format, config.layernorm_eps):
         found["layernorm_eps"] = f"{config.layernorm_eps:g}, where {format} has {usual[format]:g}"
@@ -392,7 +411,8 @@ def save(
         for name, content in files.items():
             write_atomically(os.path.join(path, name), json.dumps(content, indent=2))
         if format == "timm" and isinstance(config, ViTConfig) and not sidecars.timm_name(config):
-            unnamed = "" if sidecars_eva.is_eva(config) else "timm has no name for these sizes: "
+            others = config.relative_bias is not None or sidecars_eva.is_eva(config)
+            unnamed = "" if others else "timm has no name for these sizes: "
             notes["architecture"] = (
                 f"{unnamed}config.json has {files['config.json']['architecture']} and, in "
                 "model_args, what makes it this one"

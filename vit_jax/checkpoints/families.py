@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoints import architectures, families_eva
+from vit_jax.checkpoints import architectures, families_eva, families_relative
 from vit_jax.checkpoints.card import numbers
 from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
@@ -85,6 +85,8 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["layernorm_eps"] = 1e-6  # where the others have 1e-12
     if config.get("pooler_act", "tanh") != "tanh":
         raise UserError(f"config.json: pooler_act {config['pooler_act']!r}; expected 'tanh'")
+    if config.get("model_type") in ("beit", "data2vec-vision"):
+        found["pool"] = "gap" if config.get("use_mean_pooling", True) else "token"
     if config.get("model_type") == "dinov3_vit":
         found |= {"layernorm_eps": 1e-5, "position": "rope"}
         found["rotary"] = Rotary(base=float(config.get("rope_theta", 100.0)))
@@ -113,7 +115,7 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
     settings = {**config, **(config.get("model_args") or {})}
-    known = architectures.EVA_ARGS if name in architectures.TIMM_EVA else architectures.TIMM_ARGS
+    known = architectures.arguments(name)
     for arg, value in (config.get("model_args") or {}).items():
         # None, False and "" are timm's unset values.
         if arg not in known and value not in (None, False, ""):
@@ -133,7 +135,7 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["gelu"] = "tanh" if _TIMM_TANH.search(name) else "erf"
     if name:
         found["layernorm_eps"] = 1e-5 if "_clip_" in name else 1e-6
-        found |= families_eva.said(name)
+        found |= families_eva.said(name) | families_relative.said(name)
     if "num_heads" in settings:
         found["num_heads"] = settings["num_heads"]
     elif name == "vit_base_patch16_gap_224" or "giantopt" in name:
@@ -159,6 +161,9 @@ def _timm_size(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def position_resize(dialect: str, vit: ModelConfig) -> str:
     """How a family resizes position embeddings (see models/posembed.py)."""
+    bias = getattr(vit, "relative_bias", None)
+    if bias is not None and dialect in ("timm", "hf"):
+        return "geometric" if dialect == "timm" else "bilinear"
     if dialect == "hf" and isinstance(vit, ViTConfig):
         return "bicubic_antialias" if vit.registers else "bicubic"
     return "bicubic_antialias" if dialect == "timm" else "zoom"
@@ -182,7 +187,8 @@ def default_heads(width: int, mlp: str, rotary: bool = False) -> int | None:
 def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, float]:
     """Default activation and LayerNorm epsilon of a code base's models, given the known fields."""
     if dialect == "timm":
-        return "erf", 1e-5 if fields.get("pre_norm") else 1e-6
+        clip = fields.get("pre_norm") or fields.get("attention_norm")  # and BEiT-3
+        return "erf", 1e-5 if clip else 1e-6
     if dialect == "hf":
         if fields.get("pre_norm"):
             return "quick", 1e-5
@@ -190,6 +196,8 @@ def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, floa
             return "tanh", 1e-6
         if fields.get("position") == "rope":
             return "erf", 1e-5
+        if not fields.get("key_bias", True):  # BEiT's
+            return "erf", 1e-12
         return "erf", 1e-6 if fields.get("layer_scale") else 1e-12
     return "tanh", 1e-6
 
@@ -246,13 +254,16 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
         if dialect == "hf":
             return {"resize": "bilinear_antialias", "resize_dtype": "float32", **IMAGENET}
         return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
-    if vit.pre_norm or not vit.key_bias:  # CLIP's, and EVA's
+    biased = vit.relative_bias is not None  # BEiT's, preprocessed like AugReg's
+    if vit.attention_norm and vit.key_bias:  # BEiT-3's
+        return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
+    if (vit.pre_norm or not vit.key_bias) and not biased:  # CLIP's, and EVA's
         return {"resize": "bicubic_antialias", "aspect": "keep", **CLIP}
     if vit.pool == "map":
         return {"resize": "bicubic_antialias", **HALF}
-    if vit.distillation != "none" or vit.layer_scale is not None:
+    if (vit.distillation != "none" or vit.layer_scale is not None) and not biased:
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.875, **IMAGENET}
-    if dialect == "timm":  # augreg
+    if dialect == "timm":  # AugReg's, and BEiT's
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.9, **HALF}
     return {"resize": "bilinear_antialias", **HALF}
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vit_jax.checkpoints import families
+from vit_jax.checkpoints import families, families_relative
 from vit_jax.checkpoints.files import Weights
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import (
@@ -18,6 +18,7 @@ from vit_jax.checkpoints.tables import (
     TIMM,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
 
@@ -65,9 +66,18 @@ def infer(
     if "attention_pool/probe" in found:
         hidden = axis("attention_pool/mlp/fc1/kernel", "o")
         fields["pool_mlp_dim"] = None if hidden == fc2 else hidden
+    bias = families_relative.shown(found, axis)
+    fields["relative_bias"] = bias and bias[0]
+    if bias and dialect is TIMM and "blocks/scale1" not in found and "res_post_norm" not in given:
+        raise UserError(
+            f"{weights.path} has names of timm's vision_transformer_relpos.py, and no key shows "
+            "whether its norms are before or behind each branch: say which of its models it is, "
+            'architecture="NAME", or --set architecture=NAME'
+        )
     # Of timm's models with these keys, the Perception Encoder alone has both.
     perception = dialect is TIMM and fields["pre_norm"] and "attention_pool/probe" in found
-    if (dialect is TIMM_EVA or perception) and "rotary" not in given:
+    eva = dialect is TIMM_EVA and bias is None  # BEiT's bias goes without
+    if (eva or perception) and "rotary" not in given:
         raise UserError(
             f"{weights.path} has names of timm's eva.py, whose rotary positions no key shows: "
             'say which of its models it is, architecture="NAME", or --set architecture=NAME'
@@ -75,7 +85,7 @@ def infer(
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
         "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
-        "pos_embed": dialect in (BIG_VISION, TIMM, TIMM_EVA, HF_DINOV3),
+        "pos_embed": dialect in (BIG_VISION, TIMM, TIMM_EVA, HF_DINOV3, HF_BEIT),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)
@@ -86,7 +96,10 @@ def infer(
         fields |= each.row.says
 
     wide_head = "head/kernel" in found and axis("head/kernel", "i") == 2 * width
-    fields["pool"] = _pool(weights, found, fields, wide_head, given.get("pool"))
+    pool = given.get("pool")
+    if dialect is HF_BEIT and "norm/scale" not in found:  # a model that leaves the mean to others
+        fields["final_norm"], pool = False, pool or "gap"
+    fields["pool"] = _pool(weights, found, fields, wide_head, pool)
     if dialect is TIMM and "dist_token" in found and not fields["num_classes"]:
         assumed["pool"] = "alone, where timm's output without a head is the mean with dist_token"
     if ("cls_token" in found) != (fields["pool"] in ("token", "token_gap")):
@@ -95,6 +108,8 @@ def infer(
     qkv = found.get("blocks/attention/qkv/kernel")
     if qkv and qkv.row.heads_apart:
         fields["num_heads"] = axis("blocks/attention/qkv/kernel", "h")
+    elif bias:
+        fields["num_heads"] = bias[1]
     elif "num_heads" not in given:
         heads = families.default_heads(width, fields["mlp"], dialect is HF_DINOV3)
         if heads is None:
@@ -119,6 +134,12 @@ def infer(
     fields |= {k: v for k, v in given.items() if k not in ("image_size", "pool", "resnet")}
     fields["patch_size"] = pair(fields["patch_size"], "patch_size")
     fields |= _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
+    (h, w), (ph, pw) = fields["image_size"], fields["patch_size"]
+    if dialect is HF_BEIT and bias and h // ph != w // pw:
+        raise UserError(
+            f"{weights.path}: its position bias is of a grid of {h // ph}x{w // pw}, and "
+            "transformers' code mixes up both sides of one that is not square: it is not read"
+        )
     return fields
 
 
@@ -220,8 +241,15 @@ def _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
         if len(wanted) != 2 or not all(isinstance(s, int) and s > 0 for s in wanted):
             raise UserError(f"{weights.path}: image_size {given['image_size']!r} is no (h, w)")
     if "pos_embed" not in found:
-        position = "sincos2d" if dialect is BIG_VISION else "none"
-        if dialect is HF_DINOV3 or given.get("rotary") is not None:
+        position, bias = "sincos2d" if dialect is BIG_VISION else "none", fields["relative_bias"]
+        if bias is not None:
+            position = "relative_bias"
+            given_grid = wanted and (wanted[0] // ph, wanted[1] // pw)
+            grid = families_relative.grid_of(
+                weights.path, bias, int("cls_token" in found), axis, given_grid
+            )
+            wanted = wanted if grid is None else (grid[0] * ph, grid[1] * pw)
+        elif dialect is HF_DINOV3 or given.get("rotary") is not None:
             position = "rope"
         elif "position" in given:
             position = given["position"]

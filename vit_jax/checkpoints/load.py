@@ -161,7 +161,8 @@ def load(
         .npz of Google's code bases; a .safetensors of timm or Hugging Face, or the folder it is
         in; "hf:owner/name" or "gs://..." for the same (see `published.fetch`).
       image_size: another (h, w) in pixels, or one number for a square: the position embedding is
-        resized to its grid (paper, section 3.2); relative ones cannot be resized.
+        resized to its grid (paper, section 3.2), a position bias as well (see `relative.resize`);
+        learned embeddings of offsets (`relative`) cannot be resized.
       patch_size: another (h, w): the patch embedding is resampled (FlexiViT, arXiv 2212.08013).
       in_channels: another number of channels (see `posembed.adapt_channels`).
       num_classes: replaces the trained head by a zero head with this many classes.

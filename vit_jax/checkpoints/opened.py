@@ -172,10 +172,10 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     if config.patch_outputs:
         known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
     rows = config.num_position_prefix
-    with_rows = "" if config.position == "rope" else f", {rows} with positions"
+    with_rows = "" if config.position in ("rope", "relative_bias") else f", {rows} with positions"
     prefix = ", ".join(name for name, there in tokens.items() if there)
     where = "" if config.position_at == "input" else f", at {config.position_at}"
-    rotary = "" if config.rotary is None else f"; {config.rotary}"
+    beside = [f"; {each}" for each in (config.rotary, config.relative_bias) if each is not None]
     return {
         **known,
         "sizes": f"width {config.width}, depth {config.depth}, MLP {config.mlp_dim} "
@@ -183,9 +183,10 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "image": image,
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
-        "positions": config.position + where + rotary,
+        "positions": config.position + where + "".join(beside),
         "pooling": config.pool + (", then LayerNorm" if config.norm_after_pool else ""),
-        "GELU": f"{config.gelu}, LayerNorm eps {config.layernorm_eps:g}",
+        "GELU": f"{config.gelu}, LayerNorm eps {config.layernorm_eps:g}"
+        + (", behind each branch" if config.res_post_norm else ""),
         "head": f"{config.num_classes} classes"
         + (f", hidden tanh of {config.representation_size}" if config.representation_size else ""),
     }

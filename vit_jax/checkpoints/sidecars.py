@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from vit_jax.checkpoints import sidecars_eva
+from vit_jax.checkpoints import sidecars_eva, sidecars_relative
 from vit_jax.checkpoints.architectures import TIMM
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -40,6 +40,9 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
     if sidecars_eva.is_dinov3(vit):
         kind, name = "dinov3_vit", "DINOv3ViTModel"
         config |= sidecars_eva.hf_config(vit)
+    elif sidecars_relative.is_hf_beit(vit):
+        kind, name, beside = sidecars_relative.hf_config(vit)
+        config |= beside
     elif vit.pool == "map":
         kind, name = "siglip_vision_model", "SiglipVisionModel"
     elif vit.pre_norm:
@@ -85,6 +88,8 @@ def _hf_processor(kind: str, pre: Preprocess) -> dict[str, Any]:
     h, w = pre.image_size
     classes = {
         "deit": "DeiTImageProcessor",
+        "beit": "BeitImageProcessor",
+        "data2vec-vision": "BeitImageProcessor",
         "dinov2": "BitImageProcessor",
         "dinov2_with_registers": "BitImageProcessor",
         "dinov3_vit": "DINOv3ViTImageProcessor",
@@ -203,8 +208,10 @@ def timm_name(vit: ViTConfig) -> str | None:
     size = _TIMM_SIZES.get((vit.width, vit.depth, vit.num_heads, vit.mlp_dim))
     (patch, across), learned = vit.patch_size, vit.position == "learned"
     clip = vit.layernorm_eps == 1e-5
-    if sidecars_eva.is_eva(vit):
+    if vit.relative_bias is not None or sidecars_eva.is_eva(vit):
         return None
+    if vit.res_post_norm or vit.attention_norm or vit.mlp_norm:
+        return sidecars_relative.timm_name(vit, size)
     if size is None or patch != across or not learned or vit.pre_norm != clip:
         return None
     swiglu = size == "giant" and vit.width == 1536
@@ -251,6 +258,8 @@ def _timm_named(names: dict[Any, Any], sizes: tuple[tuple[int, ...], int]) -> An
 
 def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
     """A timm architecture, and the arguments that turn it into this model."""
+    if vit.relative_bias is not None:
+        return sidecars_relative.timm_args(vit, sidecars_eva.timm_sizes(vit))
     if sidecars_eva.is_eva(vit):
         return sidecars_eva.timm_args(vit)
     gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
@@ -268,6 +277,10 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "pre_norm": vit.pre_norm,
         "act_layer": gelus[vit.gelu],
     }
+    other, norms = sidecars_relative.timm_norms(vit)
+    args |= norms
+    if other:
+        return other, args
     if name := timm_name(vit):
         if vit.mlp == "swiglu":
             del args["act_layer"]

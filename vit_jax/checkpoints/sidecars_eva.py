@@ -27,7 +27,8 @@ _ARCHITECTURES: dict[tuple[Rotary | None, bool, bool], tuple[str, float]] = {
 
 def is_eva(vit: ViTConfig) -> bool:
     """Whether a model has what only timm's eva.py has."""
-    parts = vit.attention_norm or vit.mlp_norm or vit.pool_prefix or not vit.final_norm
+    norms = (vit.attention_norm or vit.mlp_norm) and vit.mlp == "swiglu"  # BEiT-3's MLP is not
+    parts = norms or vit.pool_prefix or not vit.final_norm
     return vit.rotary is not None or not vit.key_bias or parts
 
 
@@ -41,6 +42,8 @@ def timm_eva(vit: ViTConfig) -> tuple[str, float] | None:
 
 def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     """Yields config fields (with values) that no model of eva.py has."""
+    if vit.res_post_norm:
+        yield "res_post_norm", True
     found = timm_eva(vit)
     if found is None:
         other = (vit.rotary, not vit.key_bias, vit.final_norm) in _ARCHITECTURES

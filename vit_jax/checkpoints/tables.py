@@ -9,6 +9,7 @@ from vit_jax.checkpoints.rows import layer_rows as _each
 from vit_jax.checkpoints.rows import linear_rows as _linear
 from vit_jax.checkpoints.rows import norm_rows as _norm
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL
+from vit_jax.checkpoints.tables_relative import HF_BEIT, INDEX, TIMM_RELPOS_BIAS
 
 _FLAX = {"kernel": "/kernel", "bias": "/bias"}
 
@@ -180,7 +181,8 @@ BIG_VISION = Dialect(
 
 _DISTILLED = {"distillation": "head"}
 
-# huggingface/pytorch-image-models: timm/models/vision_transformer.py, deit.py
+# huggingface/pytorch-image-models: timm/models/vision_transformer.py, deit.py, and
+# vision_transformer_relpos.py
 TIMM = Dialect(
     "timm",
     ("patch_embed.proj.weight",),
@@ -201,9 +203,12 @@ TIMM = Dialect(
         *_norm("pre_norm", "norm_pre"),
         *_norm("blocks/norm1", "blocks.{}.norm1"),
         *torch_attention("blocks/attention", ["blocks.{}.attn.qkv."], "blocks.{}.attn.proj"),
+        *_norm("blocks/attention/norm", "blocks.{}.attn.norm"),
+        *TIMM_RELPOS_BIAS,
         Row("blocks/scale1", ("blocks.{}.ls1.gamma",), "d -> d"),
         *_norm("blocks/norm2", "blocks.{}.norm2"),
         *_linear("blocks/mlp/fc1", "blocks.{}.mlp.fc1"),
+        *_norm("blocks/mlp/norm", "blocks.{}.mlp.norm"),
         *_linear("blocks/mlp/fc2", "blocks.{}.mlp.fc2"),
         Row("blocks/scale2", ("blocks.{}.ls2.gamma",), "d -> d"),
         *(dataclasses.replace(r, says={"norm_after_pool": False}) for r in _norm("norm", "norm")),
@@ -212,7 +217,7 @@ TIMM = Dialect(
         *_linear("head", "head"),
         *_linear("head_dist", "head_dist"),
     ),
-    leftover=(r"mask_token$", r"decoder_"),
+    leftover=(r"mask_token$", r"decoder_", INDEX),
     resnet_style="timm_v1",
 )
 
@@ -399,9 +404,9 @@ RESNET_TIMM = Dialect(
     resnet_style="timm_v2",
 )
 
-# In the order of detection: DINOv2's files have HF_VIT's marker, too, and EVA's have TIMM's.
+# In the order of detection: DINOv2's and BEiT's files have HF_VIT's marker, too, EVA's have TIMM's.
 FOREIGN = (
-    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM, HF_DINOV3, HF_DINOV2, HF_SIGLIP, HF_VIT),
+    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM, HF_DINOV3, HF_DINOV2, HF_BEIT, HF_SIGLIP, HF_VIT),
     *(FLAX_DINOV2, FLAX_CLIP, FLAX_VIT),
     *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),
 )

@@ -12,6 +12,7 @@ from vit_jax.checkpoints.rows import (
     norm_rows,
     torch_attention,
 )
+from vit_jax.checkpoints.tables_relative import INDEX, TIMM_BEIT_BIAS
 
 
 def _as(rows: Iterable[Row], only: dict[str, Any] | None = None, **says: Any) -> list[Row]:
@@ -44,12 +45,12 @@ TIMM_POOL = (
     *linear_rows("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
 )
 
-# huggingface/pytorch-image-models: timm/models/eva.py
+# huggingface/pytorch-image-models: timm/models/eva.py, beit.py
 TIMM_EVA = Dialect(
     "timm",
     (
         *("blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight"),
-        "blocks.0.mlp.fc1_g.weight",
+        *("blocks.0.mlp.fc1_g.weight", *(row.keys("", 0)[0] for row in TIMM_BEIT_BIAS)),
     ),
     (
         *conv_rows("patch_embed.proj"),
@@ -75,6 +76,7 @@ TIMM_EVA = Dialect(
         *_as([Row(_BIAS, (f"{_ATTENTION}.qkv.bias",), _LAYOUT)], key_bias=True),
         *norm_rows("blocks/attention/norm", f"{_ATTENTION}.norm"),
         Row("blocks/attention/rotary_freqs", ("rope.freqs",), "a l h k -> l a h k", whole=True),
+        *TIMM_BEIT_BIAS,
         Row("blocks/scale1", ("blocks.{}.gamma_1",), "d -> d"),
         *norm_rows("blocks/norm2", "blocks.{}.norm2"),
         *_as(_gated(_GATE), only=_WITH_NORM, mlp="swiglu"),
@@ -88,7 +90,7 @@ TIMM_EVA = Dialect(
         *TIMM_POOL,
         *linear_rows("head", "head"),
     ),
-    leftover=(r"mask_token$",),
+    leftover=(r"mask_token$", INDEX),
 )
 
 

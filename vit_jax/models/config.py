@@ -7,12 +7,16 @@ from typing import Any
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.lora import Lora
+from vit_jax.models.relative import RelativeBias
 from vit_jax.models.rotary import Rotary
 
 CHOICES = {
     "pool": ("token", "gap", "map", "token_gap"),
     "distillation": ("none", "token", "head"),
-    "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "rope", "none"),
+    "position": (
+        *("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "relative_bias"),
+        *("rope", "none"),
+    ),
     "position_at": ("input", "layers", "layers_shared"),
     "mlp": ("gelu", "swiglu"),
     "gelu": ("tanh", "erf", "quick"),
@@ -56,10 +60,13 @@ class ViTConfig:
       position: position embedding (paper, appendix D.4): a table with a row for each token
         (`learned`), tables for rows and columns, concatenated (`learned2d`) or added
         (`learned2d_added`), fixed sines and cosines (`sincos2d`), learned embeddings of the offsets
-        between patches that add to the attention logits (`relative`), rotary positions (`rope`), or
+        between patches whose products with queries add to the attention logits (`relative`), a
+        bias of these logits for each offset (`relative_bias`), rotary positions (`rope`), or
         `none`.
       rotary: how queries and keys are rotated, with `rope` or beside another embedding; None is not
         at all, with `rope` as DINOv3 does.
+      relative_bias: what adds to attention logits, with `relative_bias` or beside another
+        embedding; None is nothing, with `relative_bias` as in BEiT.
       position_at: where learned tables are added: at the `input`, before every layer with tables of
         its own (`layers`), or before every layer with the same ones (`layers_shared`).
       position_prefix: how many tokens before the patches have a row in the table; None is all.
@@ -75,6 +82,8 @@ class ViTConfig:
       layernorm_eps: epsilon of every LayerNorm.
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
       pre_norm: whether a LayerNorm follows the positions (CLIP).
+      res_post_norm: whether each block's LayerNorms are at the ends of its two branches, not at
+        their starts (Swin V2, arXiv 2111.09883).
       norm_after_pool: whether the last LayerNorm is behind the pooling (MAE's fc_norm).
       final_norm: whether there is such a last LayerNorm; in most of the Perception Encoders (arXiv
         2504.13181) there is none.
@@ -116,6 +125,7 @@ class ViTConfig:
     registers: int = 0
     position: str = "learned"
     rotary: Rotary | None = None
+    relative_bias: RelativeBias | None = None
     position_at: str = "input"
     position_prefix: int | None = None
     representation_size: int | None = None
@@ -127,6 +137,7 @@ class ViTConfig:
     layernorm_eps: float = 1e-6
     layer_scale: float | None = None
     pre_norm: bool = False
+    res_post_norm: bool = False
     norm_after_pool: bool = False
     final_norm: bool = True
     pool_heads: int | None = None
@@ -198,10 +209,12 @@ class ViTConfig:
                 f"model.position_at {self.position_at!r} is for learned tables; model.position "
                 f"{self.position!r} goes with 'input' alone"
             )
-        if self.position == "relative" and self.attention == "cudnn":
+        _check_relative_bias(self)
+        if self.biases_logits and self.attention == "cudnn":
+            name = "position 'relative'" if self.relative_bias is None else "relative_bias"
             raise UserError(
-                "model.attention 'cudnn' does not take the bias of model.position 'relative': "
-                "use 'auto' or 'xla'"
+                f"model.attention 'cudnn' does not take the bias of model.{name}: use 'auto' or "
+                "'xla'"
             )
         _check_rotary(self)
         if self.norm_after_pool and not self.final_norm:
@@ -213,12 +226,15 @@ class ViTConfig:
             raise UserError(
                 "model.key_bias is false, and so is model.qkv_bias: set only the latter"
             )
-        whole = (self.position == "relative", self.position_at != "input", self.patch_outputs > 0)
-        for name, needed in zip(("position", "position_at", "patch_outputs"), whole, strict=True):
+        whole = {"position": self.biases_logits, "position_at": self.position_at != "input"}
+        for name, needed in (whole | {"patch_outputs": self.patch_outputs > 0}).items():
             if needed and self.patch_dropout:
+                what = f"{name} {getattr(self, name)!r}"
+                if name == "position" and self.position != "relative":
+                    what = "relative_bias"
                 raise UserError(
-                    f"model.patch_dropout is {self.patch_dropout:g}, but model.{name} "
-                    f"{getattr(self, name)!r} needs all patches: set model.patch_dropout to 0"
+                    f"model.patch_dropout is {self.patch_dropout:g}, but model.{what} needs all "
+                    "patches: set model.patch_dropout to 0"
                 )
         if self.position == "learned2d" and self.width % 2:
             raise UserError(f"position learned2d needs an even width, not {self.width}")
@@ -243,6 +259,11 @@ class ViTConfig:
         """Number of patches, (down, across)."""
         (h, w), (ph, pw) = self.image_size, self.patch_pixels
         return h // ph, w // pw
+
+    @property
+    def biases_logits(self) -> bool:
+        """Whether something adds to attention logits, which cuDNN's kernel is not given."""
+        return self.position == "relative" or self.relative_bias is not None
 
     @property
     def pools_class_token(self) -> bool:
@@ -335,7 +356,8 @@ class ResNetConfig:
 
 
 ModelConfig = ViTConfig | ResNetConfig
-SECTIONS = {"lora": Lora, "rotary": Rotary}  # fields that are dataclasses themselves
+# Fields that are dataclasses themselves.
+SECTIONS = {"lora": Lora, "rotary": Rotary, "relative_bias": RelativeBias}
 FAMILIES = {"vit": ViTConfig, "resnet": ResNetConfig}
 
 
@@ -356,13 +378,24 @@ def _check_choices(config: ModelConfig) -> None:
             raise UserError(f"model.{name} is {value!r}: {nearest(value, choices)}")
 
 
+def _check_relative_bias(config: ViTConfig) -> None:
+    """Sets the default of `relative_bias` with position `relative_bias`."""
+    if config.position == "relative_bias" and config.relative_bias is None:
+        object.__setattr__(config, "relative_bias", RelativeBias())
+    if config.relative_bias is not None and config.position in ("none", "relative", "rope"):
+        raise UserError(
+            f"model.relative_bias does not go with model.position {config.position!r}: set "
+            "model.position to 'relative_bias', or to a table that is added as well"
+        )
+
+
 def _check_rotary(config: ViTConfig) -> None:
     """Sets the default of `rotary` with position `rope`."""
     if config.position == "rope" and config.rotary is None:
         object.__setattr__(config, "rotary", Rotary())
     if config.rotary is None:
         return
-    if config.position in ("none", "relative"):
+    if config.position in ("none", "relative", "relative_bias"):
         raise UserError(
             f"model.rotary does not go with model.position {config.position!r}: set model.position "
             "to 'rope', or to a table that is added as well"

@@ -18,6 +18,7 @@ from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
 from vit_jax.models.linear import linear, split_linear
 from vit_jax.models.lora import LAYERS, adapted, adapted_qkv
+from vit_jax.models.relative import LogitBias
 from vit_jax.models.rotary import mixed, rotate
 from vit_jax.models.stack import Captures, split_key
 
@@ -111,8 +112,9 @@ class Attention(nnx.Module):
     give them a standard deviation of 0.0255 in place of 0.0361 (width 768).
 
     With `relative`, each offset between patches has a learned embedding. The query's product with
-    it is added to the logits (appendix D.4). This always runs on XLA, not on cuDNN. Where keys have
-    no bias, that of the kernel is [2 heads head_dim], of Q and V.
+    it is added to the logits (appendix D.4). This always runs on XLA, not on cuDNN, as does a
+    `relative_bias`, of the block's own or shared. Where keys have no bias, that of the kernel is
+    [2 heads head_dim], of Q and V.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, relative: bool = False):
@@ -131,6 +133,8 @@ class Attention(nnx.Module):
         if relative:
             offsets = 2 * config.grid[0] * config.grid[1] - 1
             self.rel_embed = nnx.Param(positions.INIT(rngs.params(), (offsets, heads, head_dim)))
+        if config.relative_bias is not None and not config.relative_bias.shared:
+            self.relative_bias = logit_bias(config, rngs)
 
     def __call__(
         self,
@@ -140,18 +144,20 @@ class Attention(nnx.Module):
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        logits_bias: Float[Array, "1 h n n"] | None = None,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
         `rotation` is the table of rotary positions, for all images or for each; with learned
-        frequencies, the tokens' places [n 2].
+        frequencies, the tokens' places [n 2]. `logits_bias` is that of all blocks.
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
             q, k, v = self._qkv(x, query)
             if rotation is not None:
                 q, k = self._rotated((q, k), rotation)
-        logits_bias = None
+        if hasattr(self, "relative_bias"):
+            logits_bias = self.relative_bias()
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
             logits_bias = positions.relative_logits(q, embeddings, self.config.num_prefix_tokens)
@@ -193,6 +199,12 @@ class Attention(nnx.Module):
         else:
             parts = split_linear(x, kernel, bias)
         return adapted_qkv(parts, x.astype(dtype), query, self.qkv)
+
+
+def logit_bias(config: ViTConfig, rngs: nnx.Rngs) -> LogitBias:
+    """The parameters of the model's `relative_bias`: of one block, or of all."""
+    sizes = (config.grid, config.num_heads, config.num_prefix_tokens)
+    return LogitBias(config.relative_bias, *sizes, rngs=rngs)
 
 
 def with_key(bias: Float[Array, "parts h k"]) -> Float[Array, "3 h k"]:
@@ -259,7 +271,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-LN encoder block (Eq. 2 and 3).
+    """One pre-LN encoder block (Eq. 2 and 3), or with `res_post_norm` one of Swin V2's.
 
     Dropout follows every dense layer except the QKV projections (appendix B.1).
     """
@@ -285,16 +297,19 @@ class Block(nnx.Module):
         captures: Captures | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        logits_bias: Float[Array, "1 h n n"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 
         `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path. `rotation`
-        is the table of rotary positions.
+        is the table of rotary positions, `logits_bias` the bias that all blocks share.
         """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
+        last = self.config.res_post_norm
 
-        def branch(y, scale, dropout_key, path_key):
+        def branch(y, norm, scale, dropout_key, path_key):
             y = dropout(y, self.config.dropout, dropout_key)
+            y = norm(y) if last else y
             if scale is not None:  # LayerScale, arXiv 2103.17239
                 y = y * scale[...].astype(y.dtype)
             if self.config.drop_path == 0:
@@ -302,10 +317,11 @@ class Block(nnx.Module):
             return drop_path(y, self.config.drop_path * depth_fraction, path_key)
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
-        y = self.attention(self.norm1(x), captures, length=length, rotation=rotation)
-        x = x + branch(y, scale1, attention_key, path_keys[0])
-        y = self.mlp(self.norm2(x), hidden_key)
-        x = x + branch(y, scale2, mlp_key, path_keys[1])
+        given = dict(length=length, rotation=rotation, logits_bias=logits_bias)
+        y = self.attention(x if last else self.norm1(x), captures, **given)
+        x = x + branch(y, self.norm1, scale1, attention_key, path_keys[0])
+        y = self.mlp(x if last else self.norm2(x), hidden_key)
+        x = x + branch(y, self.norm2, scale2, mlp_key, path_keys[1])
         return x
 
 
@@ -316,6 +332,7 @@ class AttentionPool(nnx.Module):
         config = dataclasses.replace(
             config,
             rotary=None,
+            relative_bias=None,
             position="none",
             position_at="input",
             key_bias=True,
@@ -342,7 +359,7 @@ def folded(block: dict[str, Any]) -> dict[str, Any]:
     The block computes the same function. It saves time in the backward pass: the gradients of these
     vectors are sums over all tokens, while those of kernels are products, from which the former
     follow. A forward pass alone reads the kernels one more time for it. A block with adapters stays
-    as it is: its norms are frozen.
+    as it is: its norms are frozen. With `res_post_norm` it would be another function.
     """
 
     def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

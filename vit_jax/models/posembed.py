@@ -5,7 +5,8 @@ from jaxtyping import Float
 
 from vit_jax.errors import UserError, nearest
 
-RESIZE_METHODS = ("zoom", "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias")
+_OF_PIXELS = ("bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias")
+RESIZE_METHODS = ("zoom", *_OF_PIXELS, "geometric")
 
 
 def resize(
@@ -24,7 +25,9 @@ def resize(
       method: `zoom` is the paper's, scipy.ndimage.zoom(order=1), which aligns corners. The others
         align half-pixel sample centres: `bilinear` and `bicubic` as in PyTorch's interpolate
         (cubic a = -0.75, borders repeated), and with `_antialias` as in PyTorch's antialiased
-        ones, Pillow's and jax.image.resize's (a = -0.5, weights renormalised).
+        ones, Pillow's and jax.image.resize's (a = -0.5, weights renormalised). `geometric` is for
+        a relative position bias (see `relative.resize`); a position embedding is resized here as
+        timm does it beside such a bias, by `bicubic_antialias`.
 
     Raises:
       UserError: the rows do not fit old grid and prefix, or the method does not exist.
@@ -39,6 +42,7 @@ def resize(
         raise UserError(f"position resize {method!r}: {nearest(method, RESIZE_METHODS)}")
     if tuple(old_grid) == tuple(new_grid):
         return embedding
+    method = "bicubic_antialias" if method == "geometric" else method
     prefix, grid = embedding[:num_prefix_tokens], embedding[num_prefix_tokens:]
     grid = grid.reshape(*old_grid, -1)
     if method == "zoom":
@@ -104,8 +108,8 @@ def resample_patches(
     Raises:
       UserError: the method does not exist.
     """
-    if method not in RESIZE_METHODS[1:]:
-        raise UserError(f"patch resize {method!r}: {nearest(method, RESIZE_METHODS[1:])}")
+    if method not in _OF_PIXELS:
+        raise UserError(f"patch resize {method!r}: {nearest(method, _OF_PIXELS)}")
     down, across = (
         np.linalg.pinv(_resize_matrix(old, new, method).T)
         for old, new in zip(kernel.shape[:2], patch_size, strict=True)

@@ -37,6 +37,8 @@ class ViT(nnx.Module):
             self.registers = nnx.Param(normal(rngs.params(), (1, config.registers, width)))
         if config.position_at != "layers":
             positions.add_tables(self, config, rngs)
+        if config.relative_bias is not None and config.relative_bias.shared:
+            self.relative_bias = layers.logit_bias(config, rngs)
         if config.pre_norm:
             self.pre_norm = layers.layer_norm(config, rngs)
         keys = jax.random.split(rngs.params(), config.depth)
@@ -248,6 +250,7 @@ class ViT(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
         depth, at = self.config.depth, self.config.position_at
         shared = self.positions() if at == "layers_shared" else None
+        logits_bias = self.relative_bias() if hasattr(self, "relative_bias") else None
 
         length, extra = x.shape[1], 0  # cuDNN takes even numbers of tokens
         if attention.backend_of(self.config) == "cudnn":
@@ -260,7 +263,7 @@ class ViT(nnx.Module):
 
         # On one GPU, norms are folded into the next kernels (see `layers.folded`); with a layout
         # that would gather sharded kernels. In a scan, the body folds: no copy of all blocks.
-        fold = target() == "gpu" and layout is None
+        fold = target() == "gpu" and layout is None and not self.config.res_post_norm
         fold_before = not scanned(self.config.scan, depth)
 
         def body(x, params, index):
@@ -276,6 +279,7 @@ class ViT(nnx.Module):
                 captures=inner,
                 length=length,
                 rotation=rotation,
+                logits_bias=logits_bias,
             )
             inner("tokens", lambda: x[:, :length])
             return x, inner.values

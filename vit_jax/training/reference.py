@@ -19,7 +19,7 @@ from vit_jax.data import config as data
 from vit_jax.data import images, transforms
 from vit_jax.data.forms.vtab import TASKS
 from vit_jax.errors import UserError, nearest
-from vit_jax.models import rotary
+from vit_jax.models import relative, rotary
 from vit_jax.models.config import CHOICES, SECTIONS, ResNetConfig, ViTConfig
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.variants import variant_fields, variant_kind
@@ -33,6 +33,7 @@ from vit_jax.training.evaluation.evaluators import EVALUATORS, SEVERAL, Evaluato
 KNOWN = {
     **CHOICES,
     **rotary.CHOICES,
+    **{f"model.relative_bias.{name}": choices for name, choices in relative.CHOICES.items()},
     **transforms.CHOICES,
     "jpeg": images.JPEG_MODES,
     "on_corrupt": data.ON_CORRUPT,
