@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import servers
 from conftest import DIGITS, TINY, fails
 from flax import nnx
+from processes import SIGKILL, Command, address
 
 import vit_jax
 from vit_jax import buckets
@@ -60,6 +62,13 @@ def cached(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
 
 
+def servers_of(store):
+    """The environment that leads a process to a store."""
+    names = {"gs": ("TENSORSTORE_GCS_HTTP_URL", "STORAGE_EMULATOR_HOST")}
+    names["s3"] = tuple(name for name in os.environ if name.startswith("AWS_"))
+    return {name: os.environ[name] for name in names[store]}
+
+
 def leaves(path):
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(vit_jax.load(path).model, nnx.Param)))
 
@@ -71,33 +80,100 @@ def lines(text):
     return [{name: line[name] for name in kept if name in line} for line in found]
 
 
+def assert_equal_to_a_disk(url, folder):
+    """Parameters to the bit, and every measurement."""
+    for mine, theirs in zip(leaves(url), leaves(folder), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    metrics = Objects(url).read("metrics.jsonl")[0].decode()
+    assert lines(metrics) == lines((folder / "metrics.jsonl").read_text())
+
+
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_a_run_in_a_bucket_is_the_run_on_a_disk_despite_faults(
+def test_a_run_killed_in_a_bucket_is_the_run_on_a_disk_despite_faults(
     store, tiny_run, tmp_path, cached, capsys
 ):
-    """A request in fifty fails; parameters and metrics are equal to the bit."""
+    """It dies while it saves; then a request in fifty fails."""
     url = f"{store}://runs/a/tiny"
+    argv = ["train", f"--config={DIGITS}", f"--workdir={url}", *TINY]
+    Command(tmp_path, argv, dies=(SIGKILL, "save", 8), **servers_of(store)).finish(-SIGKILL)
+    before = sum(FAULTS[store].count.values())
     FAULTS[store].share = 0.02
     results, said = run_training(load_config(DIGITS, TINY), url)
-    assert sum(FAULTS[store].count.values()) > 0
+    assert sum(FAULTS[store].count.values()) > before
     FAULTS[store].share = 0.0
-    assert results["val/accuracy"] == tiny_run[1]["val/accuracy"]
     assert any(line.startswith(f"  vit-jax evaluate --workdir={url}") for line in said)
-    objects = Objects(url)
-    names = objects.names()
+    assert results["val/accuracy"] == tiny_run[1]["val/accuracy"]
+    names = Objects(url).names()
     assert {"metrics.jsonl", "config.json", "data.json", "starts.jsonl"} <= set(names)
     assert any(name.startswith("tensorboard/") for name in names)
-    metrics = objects.read("metrics.jsonl")[0].decode()
-    assert lines(metrics) == lines((tiny_run[0] / "metrics.jsonl").read_text())
-    for mine, theirs in zip(leaves(url), leaves(tiny_run[0]), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    assert len(Objects(url).read("starts.jsonl")[0].splitlines()) == 2
+    assert_equal_to_a_disk(url, tiny_run[0])
 
     assert main(["evaluate", f"--workdir={url}"]) == 0
-    assert "evaluation/val.json" in objects.names()
+    assert "evaluation/val.json" in Objects(url).names()
     assert main(["report", url]) == 0
     out = capsys.readouterr().out
     assert f"all of it is kept in {url}/evaluation" in out and "| tiny | finished |" in out
     assert vit_jax.load(f"{url}/checkpoints/24").config == vit_jax.load(tiny_run[0]).config
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_two_processes_are_one_run_in_a_bucket(store, tiny_run, tmp_path, cached):
+    """Each sends its own parts of a checkpoint; one dies, and both go on as one run."""
+    url = f"{store}://runs/two"
+
+    def start(dies=None):
+        flags = [f"--coordinator={address()}", "--processes=2", "--config.mesh.fsdp=-1"]
+        argv = ["train", f"--config={DIGITS}", f"--workdir={url}", *TINY, *flags]
+        return [
+            Command(
+                tmp_path,
+                [*argv, f"--process-id={i}"],
+                devices=1,
+                dies=dies if i == 1 else None,
+                VIT_JAX_PEER_TIMEOUT="20",
+                **servers_of(store),
+            )
+            for i in range(2)
+        ]
+
+    other, victim = start((SIGKILL, "step", 11))
+    victim.finish(-SIGKILL)
+    assert "goes on from step 8" in other.finish(75)[1]
+    for command in start():
+        command.finish()
+    names = Objects(url).names()
+    assert any("/ocdbt.process_1/" in name for name in names)  # straight from the second process
+    for mine, theirs in zip(leaves(url), leaves(tiny_run[0]), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-4)  # sums in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_25_kills_at_random_moments_change_no_bit(store, tiny_run, tmp_path, cached):
+    """With 5% of the requests failing."""
+    url, moments = f"{store}://runs/killed", random.Random(store)
+    argv = ["train", f"--config={DIGITS}", f"--workdir={url}", *TINY, "--config.checkpoint.every=2"]
+    FAULTS[store].share = 0.05
+    killed = finished = 0
+    while killed < 25:
+        command = Command(tmp_path, argv, **servers_of(store))
+        command.process.join(moments.uniform(1.0, 12.0))
+        if command.process.is_alive():
+            command.kill()
+            killed += 1
+            continue
+        command.finish()
+        finished += 1
+        FAULTS[store].share = 0.0
+        assert_equal_to_a_disk(url, tiny_run[0])
+        FAULTS[store].share = 0.05
+        url = f"{store}://runs/killed{finished}"
+        argv[2] = f"--workdir={url}"
+    Command(tmp_path, argv, **servers_of(store)).finish()
+    FAULTS[store].share = 0.0
+    assert_equal_to_a_disk(url, tiny_run[0])
+    print(f"{store}: {killed} kills, {finished + 1} runs, faults {FAULTS[store].count}")
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)

@@ -121,7 +121,7 @@ def test_most_of_each_page_is_run_or_says_what_it_needs():
         for fence in fences(page.read_text()):
             if fence.language in ("bash", "python"):
                 (marked if fence.needs else run).setdefault(name, []).append(fence)
-    assert set(run) == set(PAGES) - {"tpu_pod", "several_hosts", "speed"}
+    assert set(run) == set(PAGES) - {"tpu_pod", "several_hosts", "speed", "buckets"}
     assert {fence.needs.split(",")[0] for each in marked.values() for fence in each} == {
         *("a network", "a cloud", "a cluster", "ImageNet", "the TPU's compiler"),
         *("XLA's compiler for GPUs", "seconds", "minutes", "make train", "two terminals"),

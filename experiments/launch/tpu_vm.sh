@@ -12,7 +12,8 @@ NAME=${NAME:-vit-l16}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
-# An NFS share that the hosts can reach (Filestore), for run folders and data: see README.md.
+# A bucket for run folders, and an NFS share that the hosts can reach (Filestore) with the data.
+RUNS=${RUNS:-gs://my-bucket/runs}
 NFS=${NFS:-10.0.0.2:/runs}
 
 on_all_hosts() {
@@ -34,7 +35,7 @@ case "${1:-}" in
       mountpoint -q /shared || sudo mount -t nfs $NFS /shared
       mkdir -p vit_jax && tar -xzf vit_jax.tar.gz -C vit_jax && cd vit_jax
       python3.11 -m venv .venv
-      .venv/bin/python -m pip install --constraint constraints.txt '.[tpu,plot,tensorboard]'"
+      .venv/bin/python -m pip install --constraint constraints.txt '.[tpu,gcs,plot,tensorboard]'"
     ;;
   run)
     # The processes find each other. What they say goes to a file, as this ssh does not last.
@@ -42,7 +43,7 @@ case "${1:-}" in
       cd vit_jax && PATH=\$PWD/.venv/bin:\$PATH
       nohup python -m vit_jax train \
         --config=configs/pretrain.py:L/16,imagenet,records:/shared/imagenet \
-        --workdir=/shared/runs/pretrain_l16 \
+        --workdir=$RUNS/pretrain_l16 \
         --config.precision=bfloat16 \
         --config.mesh.fsdp=16 \
         --config.checkpoint.every=500 \

@@ -155,8 +155,8 @@ def test_skypilot_tasks(name):
     assert list(wrong(task, TASK)) == []
     (words,) = commands(task["run"])
     args, config = check(words)
-    assert args.workdir.startswith("/shared/"), "what a preempted machine takes along is lost"
-    assert not args.workdir.startswith(tuple(task.get("file_mounts", {})) or "-"), "a bucket"
+    assert '--workdir="$RUNS"/' in task["run"] and task["envs"]["RUNS"].startswith("gs://")
+    assert "gcs" in re.search(r"'\.\[(.*)\]'", task["setup"])[1].split(",")
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 143]
     assert config.checkpoint.every > 0 and task["resources"]["use_spot"]
     # A TPU slice is one node of several hosts, which find each other; GPU nodes are told.
@@ -176,7 +176,9 @@ def test_the_jobset():
     assert container["command"][:3] == ["python", "-m", "vit_jax"]
     args, config = check(container["command"][3:])
     assert config.mesh.fsdp == int(rows) * int(columns)
-    assert args.workdir.startswith(container["volumeMounts"][0]["mountPath"])
+    assert args.workdir.startswith("gs://")
+    (mount,) = container["volumeMounts"]
+    assert config.data.train.source.startswith(f"records:{mount['mountPath']}/")
     assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]

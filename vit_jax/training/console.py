@@ -38,7 +38,7 @@ _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{p
 
 
 def summary(
-    plan: Plan, mesh: Mesh, state: Any, data: Sequence[str], workdir: epath.Path, start_step: int
+    plan: Plan, mesh: Mesh, state: Any, data: Sequence[str], workdir: str, start_step: int
 ) -> list[str]:
     """The lines that a run begins with: devices, model, data, steps and the run folder.
 
