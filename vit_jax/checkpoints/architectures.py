@@ -97,6 +97,18 @@ TIMM = TIMM_EVA | frozenset(
     vit_xsmall_patch16_clip_224
     """.split()
 )
+# Those of vision_transformer.py that are no plain ViTs: other norms, none at the end, no biases.
+TIMM_OTHER = frozenset(
+    """
+    aimv2_1b_patch14_224 aimv2_1b_patch14_336 aimv2_1b_patch14_448 aimv2_3b_patch14_224
+    aimv2_3b_patch14_336 aimv2_3b_patch14_448 aimv2_huge_patch14_224 aimv2_huge_patch14_336
+    aimv2_huge_patch14_448 aimv2_large_patch14_224 aimv2_large_patch14_336 aimv2_large_patch14_448
+    test_vit3 test_vit4 vit_base_patch16_radio_v3 vit_base_patch16_rpn_224
+    vit_giant_patch16_radio_v3 vit_huge_patch16_radio_v3 vit_huge_patch16_radio_v4
+    vit_intern300m_patch14_448 vit_large_patch16_radio_v3 vit_so400m_patch16_radio_v4
+    """.split()
+)
+TIMM |= TIMM_OTHER
 # transformers 5.23: model_type -> classes.
 HF = {
     "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
@@ -115,6 +127,8 @@ HF = {
     "dinov3_vit": ("DINOv3ViTModel",),
     "siglip": ("SiglipModel", "SiglipVisionModel"),
     "siglip_vision_model": ("SiglipVisionModel",),
+    "aimv2_vision_model": ("Aimv2VisionModel",),
+    "internvl_vision": ("InternVLVisionModel",),
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
 }

@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import programs, sidecars, sidecars_eva
+from vit_jax.checkpoints import programs, sidecars, sidecars_eva, sidecars_hf, sidecars_timm
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_weights
@@ -32,6 +32,7 @@ from vit_jax.checkpoints.tables import (
     native,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
@@ -75,6 +76,10 @@ def choose(format: str, config: ModelConfig) -> Dialect:
     if format == "hf":
         if sidecars_eva.is_dinov3(config):
             return HF_DINOV3
+        if sidecars_timm.is_aimv2(config):
+            return HF_AIMV2
+        if sidecars_hf.is_internvl(config):
+            return HF_INTERNVL
         if config.pool == "map" or config.pre_norm:
             return HF_SIGLIP
         return HF_DINOV2 if config.layer_scale is not None else HF_VIT
@@ -133,6 +138,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     elif dialect is TIMM:
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
+        yield from sidecars_timm.cannot(config)
         if config.resnet is not None:
             allowed |= {"distillation": ("none",), "mlp": ("gelu",)}
     elif dialect is TIMM_EVA:
@@ -144,6 +150,8 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         for field in ("layer_scale", "registers"):  # which its code always has
             if not getattr(config, field):
                 yield field, getattr(config, field)
+    elif dialect in (HF_AIMV2, HF_INTERNVL):
+        allowed |= sidecars_hf.allowed(config)
     elif dialect is HF_VIT:
         allowed |= {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["representation_size"] = (None, *(() if head else (config.representation_size,)))
@@ -158,9 +166,14 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         if dialect not in (TIMM_EVA, HF_DINOV3):
             allowed |= {"rotary": (None,), "key_bias": (True,)}
         if dialect is not TIMM_EVA:
-            allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "final_norm": (True,)}
-            allowed |= {"pool_heads": (None, config.num_heads), "pool_prefix": (False,)}
+            allowed |= {"attention_norm": (False,), "mlp_norm": (False,)}
+            allowed |= {"pool_heads": (None, config.num_heads)}
             allowed["pool_mlp_dim"] = (None, config.mlp_dim)
+        if dialect not in (TIMM, TIMM_EVA):
+            allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
+        if dialect not in (TIMM, TIMM_EVA, HF_AIMV2, HF_INTERNVL):
+            allowed |= {"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,)}
+            allowed |= {"mlp_scale": (True,), "proj_bias": (True,), "final_norm": (True,)}
     if config.position == "relative" and dialect.name != "vit_jax":
         yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
@@ -265,9 +278,11 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
         settings["pool"] = config.pool
     if dialect in (TIMM, TIMM_EVA, HF_DINOV3):
         settings["rotary"] = config.rotary
-    if dialect is TIMM_EVA:
-        told = ("pool_heads", "pool_prefix", "final_norm")
-        settings |= {name: getattr(config, name) for name in told}
+    told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
+    if dialect in (TIMM, TIMM_EVA):
+        told = ("pool_prefix", "final_norm", "norm_after_branch")
+        told += ("pool_heads",) if dialect is TIMM_EVA else ()
+    settings |= {name: getattr(config, name) for name in told}
     back = interpret(weights, **settings).config
     for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(back, field.name)
@@ -297,7 +312,7 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
         return found
     if format in ("google", "big_vision") and config.gelu != "tanh":
         found["gelu"] = f"{config.gelu}, where {format}'s code computes tanh"
-    timm = 1e-5 if config.pre_norm else 1e-6
+    timm = sidecars_timm.epsilon(config)
     if dialect is TIMM_EVA:
         timm = (sidecars_eva.timm_eva(config) or ("", timm))[1]
     usual = {"google": 1e-6, "big_vision": 1e-6, "timm": timm}
@@ -392,7 +407,8 @@ def save(
         for name, content in files.items():
             write_atomically(os.path.join(path, name), json.dumps(content, indent=2))
         if format == "timm" and isinstance(config, ViTConfig) and not sidecars.timm_name(config):
-            unnamed = "" if sidecars_eva.is_eva(config) else "timm has no name for these sizes: "
+            other = sidecars_eva.is_eva(config) or not sidecars_timm.is_plain(config)
+            unnamed = "" if other else "timm has no name for these sizes: "
             notes["architecture"] = (
                 f"{unnamed}config.json has {files['config.json']['architecture']} and, in "
                 "model_args, what makes it this one"

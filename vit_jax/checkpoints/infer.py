@@ -18,6 +18,7 @@ from vit_jax.checkpoints.tables import (
     TIMM,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
 
@@ -43,7 +44,7 @@ def infer(
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
-    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, FLAX_DINOV2)
+    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, HF_AIMV2, FLAX_DINOV2)
     gated = dialect in swiglu and fc1 == 2 * fc2
     fields["mlp"] = "swiglu" if gated else "gelu"
     first = found["blocks/mlp/fc1/kernel"]
@@ -58,10 +59,14 @@ def infer(
     fields["pre_norm"] = any(ours.startswith("pre_norm/") for ours in found)
     fields["patch_bias"] = "patch_embed/bias" in found
     fields["qkv_bias"] = "blocks/attention/qkv/bias" in found
-    for part in ("attention", "mlp"):
-        fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
+    fields |= _norms_and_biases(found, width, axis)
+    if fields["norm"] == "rmsnorm" and "norm" not in given:
+        assumed["norm"] = "as its norms have no bias"
     if dialect is HF_DINOV3:
         fields["position"] = "rope"
+    if dialect is HF_INTERNVL:  # which has no last norm where it averages the patches
+        given = {"pool": "token" if "norm/scale" in found else "gap", **given}
+        fields["final_norm"] = "norm/scale" in found
     if "attention_pool/probe" in found:
         hidden = axis("attention_pool/mlp/fc1/kernel", "o")
         fields["pool_mlp_dim"] = None if hidden == fc2 else hidden
@@ -119,6 +124,25 @@ def infer(
     fields |= {k: v for k, v in given.items() if k not in ("image_size", "pool", "resnet")}
     fields["patch_size"] = pair(fields["patch_size"], "patch_size")
     fields |= _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
+    return fields
+
+
+def _norms_and_biases(
+    found: Mapping[str, Found], width: int, axis: Callable[[str, str], int]
+) -> dict[str, Any]:
+    """Infers where norms are, of which kind, and which layers of a block have no bias."""
+    fields: dict[str, Any] = {"norm": "layernorm"}
+    for part in ("attention", "mlp"):
+        fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
+    if "blocks/norm1/scale" in found and "blocks/norm1/bias" not in found:
+        fields["norm"] = "rmsnorm"
+    fields["patch_norm"] = "patch_embed/norm/scale" in found
+    if "blocks/attention/q_norm/scale" in found:
+        size = axis("blocks/attention/q_norm/scale", "d")
+        fields["qk_norm"] = "all" if size == width else "head"
+    layers = ("attention/out", "mlp/fc1", "mlp/fc2")
+    fields["proj_bias"] = any(f"blocks/{layer}/bias" in found for layer in layers)
+    fields["mlp_scale"] = "blocks/scale2" in found or "blocks/scale1" not in found
     return fields
 
 

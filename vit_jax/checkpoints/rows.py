@@ -259,6 +259,7 @@ class Dialect:
     Attributes:
       name: for the user.
       markers: keys, after the prefix; every file of this dialect has one of them, no other has.
+      unless: a key, after the prefix, that no file of this dialect has.
       rows: see `Row`.
       leftover: patterns of full names that are not part of the encoder and may be ignored.
       prefixes: what may precede every name; the first one is written.
@@ -275,12 +276,13 @@ class Dialect:
     family: str = "vit"
     resnet_style: str = "v1"
     aliases: tuple[str, str] | None = None
+    unless: str | None = None
 
     def prefix(self, keys: Iterable[str]) -> str | None:
         """Returns the prefix before a marker in `keys`, None if all markers are missing."""
         keys = {self.spelt(key) for key in keys}
         found = (p for p in self.prefixes for marker in self.markers if p + marker in keys)
-        return next(found, None)
+        return next((p for p in found if self.unless is None or p + self.unless not in keys), None)
 
     def spelt(self, key: str) -> str:
         """Replaces aliases in a name of a file by the rows' spelling."""

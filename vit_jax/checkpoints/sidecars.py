@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from vit_jax.checkpoints import sidecars_eva
+from vit_jax.checkpoints import sidecars_eva, sidecars_hf, sidecars_timm
 from vit_jax.checkpoints.architectures import TIMM
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -40,6 +40,9 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
     if sidecars_eva.is_dinov3(vit):
         kind, name = "dinov3_vit", "DINOv3ViTModel"
         config |= sidecars_eva.hf_config(vit)
+    elif sidecars_timm.is_aimv2(vit) or sidecars_hf.is_internvl(vit):
+        kind, name, other = sidecars_hf.config(vit)
+        config |= other
     elif vit.pool == "map":
         kind, name = "siglip_vision_model", "SiglipVisionModel"
     elif vit.pre_norm:
@@ -203,7 +206,7 @@ def timm_name(vit: ViTConfig) -> str | None:
     size = _TIMM_SIZES.get((vit.width, vit.depth, vit.num_heads, vit.mlp_dim))
     (patch, across), learned = vit.patch_size, vit.position == "learned"
     clip = vit.layernorm_eps == 1e-5
-    if sidecars_eva.is_eva(vit):
+    if sidecars_eva.is_eva(vit) or not sidecars_timm.is_plain(vit):
         return None
     if size is None or patch != across or not learned or vit.pre_norm != clip:
         return None
@@ -267,7 +270,12 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "pos_embed": "learn" if vit.position == "learned" else "none",
         "pre_norm": vit.pre_norm,
         "act_layer": gelus[vit.gelu],
+        **sidecars_timm.args(vit),
     }
+    if sidecars_timm.is_aimv2(vit):  # where nothing but the gate has an activation
+        args |= {"act_layer": "silu", "mlp_ratio": (vit.mlp_dim + 0.5) / vit.width}
+    if other := sidecars_timm.base(vit):
+        return other, args
     if name := timm_name(vit):
         if vit.mlp == "swiglu":
             del args["act_layer"]

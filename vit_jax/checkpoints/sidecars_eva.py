@@ -27,7 +27,7 @@ _ARCHITECTURES: dict[tuple[Rotary | None, bool, bool], tuple[str, float]] = {
 
 def is_eva(vit: ViTConfig) -> bool:
     """Whether a model has what only timm's eva.py has."""
-    parts = vit.attention_norm or vit.mlp_norm or vit.pool_prefix or not vit.final_norm
+    parts = vit.attention_norm or vit.mlp_norm or not vit.mlp_scale
     return vit.rotary is not None or not vit.key_bias or parts
 
 

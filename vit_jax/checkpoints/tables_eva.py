@@ -18,7 +18,7 @@ def _as(rows: Iterable[Row], only: dict[str, Any] | None = None, **says: Any) ->
     return [dataclasses.replace(row, says=says, only=only or {}) for row in rows]
 
 
-def _gated(kernels: tuple[str, str]) -> list[Row]:
+def gated_rows(kernels: tuple[str, str]) -> list[Row]:
     """The first layer of a SwiGLU whose gate has a kernel of its own."""
     return [
         Row("blocks/mlp/fc1/kernel", tuple(f"{name}.weight" for name in kernels), "o i -> i o"),
@@ -73,12 +73,14 @@ TIMM_EVA = Dialect(
             key_bias=False,
         ),
         *_as([Row(_BIAS, (f"{_ATTENTION}.qkv.bias",), _LAYOUT)], key_bias=True),
+        *norm_rows("blocks/attention/q_norm", f"{_ATTENTION}.q_norm"),
+        *norm_rows("blocks/attention/k_norm", f"{_ATTENTION}.k_norm"),
         *norm_rows("blocks/attention/norm", f"{_ATTENTION}.norm"),
         Row("blocks/attention/rotary_freqs", ("rope.freqs",), "a l h k -> l a h k", whole=True),
         Row("blocks/scale1", ("blocks.{}.gamma_1",), "d -> d"),
         *norm_rows("blocks/norm2", "blocks.{}.norm2"),
-        *_as(_gated(_GATE), only=_WITH_NORM, mlp="swiglu"),
-        *_as(_gated(_GATE), only={"position": "rope"}, mlp="swiglu"),
+        *_as(gated_rows(_GATE), only=_WITH_NORM, mlp="swiglu"),
+        *_as(gated_rows(_GATE), only={"position": "rope"}, mlp="swiglu"),
         *linear_rows("blocks/mlp/fc1", "blocks.{}.mlp.fc1"),
         *norm_rows("blocks/mlp/norm", "blocks.{}.mlp.norm"),
         *linear_rows("blocks/mlp/fc2", "blocks.{}.mlp.fc2"),
@@ -89,6 +91,7 @@ TIMM_EVA = Dialect(
         *linear_rows("head", "head"),
     ),
     leftover=(r"mask_token$",),
+    unless="patch_embed.norm.weight",  # AIMv2's
 )
 
 
@@ -106,7 +109,7 @@ def _dinov3(layer: str) -> list[Row]:
         *_as([Row(_BIAS, (biases[0], biases[2]), _LAYOUT)], key_bias=False),
         Row("blocks/scale1", (f"{layer}.layer_scale1.lambda1",), "d -> d"),
         *norm_rows("blocks/norm2", f"{layer}.norm2"),
-        *_as(_gated(gate), mlp="swiglu"),
+        *_as(gated_rows(gate), mlp="swiglu"),
         *_as(linear_rows("blocks/mlp/fc1", f"{layer}.mlp.up_proj"), mlp="gelu"),
         *fc2,
         Row("blocks/scale2", (f"{layer}.layer_scale2.lambda1",), "d -> d"),

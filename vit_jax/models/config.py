@@ -15,6 +15,8 @@ CHOICES = {
     "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "rope", "none"),
     "position_at": ("input", "layers", "layers_shared"),
     "mlp": ("gelu", "swiglu"),
+    "norm": ("layernorm", "rmsnorm"),
+    "qk_norm": ("none", "head", "all"),
     "gelu": ("tanh", "erf", "quick"),
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn"),
@@ -72,8 +74,14 @@ class ViTConfig:
         behind the positions (FLIP, arXiv 2212.00794); evaluation sees all.
       mlp: `gelu`, or `swiglu` with a gate of `mlp_dim` hidden units.
       gelu: form of GELU: by `tanh`, exact by `erf`, or `quick`, x sigmoid(1.702 x).
-      layernorm_eps: epsilon of every LayerNorm.
+      norm: every norm: `layernorm`, or `rmsnorm` without mean and bias (arXiv 1910.07467), as in
+        AIMv2 (arXiv 2411.14402). A LayerNorm is named below where either may stand.
+      layernorm_eps: epsilon of every norm.
+      norm_after_branch: whether the norms of a block are behind its residual branches rather than
+        before them (Swin v2's res-post-norm, arXiv 2111.09883; EVA-02's enormous CLIP).
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
+      mlp_scale: whether the branch of the MLP has such a scale, too; in Sapiens 2 it has not.
+      patch_norm: whether a norm is between the patch embedding and the positions (AIMv2).
       pre_norm: whether a LayerNorm follows the positions (CLIP).
       norm_after_pool: whether the last LayerNorm is behind the pooling (MAE's fc_norm).
       final_norm: whether there is such a last LayerNorm; in most of the Perception Encoders (arXiv
@@ -84,6 +92,8 @@ class ViTConfig:
       patch_bias: whether the patch embedding has a bias.
       qkv_bias: whether queries, keys and values have a bias.
       key_bias: whether keys have one where queries and values do; in EVA and DINOv3 they do not.
+      proj_bias: whether the attention's projection and the layers of the MLP have a bias.
+      qk_norm: norms of queries and keys: `none`, of each `head`, or of `all` heads together.
       attention_norm: whether a LayerNorm is between the heads and their projection (EVA-02's CLIP).
       mlp_norm: whether a LayerNorm is before the MLP's last layer (EVA-02).
       head_bias: initial bias of the head.
@@ -124,8 +134,12 @@ class ViTConfig:
     patch_dropout: float = 0.0
     mlp: str = "gelu"
     gelu: str = "tanh"
+    norm: str = "layernorm"
     layernorm_eps: float = 1e-6
+    norm_after_branch: bool = False
     layer_scale: float | None = None
+    mlp_scale: bool = True
+    patch_norm: bool = False
     pre_norm: bool = False
     norm_after_pool: bool = False
     final_norm: bool = True
@@ -135,6 +149,8 @@ class ViTConfig:
     patch_bias: bool = True
     qkv_bias: bool = True
     key_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: str = "none"
     attention_norm: bool = False
     mlp_norm: bool = False
     head_bias: float = 0.0
@@ -208,6 +224,11 @@ class ViTConfig:
             raise UserError(
                 "model.norm_after_pool moves the last LayerNorm, and model.final_norm is false: "
                 "set one of them only"
+            )
+        if not self.mlp_scale and self.layer_scale is None:
+            raise UserError(
+                "model.mlp_scale is false, and without model.layer_scale no branch has a scale: "
+                "set only the latter"
             )
         if not (self.key_bias or self.qkv_bias):
             raise UserError(
