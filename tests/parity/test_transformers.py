@@ -79,6 +79,7 @@ aimv2_config = functools.partial(hf.Aimv2VisionConfig, **SIZE, **MLP, use_head=F
 intern_config = functools.partial(hf.InternVLVisionConfig, **SIZE, **MLP)
 DINOV3 = dict(processor=hf.DINOv3ViTImageProcessor)
 dinov3_config = functools.partial(hf.DINOv3ViTConfig, **SIZE, **MLP, num_register_tokens=3)
+sapiens2_config = functools.partial(hf.Sapiens2Config, **SIZE, **MLP, num_register_tokens=3)
 CASES = {
     "vit": Case("ViT", hf.ViTForImageClassification, vit_config(**LABELS)),
     "vit_model": Case("ViT, pooler", hf.ViTModel, vit_config(pooler_output_size=24)),
@@ -181,6 +182,13 @@ CASES = {
         intern_config(norm_type="rms_norm", use_qk_norm=True),
         **INTERN,
     ),
+    "sapiens2": Case("Sapiens 2", hf.Sapiens2Model, sapiens2_config(), **DINOV3),
+    "sapiens2_no_bias": Case(
+        "Sapiens 2, no QKV bias",
+        hf.Sapiens2Model,
+        sapiens2_config(query_bias=False, key_bias=False, value_bias=False),
+        **DINOV3,
+    ),
     "clip": Case("CLIP", hf.CLIPVisionModel, hf.CLIPVisionConfig(**SIZE, **MLP), **CLIP),
     "clip_tower": Case(
         "CLIP, vision tower of both",
@@ -282,7 +290,9 @@ def test_a_file_with_the_names_in_memory(name, folders, record, tmp_path):
     case, model = CASES[name], model_of(name)
     known = {"layernorm_eps": 1e-6} if name == "msn" else {}
     known |= {"num_heads": SIZE["num_attention_heads"]}
-    if name.startswith("dinov3"):  # whose weights are those of any size, and of any base
+    if name.startswith(
+        ("dinov3", "sapiens2")
+    ):  # whose weights are those of any size, and of any base
         known |= {"image_size": SIZE["image_size"]}
         known |= {"rotary": Rotary(base=case.config.rope_theta)}
     vit = load(save(model, tmp_path / "model.safetensors"), **known)

@@ -18,6 +18,8 @@ TIMM_EVA = frozenset(
     eva02_large_patch14_224 eva02_large_patch14_448 eva02_large_patch14_clip_224
     eva02_large_patch14_clip_336 eva02_small_patch14_224 eva02_small_patch14_336
     eva02_tiny_patch14_224 eva02_tiny_patch14_336 eva_giant_patch14_224 eva_giant_patch14_336
+    eva02_enormous_patch14_clip_224 vit_5b_patch16_sapiens2 vit_base_patch16_sapiens2
+    vit_giant_patch16_sapiens2 vit_huge_patch16_sapiens2 vit_large_patch16_sapiens2
     eva_giant_patch14_560 eva_giant_patch14_clip_224 vit_7b_patch16_dinov3 vit_base_patch16_dinov3
     vit_base_patch16_dinov3_qkvb vit_base_patch16_lingbot vit_base_patch16_rope_224
     vit_base_patch16_rope_ape_224 vit_base_patch16_rope_mixed_224
@@ -125,6 +127,7 @@ HF = {
     "vit_msn": ("ViTMSNModel",),
     "ijepa": ("IJepaModel", "IJepaForImageClassification"),
     "dinov3_vit": ("DINOv3ViTModel",),
+    "sapiens2": ("Sapiens2Model",),
     "siglip": ("SiglipModel", "SiglipVisionModel"),
     "siglip_vision_model": ("SiglipVisionModel",),
     "aimv2_vision_model": ("Aimv2VisionModel",),
@@ -148,7 +151,7 @@ EVA_ARGS = frozenset(
     swiglu_mlp swiglu_align_to scale_mlp scale_attn_inner init_values class_token num_reg_tokens
     no_embed_class use_abs_pos_emb use_fc_norm global_pool dynamic_img_size drop_rate pos_drop_rate
     patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate head_init_scale attn_pool_mlp_ratio
-    use_pre_transformer_norm
+    use_pre_transformer_norm qk_norm attn_only_layer_scale num_kv_heads
     """.split()
 )
 UNNAMED = (

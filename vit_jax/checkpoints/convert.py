@@ -27,6 +27,7 @@ from vit_jax.checkpoints.keys import Patterns, choose, recognise, several, wrapp
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FLAX_DINOV2, native
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_SAPIENS2
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
 from vit_jax.models.create import structure
@@ -80,6 +81,8 @@ class Foreign:
         row = found.row
         keys = row.keys(found.prefix, block)
         shapes = [self.weights.shapes[key] for key in keys]
+        if row.shared:
+            shapes = row.shapes(into.shape)
         if row.plain:
             self.weights.read(keys[0], into.reshape(shapes[0]))
             return
@@ -87,7 +90,12 @@ class Foreign:
         if joint is None:
             joint = scratch.joint = _pages(row.joined(shapes))
         for key, piece in zip(keys, row.pieces(joint), strict=True):
-            self.weights.read(key, piece)
+            if self.weights.shapes[key] == piece.shape or not row.shared:
+                self.weights.read(key, piece)
+            else:  # heads of keys and values that several queries share
+                heads = self.weights.read(key).reshape(-1, into.shape[-1], *piece.shape[1:])
+                times = len(piece) // (len(heads) * into.shape[-1])
+                piece[...] = heads.repeat(times, axis=0).reshape(piece.shape)
         row.read(joint, into)
 
 
@@ -191,7 +199,7 @@ def interpret(
     found = _find(weights, dialect, prefix)
     if not card:
         hints = families.hints(dialect, weights.config, name)
-        rotary_keys = dialect in (TIMM_EVA, HF_DINOV3) or "pre_norm/scale" in found
+        rotary_keys = dialect in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2) or "pre_norm/scale" in found
         if hints.get("rotary") is not None and not rotary_keys:
             raise UserError(
                 f"{weights.path}: its architecture has rotary positions, and its keys are those of "
@@ -201,6 +209,8 @@ def interpret(
         fields = infer(weights, dialect, found, given, file_size, assumed)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
+    if any(_repeated(weights, each) for each in found.values()):
+        assumed["keys and values"] = "of fewer heads than the queries, repeated for each of them"
     taken = {key for each in found.values() for key in each.keys()}
     leftover = tuple(key for key in weights.shapes if key not in taken)
     for key in leftover:
@@ -251,6 +261,12 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
     return found
 
 
+def _repeated(weights: Weights, each: Found) -> bool:
+    """Whether keys and values have fewer heads than queries in any block."""
+    shapes = {weights.shapes[key] for key in each.keys()}
+    return each.row.shared and len(shapes) > 1
+
+
 def _checked(
     weights: Weights, dialect: Dialect, found: Mapping[str, Found], config: ModelConfig
 ) -> dict[str, Found]:
@@ -278,7 +294,8 @@ def _checked(
             for key, right in zip(each.row.keys(each.prefix, block), expected, strict=True):
                 if key not in weights.shapes:
                     raise weights.missing(key, right)
-                if not each.row.fits(weights.shapes[key], right):
+                head_dim = shape[-1] if each.row.shared else None
+                if not each.row.fits(weights.shapes[key], right, head_dim):
                     of = families.variant_name(config)
                     if config.resnet is not None:
                         of += f", a ResNet of {config.resnet} units,"

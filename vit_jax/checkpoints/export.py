@@ -32,7 +32,7 @@ from vit_jax.checkpoints.tables import (
     native,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
-from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
@@ -74,6 +74,8 @@ def choose(format: str, config: ModelConfig) -> Dialect:
             )
         return known[format]
     if format == "hf":
+        if sidecars_hf.is_sapiens2(config):
+            return HF_SAPIENS2
         if sidecars_eva.is_dinov3(config):
             return HF_DINOV3
         if sidecars_timm.is_aimv2(config):
@@ -150,7 +152,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         for field in ("layer_scale", "registers"):  # which its code always has
             if not getattr(config, field):
                 yield field, getattr(config, field)
-    elif dialect in (HF_AIMV2, HF_INTERNVL):
+    elif dialect in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2):
         allowed |= sidecars_hf.allowed(config)
     elif dialect is HF_VIT:
         allowed |= {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
@@ -163,7 +165,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["mlp"] = ("gelu",)
     if dialect.name != "vit_jax":
         allowed["position_at"] = ("input",)
-        if dialect not in (TIMM_EVA, HF_DINOV3):
+        if dialect not in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
             allowed |= {"rotary": (None,), "key_bias": (True,)}
         if dialect is not TIMM_EVA:
             allowed |= {"attention_norm": (False,), "mlp_norm": (False,)}
@@ -171,7 +173,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
             allowed["pool_mlp_dim"] = (None, config.mlp_dim)
         if dialect not in (TIMM, TIMM_EVA):
             allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
-        if dialect not in (TIMM, TIMM_EVA, HF_AIMV2, HF_INTERNVL):
+        if dialect not in (TIMM, TIMM_EVA, HF_AIMV2, HF_INTERNVL, HF_SAPIENS2):
             allowed |= {"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,)}
             allowed |= {"mlp_scale": (True,), "proj_bias": (True,), "final_norm": (True,)}
     if config.position == "relative" and dialect.name != "vit_jax":
@@ -276,7 +278,7 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     }
     if dialect in (TIMM, TIMM_EVA):
         settings["pool"] = config.pool
-    if dialect in (TIMM, TIMM_EVA, HF_DINOV3):
+    if dialect in (TIMM, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
     told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
     if dialect in (TIMM, TIMM_EVA):

@@ -99,7 +99,7 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
                 "expected 'silu'"
             )
     found |= families_hf.hints(config)
-    gated = config.get("model_type") == "aimv2_vision_model"
+    gated = config.get("model_type") in ("aimv2_vision_model", "sapiens2")
     gated = gated or config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
     if "hidden_act" in config and not gated:
         act = config["hidden_act"]

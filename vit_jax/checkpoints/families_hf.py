@@ -1,9 +1,10 @@
-"""What the config.json of transformers' AIMv2 and InternVL says that their weights do not."""
+"""What the config.json of transformers' AIMv2, InternVL and Sapiens 2 says that their weights do not."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.models.rotary import Rotary
 
 
 def hints(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,6 +18,8 @@ def hints(config: Mapping[str, Any]) -> dict[str, Any]:
         return _aimv2(config)
     if kind == "internvl_vision":
         return _internvl(config)
+    if kind == "sapiens2":
+        return _sapiens2(config)
     return {}
 
 
@@ -58,3 +61,11 @@ def _internvl(config: Mapping[str, Any]) -> dict[str, Any]:
     if not config.get("use_absolute_position_embeddings", True):
         raise UserError("config.json: use_absolute_position_embeddings is false; expected true")
     return {"pool": "gap" if mean else "token", "norm": norm, "final_norm": not mean}
+
+
+def _sapiens2(config: Mapping[str, Any]) -> dict[str, Any]:
+    act = config.get("hidden_act", "silu") if config.get("use_gated_mlp", True) else "no gate"
+    if act != "silu":
+        raise UserError(f"config.json: a Sapiens 2 with {act!r}; expected a gate, with 'silu'")
+    rotary = Rotary(base=float(config.get("rope_theta", 100.0)))
+    return {"pool": "token", "norm": "rmsnorm", "position": "rope", "rotary": rotary}

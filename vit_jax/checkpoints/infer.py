@@ -18,7 +18,7 @@ from vit_jax.checkpoints.tables import (
     TIMM,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
-from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
 
@@ -44,7 +44,7 @@ def infer(
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
-    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, HF_AIMV2, FLAX_DINOV2)
+    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, HF_AIMV2, HF_SAPIENS2, FLAX_DINOV2)
     gated = dialect in swiglu and fc1 == 2 * fc2
     fields["mlp"] = "swiglu" if gated else "gelu"
     first = found["blocks/mlp/fc1/kernel"]
@@ -60,9 +60,10 @@ def infer(
     fields["patch_bias"] = "patch_embed/bias" in found
     fields["qkv_bias"] = "blocks/attention/qkv/bias" in found
     fields |= _norms_and_biases(found, width, axis)
-    if fields["norm"] == "rmsnorm" and "norm" not in given:
+    if fields["norm"] == "rmsnorm" and "architecture" in assumed:
         assumed["norm"] = "as its norms have no bias"
-    if dialect is HF_DINOV3:
+    rotary = dialect in (HF_DINOV3, HF_SAPIENS2)
+    if rotary:
         fields["position"] = "rope"
     if dialect is HF_INTERNVL:  # which has no last norm where it averages the patches
         given = {"pool": "token" if "norm/scale" in found else "gap", **given}
@@ -80,7 +81,7 @@ def infer(
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
         "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
-        "pos_embed": dialect in (BIG_VISION, TIMM, TIMM_EVA, HF_DINOV3),
+        "pos_embed": rotary or dialect in (BIG_VISION, TIMM, TIMM_EVA),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)
@@ -101,7 +102,7 @@ def infer(
     if qkv and qkv.row.heads_apart:
         fields["num_heads"] = axis("blocks/attention/qkv/kernel", "h")
     elif "num_heads" not in given:
-        heads = families.default_heads(width, fields["mlp"], dialect is HF_DINOV3)
+        heads = families.default_heads(width, fields["mlp"], rotary)
         if heads is None:
             raise UserError(
                 f"{weights.path}: the number of heads is not in the file, and no known model is "
@@ -245,7 +246,7 @@ def _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
             raise UserError(f"{weights.path}: image_size {given['image_size']!r} is no (h, w)")
     if "pos_embed" not in found:
         position = "sincos2d" if dialect is BIG_VISION else "none"
-        if dialect is HF_DINOV3 or given.get("rotary") is not None:
+        if dialect in (HF_DINOV3, HF_SAPIENS2) or given.get("rotary") is not None:
             position = "rope"
         elif "position" in given:
             position = given["position"]

@@ -36,6 +36,8 @@ class Row:
       only: config fields of the models that are written so; any spelling is read.
       first, digits: the index of block 0 in a file, and the minimum number of its digits.
       any_rank: whether files may have additional axes of 1.
+      shared: whether keys and values may have fewer heads than queries (grouped-query attention);
+        they are repeated for each.
       whole: whether the layout has the depth axis, too.
     """
 
@@ -48,6 +50,7 @@ class Row:
     first: int = 0
     digits: int = 1
     any_rank: bool = False
+    shared: bool = False
     whole: bool = False
 
     @property
@@ -107,8 +110,10 @@ class Row:
         parts = self.parts or (1,) * len(self.theirs)
         return [(shape[0] // sum(parts) * part, *shape[1:]) if shape else () for part in parts]
 
-    def fits(self, shape: Shape, expected: Shape) -> bool:
-        """Whether an array's shape in the file is the expected one."""
+    def fits(self, shape: Shape, expected: Shape, head_dim: int | None = None) -> bool:
+        """Whether an array's shape in the file is the expected one, or of heads that are shared."""
+        if self.shared and head_dim and shape and shape[1:] == expected[1:]:
+            return shape[0] % head_dim == 0 < shape[0] and expected[0] % shape[0] == 0
         if self.any_rank:
             shape, expected = (tuple(n for n in each if n != 1) for each in (shape, expected))
         return shape == expected

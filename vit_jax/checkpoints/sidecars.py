@@ -17,12 +17,11 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
 
     Without `labels` (their names are not known) it has those of transformers: LABEL_0, LABEL_1, ...
     """
-    gelus = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
     square = vit.image_size[0] == vit.image_size[1] and vit.patch_size[0] == vit.patch_size[1]
     if not square:
         raise UserError(f"transformers has square images and patches only, not {vit.image_size}")
     config: dict[str, Any] = {
-        "hidden_act": gelus[vit.gelu],
+        "hidden_act": sidecars_hf.GELUS[vit.gelu],
         "hidden_size": vit.width,
         "image_size": vit.image_size[0],
         "intermediate_size": vit.mlp_dim,
@@ -37,12 +36,13 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
         config["id2label"] = {str(i): name for i, name in enumerate(labels)}
         config["label2id"] = {name: i for i, name in enumerate(labels)}
     head = vit.num_classes > 0
-    if sidecars_eva.is_dinov3(vit):
-        kind, name = "dinov3_vit", "DINOv3ViTModel"
-        config |= sidecars_eva.hf_config(vit)
-    elif sidecars_timm.is_aimv2(vit) or sidecars_hf.is_internvl(vit):
+    others = (sidecars_hf.is_sapiens2, sidecars_hf.is_internvl, sidecars_timm.is_aimv2)
+    if any(is_other(vit) for is_other in others):
         kind, name, other = sidecars_hf.config(vit)
         config |= other
+    elif sidecars_eva.is_dinov3(vit):
+        kind, name = "dinov3_vit", "DINOv3ViTModel"
+        config |= sidecars_eva.hf_config(vit)
     elif vit.pool == "map":
         kind, name = "siglip_vision_model", "SiglipVisionModel"
     elif vit.pre_norm:

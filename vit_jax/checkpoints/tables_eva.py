@@ -32,6 +32,15 @@ _GATE = ("blocks.{}.mlp.fc1_g", "blocks.{}.mlp.fc1_x")
 _BIAS, _LAYOUT = "blocks/attention/qkv/bias", "(t h k) -> t h k"
 # The models with a norm in their MLP have Q, K and V apart, too; DINOv3 has the gate apart.
 _WITH_NORM = {"mlp_norm": True}
+# So has Sapiens 2, whose keys and values may have fewer heads.
+_SCALED_ONCE = {"mlp_scale": False}
+
+
+def shared_rows(qkv: list[str]) -> list[Row]:
+    """Q, K and V apart, kernels and biases, where several queries may share a key and a value."""
+    rows = torch_attention("blocks/attention", qkv, "")[:2]
+    return [dataclasses.replace(row, shared=True) for row in rows]
+
 
 # huggingface/pytorch-image-models: timm/layers/attention_pool.py, AttentionPoolLatent
 TIMM_POOL = (
@@ -58,11 +67,13 @@ TIMM_EVA = Dialect(
         Row("pos_embed", ("pos_embed",), "1 n d -> n d"),
         *norm_rows("pre_norm", "norm_pre"),
         *norm_rows("blocks/norm1", "blocks.{}.norm1"),
+        *_as(shared_rows(_APART)[:1], only=_SCALED_ONCE),
         *_as(
             torch_attention("blocks/attention", _APART, f"{_ATTENTION}.proj")[:1], only=_WITH_NORM
         ),
         *torch_attention("blocks/attention", [f"{_ATTENTION}.qkv."], f"{_ATTENTION}.proj")[:1],
         *torch_attention("blocks/attention", _APART, f"{_ATTENTION}.proj")[2:],
+        *_as(shared_rows(_APART)[1:], only=_SCALED_ONCE, key_bias=True),
         *_as(
             [Row(_BIAS, (f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.v_proj.bias"), _LAYOUT)],
             only=_WITH_NORM,
@@ -80,7 +91,7 @@ TIMM_EVA = Dialect(
         Row("blocks/scale1", ("blocks.{}.gamma_1",), "d -> d"),
         *norm_rows("blocks/norm2", "blocks.{}.norm2"),
         *_as(gated_rows(_GATE), only=_WITH_NORM, mlp="swiglu"),
-        *_as(gated_rows(_GATE), only={"position": "rope"}, mlp="swiglu"),
+        *_as(gated_rows(_GATE), only={"position": "rope", "norm": "layernorm"}, mlp="swiglu"),
         *linear_rows("blocks/mlp/fc1", "blocks.{}.mlp.fc1"),
         *norm_rows("blocks/mlp/norm", "blocks.{}.mlp.norm"),
         *linear_rows("blocks/mlp/fc2", "blocks.{}.mlp.fc2"),

@@ -1,4 +1,4 @@
-"""Weight name tables of transformers' AIMv2 and InternVL's vision tower."""
+"""Weight name tables of transformers' AIMv2, InternVL's vision tower and Sapiens 2."""
 
 from vit_jax.checkpoints.rows import (
     Dialect,
@@ -8,7 +8,7 @@ from vit_jax.checkpoints.rows import (
     norm_rows,
     torch_attention,
 )
-from vit_jax.checkpoints.tables_eva import gated_rows
+from vit_jax.checkpoints.tables_eva import gated_rows, shared_rows
 
 
 def _apart(layer: str) -> list[str]:
@@ -62,4 +62,51 @@ HF_INTERNVL = Dialect(
         *norm_rows("norm", "layernorm"),
     ),
     leftover=(r"embeddings\.mask_token$",),
+)
+
+
+def _sapiens2(layer: str, qkv: list[str], parts: dict[str, str]) -> list[Row]:
+    """The rows of a block: the published files have other names than transformers."""
+    return [
+        *norm_rows("blocks/norm1", f"{layer}.{parts['norm1']}"),
+        *shared_rows([f"{layer}.{name}" for name in qkv]),
+        *torch_attention("blocks/attention", [""], f"{layer}.{parts['out']}")[2:],
+        *norm_rows("blocks/attention/q_norm", f"{layer}.{parts['attention']}.q_norm"),
+        *norm_rows("blocks/attention/k_norm", f"{layer}.{parts['attention']}.k_norm"),
+        Row("blocks/scale1", (f"{layer}.{parts['scale']}",), "d -> d"),
+        *norm_rows("blocks/norm2", f"{layer}.{parts['norm2']}"),
+        *linear_rows("blocks/mlp/fc2", f"{layer}.{parts['fc2']}"),
+    ]
+
+
+_SAPIENS, _SAPIENS_HF = "blocks.{}", "model.layer.{}"
+# huggingface/transformers: models/sapiens2, and the names of facebookresearch/sapiens2
+HF_SAPIENS2 = Dialect(
+    "hf",
+    ("blocks.0.attn.gamma.weight", "model.layer.0.attention.q_norm.weight"),
+    (
+        *conv_rows("patch_embed.projection"),
+        *conv_rows("embeddings.patch_embeddings"),
+        Row("cls_token", ("cls_token",), "1 1 d -> 1 1 d"),
+        Row("cls_token", ("embeddings.cls_token",), "1 1 d -> 1 1 d"),
+        Row("registers", ("storage_tokens",), "1 r d -> 1 r d"),
+        Row("registers", ("embeddings.register_tokens",), "1 r d -> 1 r d"),
+        *_sapiens2(
+            _SAPIENS,
+            [f"attn.w{name}." for name in "qkv"],
+            dict(norm1="ln1", norm2="ln2", attention="attn", out="attn.proj", fc2="ffn.w3")
+            | dict(scale="attn.gamma.weight"),
+        ),
+        *linear_rows("blocks/mlp/fc1", f"{_SAPIENS}.ffn.w12"),
+        *_sapiens2(
+            _SAPIENS_HF,
+            [f"attention.{name}_proj." for name in "qkv"],
+            dict(norm1="norm1", norm2="norm2", attention="attention", out="attention.o_proj")
+            | dict(scale="layer_scale1.lambda1", fc2="mlp.down_proj"),
+        ),
+        *gated_rows((f"{_SAPIENS_HF}.mlp.gate_proj", f"{_SAPIENS_HF}.mlp.up_proj")),
+        *norm_rows("norm", "ln1"),
+        *norm_rows("norm", "norm"),
+    ),
+    leftover=(r"(embeddings\.)?mask_token$",),
 )
