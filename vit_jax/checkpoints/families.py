@@ -153,8 +153,10 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["num_heads"] = 16
     if settings.get("final_norm") is False:
         found["final_norm"] = False
-    if settings.get("norm_layer") == "rmsnorm":
-        found["norm"] = "rmsnorm"
+    if settings.get("norm_layer"):
+        found["norm"] = settings["norm_layer"]
+    elif name:
+        found.setdefault("norm", "layernorm")
     if settings.get("pool_include_prefix"):
         found["pool_prefix"] = True
     pools = {"token": "token", "avg": "gap", "map": "map"}

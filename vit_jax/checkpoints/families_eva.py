@@ -20,11 +20,15 @@ def perception(side: int, offset: float) -> Rotary:
 _CORE = dict(pool="map", pool_heads=8, pool_prefix=True, layernorm_eps=1e-5)
 _REST = dict(pool="gap", final_norm=False, layernorm_eps=1e-5)
 _DINOV3 = dict(rotary=DINOV3, layernorm_eps=1e-5)
+_SAPIENS2 = dict(rotary=DINOV3, norm="rmsnorm")
 # A pattern of names, and the fields of their models.
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_\w+_dinov3(_qkvb)?", dict(pool="gap", image_size=256, **_DINOV3)),
     (r"vit_\w+_lingbot", dict(pool="token", image_size=512, **_DINOV3)),
-    (r"vit_\w+_sapiens2", dict(pool="token", image_size=(1024, 768), rotary=DINOV3)),
+    (
+        r"vit_\w+_sapiens2",
+        dict(rotary=DINOV3, pool="token", image_size=(1024, 768), norm="rmsnorm"),
+    ),
     (r"eva02_enormous_\w+", dict(rotary=None, pool="token", norm_after_branch=True)),
     (r"eva02_\w+_clip_\d+", dict(rotary=EVA02, pool="token")),
     (r"eva02_\w+", dict(rotary=EVA02, pool="gap")),

@@ -1,4 +1,4 @@
-"""What the config.json of transformers' AIMv2, InternVL and Sapiens 2 says that their weights do not."""
+"""What a config.json of AIMv2, InternVL or Sapiens 2 of transformers says that weights do not."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -5,11 +5,12 @@ from typing import Any
 
 # A pattern of names, and the fields of their models.
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"aimv2_\w+", dict(pool="gap", layernorm_eps=1e-5)),
+    (r"aimv2_\w+", dict(pool="gap", norm="rmsnorm", layernorm_eps=1e-5)),
     (r"vit_intern300m_patch14_448", dict(pool="token", final_norm=False)),
     (r"vit_\w+_radio_v\d", dict(pool="token", final_norm=False)),
     (r"vit_base_patch16_rpn_224", dict(pool="gap", norm_after_branch=True)),
     (r"test_vit3", dict(pool_prefix=True)),
+    (r"test_vit4", dict(norm="rmsnorm")),
 )
 # Heads that are not as many as in other models of that width.
 _HEADS = {
