@@ -1,4 +1,4 @@
-"""RMSNorm, norms of queries and keys, and norms behind their branches, against NumPy in float64."""
+"""Other norms, and differential attention, against NumPy in float64."""
 
 import dataclasses
 
@@ -26,7 +26,26 @@ def dense(x, p):
     return x @ p["kernel"] + p.get("bias", 0.0)
 
 
-def attention(x, p, config):
+def softmax(logits):
+    weights = np.exp(logits)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def difference(q, k, v, p, index):
+    """The output of one head, whose halves make a map each (arXiv 2410.05258, section 2.1)."""
+    half = q.shape[-1] // 2
+    first, second = (
+        softmax(q[:, part] @ k[:, part].T / np.sqrt(half))
+        for part in (slice(0, half), slice(half, None))
+    )
+    start = 0.8 - 0.6 * np.exp(-0.3 * index)
+    factor = np.exp(p["lambda_q1"] @ p["lambda_k1"]) - np.exp(p["lambda_q2"] @ p["lambda_k2"])
+    y = (first - (factor + start) * second) @ v
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * p["head_norm"]["scale"]
+    return y * (1 - start)
+
+
+def attention(x, p, config, index):
     """Of tokens [n d], written out head by head."""
     heads, found = config.num_heads, []
     q, k, v = (
@@ -44,13 +63,15 @@ def attention(x, p, config):
         a, b = q[:, head], k[:, head]
         if config.qk_norm == "head":
             a, b = normed(a, p["q_norm"], config), normed(b, p["k_norm"], config)
-        weights = np.exp(a @ b.T / np.sqrt(config.head_dim))
-        found.append(weights / weights.sum(-1, keepdims=True) @ v[:, head])
+        if config.differential:
+            found.append(difference(a, b, v[:, head], p, index))
+            continue
+        found.append(softmax(a @ b.T / np.sqrt(config.head_dim)) @ v[:, head])
     kernel = p["out"]["kernel"].reshape(config.width, config.width)
     return np.concatenate(found, axis=-1) @ kernel + p["out"].get("bias", 0.0)
 
 
-def mlp(x, p, config):
+def mlp(x, p, config, index):
     y = dense(x, p["fc1"])
     if config.mlp == "swiglu":
         gate, y = np.split(y, 2, axis=-1)
@@ -60,12 +81,12 @@ def mlp(x, p, config):
     return dense(y, p["fc2"])
 
 
-def block(x, p, config):
+def block(x, p, config, index):
     for name, function, part in (("1", attention, "attention"), ("2", mlp, "mlp")):
         if config.norm_after_branch:
-            y = normed(function(x, p[part], config), p[f"norm{name}"], config)
+            y = normed(function(x, p[part], config, index), p[f"norm{name}"], config)
         else:
-            y = function(normed(x, p[f"norm{name}"], config), p[part], config)
+            y = function(normed(x, p[f"norm{name}"], config), p[part], config, index)
         x = x + y * p.get(f"scale{name}", 1.0)
     return x
 
@@ -75,6 +96,7 @@ CASES = {
     "heads": dict(qk_norm="head"),
     "all heads": dict(qk_norm="all", norm="rmsnorm", layer_scale=0.5),
     "behind": dict(norm_after_branch=True, qkv_bias=False),
+    "differential": dict(differential=True),
     "sapiens": dict(qk_norm="head", norm="rmsnorm", layer_scale=0.5, mlp_scale=False),
 }
 
@@ -94,7 +116,7 @@ def test_tokens_are_those_written_out(name):
         assert relative_error(found["patches"][index], x) < 1e-5
         x = np.concatenate([params["cls_token"][0], x])
         for depth in range(config.depth):
-            x = block(x, jax.tree.map(lambda leaf: leaf[depth], params["blocks"]), config)  # noqa: B023
+            x = block(x, jax.tree.map(lambda leaf: leaf[depth], params["blocks"]), config, depth)  # noqa: B023
             assert relative_error(found["tokens"][depth, index], x) < 1e-5
         x = normed(x, params["norm"], config)
         assert relative_error(found["encoded"][index], x) < 1e-5
@@ -105,6 +127,10 @@ def test_tokens_are_those_written_out(name):
     [
         (dict(norm="rms"), "model.norm is 'rms': did you mean 'rmsnorm'?"),
         (dict(qk_norm="heads"), "model.qk_norm is 'heads': did you mean 'head'?"),
+        (
+            dict(differential=True, qk_norm="head"),
+            "not go with model.qk_norm 'head'",
+        ),
         (dict(mlp_scale=False), "model.mlp_scale is false, and without model.layer_scale"),
     ],
 )

@@ -26,6 +26,11 @@ CASES = {
     "map_prefix": Case(
         "attention pooling of registers, too", "test_vit3", SMALL | dict(num_classes=7)
     ),
+    "differential": Case(
+        "differential attention",
+        "vit_dwee_patch16_reg1_gap_256",
+        SMALL | dict(num_classes=7, depth=3),
+    ),
     "rms": Case(
         "ViT GAP, RMSNorm, norms of queries and keys",
         "vit_base_patch16_224",

@@ -171,6 +171,8 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
             allowed |= {"attention_norm": (False,), "mlp_norm": (False,)}
             allowed |= {"pool_heads": (None, config.num_heads)}
             allowed["pool_mlp_dim"] = (None, config.mlp_dim)
+        if dialect is not TIMM:
+            allowed["differential"] = (False,)
         if dialect not in (TIMM, TIMM_EVA):
             allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
         if dialect not in (TIMM, TIMM_EVA, HF_AIMV2, HF_INTERNVL, HF_SAPIENS2):

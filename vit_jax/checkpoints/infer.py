@@ -141,6 +141,7 @@ def _norms_and_biases(
     if "blocks/attention/q_norm/scale" in found:
         size = axis("blocks/attention/q_norm/scale", "d")
         fields["qk_norm"] = "all" if size == width else "head"
+    fields["differential"] = "blocks/attention/lambda_q1" in found
     layers = ("attention/out", "mlp/fc1", "mlp/fc2")
     fields["proj_bias"] = any(f"blocks/{layer}/bias" in found for layer in layers)
     fields["mlp_scale"] = "blocks/scale2" in found or "blocks/scale1" not in found

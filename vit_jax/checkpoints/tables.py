@@ -10,6 +10,7 @@ from vit_jax.checkpoints.rows import linear_rows as _linear
 from vit_jax.checkpoints.rows import norm_rows as _norm
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL, gated_rows
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
+from vit_jax.models import differential
 
 _FLAX = {"kernel": "/kernel", "bias": "/bias"}
 
@@ -203,6 +204,11 @@ TIMM = Dialect(
         *_norm("pre_norm", "norm_pre"),
         *_norm("blocks/norm1", "blocks.{}.norm1"),
         *torch_attention("blocks/attention", ["blocks.{}.attn.qkv."], "blocks.{}.attn.proj"),
+        *(
+            Row(f"blocks/attention/{name}", (f"blocks.{{}}.attn.{name}",), "k -> k")
+            for name in differential.NAMES
+        ),
+        *_norm("blocks/attention/head_norm", "blocks.{}.attn.sub_norm"),
         *_norm("blocks/attention/q_norm", "blocks.{}.attn.q_norm"),
         *_norm("blocks/attention/k_norm", "blocks.{}.attn.k_norm"),
         Row("blocks/scale1", ("blocks.{}.ls1.gamma",), "d -> d"),

@@ -94,6 +94,8 @@ class ViTConfig:
       key_bias: whether keys have one where queries and values do; in EVA and DINOv3 they do not.
       proj_bias: whether the attention's projection and the layers of the MLP have a bias.
       qk_norm: norms of queries and keys: `none`, of each `head`, or of `all` heads together.
+      differential: whether each head's attention is the difference of two maps, of half the
+        channels each (arXiv 2410.05258).
       attention_norm: whether a LayerNorm is between the heads and their projection (EVA-02's CLIP).
       mlp_norm: whether a LayerNorm is before the MLP's last layer (EVA-02).
       head_bias: initial bias of the head.
@@ -151,6 +153,7 @@ class ViTConfig:
     key_bias: bool = True
     proj_bias: bool = True
     qk_norm: str = "none"
+    differential: bool = False
     attention_norm: bool = False
     mlp_norm: bool = False
     head_bias: float = 0.0
@@ -219,6 +222,8 @@ class ViTConfig:
                 "model.attention 'cudnn' does not take the bias of model.position 'relative': "
                 "use 'auto' or 'xla'"
             )
+        if self.differential:
+            _check_differential(self)
         _check_rotary(self)
         if self.norm_after_pool and not self.final_norm:
             raise UserError(
@@ -393,6 +398,21 @@ def _check_rotary(config: ViTConfig) -> None:
             f"model.rotary needs heads of 4, 8, 12, ... channels, not {config.head_dim}: change "
             "model.width or model.num_heads"
         )
+
+
+def _check_differential(config: ViTConfig) -> None:
+    """Raises a UserError for what differential attention has no place for."""
+    without = {"position": ("relative",), "attention": ("cudnn",), "qk_norm": ("head", "all")}
+    for name, values in without.items():
+        if getattr(config, name) in values:
+            raise UserError(
+                f"model.differential does not go with model.{name} {getattr(config, name)!r}: "
+                "change one of them"
+            )
+    if config.rotary is not None or config.attention_norm or config.head_dim % 2:
+        what = "model.rotary" if config.rotary is not None else "model.attention_norm"
+        what = "heads of an odd number of channels" if config.head_dim % 2 else what
+        raise UserError(f"model.differential does not go with {what}: change one of them")
 
 
 def _check_resnet(config: ModelConfig) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
 from vit_jax.errors import UserError
-from vit_jax.models import positions
+from vit_jax.models import differential, positions
 from vit_jax.models.attention import attend, attention_weights, backend_of, padding
 from vit_jax.models.config import ModelConfig, ViTConfig
 from vit_jax.models.elementwise import drop_path, dropout, gelu
@@ -107,6 +107,8 @@ class Attention(nnx.Module):
         self.out = Affine(out, (d,) if config.proj_bias else None)
         if config.qk_norm != "none":
             add_qk_norms(self, config, rngs)
+        if config.differential:
+            differential.add_parameters(self, config, rngs)
         if config.attention_norm:
             self.norm = layer_norm(config, rngs)
         if config.rotary is not None and config.rotary.learned:
@@ -124,11 +126,12 @@ class Attention(nnx.Module):
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        index: int | float | Float[Array, ""] = 0,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
         `rotation` is the table of rotary positions, for all images or for each; with learned
-        frequencies, the tokens' places [n 2].
+        frequencies, the tokens' places [n 2]. `index` is the block's.
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
@@ -137,6 +140,11 @@ class Attention(nnx.Module):
                 q, k = qk_normed(self.q_norm, q), qk_normed(self.k_norm, k)
             if rotation is not None:
                 q, k = self._rotated((q, k), rotation)
+        if self.config.differential:
+            if captures is not None:
+                captures("attention", lambda: differential.weights(self, q, k, index))
+            y = differential.attend(self, q, k, v, index)
+            return affine(y, self.out, dtype)
         logits_bias = None
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
@@ -296,7 +304,8 @@ class Block(nnx.Module):
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
         y = x if after else self.norm1(x)
-        y = self.attention(y, captures, length=length, rotation=rotation)
+        index = depth_fraction * (self.config.depth - 1)
+        y = self.attention(y, captures, length=length, rotation=rotation, index=index)
         x = x + branch(y, self.norm1, scale1, attention_key, path_keys[0])
         y = self.mlp(x if after else self.norm2(x), hidden_key)
         x = x + branch(y, self.norm2, scale2, mlp_key, path_keys[1])
@@ -315,6 +324,7 @@ class AttentionPool(nnx.Module):
             key_bias=True,
             attention_norm=False,
             qk_norm="none",
+            differential=False,
             proj_bias=True,
             mlp_norm=False,
             num_heads=config.pool_heads or config.num_heads,
