@@ -201,3 +201,41 @@ def test_norms_behind_the_branches_are_named_by_no_key(tmp_path):
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert told["architecture"] == "vit_base_patch16_rpn_224"
     assert vit_jax.load(str(tmp_path / "out")).config == vit.config
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_joint_arrays_of_parallel_blocks(fused, tmp_path):
+    """The MLP's rows of in_proj are first; of out_proj, the columns of the attention."""
+    block = norm("in_norm") | layer("in_proj", D, MLP + 3 * D) | {"ls.gamma": (D,)}
+    name = "vit_pwee_patch16_reg1_gap_256"
+    if fused:
+        name = "vit_dpwee_patch16_reg1_gap_256"
+        block |= layer("out_proj", D + MLP, D) | {"sub_norm.weight": (D // HEADS,)}
+        block |= {f"lambda_{part}": (D // HEADS // 2,) for part in ("q1", "k1", "q2", "k2")}
+    else:
+        block |= layer("attn_out_proj", D, D) | layer("mlp_out_proj", MLP, D)
+    rest = patches("patch_embed.proj") | norm("fc_norm") | {"pos_embed": (1, GRID, D)}
+    arrays = file("blocks", block, rest | {"reg_token": (1, 1, D)})
+    config = dict(architecture=name, num_classes=0, model_args=ARGS)
+    vit = vit_jax.load(put(tmp_path / "in", arrays, config))
+    assert vit.config.parallel and vit.config.differential == fused
+    blocks = nnx.to_pure_dict(nnx.state(vit.model))["blocks"]
+    assert "norm2" not in blocks and "scale2" not in blocks
+    into = arrays["blocks.1.in_proj.weight"]
+    np.testing.assert_array_equal(blocks["mlp"]["fc1"]["kernel"][1], into[:MLP].T)
+    kernel = np.stack([heads(part) for part in np.split(into[MLP:], 3)], axis=1)
+    np.testing.assert_array_equal(blocks["attention"]["qkv"]["kernel"][1], kernel)
+    if fused:
+        fc2 = arrays["blocks.1.out_proj.weight"][:, D:].T
+        np.testing.assert_array_equal(blocks["mlp"]["fc2"]["kernel"][1], fc2)
+        np.testing.assert_array_equal(blocks["mlp"]["fc2"]["bias"], 0)
+    for path in ("out", "again"):
+        vit_jax.save(vit, str(tmp_path / path), format="timm")
+        found = load_file(tmp_path / path / "model.safetensors")
+        assert found.keys() == arrays.keys()
+        for key, value in arrays.items():
+            np.testing.assert_array_equal(found[key], value, err_msg=key)
+        vit = vit_jax.load(str(tmp_path / path))
+    short = dict(arrays) | {"blocks.1.in_proj.weight": into[:-1]}
+    with pytest.raises(UserError, match=r"blocks.1.in_proj.weight:\w+ has the shape"):
+        vit_jax.load(put(tmp_path / "short", short, config))

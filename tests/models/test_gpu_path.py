@@ -51,6 +51,7 @@ def assert_alike(found, wanted, rtol):
         dict(position="relative", remat="full"),
         dict(position="rope", key_bias=False, mlp="swiglu", mlp_norm=True, attention_norm=True),
         dict(norm="rmsnorm", mlp="swiglu", proj_bias=False, qkv_bias=False, patch_norm=True),
+        dict(parallel=True, layer_scale=0.5),
         dict(norm="rmsnorm", qk_norm="head", layer_scale=0.5, mlp_scale=False, scan=True),
         dict(norm_after_branch=True, layer_scale=0.5, norm="rmsnorm", qk_norm="all"),
         dict(pool="gap", norm_after_pool=True, pre_norm=True, position="sincos2d"),

@@ -82,6 +82,10 @@ def mlp(x, p, config, index):
 
 
 def block(x, p, config, index):
+    if config.parallel:
+        y = normed(x, p["norm1"], config)
+        parts = attention(y, p["attention"], config, index) + mlp(y, p["mlp"], config, index)
+        return x + parts * p.get("scale1", 1.0)
     for name, function, part in (("1", attention, "attention"), ("2", mlp, "mlp")):
         if config.norm_after_branch:
             y = normed(function(x, p[part], config, index), p[f"norm{name}"], config)
@@ -97,6 +101,7 @@ CASES = {
     "all heads": dict(qk_norm="all", norm="rmsnorm", layer_scale=0.5),
     "behind": dict(norm_after_branch=True, qkv_bias=False),
     "differential": dict(differential=True),
+    "parallel": dict(parallel=True, layer_scale=0.5),
     "sapiens": dict(qk_norm="head", norm="rmsnorm", layer_scale=0.5, mlp_scale=False),
 }
 
@@ -130,6 +135,10 @@ def test_tokens_are_those_written_out(name):
         (
             dict(differential=True, qk_norm="head"),
             "not go with model.qk_norm 'head'",
+        ),
+        (
+            dict(parallel=True, norm_after_branch=True),
+            "norm_after_branch True does not apply",
         ),
         (dict(mlp_scale=False), "model.mlp_scale is false, and without model.layer_scale"),
     ],

@@ -114,11 +114,14 @@ def truth_of_timm(model):
     if isinstance(model, timm.models.eva.Eva):
         return truth_of_eva(model)
     block = model.blocks[0]
+    parallel = hasattr(block, "in_proj")  # attention and MLP have no modules of their own
+    act = block.mlp_act if parallel else block.mlp.act
     gelus = {"GELU": "erf", "QuickGELU": "quick", "GELUTanh": "tanh", "SiLU": None}
     found = {
-        "num_heads": block.attn.num_heads,
-        "layernorm_eps": block.norm1.eps,
-        "gelu": gelus[type(block.mlp.act).__name__],
+        "num_heads": (block if parallel else block.attn).num_heads,
+        "layernorm_eps": (block.in_norm if parallel else block.norm1).eps,
+        "gelu": gelus[type(act).__name__],
+        "parallel": parallel,
         "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": model.num_reg_tokens,
         "has_class_token": model.cls_token is not None,

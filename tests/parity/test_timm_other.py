@@ -31,6 +31,19 @@ CASES = {
         "vit_dwee_patch16_reg1_gap_256",
         SMALL | dict(num_classes=7, depth=3),
     ),
+    "parallel": Case(
+        "parallel attention and MLP", "vit_pwee_patch16_reg1_gap_256", SMALL | dict(num_classes=7)
+    ),
+    "parallel_xp": Case(
+        "parallel attention and MLP, RMSNorm of queries and keys",
+        "vit_base_patch16_xp_224",
+        SMALL | dict(num_classes=7),
+    ),
+    "parallel_differential": Case(
+        "parallel differential attention and MLP",
+        "vit_dpwee_patch16_reg1_gap_256",
+        SMALL | dict(num_classes=7),
+    ),
     "rms": Case(
         "ViT GAP, RMSNorm, norms of queries and keys",
         "vit_base_patch16_224",

@@ -106,6 +106,8 @@ TIMM_OTHER = frozenset(
     aimv2_3b_patch14_336 aimv2_3b_patch14_448 aimv2_huge_patch14_224 aimv2_huge_patch14_336
     aimv2_huge_patch14_448 aimv2_large_patch14_224 aimv2_large_patch14_336 aimv2_large_patch14_448
     test_vit3 test_vit4 vit_dlittle_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256
+    vit_dpwee_patch16_reg1_gap_256 vit_pwee_patch16_reg1_gap_256 vit_base_patch16_xp_224
+    vit_large_patch14_xp_224 vit_huge_patch14_xp_224
     vit_base_patch16_radio_v3 vit_base_patch16_rpn_224
     vit_giant_patch16_radio_v3 vit_huge_patch16_radio_v3 vit_huge_patch16_radio_v4
     vit_intern300m_patch14_448 vit_large_patch16_radio_v3 vit_so400m_patch16_radio_v4

@@ -19,13 +19,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float32
 
-from vit_jax.checkpoints import architectures, families
+from vit_jax.checkpoints import architectures, families, tables_parallel
 from vit_jax.checkpoints.card import family_of, typed_config
 from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
 from vit_jax.checkpoints.keys import Patterns, choose, recognise, several, wrappers
 from vit_jax.checkpoints.rows import Dialect, Found
-from vit_jax.checkpoints.tables import FLAX_DINOV2, native
+from vit_jax.checkpoints.tables import FLAX_DINOV2, TIMM_PARALLEL, native
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_SAPIENS2
 from vit_jax.errors import UserError, nearest
@@ -165,6 +165,8 @@ def interpret(
             f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "
             "code multiplies each lambda1; only 1 is read here"
         )
+    if dialect is TIMM_PARALLEL:
+        weights = tables_parallel.split(weights)
     if dialect.aliases:
         weights = weights.renamed(dialect.spelt)
     card = weights.card.get("config") or {}

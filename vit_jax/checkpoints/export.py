@@ -11,7 +11,14 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import programs, sidecars, sidecars_eva, sidecars_hf, sidecars_timm
+from vit_jax.checkpoints import (
+    programs,
+    sidecars,
+    sidecars_eva,
+    sidecars_hf,
+    sidecars_timm,
+    tables_parallel,
+)
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_weights
@@ -29,6 +36,7 @@ from vit_jax.checkpoints.tables import (
     RESNET_TIMM,
     RESNET_V1,
     TIMM,
+    TIMM_PARALLEL,
     native,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
@@ -86,6 +94,7 @@ def choose(format: str, config: ModelConfig) -> Dialect:
             return HF_SIGLIP
         return HF_DINOV2 if config.layer_scale is not None else HF_VIT
     timm = TIMM_EVA if sidecars_eva.is_eva(config) else TIMM
+    timm = TIMM_PARALLEL if config.parallel else timm
     return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
 
 
@@ -122,6 +131,7 @@ def to_names(
                 arrays |= zip(row.keys(prefix, block), pieces, strict=True)
         else:
             arrays |= zip(row.keys(prefix), row.write(value), strict=True)
+    arrays = tables_parallel.joined(arrays) if dialect is TIMM_PARALLEL else arrays
     _read_back(arrays, config, dialect)
     return arrays, config, notes
 
@@ -137,7 +147,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     if dialect in (GOOGLE, BIG_VISION):
         allowed |= {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["pool"] = ("token", "gap") if dialect is GOOGLE else ("token", "gap", "map")
-    elif dialect is TIMM:
+    elif dialect in (TIMM, TIMM_PARALLEL):
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
         yield from sidecars_timm.cannot(config)
@@ -171,11 +181,13 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
             allowed |= {"attention_norm": (False,), "mlp_norm": (False,)}
             allowed |= {"pool_heads": (None, config.num_heads)}
             allowed["pool_mlp_dim"] = (None, config.mlp_dim)
-        if dialect is not TIMM:
-            allowed["differential"] = (False,)
-        if dialect not in (TIMM, TIMM_EVA):
+        if dialect not in (TIMM, TIMM_PARALLEL):
+            allowed |= {"differential": (False,), "parallel": (False,)}
+        if dialect not in (TIMM, TIMM_PARALLEL, TIMM_EVA):
             allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
-        if dialect not in (TIMM, TIMM_EVA, HF_AIMV2, HF_INTERNVL, HF_SAPIENS2):
+        if (dialect.name == "hf" and dialect not in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2)) or (
+            dialect in (GOOGLE, BIG_VISION)
+        ):
             allowed |= {"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,)}
             allowed |= {"mlp_scale": (True,), "proj_bias": (True,), "final_norm": (True,)}
     if config.position == "relative" and dialect.name != "vit_jax":
@@ -278,12 +290,12 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     settings |= {
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
-    if dialect in (TIMM, TIMM_EVA):
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
         settings["pool"] = config.pool
-    if dialect in (TIMM, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
     told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
-    if dialect in (TIMM, TIMM_EVA):
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
         told = ("pool_prefix", "final_norm", "norm_after_branch")
         told += ("pool_heads",) if dialect is TIMM_EVA else ()
     settings |= {name: getattr(config, name) for name in told}

@@ -9,6 +9,7 @@ _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_intern300m_patch14_448", dict(pool="token", final_norm=False)),
     (r"vit_\w+_radio_v\d", dict(pool="token", final_norm=False)),
     (r"vit_base_patch16_rpn_224", dict(pool="gap", norm_after_branch=True)),
+    (r"vit_\w+_xp_224", dict(norm="rmsnorm")),
     (r"test_vit3", dict(pool_prefix=True)),
     (r"test_vit4", dict(norm="rmsnorm")),
 )

@@ -16,6 +16,7 @@ from vit_jax.checkpoints.tables import (
     HF_SIGLIP,
     RESNET_PAPER,
     TIMM,
+    TIMM_PARALLEL,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
@@ -60,6 +61,8 @@ def infer(
     fields["patch_bias"] = "patch_embed/bias" in found
     fields["qkv_bias"] = "blocks/attention/qkv/bias" in found
     fields |= _norms_and_biases(found, width, axis)
+    if dialect is TIMM_PARALLEL:
+        fields |= {"parallel": True, "mlp_scale": True}
     if fields["norm"] == "rmsnorm" and "architecture" in assumed:
         assumed["norm"] = "as its norms have no bias"
     rotary = dialect in (HF_DINOV3, HF_SAPIENS2)
@@ -81,7 +84,7 @@ def infer(
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
         "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
-        "pos_embed": rotary or dialect in (BIG_VISION, TIMM, TIMM_EVA),
+        "pos_embed": rotary or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_EVA),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)

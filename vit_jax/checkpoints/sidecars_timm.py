@@ -15,13 +15,16 @@ def is_plain(vit: ViTConfig) -> bool:
     """Whether a model has none of what is written here."""
     parts = (vit.norm, vit.qk_norm, vit.proj_bias, vit.final_norm, vit.pool_prefix)
     plain = parts == ("layernorm", "none", True, True, False)
-    return plain and not (vit.patch_norm or vit.norm_after_branch or vit.differential)
+    others = vit.patch_norm, vit.norm_after_branch, vit.differential, vit.parallel
+    return plain and not any(others)
 
 
 def base(vit: ViTConfig) -> str | None:
     """A timm architecture that has what no argument gives; None if arguments are enough."""
     if is_aimv2(vit):
         return "aimv2_large_patch14_224"
+    if vit.parallel:
+        return f"vit_{'d' if vit.differential else ''}pwee_patch16_reg1_gap_256"
     if vit.differential:
         return "vit_dwee_patch16_reg1_gap_256"
     return "vit_base_patch16_rpn_224" if vit.norm_after_branch else None
@@ -54,7 +57,7 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     allowed["patch_norm"] = (is_aimv2(vit),)
     if vit.norm_after_branch:  # where the scales are those of the norms
         allowed |= {"layer_scale": (None,), "mlp": ("gelu",)}
-    if vit.differential:
+    if vit.differential or vit.parallel:
         allowed |= {"norm_after_branch": (False,), "patch_norm": (False,), "mlp": ("gelu",)}
     if base(vit) is not None:
         allowed |= {"resnet": (None,), "distillation": ("none",), "norm": ("rmsnorm", "layernorm")}

@@ -10,6 +10,7 @@ from vit_jax.checkpoints.rows import linear_rows as _linear
 from vit_jax.checkpoints.rows import norm_rows as _norm
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL, gated_rows
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
+from vit_jax.checkpoints.tables_parallel import parallel
 from vit_jax.models import differential
 
 _FLAX = {"kernel": "/kernel", "bias": "/bias"}
@@ -232,6 +233,7 @@ TIMM = Dialect(
     leftover=(r"mask_token$", r"decoder_"),
     resnet_style="timm_v1",
 )
+TIMM_PARALLEL = parallel(TIMM)
 
 
 def _hf_names(base: str, names: Sequence[str]) -> list[str]:
@@ -418,8 +420,8 @@ RESNET_TIMM = Dialect(
 
 # In the order of detection: DINOv2's files have HF_VIT's marker, too, and EVA's have TIMM's.
 FOREIGN = (
-    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM, HF_SAPIENS2, HF_DINOV3, HF_DINOV2),
-    *(HF_AIMV2, HF_SIGLIP, HF_INTERNVL, HF_VIT),
+    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM_PARALLEL, TIMM, HF_SAPIENS2, HF_DINOV3),
+    *(HF_DINOV2, HF_AIMV2, HF_SIGLIP, HF_INTERNVL, HF_VIT),
     *(FLAX_DINOV2, FLAX_CLIP, FLAX_VIT),
     *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),
 )

@@ -79,6 +79,8 @@ class ViTConfig:
       layernorm_eps: epsilon of every norm.
       norm_after_branch: whether the norms of a block are behind its residual branches rather than
         before them (Swin v2's res-post-norm, arXiv 2111.09883; EVA-02's enormous CLIP).
+      parallel: whether attention and MLP of a block read the same normalised tokens, and their sum
+        is one branch (ViT-22B, arXiv 2302.05442).
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
       mlp_scale: whether the branch of the MLP has such a scale, too; in Sapiens 2 it has not.
       patch_norm: whether a norm is between the patch embedding and the positions (AIMv2).
@@ -139,6 +141,7 @@ class ViTConfig:
     norm: str = "layernorm"
     layernorm_eps: float = 1e-6
     norm_after_branch: bool = False
+    parallel: bool = False
     layer_scale: float | None = None
     mlp_scale: bool = True
     patch_norm: bool = False
@@ -229,6 +232,12 @@ class ViTConfig:
             raise UserError(
                 "model.norm_after_pool moves the last LayerNorm, and model.final_norm is false: "
                 "set one of them only"
+            )
+        if self.parallel and (self.norm_after_branch or not self.mlp_scale):
+            name = "norm_after_branch" if self.norm_after_branch else "mlp_scale"
+            raise UserError(
+                f"model.parallel has one branch a block, to which model.{name} "
+                f"{getattr(self, name)} does not apply: change one of them"
             )
         if not self.mlp_scale and self.layer_scale is None:
             raise UserError(

@@ -259,6 +259,8 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One pre-LN encoder block (Eq. 2 and 3); with `norm_after_branch`, each norm ends its branch.
 
+    With `parallel`, attention and MLP have one norm, one scale and one branch.
+
     Dropout follows every dense layer except the QKV projections (appendix B.1).
     """
 
@@ -266,11 +268,12 @@ class Block(nnx.Module):
         self.config = config
         self.norm1 = layer_norm(config, rngs)
         self.attention = Attention(config, rngs=rngs, relative=config.position == "relative")
-        self.norm2 = layer_norm(config, rngs)
+        if not config.parallel:
+            self.norm2 = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
         if config.layer_scale is not None:
             self.scale1 = nnx.Param(jnp.full(config.width, config.layer_scale))
-            if config.mlp_scale:
+            if config.mlp_scale and not config.parallel:
                 self.scale2 = nnx.Param(jnp.full(config.width, config.layer_scale))
         if config.position_at == "layers":
             positions.add_tables(self, config, rngs)
@@ -306,6 +309,9 @@ class Block(nnx.Module):
         y = x if after else self.norm1(x)
         index = depth_fraction * (self.config.depth - 1)
         y = self.attention(y, captures, length=length, rotation=rotation, index=index)
+        if self.config.parallel:
+            y = y + self.mlp(self.norm1(x), hidden_key)
+            return x + branch(y, None, scale1, attention_key, path_keys[0])
         x = x + branch(y, self.norm1, scale1, attention_key, path_keys[0])
         y = self.mlp(x if after else self.norm2(x), hidden_key)
         x = x + branch(y, self.norm2, scale2, mlp_key, path_keys[1])

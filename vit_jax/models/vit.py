@@ -264,7 +264,8 @@ class ViT(nnx.Module):
         fold = target() == "gpu" and layout is None
         fold_before = not scanned(self.config.scan, depth)
 
-        folded = functools.partial(layers.folded, norms=not self.config.norm_after_branch)
+        other = self.config.norm_after_branch or self.config.parallel
+        folded = functools.partial(layers.folded, norms=not other)
 
         def body(x, params, index):
             params = folded(params) if fold and not fold_before else params
