@@ -139,25 +139,30 @@ def test_read_and_written_back(name, tmp_path):
 
 
 def test_shared_keys_and_values_are_repeated(tmp_path):
-    """One head of keys and values for both queries of the second block."""
-    arrays = dict(SAPIENS)
+    """Four heads of queries in the second block, two of keys and values: 0, 0, 1, 1."""
+    arrays, size = dict(SAPIENS), D // 4
+    config = FILES["sapiens2"][2] | dict(num_attention_heads=4)
+    for i in range(DEPTH):
+        for part in "qk":
+            key = f"blocks.{i}.attn.{part}_norm.weight"
+            arrays[key] = arrays[key][:size]
     for part in "kv":
         for leaf in ("weight", "bias"):
             key = f"blocks.1.attn.w{part}.{leaf}"
-            arrays[key] = arrays[key][: D // HEADS]
-    vit = vit_jax.load(put(tmp_path, arrays, FILES["sapiens2"][2]))
+            arrays[key] = arrays[key][: 2 * size]
+    vit = vit_jax.load(put(tmp_path, arrays, config))
     assert "repeated" in vit.report.assumed["keys and values"]
     qkv = nnx.to_pure_dict(nnx.state(vit.model))["blocks"]["attention"]["qkv"]
-    one = arrays["blocks.1.attn.wk.weight"]
-    np.testing.assert_array_equal(qkv["kernel"][1][:, 1], heads(np.concatenate([one, one])))
-    np.testing.assert_array_equal(
-        qkv["bias"][1][2], np.stack([arrays["blocks.1.attn.wv.bias"]] * HEADS)
-    )
-    whole = arrays["blocks.0.attn.wk.weight"]
-    np.testing.assert_array_equal(qkv["kernel"][0][:, 1], heads(whole))
-    arrays["blocks.1.attn.wk.weight"] = one[:4]  # half a head
-    with pytest.raises(UserError, match=r"blocks.1.attn.wk.weight has the shape \[4, 16\]"):
-        vit_jax.load(put(tmp_path, arrays, FILES["sapiens2"][2]))
+    key, value = arrays["blocks.1.attn.wk.weight"], arrays["blocks.1.attn.wv.bias"]
+    for head, shared in enumerate((0, 0, 1, 1)):
+        rows = slice(shared * size, (shared + 1) * size)
+        np.testing.assert_array_equal(qkv["kernel"][1][:, 1, head], key[rows].T)
+        np.testing.assert_array_equal(qkv["bias"][1][2, head], value[rows])
+    whole = arrays["blocks.0.attn.wk.weight"].T.reshape(D, 4, size)
+    np.testing.assert_array_equal(qkv["kernel"][0][:, 1], whole)
+    arrays["blocks.1.attn.wk.weight"] = key[: size // 2]  # half a head
+    with pytest.raises(UserError, match=r"blocks.1.attn.wk.weight has the shape \[2, 16\]"):
+        vit_jax.load(put(tmp_path, arrays, config))
 
 
 def test_a_bare_file_says_what_is_assumed(tmp_path):
