@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from parity import conftest  # noqa: F401  makes timm importable
-from parity.references import TOLERANCE, error, interpreted, pixels, randomise, truth_of_timm
+from parity.references import TOLERANCE, error, interpreted, ours, pixels, randomise, truth_of_timm
 
 import jax  # isort: skip
 import numpy as np  # isort: skip
@@ -92,7 +92,7 @@ def compared(name: str, folder: pathlib.Path) -> tuple[str, str]:
     try:
         vit = vit_jax.load(folder)
     except UserError as refusal:
-        return "refused", str(refusal).replace(f"{folder}/", "")
+        return "refused", re.sub(rf"{folder}(/[^:]*)?:? ", "", str(refusal))
     images = pixels(vit.config)
     with torch.no_grad():
         expected = model.double()(torch.tensor(images.transpose(0, 3, 1, 2)).double()).numpy()
@@ -100,7 +100,7 @@ def compared(name: str, folder: pathlib.Path) -> tuple[str, str]:
         with jax.disable_jit():  # faster than compiling each model
             found = np.asarray(vit.model(images))
     else:
-        found = np.asarray(jax.jit(vit.model.__call__)(images))
+        found = np.asarray(ours(vit)["output"])
     if found.shape != expected.shape:
         return "wrong", f"{found.shape} where timm has {expected.shape}"
     off = error(found, expected)

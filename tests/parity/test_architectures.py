@@ -29,7 +29,8 @@ ALIKE |= {"xcit", "volo", "deepseek_vit", "qwen3_vit", "gemma4_vit", "convit", "
 
 def created(name, **changes):
     """A model without numbers; two blocks tell as much as all."""
-    changes = changes if name.startswith("resnet") else {"depth": 2, **changes}
+    whole = name.startswith("resnet") or "sapiens2" in name  # with other heads in each block
+    changes = changes if whole else {"depth": 2, **changes}
     return timm.create_model(name, device="meta", **changes)
 
 
@@ -108,6 +109,7 @@ def test_names_of_before():
 def test_one_of_each_group_computes_the_same(groups, tmp_path, record):
     """Those that no case of the other files is of: what a case changes there are sizes alone."""
     sizes = {"depth", "img_size", "embed_dim", "num_heads", "num_classes", "patch_size", "in_chans"}
+    sizes |= {"num_kv_heads"}
     cases = (*timm_cases.CASES.values(), *test_resnet.CASES.values())
     cases = (*cases, *test_timm_eva.CASES.values(), *test_timm_other.CASES.values())
     compared = {case.name for case in cases if set(case.changes) <= sizes}

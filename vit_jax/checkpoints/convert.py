@@ -159,7 +159,12 @@ def interpret(
     for name in known:
         if name not in _FIELDS:
             raise UserError(f"unknown model field {name!r}; {nearest(name, _FIELDS)}")
-    weights, dialect, prefix = recognise(weights)
+    try:
+        weights, dialect, prefix = recognise(weights)
+    except UserError:
+        if architecture is None and weights.config.get("architecture"):  # its name says more
+            _named(weights, "timm", None)
+        raise
     if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
         raise UserError(
             f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "
@@ -177,10 +182,7 @@ def interpret(
     assumed: dict[str, str] = {}
     name = None
     if dialect.name in ("timm", "hf") and not card:
-        try:
-            name = architectures.named(dialect.name, weights.config, architecture)
-        except UserError as error:
-            raise UserError(f"{weights.path}: {error}") from None
+        name = _named(weights, dialect.name, architecture)
         if name is None and dialect.family == "vit":
             dinov3 = dialect is HF_DINOV3
             assumed["architecture"] = (
@@ -226,6 +228,13 @@ def interpret(
                 "out would make another model than the file's"
             )
     return Foreign(weights, dialect.name, config, found, leftover, assumed)
+
+
+def _named(weights: Weights, dialect: str, architecture: str | None) -> str | None:
+    try:
+        return architectures.named(dialect, weights.config, architecture)
+    except UserError as error:
+        raise UserError(f"{weights.path}: {error}") from None
 
 
 def _config(weights: Weights, fields: Mapping[str, Any], family: Any) -> ModelConfig:
