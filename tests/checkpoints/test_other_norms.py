@@ -129,6 +129,8 @@ def test_read_and_written_back(name, tmp_path):
     vit = vit_jax.load(put(tmp_path / "in", arrays, config))
     assert {field: getattr(vit.config, field) for field in expected} == expected
     assert not {"architecture", "norm"} & set(vit.report.assumed)
+    assert ("queries and keys" in vit.report.facts.get("blocks", "")) == ("qk_norm" in expected)
+    assert "RMSNorm eps" in vit.report.facts["GELU"]
     vit_jax.save(vit, str(tmp_path / "out"), format=format)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == arrays.keys()
