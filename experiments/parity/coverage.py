@@ -159,10 +159,12 @@ def table(found: list[Found]) -> list[str]:
     others = collections.defaultdict(list)
     for one in found:
         if one.status != "loaded":
-            others[one.architecture, one.status, one.why].append(one.checkpoint)
-    for (name, status, why), checkpoints in others.items():
-        count = "1 checkpoint" if len(checkpoints) == 1 else f"{len(checkpoints)} checkpoints"
-        lines.append(f"- `{name}` ({count}), {status}: {re.split(r'[.:;] ', why)[0]}")
+            why = one.why.replace(one.architecture, "NAME").partition("; the nearest")[0]
+            others[one.status, why].append(one)
+    for (status, why), each in others.items():
+        counts = collections.Counter(one.architecture for one in each)
+        names = ", ".join(f"`{name}` ({count})" for name, count in counts.items())
+        lines.append(f"- {status}: {why}. These are {names}.")
     return lines
 
 
