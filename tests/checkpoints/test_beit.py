@@ -56,7 +56,7 @@ FILES = {
     ),
     "vit_relpos_base_patch16_clsgap_224": (
         timm(QKV | FC1 | LS | RELPOS, norm("fc_norm")),
-        dict(relative_bias=MLP_BIAS, pool="gap", res_post_norm=False, norm_after_pool=True),
+        dict(relative_bias=MLP_BIAS, pool="gap", norm_after_branch=False, norm_after_pool=True),
     ),
     "vit_relpos_medium_patch16_cls_224": (
         timm(QKV | FC1 | LS, norm("norm") | SHARED),
@@ -64,7 +64,7 @@ FILES = {
     ),
     "vit_relpos_medium_patch16_rpn_224": (
         timm(QKV | FC1 | {"attn.rel_pos.relative_position_bias_table": TABLE}, norm("norm")),
-        dict(relative_bias=RelativeBias(), pool="gap", res_post_norm=True, layer_scale=None),
+        dict(relative_bias=RelativeBias(), pool="gap", norm_after_branch=True, layer_scale=None),
     ),
     "beit3_base_patch16_224": (
         timm(
@@ -121,8 +121,8 @@ def test_a_file_alone_says_what_its_keys_show(tmp_path):
     arrays, fields = FILES["vit_relpos_medium_patch16_rpn_224"]
     with pytest.raises(UserError, match=r"before or behind each branch.*architecture="):
         open_model(put(tmp_path, arrays))
-    config = open_model(put(tmp_path, arrays), res_post_norm=True).card.config
-    assert config.res_post_norm and config.relative_bias == RelativeBias()
+    config = open_model(put(tmp_path, arrays), norm_after_branch=True).card.config
+    assert config.norm_after_branch and config.relative_bias == RelativeBias()
     table = "blocks.{}.attn.relative_position_bias_table"
     oblong = {table.format(i): np.zeros((3 * 5 + 3, HEADS), np.float32) for i in range(DEPTH)}
     path = put(tmp_path, FILES["beit_base_patch16_224"][0] | oblong)

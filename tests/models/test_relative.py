@@ -35,7 +35,7 @@ CASES = {
     ),
     "mlp": dict(relative_bias=MLP, pool="gap", registers=2),
     "mlp, swin": dict(relative_bias=SWIN),
-    "norms last": dict(relative_bias=MLP, res_post_norm=True, layer_scale=0.1),
+    "norms last": dict(relative_bias=MLP, norm_after_branch=True, layer_scale=0.1),
 }
 
 
@@ -75,7 +75,7 @@ def bias_of(p, config):
 
 
 def block(x, p, bias, config):
-    last, kernel = config.res_post_norm, p["attention"]["qkv"]["kernel"]
+    last, kernel = config.norm_after_branch, p["attention"]["qkv"]["kernel"]
     y = x if last else numpy_vit.layer_norm(x, p["norm1"], 1e-6)
     heads, joined = [], p["attention"]["out"]["bias"]
     for head in range(config.num_heads):
@@ -182,9 +182,9 @@ def test_where_it_starts():
 
 def test_a_run_is_told_by_flags_and_learns_it_as_beit_does():
     flags = [f"--config.model.relative_bias.{flag}" for flag in ("kind=mlp", "hidden=9")]
-    flags += ["--config.model.position=relative_bias", "--config.model.res_post_norm=true"]
+    flags += ["--config.model.position=relative_bias", "--config.model.norm_after_branch=true"]
     model = model_config(load_config("configs/digits.py", flags), None, 10)
-    assert model.relative_bias == RelativeBias("mlp", hidden=9) and model.res_post_norm
+    assert model.relative_bias == RelativeBias("mlp", hidden=9) and model.norm_after_branch
     assert trainable.layer("relative_bias/table", 12) == 13  # a shared one at the full rate
     shapes = structure(config_of("table, shared, and an embedding"))[1]
     decayed = [name for name in flatten_dict(shapes, sep="/") if optim.is_decayed(ADAMW, name)]
@@ -243,13 +243,13 @@ def test_norms_at_the_end_are_not_folded_into_kernels(monkeypatch):
     """On GPUs, where those at the start are."""
     monkeypatch.setattr(vit, "target", lambda: "gpu")
     calls = []
-    monkeypatch.setattr(layers, "folded", lambda block: calls.append(block) or block)
-    for name, count in {"mlp": 1, "norms last": 0}.items():
+    monkeypatch.setattr(layers, "folded", lambda block, norms: calls.append(norms) or block)
+    for name, folds in {"mlp": True, "norms last": False}.items():
         graphdef, shapes = structure(config_of(name, depth=1, scan=True))
         images = jax.ShapeDtypeStruct((1, 8, 15, 3), "float32")
         calls.clear()
         jax.eval_shape(lambda p, x: nnx.merge(graphdef, p)(x), shapes, images)  # noqa: B023
-        assert len(calls) == count
+        assert calls == [folds]
 
 
 @pytest.mark.parametrize(

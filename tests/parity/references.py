@@ -118,11 +118,14 @@ def truth_of_timm(model):
     if isinstance(model, (timm.models.beit.Beit, relpos.VisionTransformerRelPos)):
         return truth_of_relative(model)
     block = model.blocks[0]
+    parallel = hasattr(block, "in_proj")  # attention and MLP have no modules of their own
+    act = block.mlp_act if parallel else block.mlp.act
     gelus = {"GELU": "erf", "QuickGELU": "quick", "GELUTanh": "tanh", "SiLU": None}
     found = {
-        "num_heads": block.attn.num_heads,
-        "layernorm_eps": block.norm1.eps,
-        "gelu": gelus[type(block.mlp.act).__name__],
+        "num_heads": (block if parallel else block.attn).num_heads,
+        "layernorm_eps": (block.in_norm if parallel else block.norm1).eps,
+        "gelu": gelus[type(act).__name__],
+        "parallel": parallel,
         "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": model.num_reg_tokens,
         "has_class_token": model.cls_token is not None,
@@ -133,7 +136,7 @@ def truth_of_timm(model):
         "pre_norm": not isinstance(model.norm_pre, torch.nn.Identity),
         "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
         "num_classes": model.num_classes,
-        "res_post_norm": type(block).__name__ == "ResPostBlock",
+        "norm_after_branch": type(block).__name__ == "ResPostBlock",
         "attention_norm": not isinstance(block.attn.norm, torch.nn.Identity),
         "mlp_norm": not isinstance(block.mlp.norm, torch.nn.Identity),
     }
@@ -158,7 +161,7 @@ def truth_of_relative(model):
         "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
         "num_classes": model.num_classes,
         "position": "relative_bias" if positions is None else "learned",
-        "res_post_norm": isinstance(block, relpos.ResPostRelPosBlock),
+        "norm_after_branch": isinstance(block, relpos.ResPostRelPosBlock),
     }
     if isinstance(model, timm.models.beit.Beit):
         shared, own = model.rel_pos_bias, block.attn.relative_position_bias_table

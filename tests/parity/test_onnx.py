@@ -27,7 +27,7 @@ CASES = {
     "relative, bfloat16": ViTConfig(**SIZES, position="relative", dtype="bfloat16"),
     "bias of a table": ViTConfig(**SIZES, position="relative_bias", key_bias=False),
     "bias of an MLP, norms last": ViTConfig(
-        **SIZES, relative_bias=RelativeBias("mlp", shared=True), res_post_norm=True
+        **SIZES, relative_bias=RelativeBias("mlp", shared=True), norm_after_branch=True
     ),
     "hybrid": ViTConfig(**HYBRID),
     "resnet": ResNetConfig(32, resnet=(1, 1, 1, 1), resnet_width=32, num_classes=5),

@@ -57,6 +57,7 @@ class Case:
     processor: type = hf.ViTImageProcessorPil
     back: type | None = None
     encoded: bool = True  # whether the last hidden state has been normalised
+    renamed: bool = False  # whether that class has other names for the same
     written: bool = True  # whether transformers has a class for it without its own name
     renamed: bool = False  # whether that has other names in memory
 
@@ -73,12 +74,17 @@ DEIT = dict(processor=hf.DeiTImageProcessorPil)
 DINOV2 = dict(processor=hf.BitImageProcessorPil)
 SIGLIP = dict(processor=hf.SiglipImageProcessorPil, back=hf.SiglipVisionModel)
 CLIP = dict(processor=hf.CLIPImageProcessorPil, back=hf.CLIPVisionModel, encoded=False)
+AIMV2 = dict(processor=hf.CLIPImageProcessorPil)
+INTERN = dict(processor=hf.CLIPImageProcessorPil)
+aimv2_config = functools.partial(hf.Aimv2VisionConfig, **SIZE, **MLP, use_head=False)
+intern_config = functools.partial(hf.InternVLVisionConfig, **SIZE, **MLP)
 DINOV3 = dict(processor=hf.DINOv3ViTImageProcessor)
 dinov3_config = functools.partial(hf.DINOv3ViTConfig, **SIZE, **MLP, num_register_tokens=3)
 BEIT = dict(processor=hf.BeitImageProcessorPil)
 beit_config = functools.partial(hf.BeitConfig, **SIZE, **MLP, use_relative_position_bias=True)
 data2vec_config = functools.partial(hf.Data2VecVisionConfig, **SIZE, **MLP)
 SHARED = dict(use_relative_position_bias=False, use_shared_relative_position_bias=True)
+sapiens2_config = functools.partial(hf.Sapiens2Config, **SIZE, **MLP, num_register_tokens=3)
 CASES = {
     "vit": Case("ViT", hf.ViTForImageClassification, vit_config(**LABELS)),
     "vit_model": Case("ViT, pooler", hf.ViTModel, vit_config(pooler_output_size=24)),
@@ -184,6 +190,37 @@ CASES = {
         hf.SiglipConfig(vision_config=SIZE | MLP, text_config=TEXT),
         **SIGLIP,
     ),
+    "aimv2": Case("AIMv2", hf.Aimv2VisionModel, aimv2_config(), **AIMV2),
+    "aimv2_biases": Case(
+        "AIMv2, biases", hf.Aimv2VisionModel, aimv2_config(qkv_bias=True, mlp_bias=True), **AIMV2
+    ),
+    "intern": Case(
+        "InternVL, vision tower",
+        hf.InternVLVisionModel,
+        intern_config(attention_bias=True),
+        **INTERN,
+    ),
+    "intern_token": Case(
+        "InternVL, vision tower, last norm",
+        hf.InternVLVisionModel,
+        intern_config(use_mean_pooling=False, intermediate_size=64),
+        **INTERN,
+        back=hf.Dinov2Model,
+        renamed=True,
+    ),
+    "intern_rms": Case(
+        "InternVL, vision tower, RMSNorm of queries and keys",
+        hf.InternVLVisionModel,
+        intern_config(norm_type="rms_norm", use_qk_norm=True),
+        **INTERN,
+    ),
+    "sapiens2": Case("Sapiens 2", hf.Sapiens2Model, sapiens2_config(), **DINOV3),
+    "sapiens2_no_bias": Case(
+        "Sapiens 2, no QKV bias",
+        hf.Sapiens2Model,
+        sapiens2_config(query_bias=False, key_bias=False, value_bias=False),
+        **DINOV3,
+    ),
     "clip": Case("CLIP", hf.CLIPVisionModel, hf.CLIPVisionConfig(**SIZE, **MLP), **CLIP),
     "clip_tower": Case(
         "CLIP, vision tower of both",
@@ -286,7 +323,9 @@ def test_a_file_with_the_names_in_memory(name, folders, record, tmp_path):
     case, model = CASES[name], model_of(name)
     known = {"layernorm_eps": 1e-6} if name == "msn" else {}
     known |= {"num_heads": SIZE["num_attention_heads"]}
-    if name.startswith("dinov3"):  # whose weights are those of any size, and of any base
+    if name.startswith(
+        ("dinov3", "sapiens2")
+    ):  # whose weights are those of any size, and of any base
         known |= {"image_size": SIZE["image_size"]}
         known |= {"rotary": Rotary(base=case.config.rope_theta)}
     vit = load(save(model, tmp_path / "model.safetensors"), **known)

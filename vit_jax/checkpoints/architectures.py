@@ -18,6 +18,8 @@ TIMM_EVA = frozenset(
     eva02_large_patch14_224 eva02_large_patch14_448 eva02_large_patch14_clip_224
     eva02_large_patch14_clip_336 eva02_small_patch14_224 eva02_small_patch14_336
     eva02_tiny_patch14_224 eva02_tiny_patch14_336 eva_giant_patch14_224 eva_giant_patch14_336
+    eva02_enormous_patch14_clip_224 vit_5b_patch16_sapiens2 vit_base_patch16_sapiens2
+    vit_giant_patch16_sapiens2 vit_huge_patch16_sapiens2 vit_large_patch16_sapiens2
     eva_giant_patch14_560 eva_giant_patch14_clip_224 vit_7b_patch16_dinov3 vit_base_patch16_dinov3
     vit_base_patch16_dinov3_qkvb vit_base_patch16_lingbot vit_base_patch16_rope_224
     vit_base_patch16_rope_ape_224 vit_base_patch16_rope_mixed_224
@@ -119,6 +121,21 @@ TIMM |= {
     *("beit3_base_patch16_224", "beit3_giant_patch14_224", "beit3_giant_patch14_336"),
     *("beit3_large_patch16_224", "vit_base_patch16_rpn_224"),
 }
+# Those of vision_transformer.py that are no plain ViTs: other norms, none at the end, no biases.
+TIMM_OTHER = frozenset(
+    """
+    aimv2_1b_patch14_224 aimv2_1b_patch14_336 aimv2_1b_patch14_448 aimv2_3b_patch14_224
+    aimv2_3b_patch14_336 aimv2_3b_patch14_448 aimv2_huge_patch14_224 aimv2_huge_patch14_336
+    aimv2_huge_patch14_448 aimv2_large_patch14_224 aimv2_large_patch14_336 aimv2_large_patch14_448
+    test_vit3 test_vit4 vit_dlittle_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256
+    vit_dpwee_patch16_reg1_gap_256 vit_pwee_patch16_reg1_gap_256 vit_base_patch16_xp_224
+    vit_large_patch14_xp_224 vit_huge_patch14_xp_224
+    vit_base_patch16_radio_v3 vit_base_patch16_rpn_224
+    vit_giant_patch16_radio_v3 vit_huge_patch16_radio_v3 vit_huge_patch16_radio_v4
+    vit_intern300m_patch14_448 vit_large_patch16_radio_v3 vit_so400m_patch16_radio_v4
+    """.split()
+)
+TIMM |= TIMM_OTHER
 # transformers 5.23: model_type -> classes.
 HF = {
     "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
@@ -137,8 +154,11 @@ HF = {
     "dinov3_vit": ("DINOv3ViTModel",),
     "beit": ("BeitModel", "BeitForImageClassification"),
     "data2vec-vision": ("Data2VecVisionModel", "Data2VecVisionForImageClassification"),
+    "sapiens2": ("Sapiens2Model",),
     "siglip": ("SiglipModel", "SiglipVisionModel"),
     "siglip_vision_model": ("SiglipVisionModel",),
+    "aimv2_vision_model": ("Aimv2VisionModel",),
+    "internvl_vision": ("InternVLVisionModel",),
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
 }
@@ -158,7 +178,7 @@ EVA_ARGS = frozenset(
     swiglu_mlp swiglu_align_to scale_mlp scale_attn_inner init_values class_token num_reg_tokens
     no_embed_class use_abs_pos_emb use_fc_norm global_pool dynamic_img_size drop_rate pos_drop_rate
     patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate head_init_scale attn_pool_mlp_ratio
-    use_pre_transformer_norm
+    use_pre_transformer_norm qk_norm attn_only_layer_scale num_kv_heads
     """.split()
 )
 BEIT_ARGS = frozenset(

@@ -11,7 +11,15 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import programs, sidecars, sidecars_eva, sidecars_relative
+from vit_jax.checkpoints import (
+    programs,
+    sidecars,
+    sidecars_eva,
+    sidecars_hf,
+    sidecars_relative,
+    sidecars_timm,
+    tables_parallel,
+)
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_weights
@@ -29,9 +37,11 @@ from vit_jax.checkpoints.tables import (
     RESNET_TIMM,
     RESNET_V1,
     TIMM,
+    TIMM_PARALLEL,
     native,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
 from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
@@ -74,8 +84,14 @@ def choose(format: str, config: ModelConfig) -> Dialect:
             )
         return known[format]
     if format == "hf":
+        if sidecars_hf.is_sapiens2(config):
+            return HF_SAPIENS2
         if sidecars_eva.is_dinov3(config):
             return HF_DINOV3
+        if sidecars_timm.is_aimv2(config):
+            return HF_AIMV2
+        if sidecars_hf.is_internvl(config):
+            return HF_INTERNVL
         if sidecars_relative.is_hf_beit(config):
             return HF_BEIT
         if config.pool == "map" or config.pre_norm:
@@ -83,6 +99,7 @@ def choose(format: str, config: ModelConfig) -> Dialect:
         return HF_DINOV2 if config.layer_scale is not None else HF_VIT
     eva, biased = sidecars_eva.is_eva(config), config.relative_bias is not None
     timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else TIMM
+    timm = TIMM_PARALLEL if config.parallel else timm
     return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
 
 
@@ -119,6 +136,7 @@ def to_names(
                 arrays |= zip(row.keys(prefix, block), pieces, strict=True)
         else:
             arrays |= zip(row.keys(prefix), row.write(value), strict=True)
+    arrays = tables_parallel.joined(arrays) if dialect is TIMM_PARALLEL else arrays
     _read_back(arrays, config, dialect)
     return arrays, config, notes
 
@@ -138,12 +156,13 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         yield from sidecars_relative.cannot(config)
     elif dialect is HF_BEIT:
         yield from sidecars_relative.hf_cannot(config)
-    elif dialect is TIMM:
+    elif dialect in (TIMM, TIMM_PARALLEL):
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
+        yield from sidecars_timm.cannot(config)
         if config.resnet is not None:
             allowed |= {"distillation": ("none",), "mlp": ("gelu",)}
-        if config.res_post_norm:  # which in timm is without these
+        if config.norm_after_branch:  # which in timm is without these
             allowed |= {"layer_scale": (None,), "mlp": ("gelu",), "attention_norm": (False,)}
             allowed |= {"mlp_norm": (False,), "distillation": ("none",), "pre_norm": (False,)}
     elif dialect is TIMM_EVA:
@@ -155,6 +174,8 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         for field in ("layer_scale", "registers"):  # which its code always has
             if not getattr(config, field):
                 yield field, getattr(config, field)
+    elif dialect in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2):
+        allowed |= sidecars_hf.allowed(config)
     elif dialect is HF_VIT:
         allowed |= {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["representation_size"] = (None, *(() if head else (config.representation_size,)))
@@ -166,17 +187,26 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["mlp"] = ("gelu",)
     if dialect.name != "vit_jax":
         allowed["position_at"] = ("input",)
-        if dialect not in (TIMM_EVA, HF_DINOV3):
+        if dialect not in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
             allowed["rotary"] = (None,)
             allowed["key_bias"] = (True, dialect is not HF_BEIT)
         if dialect not in (TIMM, TIMM_EVA):
-            allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "res_post_norm": (False,)}
+            allowed |= {"attention_norm": (False,), "mlp_norm": (False,)}
         if dialect not in (TIMM, TIMM_EVA, HF_BEIT):
             allowed["relative_bias"] = (None,)
         if dialect is not TIMM_EVA:
-            allowed["final_norm"] = (True, dialect is not HF_BEIT)
-            allowed |= {"pool_heads": (None, config.num_heads), "pool_prefix": (False,)}
+            allowed |= {"pool_heads": (None, config.num_heads)}
             allowed["pool_mlp_dim"] = (None, config.mlp_dim)
+        if dialect not in (TIMM, TIMM_PARALLEL):
+            allowed |= {"differential": (False,), "parallel": (False,)}
+        if dialect not in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+            allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
+        if (dialect.name == "hf" and dialect not in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2)) or (
+            dialect in (GOOGLE, BIG_VISION)
+        ):
+            allowed |= {"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,)}
+            allowed |= {"mlp_scale": (True,), "proj_bias": (True,)}
+            allowed["final_norm"] = (True, dialect is not HF_BEIT)
     if config.position == "relative" and dialect.name != "vit_jax":
         yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
@@ -279,13 +309,15 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     settings |= {
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
-    if dialect in (TIMM, TIMM_EVA):
-        settings |= {"pool": config.pool, "res_post_norm": config.res_post_norm}
-    if dialect in (TIMM, TIMM_EVA, HF_DINOV3):
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+        settings |= {"pool": config.pool, "norm_after_branch": config.norm_after_branch}
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
-    if dialect is TIMM_EVA:
-        told = ("pool_heads", "pool_prefix", "final_norm")
-        settings |= {name: getattr(config, name) for name in told}
+    told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+        told = ("pool_prefix", "final_norm", "norm_after_branch")
+        told += ("pool_heads",) if dialect is TIMM_EVA else ()
+    settings |= {name: getattr(config, name) for name in told}
     back = interpret(weights, **settings).config
     for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(back, field.name)
@@ -315,7 +347,7 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
         return found
     if format in ("google", "big_vision") and config.gelu != "tanh":
         found["gelu"] = f"{config.gelu}, where {format}'s code computes tanh"
-    timm = 1e-5 if config.pre_norm or sidecars_relative.is_beit3(config) else 1e-6
+    timm = 1e-5 if sidecars_relative.is_beit3(config) else sidecars_timm.epsilon(config)
     if dialect is TIMM_EVA:
         timm = (sidecars_eva.timm_eva(config) or ("", timm))[1]
         timm = 1e-6 if config.relative_bias is not None else timm
@@ -411,8 +443,9 @@ def save(
         for name, content in files.items():
             write_atomically(os.path.join(path, name), json.dumps(content, indent=2))
         if format == "timm" and isinstance(config, ViTConfig) and not sidecars.timm_name(config):
-            others = config.relative_bias is not None or sidecars_eva.is_eva(config)
-            unnamed = "" if others else "timm has no name for these sizes: "
+            other = config.relative_bias is not None or sidecars_eva.is_eva(config)
+            other = other or not sidecars_timm.is_plain(config)
+            unnamed = "" if other else "timm has no name for these sizes: "
             notes["architecture"] = (
                 f"{unnamed}config.json has {files['config.json']['architecture']} and, in "
                 "model_args, what makes it this one"

@@ -10,7 +10,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import relative
 from vit_jax.models.relative import RelativeBias
 
-_RPN = dict(pool="gap", res_post_norm=True)
+_RPN = dict(pool="gap", norm_after_branch=True)
 # A pattern of names, and the fields of their models; MLPs of offsets do not show the image size.
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"beitv?2?_(base|large)_patch16_\d+", dict(pool="gap", rotary=None)),
@@ -18,10 +18,13 @@ _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_base_patch16_rpn_224", _RPN),
     (r"vit_relpos_base_patch32_plus_rpn_256", dict(image_size=256, **_RPN)),
     (r"vit_relpos_\w+_rpn_224", _RPN),
-    (r"vit_relpos_base_patch16_plus_240", dict(pool="gap", res_post_norm=False, image_size=240)),
-    (r"vit_relpos_\w+_cls_224", dict(pool="token", res_post_norm=False)),
-    (r"vit_s?relpos_\w+", dict(pool="gap", res_post_norm=False)),
-    (r"test_vit_relpos", dict(pool="gap", res_post_norm=False, image_size=160)),
+    (
+        r"vit_relpos_base_patch16_plus_240",
+        dict(pool="gap", norm_after_branch=False, image_size=240),
+    ),
+    (r"vit_relpos_\w+_cls_224", dict(pool="token", norm_after_branch=False)),
+    (r"vit_s?relpos_\w+", dict(pool="gap", norm_after_branch=False)),
+    (r"test_vit_relpos", dict(pool="gap", norm_after_branch=False, image_size=160)),
 )
 
 

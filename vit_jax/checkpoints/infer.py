@@ -16,8 +16,10 @@ from vit_jax.checkpoints.tables import (
     HF_SIGLIP,
     RESNET_PAPER,
     TIMM,
+    TIMM_PARALLEL,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
 from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
@@ -44,7 +46,7 @@ def infer(
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
-    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, FLAX_DINOV2)
+    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, HF_AIMV2, HF_SAPIENS2, FLAX_DINOV2)
     gated = dialect in swiglu and fc1 == 2 * fc2
     fields["mlp"] = "swiglu" if gated else "gelu"
     first = found["blocks/mlp/fc1/kernel"]
@@ -59,16 +61,28 @@ def infer(
     fields["pre_norm"] = any(ours.startswith("pre_norm/") for ours in found)
     fields["patch_bias"] = "patch_embed/bias" in found
     fields["qkv_bias"] = "blocks/attention/qkv/bias" in found
-    for part in ("attention", "mlp"):
-        fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
-    if dialect is HF_DINOV3:
+    fields |= _norms_and_biases(found, width, axis)
+    if dialect is TIMM_PARALLEL:
+        fields |= {"parallel": True, "mlp_scale": True}
+    if fields["norm"] == "rmsnorm" and "architecture" in assumed:
+        assumed["norm"] = "as its norms have no bias"
+    rotary = dialect in (HF_DINOV3, HF_SAPIENS2)
+    if rotary:
         fields["position"] = "rope"
+    if dialect is HF_INTERNVL:  # which has no last norm where it averages the patches
+        given = {"pool": "token" if "norm/scale" in found else "gap", **given}
+        fields["final_norm"] = "norm/scale" in found
     if "attention_pool/probe" in found:
         hidden = axis("attention_pool/mlp/fc1/kernel", "o")
         fields["pool_mlp_dim"] = None if hidden == fc2 else hidden
     bias = families_relative.shown(found, axis)
     fields["relative_bias"] = bias and bias[0]
-    if bias and dialect is TIMM and "blocks/scale1" not in found and "res_post_norm" not in given:
+    if (
+        bias
+        and dialect is TIMM
+        and "blocks/scale1" not in found
+        and "norm_after_branch" not in given
+    ):
         raise UserError(
             f"{weights.path} has names of timm's vision_transformer_relpos.py, and no key shows "
             "whether its norms are before or behind each branch: say which of its models it is, "
@@ -85,7 +99,7 @@ def infer(
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
         "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
-        "pos_embed": dialect in (BIG_VISION, TIMM, TIMM_EVA, HF_DINOV3, HF_BEIT),
+        "pos_embed": rotary or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_EVA, HF_BEIT),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)
@@ -111,7 +125,7 @@ def infer(
     elif bias:
         fields["num_heads"] = bias[1]
     elif "num_heads" not in given:
-        heads = families.default_heads(width, fields["mlp"], dialect is HF_DINOV3)
+        heads = families.default_heads(width, fields["mlp"], rotary)
         if heads is None:
             raise UserError(
                 f"{weights.path}: the number of heads is not in the file, and no known model is "
@@ -140,6 +154,26 @@ def infer(
             f"{weights.path}: its position bias is of a grid of {h // ph}x{w // pw}, and "
             "transformers' code mixes up both sides of one that is not square: it is not read"
         )
+    return fields
+
+
+def _norms_and_biases(
+    found: Mapping[str, Found], width: int, axis: Callable[[str, str], int]
+) -> dict[str, Any]:
+    """Infers where norms are, of which kind, and which layers of a block have no bias."""
+    fields: dict[str, Any] = {"norm": "layernorm"}
+    for part in ("attention", "mlp"):
+        fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
+    if "blocks/norm1/scale" in found and "blocks/norm1/bias" not in found:
+        fields["norm"] = "rmsnorm"
+    fields["patch_norm"] = "patch_embed/norm/scale" in found
+    if "blocks/attention/q_norm/scale" in found:
+        size = axis("blocks/attention/q_norm/scale", "d")
+        fields["qk_norm"] = "all" if size == width else "head"
+    fields["differential"] = "blocks/attention/lambda_q1" in found
+    layers = ("attention/out", "mlp/fc1", "mlp/fc2")
+    fields["proj_bias"] = any(f"blocks/{layer}/bias" in found for layer in layers)
+    fields["mlp_scale"] = "blocks/scale2" in found or "blocks/scale1" not in found
     return fields
 
 
@@ -249,7 +283,7 @@ def _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
                 weights.path, bias, int("cls_token" in found), axis, given_grid
             )
             wanted = wanted if grid is None else (grid[0] * ph, grid[1] * pw)
-        elif dialect is HF_DINOV3 or given.get("rotary") is not None:
+        elif dialect in (HF_DINOV3, HF_SAPIENS2) or given.get("rotary") is not None:
             position = "rope"
         elif "position" in given:
             position = given["position"]

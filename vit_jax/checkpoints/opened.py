@@ -176,6 +176,15 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     prefix = ", ".join(name for name, there in tokens.items() if there)
     where = "" if config.position_at == "input" else f", at {config.position_at}"
     beside = [f"; {each}" for each in (config.rotary, config.relative_bias) if each is not None]
+    norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[config.norm]
+    parts = {
+        "norms behind the branches": config.norm_after_branch,
+        "attention and MLP parallel": config.parallel,
+        f"{norm} of queries and keys ({config.qk_norm})": config.qk_norm != "none",
+        "differential attention": config.differential,
+    }
+    if any(parts.values()):
+        known["blocks"] = ", ".join(part for part, there in parts.items() if there)
     return {
         **known,
         "sizes": f"width {config.width}, depth {config.depth}, MLP {config.mlp_dim} "
@@ -184,9 +193,8 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
         "positions": config.position + where + "".join(beside),
-        "pooling": config.pool + (", then LayerNorm" if config.norm_after_pool else ""),
-        "GELU": f"{config.gelu}, LayerNorm eps {config.layernorm_eps:g}"
-        + (", behind each branch" if config.res_post_norm else ""),
+        "pooling": config.pool + (f", then {norm}" if config.norm_after_pool else ""),
+        "GELU": f"{config.gelu}, {norm} eps {config.layernorm_eps:g}",
         "head": f"{config.num_classes} classes"
         + (f", hidden tanh of {config.representation_size}" if config.representation_size else ""),
     }

@@ -354,6 +354,12 @@ _HUB = (
     ("S/16", "timm/vit_relpos_small_patch16_224.sw_in1k", "i1k", 224, 81.462, _TIMM),
     # Apache 2.0.
     ("B/16", "timm/vit_pe_core_base_patch16_224.fb", "pe", 224, None, "arXiv 2504.13181"),
+    # Widths and depths of L, with other heads, norms or gates. Apple's, NVIDIA's and Meta's own
+    # licences; MIT.
+    ("L/14", "timm/aimv2_large_patch14_224.apple_pt", "aimv2", 224, None, "arXiv 2411.14402"),
+    ("L/16", "timm/vit_large_patch16_radio_v3.c_radio", "c_radio", 512, None, "arXiv 2412.07679"),
+    ("L/16", "timm/vit_large_patch16_sapiens2.fb", "sapiens2", 1024, None, "arXiv 2604.21681"),
+    ("L/14", "timm/vit_intern300m_patch14_448.ogvl_dist", "ogvl", 448, None, "arXiv 2312.14238"),
 )
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from vit_jax.checkpoints import sidecars_eva, sidecars_relative
+from vit_jax.checkpoints import sidecars_eva, sidecars_hf, sidecars_relative, sidecars_timm
 from vit_jax.checkpoints.architectures import TIMM
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -17,12 +17,11 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
 
     Without `labels` (their names are not known) it has those of transformers: LABEL_0, LABEL_1, ...
     """
-    gelus = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
     square = vit.image_size[0] == vit.image_size[1] and vit.patch_size[0] == vit.patch_size[1]
     if not square:
         raise UserError(f"transformers has square images and patches only, not {vit.image_size}")
     config: dict[str, Any] = {
-        "hidden_act": gelus[vit.gelu],
+        "hidden_act": sidecars_hf.GELUS[vit.gelu],
         "hidden_size": vit.width,
         "image_size": vit.image_size[0],
         "intermediate_size": vit.mlp_dim,
@@ -37,7 +36,11 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
         config["id2label"] = {str(i): name for i, name in enumerate(labels)}
         config["label2id"] = {name: i for i, name in enumerate(labels)}
     head = vit.num_classes > 0
-    if sidecars_eva.is_dinov3(vit):
+    others = (sidecars_hf.is_sapiens2, sidecars_hf.is_internvl, sidecars_timm.is_aimv2)
+    if any(is_other(vit) for is_other in others):
+        kind, name, other = sidecars_hf.config(vit)
+        config |= other
+    elif sidecars_eva.is_dinov3(vit):
         kind, name = "dinov3_vit", "DINOv3ViTModel"
         config |= sidecars_eva.hf_config(vit)
     elif sidecars_relative.is_hf_beit(vit):
@@ -210,8 +213,10 @@ def timm_name(vit: ViTConfig) -> str | None:
     clip = vit.layernorm_eps == 1e-5
     if vit.relative_bias is not None or sidecars_eva.is_eva(vit):
         return None
-    if vit.res_post_norm or vit.attention_norm or vit.mlp_norm:
+    if vit.norm_after_branch or vit.attention_norm or vit.mlp_norm:
         return sidecars_relative.timm_name(vit, size)
+    if not sidecars_timm.is_plain(vit):
+        return None
     if size is None or patch != across or not learned or vit.pre_norm != clip:
         return None
     swiglu = size == "giant" and vit.width == 1536
@@ -276,10 +281,13 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "pos_embed": "learn" if vit.position == "learned" else "none",
         "pre_norm": vit.pre_norm,
         "act_layer": gelus[vit.gelu],
+        **sidecars_timm.args(vit),
     }
+    if sidecars_timm.is_aimv2(vit):  # where nothing but the gate has an activation
+        args |= {"act_layer": "silu", "mlp_ratio": (vit.mlp_dim + 0.5) / vit.width}
     other, norms = sidecars_relative.timm_norms(vit)
     args |= norms
-    if other:
+    if other := other or sidecars_timm.base(vit):
         return other, args
     if name := timm_name(vit):
         if vit.mlp == "swiglu":

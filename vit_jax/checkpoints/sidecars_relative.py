@@ -34,7 +34,7 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     allowed |= {"distillation": ("none",), "attention_norm": (False,), "mlp_norm": (False,)}
     allowed |= {"representation_size": (None,), "patch_bias": (True,), "final_norm": (True,)}
     allowed |= {"rotary": (None,)}
-    if vit.res_post_norm:
+    if vit.norm_after_branch:
         allowed["layer_scale"] = (None,)
     if is_beit(vit):
         yield from _not_of_beit(vit)
@@ -54,8 +54,8 @@ def _not_of_beit(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
         yield "position", vit.position
     if vit.position == "learned" and vit.num_position_prefix != 1:
         yield "position_prefix", vit.position_prefix
-    if vit.res_post_norm:
-        yield "res_post_norm", True
+    if vit.norm_after_branch:
+        yield "norm_after_branch", True
     if vit.qkv_bias and vit.key_bias:
         yield "key_bias", True
 
@@ -97,7 +97,7 @@ def timm_args(vit: ViTConfig, sizes: dict[str, Any]) -> tuple[str, dict[str, Any
             "use_fc_norm": vit.norm_after_pool,
         }
     kinds = {"table": "bias", "mlp": "mlp" if bias.coordinates == "log" else "mlp-swin"}
-    name = _RPN[True] if vit.res_post_norm else "vit_relpos_base_patch16_224"
+    name = _RPN[True] if vit.norm_after_branch else "vit_relpos_base_patch16_224"
     return name, args | {
         "class_token": vit.has_class_token,
         "fc_norm": vit.norm_after_pool,
@@ -117,7 +117,7 @@ def timm_name(vit: ViTConfig, size: str | None) -> str | None:
     plain = vit.pool == "gap" and vit.position == "learned" and not vit.registers
     plain = plain and vit.patch_size[0] == vit.patch_size[1] and vit.layer_scale is None
     start = f"{size}_patch{vit.patch_size[0]}"
-    if vit.res_post_norm:
+    if vit.norm_after_branch:
         found = plain and start == "base_patch16" and not vit.has_class_token
         return _RPN[False] if found else None
     if not (plain and is_beit3(vit) and vit.has_class_token and vit.norm_after_pool):
@@ -131,7 +131,7 @@ def timm_norms(vit: ViTConfig) -> tuple[str | None, dict[str, Any]]:
     """The architecture of a ViT with BEiT-3's norms or norms behind its branches, and arguments."""
     args = {"scale_attn_norm": vit.attention_norm, "scale_mlp_norm": vit.mlp_norm}
     args = {name: True for name, there in args.items() if there}
-    if vit.res_post_norm:
+    if vit.norm_after_branch:
         return _RPN[False], args
     return ("beit3_base_patch16_224" if is_beit3(vit) else None), args
 

@@ -52,7 +52,8 @@ def attention_weights(
 def backend_of(config: ViTConfig) -> str:
     """Returns the backend of self-attention on the device that is traced for: `cudnn` or `xla`."""
     sizes = (config.dtype, config.head_dim, config.num_tokens)
-    return attention_backend(config.attention, *sizes, config.biases_logits)
+    unfused = config.biases_logits or config.differential
+    return attention_backend(config.attention, *sizes, unfused)
 
 
 def attention_backend(

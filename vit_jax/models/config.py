@@ -19,6 +19,8 @@ CHOICES = {
     ),
     "position_at": ("input", "layers", "layers_shared"),
     "mlp": ("gelu", "swiglu"),
+    "norm": ("layernorm", "rmsnorm"),
+    "qk_norm": ("none", "head", "all"),
     "gelu": ("tanh", "erf", "quick"),
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn"),
@@ -79,11 +81,17 @@ class ViTConfig:
         behind the positions (FLIP, arXiv 2212.00794); evaluation sees all.
       mlp: `gelu`, or `swiglu` with a gate of `mlp_dim` hidden units.
       gelu: form of GELU: by `tanh`, exact by `erf`, or `quick`, x sigmoid(1.702 x).
-      layernorm_eps: epsilon of every LayerNorm.
+      norm: every norm: `layernorm`, or `rmsnorm` without mean and bias (arXiv 1910.07467), as in
+        AIMv2 (arXiv 2411.14402). A LayerNorm is named below where either may stand.
+      layernorm_eps: epsilon of every norm.
+      norm_after_branch: whether the norms of a block are behind its residual branches rather than
+        before them (Swin v2's res-post-norm, arXiv 2111.09883; EVA-02's enormous CLIP).
+      parallel: whether attention and MLP of a block read the same normalised tokens, and their sum
+        is one branch (ViT-22B, arXiv 2302.05442).
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
+      mlp_scale: whether the branch of the MLP has such a scale, too; in Sapiens 2 it has not.
+      patch_norm: whether a norm is between the patch embedding and the positions (AIMv2).
       pre_norm: whether a LayerNorm follows the positions (CLIP).
-      res_post_norm: whether each block's LayerNorms are at the ends of its two branches, not at
-        their starts (Swin V2, arXiv 2111.09883).
       norm_after_pool: whether the last LayerNorm is behind the pooling (MAE's fc_norm).
       final_norm: whether there is such a last LayerNorm; in most of the Perception Encoders (arXiv
         2504.13181) there is none.
@@ -93,6 +101,10 @@ class ViTConfig:
       patch_bias: whether the patch embedding has a bias.
       qkv_bias: whether queries, keys and values have a bias.
       key_bias: whether keys have one where queries and values do; in EVA and DINOv3 they do not.
+      proj_bias: whether the attention's projection and the layers of the MLP have a bias.
+      qk_norm: norms of queries and keys: `none`, of each `head`, or of `all` heads together.
+      differential: whether each head's attention is the difference of two maps, of half the
+        channels each (arXiv 2410.05258).
       attention_norm: whether a LayerNorm is between the heads and their projection (EVA-02's CLIP).
       mlp_norm: whether a LayerNorm is before the MLP's last layer (EVA-02).
       head_bias: initial bias of the head.
@@ -134,10 +146,14 @@ class ViTConfig:
     patch_dropout: float = 0.0
     mlp: str = "gelu"
     gelu: str = "tanh"
+    norm: str = "layernorm"
     layernorm_eps: float = 1e-6
+    norm_after_branch: bool = False
+    parallel: bool = False
     layer_scale: float | None = None
+    mlp_scale: bool = True
+    patch_norm: bool = False
     pre_norm: bool = False
-    res_post_norm: bool = False
     norm_after_pool: bool = False
     final_norm: bool = True
     pool_heads: int | None = None
@@ -146,6 +162,9 @@ class ViTConfig:
     patch_bias: bool = True
     qkv_bias: bool = True
     key_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: str = "none"
+    differential: bool = False
     attention_norm: bool = False
     mlp_norm: bool = False
     head_bias: float = 0.0
@@ -216,11 +235,24 @@ class ViTConfig:
                 f"model.attention 'cudnn' does not take the bias of model.{name}: use 'auto' or "
                 "'xla'"
             )
+        if self.differential:
+            _check_differential(self)
         _check_rotary(self)
         if self.norm_after_pool and not self.final_norm:
             raise UserError(
                 "model.norm_after_pool moves the last LayerNorm, and model.final_norm is false: "
                 "set one of them only"
+            )
+        if self.parallel and (self.norm_after_branch or not self.mlp_scale):
+            name = "norm_after_branch" if self.norm_after_branch else "mlp_scale"
+            raise UserError(
+                f"model.parallel has one branch a block, to which model.{name} "
+                f"{getattr(self, name)} does not apply: change one of them"
+            )
+        if not self.mlp_scale and self.layer_scale is None:
+            raise UserError(
+                "model.mlp_scale is false, and without model.layer_scale no branch has a scale: "
+                "set only the latter"
             )
         if not (self.key_bias or self.qkv_bias):
             raise UserError(
@@ -405,6 +437,21 @@ def _check_rotary(config: ViTConfig) -> None:
             f"model.rotary needs heads of 4, 8, 12, ... channels, not {config.head_dim}: change "
             "model.width or model.num_heads"
         )
+
+
+def _check_differential(config: ViTConfig) -> None:
+    """Raises a UserError for what differential attention has no place for."""
+    without = {"position": ("relative",), "attention": ("cudnn",), "qk_norm": ("head", "all")}
+    for name, values in without.items():
+        if getattr(config, name) in values:
+            raise UserError(
+                f"model.differential does not go with model.{name} {getattr(config, name)!r}: "
+                "change one of them"
+            )
+    if config.rotary is not None or config.attention_norm or config.head_dim % 2:
+        what = "model.rotary" if config.rotary is not None else "model.attention_norm"
+        what = "heads of an odd number of channels" if config.head_dim % 2 else what
+        raise UserError(f"model.differential does not go with {what}: change one of them")
 
 
 def _check_resnet(config: ModelConfig) -> None:

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
 from vit_jax.errors import UserError
-from vit_jax.models import positions
+from vit_jax.models import differential, positions
 from vit_jax.models.attention import attend, attention_weights, backend_of, padding
 from vit_jax.models.config import ModelConfig, ViTConfig
-from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
+from vit_jax.models.elementwise import drop_path, dropout, gelu
 from vit_jax.models.linear import linear, split_linear
 from vit_jax.models.lora import LAYERS, adapted, adapted_qkv
+from vit_jax.models.norms import add_qk_norms, layer_norm, qk_normed
 from vit_jax.models.relative import LogitBias
 from vit_jax.models.rotary import mixed, rotate
 from vit_jax.models.stack import Captures, split_key
@@ -46,29 +47,6 @@ def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
     )
 
 
-class LayerNorm(nnx.LayerNorm):
-    """LayerNorm over the last dimension, with statistics in float32."""
-
-    @jax.named_scope("norm")
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """On GPUs with a custom derivative: one kernel, which needs x alone."""
-        if target() != "gpu":
-            return super().__call__(x)
-        y = normalised(self.epsilon, x.astype(jnp.float32))
-        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
-
-
-def layer_norm(config: ViTConfig, rngs: nnx.Rngs, size: int | None = None) -> nnx.LayerNorm:
-    """Returns a LayerNorm over `size` channels, by default the model's width."""
-    return LayerNorm(
-        size or config.width,
-        epsilon=config.layernorm_eps,
-        dtype=jnp.dtype(config.dtype),
-        use_fast_variance=False,  # which loses digits where the mean is large
-        rngs=rngs,
-    )
-
-
 def zero_head(inputs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
     """Returns a classifier with a kernel of zeros and biases of `config.head_bias`."""
     return nnx.Linear(
@@ -86,7 +64,7 @@ class PatchEmbed(nnx.Module):
 
     Equivalent to a convolution with a stride equal to its window, written as a reshape and one
     matrix product. The kernel keeps a convolution's shape [ph pw c d] and initialisation (LeCun
-    normal).
+    normal). With `patch_norm`, a norm follows.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -95,6 +73,8 @@ class PatchEmbed(nnx.Module):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
         if config.patch_bias:
             self.bias = nnx.Param(jnp.zeros(config.width))
+        if config.patch_norm:
+            self.norm = layer_norm(config, rngs)
 
     def __call__(self, images: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b n d"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -102,7 +82,8 @@ class PatchEmbed(nnx.Module):
         x = jnp.asarray(images, dtype).reshape(-1, gh, ph, gw, pw, config.patch_channels)
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         x = x.reshape(-1, gh * gw, config.width)
-        return x + self.bias[...].astype(dtype) if config.patch_bias else x
+        x = x + self.bias[...].astype(dtype) if config.patch_bias else x
+        return self.norm(x) if config.patch_norm else x
 
 
 class Attention(nnx.Module):
@@ -124,7 +105,12 @@ class Attention(nnx.Module):
         kernels = [xavier(rngs.params(), (d, d)).reshape(d, heads, head_dim) for _ in range(3)]
         qkv_bias = (3 if config.key_bias else 2, heads, head_dim) if config.qkv_bias else None
         self.qkv = Affine(jnp.stack(kernels, axis=1), qkv_bias)
-        self.out = Affine(xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d), (d,))
+        out = xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d)
+        self.out = Affine(out, (d,) if config.proj_bias else None)
+        if config.qk_norm != "none":
+            add_qk_norms(self, config, rngs)
+        if config.differential:
+            differential.add_parameters(self, config, rngs)
         if config.attention_norm:
             self.norm = layer_norm(config, rngs)
         if config.rotary is not None and config.rotary.learned:
@@ -144,18 +130,27 @@ class Attention(nnx.Module):
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        index: int | float | Float[Array, ""] = 0,
         logits_bias: Float[Array, "1 h n n"] | None = None,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
         `rotation` is the table of rotary positions, for all images or for each; with learned
-        frequencies, the tokens' places [n 2]. `logits_bias` is that of all blocks.
+        frequencies, the tokens' places [n 2]. `index` is the block's, and `logits_bias` that of all
+        blocks.
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
             q, k, v = self._qkv(x, query)
+            if self.config.qk_norm != "none":
+                q, k = qk_normed(self.q_norm, q), qk_normed(self.k_norm, k)
             if rotation is not None:
                 q, k = self._rotated((q, k), rotation)
+        if self.config.differential:
+            if captures is not None:
+                captures("attention", lambda: differential.weights(self, q, k, index))
+            y = differential.attend(self, q, k, v, index)
+            return affine(y, self.out, dtype)
         if hasattr(self, "relative_bias"):
             logits_bias = self.relative_bias()
         if hasattr(self, "rel_embed"):
@@ -218,7 +213,10 @@ def affine(
     x: Float[Array, "b n *inputs"], layer: "Affine | nnx.Linear", dtype: Any
 ) -> Float[Array, "b n *outputs"]:
     """Applies a layer's kernel, bias and adapter, if any, to tokens, in `dtype`."""
-    y = linear(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
+    bias = getattr(layer, "bias", None)
+    y = linear(
+        x, layer.kernel[...].astype(dtype), None if bias is None else bias[...].astype(dtype)
+    )
     return adapted(y, x, layer)
 
 
@@ -246,6 +244,7 @@ class Mlp(nnx.Module):
             dtype=jnp.dtype(config.dtype),
             kernel_init=nnx.initializers.xavier_uniform(),
             bias_init=nnx.initializers.normal(1e-6),
+            use_bias=config.proj_bias,
             rngs=rngs,
         )
         self.fc1 = linear(config.width, config.mlp_dim * (2 if config.mlp == "swiglu" else 1))
@@ -271,7 +270,9 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-LN encoder block (Eq. 2 and 3), or with `res_post_norm` one of Swin V2's.
+    """One pre-LN encoder block (Eq. 2 and 3); with `norm_after_branch`, each norm ends its branch.
+
+    With `parallel`, attention and MLP have one norm, one scale and one branch.
 
     Dropout follows every dense layer except the QKV projections (appendix B.1).
     """
@@ -280,11 +281,13 @@ class Block(nnx.Module):
         self.config = config
         self.norm1 = layer_norm(config, rngs)
         self.attention = Attention(config, rngs=rngs, relative=config.position == "relative")
-        self.norm2 = layer_norm(config, rngs)
+        if not config.parallel:
+            self.norm2 = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
         if config.layer_scale is not None:
             self.scale1 = nnx.Param(jnp.full(config.width, config.layer_scale))
-            self.scale2 = nnx.Param(jnp.full(config.width, config.layer_scale))
+            if config.mlp_scale and not config.parallel:
+                self.scale2 = nnx.Param(jnp.full(config.width, config.layer_scale))
         if config.position_at == "layers":
             positions.add_tables(self, config, rngs)
 
@@ -305,11 +308,11 @@ class Block(nnx.Module):
         is the table of rotary positions, `logits_bias` the bias that all blocks share.
         """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
-        last = self.config.res_post_norm
+        after = self.config.norm_after_branch
 
         def branch(y, norm, scale, dropout_key, path_key):
             y = dropout(y, self.config.dropout, dropout_key)
-            y = norm(y) if last else y
+            y = norm(y) if after else y
             if scale is not None:  # LayerScale, arXiv 2103.17239
                 y = y * scale[...].astype(y.dtype)
             if self.config.drop_path == 0:
@@ -317,10 +320,14 @@ class Block(nnx.Module):
             return drop_path(y, self.config.drop_path * depth_fraction, path_key)
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
-        given = dict(length=length, rotation=rotation, logits_bias=logits_bias)
-        y = self.attention(x if last else self.norm1(x), captures, **given)
+        index = depth_fraction * (self.config.depth - 1)
+        given = dict(length=length, rotation=rotation, index=index, logits_bias=logits_bias)
+        y = self.attention(x if after else self.norm1(x), captures, **given)
+        if self.config.parallel:
+            y = y + self.mlp(self.norm1(x), hidden_key)
+            return x + branch(y, None, scale1, attention_key, path_keys[0])
         x = x + branch(y, self.norm1, scale1, attention_key, path_keys[0])
-        y = self.mlp(x if last else self.norm2(x), hidden_key)
+        y = self.mlp(x if after else self.norm2(x), hidden_key)
         x = x + branch(y, self.norm2, scale2, mlp_key, path_keys[1])
         return x
 
@@ -337,6 +344,9 @@ class AttentionPool(nnx.Module):
             position_at="input",
             key_bias=True,
             attention_norm=False,
+            qk_norm="none",
+            differential=False,
+            proj_bias=True,
             mlp_norm=False,
             num_heads=config.pool_heads or config.num_heads,
             mlp_dim=config.pool_mlp_dim or config.mlp_dim,
@@ -353,34 +363,40 @@ class AttentionPool(nnx.Module):
         return (y + self.mlp(self.norm(y)))[:, 0]
 
 
-def folded(block: dict[str, Any]) -> dict[str, Any]:
-    """Folds the scales and biases of LayerNorms and LayerScales into the adjacent kernels.
+def folded(block: dict[str, Any], *, norms: bool = True) -> dict[str, Any]:
+    """Folds the scales and biases of norms and LayerScales into the adjacent kernels.
 
     The block computes the same function. It saves time in the backward pass: the gradients of these
     vectors are sums over all tokens, while those of kernels are products, from which the former
     follow. A forward pass alone reads the kernels one more time for it. A block with adapters stays
-    as it is: its norms are frozen. With `res_post_norm` it would be another function.
+    as it is: its norms are frozen. Norms behind their branches (`norms` False) stay, too, and so do
+    the scales that follow them.
     """
 
     def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        if "bias" not in layer:  # nowhere to move what the norm adds
+        if "bias" in norm and "bias" not in layer:  # nowhere to move what the norm adds
             return norm, layer
         kernel, scale = layer["kernel"], norm["scale"]
         scaled = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
-        bias = with_key(layer["bias"]) if kernel.ndim == 4 else layer["bias"]
-        bias = bias + jnp.tensordot(norm["bias"], kernel, axes=1)
-        left = {"scale": jnp.ones_like(scale), "bias": jnp.zeros_like(scale)}
-        return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
+        left, changed = {"scale": jnp.ones_like(scale)}, {"kernel": scaled.astype(kernel.dtype)}
+        if "bias" in norm:
+            bias = with_key(layer["bias"]) if kernel.ndim == 4 else layer["bias"]
+            changed["bias"] = bias + jnp.tensordot(norm["bias"], kernel, axes=1)
+            left["bias"] = jnp.zeros_like(scale)
+        return left, {**layer, **changed}
 
     block, attention, mlp = dict(block), dict(block["attention"]), dict(block["mlp"])
-    if any("lora_a" in part.get(name, ()) for part in (attention, mlp) for name in LAYERS):
+    if not norms or any(
+        "lora_a" in part.get(name, ()) for part in (attention, mlp) for name in LAYERS
+    ):
         return block
     block["norm1"], attention["qkv"] = fold(block["norm1"], attention["qkv"])
     block["norm2"], mlp["fc1"] = fold(block["norm2"], mlp["fc1"])
     for name, part, layer in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):
         if name in block:
-            scale, kernel = block[name], part[layer]["kernel"]
-            scaled = (kernel * scale).astype(kernel.dtype)
-            part[layer] = {"kernel": scaled, "bias": part[layer]["bias"] * scale}
+            scale, old = block[name], part[layer]
+            part[layer] = {"kernel": (old["kernel"] * scale).astype(old["kernel"].dtype)}
+            if "bias" in old:
+                part[layer]["bias"] = old["bias"] * scale
             block[name] = jnp.ones_like(scale)
     return {**block, "attention": attention, "mlp": mlp}

@@ -1,5 +1,6 @@
 """The Vision Transformer (arXiv 2010.11929), in forward order."""
 
+import functools
 from typing import Any
 
 import jax
@@ -263,11 +264,14 @@ class ViT(nnx.Module):
 
         # On one GPU, norms are folded into the next kernels (see `layers.folded`); with a layout
         # that would gather sharded kernels. In a scan, the body folds: no copy of all blocks.
-        fold = target() == "gpu" and layout is None and not self.config.res_post_norm
+        fold = target() == "gpu" and layout is None
         fold_before = not scanned(self.config.scan, depth)
 
+        other = self.config.norm_after_branch or self.config.parallel
+        folded = functools.partial(layers.folded, norms=not other)
+
         def body(x, params, index):
-            params = layers.folded(params) if fold and not fold_before else params
+            params = folded(params) if fold and not fold_before else params
             block, inner = nnx.merge(graphdef, params), Captures(captures.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
@@ -286,7 +290,7 @@ class ViT(nnx.Module):
 
         stacked = nnx.to_pure_dict(stacked)
         if fold and fold_before:
-            stacked = jax.vmap(layers.folded)(stacked)
+            stacked = jax.vmap(folded)(stacked)
         x, captured = run_block(
             body, pad(x), stacked, self.config, layout, depth=depth, frozen=frozen
         )
