@@ -195,8 +195,14 @@ def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, floa
 
 
 def fitted_preprocess(preprocess: Preprocess, vit: ModelConfig) -> Preprocess:
-    """Sets the model's size and channels; for other channel counts, means and stds are averaged."""
-    changes: dict[str, Any] = {"image_size": vit.image_size}
+    """Sets the model's size and channels; for other channel counts, means and stds are averaged.
+
+    A model of images of any shape takes them whole.
+    """
+    changes: dict[str, Any] = {"image_size": vit.image_size, "max_patches": None}
+    if getattr(vit, "max_patches", None) is not None:
+        changes |= {"max_patches": vit.max_patches, "patch_size": vit.patch_size}
+        changes |= {"aspect": "squash", "crop": 1.0}
     if preprocess.in_channels != vit.in_channels:
         changes["in_channels"] = vit.in_channels
         changes |= {name: float(np.mean(getattr(preprocess, name))) for name in ("mean", "std")}

@@ -173,6 +173,8 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
     rows = config.num_position_prefix
     with_rows = "" if config.position == "rope" else f", {rows} with positions"
+    if config.max_patches is not None:
+        known["patches"] = f"at most {config.max_patches} an image, of images of any shape"
     prefix = ", ".join(name for name, there in tokens.items() if there)
     where = "" if config.position_at == "input" else f", at {config.position_at}"
     rotary = "" if config.rotary is None else f"; {config.rotary}"

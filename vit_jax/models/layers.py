@@ -85,7 +85,7 @@ class PatchEmbed(nnx.Module):
 
     Equivalent to a convolution with a stride equal to its window, written as a reshape and one
     matrix product. The kernel keeps a convolution's shape [ph pw c d] and initialisation (LeCun
-    normal).
+    normal). Images may have been cut before, to [b n p].
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -95,9 +95,10 @@ class PatchEmbed(nnx.Module):
         if config.patch_bias:
             self.bias = nnx.Param(jnp.zeros(config.width))
 
-    def __call__(self, images: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b n d"]:
+    def __call__(self, images: Float[Array | np.ndarray, "b ..."]) -> Float[Array, "b n d"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        (gh, gw), (ph, pw) = config.grid, config.patch_size
+        cut = (images.shape[1], 1)
+        (gh, gw), (ph, pw) = cut if images.ndim == 3 else config.grid, config.patch_size
         x = jnp.asarray(images, dtype).reshape(-1, gh, ph, gw, pw, config.patch_channels)
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         x = x.reshape(-1, gh * gw, config.width)
@@ -140,18 +141,19 @@ class Attention(nnx.Module):
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        bias: Float[Array, "b 1 1 n"] | None = None,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
         `rotation` is the table of rotary positions, for all images or for each; with learned
-        frequencies, the tokens' places [n 2].
+        frequencies, the tokens' places [n 2]. `bias` is added to the logits.
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
             q, k, v = self._qkv(x, query)
             if rotation is not None:
                 q, k = self._rotated((q, k), rotation)
-        logits_bias = None
+        logits_bias = bias
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
             logits_bias = positions.relative_logits(q, embeddings, self.config.num_prefix_tokens)
@@ -285,11 +287,12 @@ class Block(nnx.Module):
         captures: Captures | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        bias: Float[Array, "b 1 1 n"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 
         `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path. `rotation`
-        is the table of rotary positions.
+        is the table of rotary positions, and `bias` is added to the logits of attention.
         """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
 
@@ -302,7 +305,7 @@ class Block(nnx.Module):
             return drop_path(y, self.config.drop_path * depth_fraction, path_key)
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
-        y = self.attention(self.norm1(x), captures, length=length, rotation=rotation)
+        y = self.attention(self.norm1(x), captures, length=length, rotation=rotation, bias=bias)
         x = x + branch(y, scale1, attention_key, path_keys[0])
         y = self.mlp(self.norm2(x), hidden_key)
         x = x + branch(y, scale2, mlp_key, path_keys[1])
@@ -315,6 +318,7 @@ class AttentionPool(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         config = dataclasses.replace(
             config,
+            max_patches=None,
             rotary=None,
             position="none",
             position_at="input",
@@ -330,9 +334,11 @@ class AttentionPool(nnx.Module):
         self.norm = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], bias: Float[Array, "b 1 1 n"] | None = None
+    ) -> Float[Array, "b d"]:
         query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-        y = self.attention(x, query=query)
+        y = self.attention(x, query=query, bias=bias)
         return (y + self.mlp(self.norm(y)))[:, 0]
 
 

@@ -40,6 +40,7 @@ KNOWN = {
     "precision": CHOICES["dtype"],
     "head": ("fresh", "keep"),
     "position_resize": RESIZE_METHODS,
+    "native_resize": RESIZE_METHODS,
     "optim.name": optim.NAMES,
     "schedule": optim.SCHEDULES,
     "decayed": optim.DECAYED,
