@@ -27,6 +27,7 @@ from vit_jax.checkpoints.keys import Patterns, choose, recognise, several, wrapp
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FLAX_DINOV2, native
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_naflex import flattened, told_apart
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
 from vit_jax.models.create import structure
@@ -152,6 +153,8 @@ def interpret(
         if name not in _FIELDS:
             raise UserError(f"unknown model field {name!r}; {nearest(name, _FIELDS)}")
     weights, dialect, prefix = recognise(weights)
+    dialect = told_apart(weights, dialect, prefix)
+    weights, grid = flattened(weights)
     if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
         raise UserError(
             f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "
@@ -198,7 +201,7 @@ def interpret(
                 "a model without: say what it is, architecture=NAME, or --set architecture=NAME"
             )
         given = {**hints, **known}
-        fields = infer(weights, dialect, found, given, file_size, assumed)
+        fields = infer(weights, dialect, found, given, file_size, assumed, grid)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
     taken = {key for each in found.values() for key in each.keys()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoints import architectures, families_eva
+from vit_jax.checkpoints import architectures, families_eva, families_naflex
 from vit_jax.checkpoints.card import numbers
 from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
@@ -103,6 +103,7 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": "num_heads",
         "layer_norm_eps": "layernorm_eps",
         "image_size": "image_size",
+        **({"patch_size": "patch_size"} if "num_patches" in config else {}),  # flattened
         "hidden_size": "width",
         "num_hidden_layers": "depth",
     }
@@ -114,6 +115,7 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
     settings = {**config, **(config.get("model_args") or {})}
     known = architectures.EVA_ARGS if name in architectures.TIMM_EVA else architectures.TIMM_ARGS
+    known = architectures.NAFLEX_ARGS if name in architectures.TIMM_NAFLEX else known
     for arg, value in (config.get("model_args") or {}).items():
         # None, False and "" are timm's unset values.
         if arg not in known and value not in (None, False, ""):
@@ -133,7 +135,7 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["gelu"] = "tanh" if _TIMM_TANH.search(name) else "erf"
     if name:
         found["layernorm_eps"] = 1e-5 if "_clip_" in name else 1e-6
-        found |= families_eva.said(name)
+        found |= families_eva.said(name) | families_naflex.said(name, settings)
     if "num_heads" in settings:
         found["num_heads"] = settings["num_heads"]
     elif name == "vit_base_patch16_gap_224" or "giantopt" in name:
@@ -159,6 +161,8 @@ def _timm_size(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def position_resize(dialect: str, vit: ModelConfig) -> str:
     """How a family resizes position embeddings (see models/posembed.py)."""
+    if method := getattr(vit, "native_resize", None):
+        return method
     if dialect == "hf" and isinstance(vit, ViTConfig):
         return "bicubic_antialias" if vit.registers else "bicubic"
     return "bicubic_antialias" if dialect == "timm" else "zoom"
