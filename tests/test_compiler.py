@@ -17,7 +17,7 @@ from vit_jax.data.sources import open_source
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluation import Evaluation
+from vit_jax.training.evaluation.evaluation import Evaluation
 from vit_jax.training.plan import TrainingData, make_plan
 from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_mesh

@@ -58,7 +58,7 @@ def test_every_function_of_the_papers_table_exists():
 
 def test_the_map_names_every_file():
     page = (ROOT / "docs/explanation/code.md").read_text()
-    rooms = dict(re.findall(r"^### `vit_jax/(\w*)/?`$(.*?)(?=^##)", page, re.M | re.S))
+    rooms = dict(re.findall(r"^### `vit_jax/([\w/]*?)/?`$(.*?)(?=^##)", page, re.M | re.S))
     for path in (ROOT / "vit_jax").glob("**/*.py"):
         room, name = path.relative_to(ROOT / "vit_jax").parent.as_posix(), path.name
         if name != "__init__.py" and room != "data/forms":

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from vit_jax.launch.sweep import load_sweep, point_config
-from vit_jax.training.evaluation import Evaluation
+from vit_jax.training.evaluation.evaluation import Evaluation
 from vit_jax.training.loop import train
 
 sys.path.insert(0, str(ROOT / "experiments"))

@@ -45,7 +45,7 @@ from vit_jax.models.create import structure
 from vit_jax.models.variants import VARIANTS
 from vit_jax.training.config import MODEL_KEYS, Config, unpack
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluators import EVALUATORS, Evaluator
+from vit_jax.training.evaluation.evaluators import EVALUATORS, Evaluator
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.model import model_config

@@ -37,9 +37,9 @@ from vit_jax.models.variants import variant
 from vit_jax.training import optim
 from vit_jax.training.config import Config, differences, keys, unpack
 from vit_jax.training.config_file import load_config
+from vit_jax.training.evaluation.predict_output import as_json
 from vit_jax.training.model import model_config
 from vit_jax.training.plan import count_steps
-from vit_jax.training.predict_output import as_json
 from vit_jax.writing import write_atomically
 
 
@@ -447,7 +447,7 @@ def test_what_was_being_done_is_in_the_sentence(model, capsys, monkeypatch):
     def fail(*_):
         jax.numpy.zeros(2**58, "int8")
 
-    monkeypatch.setattr("vit_jax.training.predict.Predictor.forward", fail)
+    monkeypatch.setattr("vit_jax.training.evaluation.predict.Predictor.forward", fail)
     image = ROOT / "docs" / "report.png"
     err = fails(capsys, "predict", f"--model={model}", image)
     assert "out of the device's memory while predicting image 1 (" in err

@@ -85,8 +85,8 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
     from vit_jax.data.inputs import find_images
 
     inputs = find_images(*args.images, split=args.split)
-    from vit_jax.training.predict import load_local
-    from vit_jax.training.predict_output import predict_to
+    from vit_jax.training.evaluation.predict import load_local
+    from vit_jax.training.evaluation.predict_output import predict_to
 
     load = functools.partial(load_local, args.model, args.max_patches)
     options = dict(topk=args.topk or 5, batch_size=args.batch_size, threads=args.threads)

@@ -16,12 +16,14 @@ from vit_jax.checkpoints.load import Loaded
 from vit_jax.data.config import ON_CORRUPT
 from vit_jax.data.inputs import Inputs
 from vit_jax.errors import UserError, nearest
-from vit_jax.training import assess, console, evaluation_files, loop
-from vit_jax.training import evaluate as evaluation
+from vit_jax.training import console, loop
 from vit_jax.training.config import Config
 from vit_jax.training.config_file import as_flags, load_config, overridden
-from vit_jax.training.predict import Predictor, load_local
-from vit_jax.training.predictions import Predictions, check_path, write_rows
+from vit_jax.training.evaluation import assess
+from vit_jax.training.evaluation import evaluate as evaluation
+from vit_jax.training.evaluation import files as evaluation_files
+from vit_jax.training.evaluation.predict import Predictor, load_local
+from vit_jax.training.evaluation.predictions import Predictions, check_path, write_rows
 
 logger = logging.getLogger(__name__)
 ConfigLike = epath.PathLike | Mapping[str, Any] | ml_collections.ConfigDict | Config

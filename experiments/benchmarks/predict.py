@@ -56,8 +56,8 @@ def measure(args: argparse.Namespace, folder: str) -> list[dict[str, tuple[float
 
     import vit_jax
     from vit_jax.data.inputs import find_images
-    from vit_jax.training.predict import Predictor
-    from vit_jax.training.predict_output import predict_to
+    from vit_jax.training.evaluation.predict import Predictor
+    from vit_jax.training.evaluation.predict_output import predict_to
     from vit_jax.training.sharding import to_devices
 
     made = os.path.join(folder, "model.safetensors")

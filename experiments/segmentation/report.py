@@ -28,7 +28,7 @@ def measure(runs, folder):
     """mIoU and pixel accuracy for each model and size; draws the picture with the first run."""
     import vit_jax
     from vit_jax.training.config_file import load_config
-    from vit_jax.training.evaluate import evaluate_run
+    from vit_jax.training.evaluation.evaluate import evaluate_run
 
     config = load_config(
         str(Path(__file__).parents[2] / f"configs/evaluate.py:scenes,{SCENES}"),
@@ -61,7 +61,7 @@ def picture(vit, config, learn=500, count=6):
     from vit_jax.analysis.plots import segmented
     from vit_jax.data.pipeline import BatchReader
     from vit_jax.data.sources import open_source
-    from vit_jax.training.segmentation import Dense, fit_head, predict
+    from vit_jax.training.evaluation.segmentation import Dense, fit_head, predict
 
     head, images, masks = config.eval.evaluators["scenes"], {}, {}
     features = {}

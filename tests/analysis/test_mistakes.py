@@ -11,10 +11,10 @@ from PIL import Image
 from vit_jax.analysis import quality as drawn
 from vit_jax.data.config import Split
 from vit_jax.data.forms.arrays import ArraySource
-from vit_jax.training.assess import assess
-from vit_jax.training.evaluation_files import to_json
-from vit_jax.training.predictions import Gathered
-from vit_jax.training.quality import Confusion
+from vit_jax.training.evaluation.assess import assess
+from vit_jax.training.evaluation.files import to_json
+from vit_jax.training.evaluation.predictions import Gathered
+from vit_jax.training.evaluation.quality import Confusion
 
 EVIL = "<script>alert('&')<|$_b_$\x1b[31m"
 

@@ -14,9 +14,9 @@ from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.launch.comparison import read_runs
 from vit_jax.launch.page import write_report
 from vit_jax.launch.quality import by_split, class_table, overview, pair_table, pairs, read_all
-from vit_jax.training import evaluation_files
-from vit_jax.training.assess import assess
-from vit_jax.training.predictions import Gathered
+from vit_jax.training.evaluation import files as evaluation_files
+from vit_jax.training.evaluation.assess import assess
+from vit_jax.training.evaluation.predictions import Gathered
 
 NAMES = ("cat", "<b>dog</b>", "cow")
 

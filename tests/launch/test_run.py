@@ -28,7 +28,7 @@ from vit_jax.launch.run import Result, failures, read_results, run_sweep
 from vit_jax.launch.sweep import load_sweep, point_config
 from vit_jax.training.config import to_json
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluate import read_config
+from vit_jax.training.evaluation.evaluate import read_config
 from vit_jax.training.metrics import TIMING_KEYS, last_values
 
 FAKE = pathlib.Path(__file__).with_name("fake_train.py")

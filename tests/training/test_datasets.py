@@ -18,9 +18,9 @@ from vit_jax.errors import UserError
 from vit_jax.training.config import EvalConfig, unpack
 from vit_jax.training.config_file import load_config
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.evaluate import evaluate_own, evaluate_run
-from vit_jax.training.evaluation import Evaluation
-from vit_jax.training.evaluators import Knn, Probe
+from vit_jax.training.evaluation.evaluate import evaluate_own, evaluate_run
+from vit_jax.training.evaluation.evaluation import Evaluation
+from vit_jax.training.evaluation.evaluators import Knn, Probe
 from vit_jax.training.loop import train
 from vit_jax.training.sharding import MeshConfig, make_mesh
 

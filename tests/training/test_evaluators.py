@@ -21,15 +21,15 @@ from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.config import Split
 from vit_jax.data.sources import open_source
 from vit_jax.models.create import structure
-from vit_jax.training import evaluators
 from vit_jax.training.config import from_json, to_json
 from vit_jax.training.config_file import load_config
-from vit_jax.training.eval_steps import make_eval_step
-from vit_jax.training.evaluate import evaluate_run
-from vit_jax.training.evaluation import Evaluation
+from vit_jax.training.evaluation import evaluators
+from vit_jax.training.evaluation.evaluate import evaluate_run
+from vit_jax.training.evaluation.evaluation import Evaluation
+from vit_jax.training.evaluation.probes import Features, few_shot, knn, linear_probe
+from vit_jax.training.evaluation.steps import make_eval_step
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
-from vit_jax.training.probes import Features, few_shot, knn, linear_probe
 from vit_jax.training.sharding import MeshConfig, make_mesh, placement
 
 CONFIG = """

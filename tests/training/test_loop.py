@@ -21,7 +21,7 @@ from vit_jax.errors import UserError
 from vit_jax.training import loop
 from vit_jax.training.config import read_config, to_json
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluate import evaluate_run
+from vit_jax.training.evaluation.evaluate import evaluate_run
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.plan import Plan, TrainingData, make_plan

@@ -27,9 +27,9 @@ from vit_jax.models.create import init_params, structure
 from vit_jax.models.stack import Captures
 from vit_jax.training import masking, objectives
 from vit_jax.training.config_file import load_config
-from vit_jax.training.eval_steps import make_masked_eval_step
-from vit_jax.training.evaluate import evaluate_run
-from vit_jax.training.evaluators import Classification, Knn
+from vit_jax.training.evaluation.evaluate import evaluate_run
+from vit_jax.training.evaluation.evaluators import Classification, Knn
+from vit_jax.training.evaluation.steps import make_masked_eval_step
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.model import model_config

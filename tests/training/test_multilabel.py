@@ -28,11 +28,11 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.launch.page import write_report
 from vit_jax.models.create import structure
-from vit_jax.training import multilabel
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluate import evaluate_run
-from vit_jax.training.evaluation import Evaluation
-from vit_jax.training.evaluators import Classification, Knn
+from vit_jax.training.evaluation import multilabel
+from vit_jax.training.evaluation.evaluate import evaluate_run
+from vit_jax.training.evaluation.evaluation import Evaluation
+from vit_jax.training.evaluation.evaluators import Classification, Knn
 from vit_jax.training.loop import train
 from vit_jax.training.sharding import MeshConfig, make_mesh, placement
 from vit_jax.training.steps import class_loss

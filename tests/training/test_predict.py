@@ -25,8 +25,8 @@ from vit_jax.data.images import encode
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.models.create import structure
-from vit_jax.training import predict_output
-from vit_jax.training.predict import Predictor, best, default_batch_size
+from vit_jax.training.evaluation import predict_output
+from vit_jax.training.evaluation.predict import Predictor, best, default_batch_size
 
 CONFIG = ViTConfig(
     image_size=8, patch_size=4, width=8, depth=1, mlp_dim=8, num_heads=1, num_classes=5

@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
 from vit_jax.errors import UserError
-from vit_jax.training import probes
-from vit_jax.training.probes import Features, few_shot, fit, knn, linear_probe
+from vit_jax.training.evaluation import probes
+from vit_jax.training.evaluation.probes import Features, few_shot, fit, knn, linear_probe
 
 
 def clusters(n, d, k, *, seed=0, spread=1.0, wrong=0.0):

@@ -20,9 +20,10 @@ import vit_jax
 from vit_jax.__main__ import main
 from vit_jax.data.config import Split
 from vit_jax.data.forms.arrays import ArraySource
-from vit_jax.training import assess, evaluation_files, predictions, quality
-from vit_jax.training.predictions import Gathered, rows_of
-from vit_jax.training.quality import Classes, Confusion, Reliability
+from vit_jax.training.evaluation import assess, predictions, quality
+from vit_jax.training.evaluation import files as evaluation_files
+from vit_jax.training.evaluation.predictions import Gathered, rows_of
+from vit_jax.training.evaluation.quality import Classes, Confusion, Reliability
 
 
 def made_up(n=400, k=6, seed=0):

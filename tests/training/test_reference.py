@@ -12,7 +12,7 @@ from vit_jax.models.config import ViTConfig
 from vit_jax.recipes import recipes
 from vit_jax.training import reference
 from vit_jax.training.config import Config, keys
-from vit_jax.training.evaluators import EVALUATORS
+from vit_jax.training.evaluation.evaluators import EVALUATORS
 
 LEAVES = [leaf for section in reference.sections() for leaf in section.leaves]
 # Texts that may be anything; all others have a list of choices.

@@ -19,11 +19,11 @@ from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.config import Split
 from vit_jax.data.sources import open_source
 from vit_jax.errors import UserError
-from vit_jax.training import evaluators
-from vit_jax.training import segmentation as module
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluation import Evaluation
-from vit_jax.training.segmentation import (
+from vit_jax.training.evaluation import evaluators
+from vit_jax.training.evaluation import segmentation as module
+from vit_jax.training.evaluation.evaluation import Evaluation
+from vit_jax.training.evaluation.segmentation import (
     Dense,
     count,
     fit_head,

@@ -11,7 +11,7 @@ import vit_jax
 from vit_jax.errors import Stopped, UserError
 from vit_jax.training.config import read_config
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluation import Evaluation
+from vit_jax.training.evaluation.evaluation import Evaluation
 from vit_jax.training.loop import train
 from vit_jax.training.metrics import read_metrics, read_starts
 from vit_jax.training.selection import History, Metric, Selection, StopConfig

@@ -20,7 +20,7 @@ from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.training.config import Config
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluation import Evaluation
+from vit_jax.training.evaluation.evaluation import Evaluation
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig
 from vit_jax.training.plan import Plan, TrainingData, make_plan

@@ -22,7 +22,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import create, structure
 from vit_jax.training import sharding
-from vit_jax.training.eval_steps import make_eval_step
+from vit_jax.training.evaluation.steps import make_eval_step
 from vit_jax.training.objectives import Augment, sigmoid, softmax, to_targets
 from vit_jax.training.optim import OptimConfig, make_optimizer
 from vit_jax.training.sharding import (

@@ -13,8 +13,8 @@ from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.training.config_file import load_config
-from vit_jax.training.eval_steps import averaged
-from vit_jax.training.evaluate import evaluate_run
+from vit_jax.training.evaluation.evaluate import evaluate_run
+from vit_jax.training.evaluation.steps import averaged
 
 
 def test_five_crops_are_the_centre_and_the_corners():

@@ -17,9 +17,9 @@ from jaxtyping import Int64
 
 from vit_jax.analysis.plots import new_figure
 from vit_jax.data.pictures import fitted, stored
-from vit_jax.training.assess import FITTED_ON, Quality
-from vit_jax.training.predictions import Predictions
-from vit_jax.training.quality import Confusion, Reliability
+from vit_jax.training.evaluation.assess import FITTED_ON, Quality
+from vit_jax.training.evaluation.predictions import Predictions
+from vit_jax.training.evaluation.quality import Confusion, Reliability
 from vit_jax.writing import make_folder, replacing, write_atomically
 
 MOST_CLASSES = 24  # in the picture of a confusion matrix; of more, those that are most confused

@@ -7,8 +7,8 @@ import numpy as np
 
 from vit_jax.launch.comparison import Run
 from vit_jax.launch.report import Table, escape, markdown_table, number
-from vit_jax.training.evaluation_files import Stored, read
-from vit_jax.training.quality import Paired, compare
+from vit_jax.training.evaluation.files import Stored, read
+from vit_jax.training.evaluation.quality import Paired, compare
 
 CLASSES = 30  # in the table of classes, at most
 _RUNS = 4  # beside one another in that table

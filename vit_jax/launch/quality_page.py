@@ -16,8 +16,8 @@ from vit_jax.launch.quality import (
     pairs,
 )
 from vit_jax.launch.report import number
-from vit_jax.training.assess import FITTED_ON
-from vit_jax.training.quality import Confusion
+from vit_jax.training.evaluation.assess import FITTED_ON
+from vit_jax.training.evaluation.quality import Confusion
 
 _CHARTS = 6  # runs with pictures, at most
 _MOST = 16  # classes in a picture of confusion

@@ -15,7 +15,7 @@ from vit_jax.data.config import DataConfig
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import CHOICES, FAMILIES, SECTIONS
 from vit_jax.training.distill import DistillConfig
-from vit_jax.training.evaluators import Classification, Evaluator, evaluator_kind
+from vit_jax.training.evaluation.evaluators import Classification, Evaluator, evaluator_kind
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import Group, OptimConfig
 from vit_jax.training.selection import Metric, StopConfig
@@ -56,7 +56,7 @@ class EvalConfig:
     Attributes:
       every: steps between evaluations of `data.val`; 0 is only at the end.
       batch_size: global batch size of evaluation; None is that of training.
-      flip: whether to classify each image mirrored as well (see `eval_steps.averaged`).
+      flip: whether to classify each image mirrored as well (see `evaluation/steps.averaged`).
       crops: how many crops of an image to classify: 1, or 5, the centre and the corners; with
         `flip`, each mirrored as well. They differ where images are resized to more than the model's
         size: by `crop` below 1, or by `aspect`.

@@ -22,7 +22,7 @@ from vit_jax.errors import Stopped, UserError, during
 from vit_jax.training import console, distill
 from vit_jax.training.config import Config, read_config, to_json
 from vit_jax.training.datasets import DataSets, with_recorded_sources
-from vit_jax.training.evaluation import Evaluation
+from vit_jax.training.evaluation.evaluation import Evaluation
 from vit_jax.training.metrics import (
     Diverged,
     Recorder,

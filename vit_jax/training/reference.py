@@ -27,7 +27,7 @@ from vit_jax.recipes import recipes
 from vit_jax.training import distill, optim
 from vit_jax.training.config import MODEL_KEYS, SIDES, Config, not_none
 from vit_jax.training.config_file import apply, given_by_flags, run_config_file
-from vit_jax.training.evaluators import EVALUATORS, SEVERAL, Evaluator
+from vit_jax.training.evaluation.evaluators import EVALUATORS, SEVERAL, Evaluator
 
 # The values that texts may have, by the key or by the last part of it.
 KNOWN = {

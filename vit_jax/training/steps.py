@@ -1,4 +1,4 @@
-"""The training step and its losses, as pure functions on pytrees (see also eval_steps.py)."""
+"""The training step and its losses, as pure functions on pytrees (see also evaluation/steps.py)."""
 
 import functools
 from collections.abc import Callable

@@ -21,7 +21,7 @@ from vit_jax.checkpoints.load import Loaded
 from vit_jax.data.forms.files import PassedOver
 from vit_jax.data.inputs import Inputs
 from vit_jax.errors import UserError
-from vit_jax.training.predict import Answer, Predictor
+from vit_jax.training.evaluation.predict import Answer, Predictor
 from vit_jax.writing import replacing
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from etils import epath
 from jaxtyping import Bool, Int64
 
 from vit_jax.errors import UserError
-from vit_jax.training import quality
-from vit_jax.training.assess import FITTED_ON, Quality
-from vit_jax.training.predictions import Predictions
-from vit_jax.training.quality import Classes, Confusion
+from vit_jax.training.evaluation import quality
+from vit_jax.training.evaluation.assess import FITTED_ON, Quality
+from vit_jax.training.evaluation.predictions import Predictions
+from vit_jax.training.evaluation.quality import Classes, Confusion
 from vit_jax.writing import write_atomically
 
 FOLDER = "evaluation"  # of a run folder

@@ -9,7 +9,7 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.evaluators import Classification, Evaluator
+from vit_jax.training.evaluation.evaluators import Classification, Evaluator
 
 logger = logging.getLogger(__name__)
 # How images with several labels are counted.

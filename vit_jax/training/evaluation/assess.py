@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.training import quality
-from vit_jax.training.predictions import Predictions
-from vit_jax.training.quality import Classes, Confusion, Interval, Reliability
+from vit_jax.training.evaluation import quality
+from vit_jax.training.evaluation.predictions import Predictions
+from vit_jax.training.evaluation.quality import Classes, Confusion, Interval, Reliability
 
 logger = logging.getLogger(__name__)
 FITTED_ON = "val"  # the split that the temperature is fitted on

@@ -29,8 +29,8 @@ from vit_jax.data.inputs import Inputs, Read
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, during, nearest
 from vit_jax.models.native import check_one_grid
-from vit_jax.training.eval_steps import features_of
-from vit_jax.training.evaluation import fetched
+from vit_jax.training.evaluation.evaluation import fetched
+from vit_jax.training.evaluation.steps import features_of
 from vit_jax.training.sharding import MeshConfig, batch_shards, make_mesh, placement, to_devices
 from vit_jax.training.steps import images, merged
 

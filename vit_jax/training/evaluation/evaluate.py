@@ -14,8 +14,8 @@ from vit_jax.errors import UserError
 from vit_jax.training.config import Config, differences, read_config
 from vit_jax.training.config_file import overridden
 from vit_jax.training.datasets import DataSets, with_recorded_sources
-from vit_jax.training.evaluation import Evaluation
-from vit_jax.training.predictions import Predictions
+from vit_jax.training.evaluation.evaluation import Evaluation
+from vit_jax.training.evaluation.predictions import Predictions
 from vit_jax.training.sharding import make_mesh, placement
 
 

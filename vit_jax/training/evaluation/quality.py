@@ -14,7 +14,7 @@ import scipy.stats
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from vit_jax.checkpoints.card import OBJECTIVES
-from vit_jax.training.multilabel import average_precision
+from vit_jax.training.evaluation.multilabel import average_precision
 
 LEVEL = 0.95  # of all intervals
 RESAMPLES, SEED = 2000, 0  # of the bootstrap

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from vit_jax.errors import UserError
-from vit_jax.training.probes import (
+from vit_jax.training.evaluation.probes import (
     Scale,
     check_positive,
     check_sets,

@@ -13,8 +13,8 @@ import numpy as np
 from vit_jax.data.config import Split
 from vit_jax.data.forms.vtab import TASKS
 from vit_jax.errors import UserError, nearest
-from vit_jax.training.probes import Features, few_shot, knn, linear_probe
-from vit_jax.training.segmentation import Dense, segmentation
+from vit_jax.training.evaluation.probes import Features, few_shot, knn, linear_probe
+from vit_jax.training.evaluation.segmentation import Dense, segmentation
 
 # How images with several labels are counted (see `Classification`).
 SEVERAL = ("any", "each")

@@ -16,16 +16,21 @@ from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.errors import UserError, during
 from vit_jax.models.create import structure
-from vit_jax.training import multilabel, native
+from vit_jax.training import native
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.eval_data import how_several, open_split, split_names
-from vit_jax.training.eval_steps import make_eval_step, make_feature_step, make_masked_eval_step
-from vit_jax.training.evaluators import Classification, Evaluator
+from vit_jax.training.evaluation import multilabel
+from vit_jax.training.evaluation.evaluators import Classification, Evaluator
+from vit_jax.training.evaluation.predictions import Gathered, Predictions
+from vit_jax.training.evaluation.probes import Features
+from vit_jax.training.evaluation.segmentation import Dense
+from vit_jax.training.evaluation.splits import how_several, open_split, split_names
+from vit_jax.training.evaluation.steps import (
+    make_eval_step,
+    make_feature_step,
+    make_masked_eval_step,
+)
 from vit_jax.training.metrics import due
-from vit_jax.training.predictions import Gathered, Predictions
-from vit_jax.training.probes import Features
-from vit_jax.training.segmentation import Dense
 from vit_jax.training.sharding import batch_shards, local_rows, make_layout, to_devices, total
 
 
