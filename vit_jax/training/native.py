@@ -38,9 +38,9 @@ def check_objective(objective: str, model: ModelConfig) -> None:
 def check_views(card: ModelCard, how: EvalConfig) -> None:
     """Raises a UserError if images of any shape are to be seen in several views."""
     if card.preprocess.max_patches is not None:
-        for name in ("crops", "flip"):
-            if (value := getattr(how, name)) not in (1, False):
-                raise _refused(f"eval.{name}", value)
+        for name, several in {"crops": how.crops > 1, "flip": how.flip}.items():
+            if several:
+                raise _refused(f"eval.{name}", getattr(how, name))
 
 
 def _refused(key: str, value: object) -> UserError:

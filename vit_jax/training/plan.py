@@ -342,10 +342,8 @@ def _labels(
 
 def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> Preprocess:
     """The model's preprocessing; the same in evaluation and in `predict`."""
-    if base:
-        preprocess = fitted_preprocess(base.preprocess, model)
-    else:
-        preprocess = Preprocess(model.image_size, model.in_channels)
+    preprocess = base.preprocess if base else Preprocess(model.image_size, model.in_channels)
+    preprocess = fitted_preprocess(preprocess, model)
     evaluated = config.data.val or config.data.test or config.data.train
     return evaluated.preprocess(preprocess)
 
