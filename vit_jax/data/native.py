@@ -20,7 +20,7 @@ def native_grid(h: int, w: int, patch_size: tuple[int, int], max_patches: int) -
     by_columns = _largest(lambda n: n * -(-n * tall // wide) <= max_patches, max_patches)
     # With n rows, the scale is n / tall.
     if by_rows * wide >= by_columns * tall:
-        return max(by_rows, 1), max(-(-by_rows * wide // tall), 1)
+        return by_rows, max(-(-by_rows * wide // tall), 1)
     return -(-by_columns * tall // wide), by_columns
 
 

@@ -248,7 +248,7 @@ class Preprocess:
             key = "crop" if self.crop != 1 else "aspect"
             raise UserError(
                 f"data {key} is {getattr(self, key)!r}, and with model.max_patches an image is "
-                f"taken whole, in its own shape: leave {key} out"
+                "taken whole, in its own shape: set aspect to 'squash' and crop to 1.0"
             )
         for name, kind in {"mean": "finite", "std": "positive"}.items():
             numbers = np.asarray(getattr(self, name), float)
