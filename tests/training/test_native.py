@@ -16,12 +16,14 @@ from tiny_models import as_float32, random_params, relative_error
 
 import vit_jax
 from vit_jax.__main__ import main
+from vit_jax.checkpoints.opened import open_model
 from vit_jax.checkpoints.store import Store
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.native import packed as packed_images
 from vit_jax.training.config_file import load_config
+from vit_jax.training.distill import DistillConfig, Teacher
 from vit_jax.training.loop import train
 from vit_jax.training.steps import class_loss
 
@@ -198,5 +200,7 @@ def test_what_is_of_one_grid_is_refused(run, tmp_path, capsys):
         vit_jax.save(model, tmp_path / "model.stablehlo")
     with pytest.raises(vit_jax.errors.UserError, match="give one of them"):
         vit_jax.load(workdir, image_size=16, max_patches=9)
+    with pytest.raises(vit_jax.errors.UserError, match="any shape, and a teacher sees"):
+        Teacher.of(DistillConfig(teacher="it"), open_model(workdir), model.card)
     error = fails(capsys, "evaluate", f"--workdir={workdir}", "--max-patches=9")
     assert "--max-patches=9: a run is evaluated" in error
