@@ -42,8 +42,7 @@ TIMM_NAFLEX = frozenset(
     """
     naflexvit_base_patch16_gap naflexvit_base_patch16_map naflexvit_base_patch16_par_gap
     naflexvit_base_patch16_parfac_gap naflexvit_base_patch16_siglip
-    naflexvit_so150m2_patch16_reg1_gap naflexvit_so150m2_patch16_reg1_map
-    naflexvit_so400m_patch16_siglip
+    naflexvit_so150m2_patch16_reg1_gap naflexvit_so400m_patch16_siglip
     """.split()
 )
 TIMM = (

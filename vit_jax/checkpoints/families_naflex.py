@@ -130,6 +130,8 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
         "mlp": ("gelu",),
         "position": ("learned", "learned2d", "learned2d_added", "none"),
     }
+    if vit.pool == "map":  # whose attention always has them
+        allowed["qkv_bias"] = (True,)
     if vit.position == "learned2d_added":
         allowed["native_resize"] = ("bilinear", "bilinear" + ASPECT)
         if vit.grid[0] != vit.grid[1]:
