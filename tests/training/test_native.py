@@ -51,13 +51,13 @@ def config(folder, tmp_path_factory):
         tmp_path_factory.mktemp("config") / "native.py",
         f"model={model}, data=dict(train={split | crop}, val={split}, same_images=True), "
         "batch_size=8, total_steps=4, optim=dict(lr=1e-2), checkpoint=dict(every=2), "
-        "eval=dict(every=2, batch_size=16)",
+        "eval=dict(every=2, batch_size=16), mesh=dict(fsdp=2, tensor=2)",
     )
 
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """A finished run on the eight devices."""
+    """A finished run on eight devices, which split images, parameters and heads."""
     workdir = tmp_path_factory.mktemp("run") / "native"
     return workdir, train(load_config(config), workdir)
 

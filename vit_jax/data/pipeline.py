@@ -93,8 +93,11 @@ class BatchReader:
         if self.preprocess.max_patches is not None and (self._masks or self.random_crop):
             raise UserError(
                 "data: with model.max_patches images are taken in their own shapes, which "
-                + ("masks are not" if self._masks else "data.train.random_crop is not for")
-                + ": set model.max_patches to None"
+                + (
+                    "masks are not for: take a model without it"
+                    if self._masks
+                    else "data.train.random_crop is not for: leave it out"
+                )
             )
         if self.inception_crop:  # the crop's box is resized without keeping its aspect
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)

@@ -46,5 +46,5 @@ def check_views(card: ModelCard, how: EvalConfig) -> None:
 def _refused(key: str, value: object) -> UserError:
     return UserError(
         f"{key} is {value!r}, which is for images of one shape, and with model.max_patches each "
-        f"has its own: leave {key} out, or set model.max_patches to None"
+        f"has its own: leave {key} out, or take a model without max_patches"
     )
