@@ -323,7 +323,10 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     if config.layernorm_eps != usual.get(format, config.layernorm_eps):
         found["layernorm_eps"] = f"{config.layernorm_eps:g}, where {format} has {usual[format]:g}"
     if dialect.name != "vit_jax" and config.max_patches is not None:
-        found["max_patches"] = f"{config.max_patches}, which other readers are told when they load"
+        told = "which other readers are told when they load"
+        if dialect not in NAFLEX:
+            told = "where {}'s code takes images of {}x{}".format(format, *config.image_size)
+        found["max_patches"] = f"{config.max_patches}, {told}"
     return found
 
 

@@ -407,8 +407,8 @@ def _check_native(config: ViTConfig) -> None:
         if config.max_patches is not None and getattr(config, name) not in values:
             raise UserError(
                 f"model.max_patches is for images of any shape, and model.{name} "
-                f"{getattr(config, name)!r} is not: set model.max_patches to None, or "
-                f"model.{name} to {' or '.join(map(repr, values))}"
+                f"{getattr(config, name)!r} is not: leave max_patches out, or have model.{name} "
+                f"{' or '.join(map(repr, values))}"
             )
 
 
