@@ -213,11 +213,11 @@ class Preprocess:
       resize_dtype: "uint8" rounds what resizing gives, "float32" does not (vit_jax), "truncated"
         rounds it down to uint8 (big_vision, which casts).
       jpeg, exif: how image files are decoded (see `images.decode`).
+      mean, std: a pixel p of 0 to 255 becomes (p / 255 - mean) / std, in float32; one number, or
+        one for each channel.
       max_patches, patch_size: for models of images of any shape: how many patches an image has at
         most, and (h, w) of a patch in pixels; an image keeps its shape as well as whole patches
         allow (see `native.native_grid`). None brings all to `image_size`.
-      mean, std: a pixel p of 0 to 255 becomes (p / 255 - mean) / std, in float32; one number, or
-        one for each channel.
     """
 
     image_size: Sequence[int]
@@ -228,10 +228,10 @@ class Preprocess:
     resize_dtype: str = "uint8"
     jpeg: str = "accurate"
     exif: bool = False
-    max_patches: int | None = None
-    patch_size: Sequence[int] | None = None
     mean: float | Sequence[float] = 0.5
     std: float | Sequence[float] = 0.5
+    max_patches: int | None = None
+    patch_size: Sequence[int] | None = None
 
     def __post_init__(self):
         for name, known in CHOICES.items():
