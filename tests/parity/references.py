@@ -117,6 +117,8 @@ def truth_of_timm(model):
         return truth_of_eva(model)
     if isinstance(model, (timm.models.beit.Beit, relpos.VisionTransformerRelPos)):
         return truth_of_relative(model)
+    if isinstance(model, timm.models.naflexvit.NaFlexVit):
+        return truth_of_naflex(model)
     block = model.blocks[0]
     parallel = hasattr(block, "in_proj")  # attention and MLP have no modules of their own
     act = block.mlp_act if parallel else block.mlp.act
@@ -174,6 +176,33 @@ def truth_of_relative(model):
         fields["coordinates"] = {"cr": "log", "swin": "swin"}[bias.mode]
     shared = model.shared_rel_pos is not None
     return found | {"relative_bias": RelativeBias(shared=shared, **fields)}
+
+
+def truth_of_naflex(model):
+    """The same of a model of timm's naflexvit.py."""
+    block, embeds = model.blocks[0], model.embeds
+    factorized = embeds.pos_embed_type == "factorized"
+    method = "bilinear" if factorized else embeds.pos_embed_interp_mode
+    method += "_antialias" if embeds.pos_embed_antialias and not factorized else ""
+    assert not (embeds.pos_embed_align_corners or embeds.pos_embed_use_grid_sample)
+    return {
+        "num_heads": block.attn.num_heads,
+        "layernorm_eps": block.norm1.eps,
+        "gelu": {"GELU": "erf", "GELUTanh": "tanh"}[type(block.mlp.act).__name__],
+        "pool": {"avg": "gap", "map": "map"}[model.global_pool],
+        "registers": model.num_reg_tokens,
+        "has_class_token": embeds.cls_token is not None,
+        "num_prefix_tokens": model.num_prefix_tokens,
+        "patch_size": tuple(embeds.patch_size),
+        "grid": tuple(embeds.pos_embed_grid_size),
+        "depth": len(model.blocks),
+        "mlp_dim": block.mlp.fc1.out_features,
+        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
+        "num_classes": model.num_classes,
+        "num_position_prefix": 0,
+        "position": "learned2d_added" if factorized else "learned",
+        "native_resize": method + ("_aspect" if embeds.pos_embed_ar_preserving else ""),
+    }
 
 
 def truth_of_eva(model):

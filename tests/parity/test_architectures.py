@@ -5,6 +5,7 @@ compared in numbers, at small sizes. The sizes of all are compared as numbers of
 """
 
 import collections
+import dataclasses
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from timm.models._hub import save_config_for_hf
 from timm.models._registry import _deprecated_models, _model_to_module
 
 from parity import (
+    test_naflex,
     test_resnet,
     test_timm_eva,
     test_timm_other,
@@ -94,6 +96,7 @@ def test_every_name_is_known_or_refused():
         "deit": 16,
         "vision_transformer_hybrid": 9,
         "resnetv2": 6,
+        "naflexvit": 7,
     }
     beside = collections.Counter(_model_to_module[name] for name in refused)
     assert {name: beside[name] for name in known} == {
@@ -104,6 +107,7 @@ def test_every_name_is_known_or_refused():
         "deit": 0,
         "vision_transformer_hybrid": 5,
         "resnetv2": 14,
+        "naflexvit": 7,
     }
 
 
@@ -125,6 +129,7 @@ def test_one_of_each_group_computes_the_same(groups, tmp_path, record):
     modules = (test_timm_eva, test_timm_relative, test_timm_other)
     cases = (*cases, *(case for each in modules for case in each.CASES.values()))
     compared = {case.name for case in cases if set(case.changes) <= sizes}
+    compared |= {architecture for _, architecture, _ in test_naflex.CASES.values()}
     for names in groups:
         if compared & set(names):
             continue
@@ -175,6 +180,7 @@ def test_arguments_that_weights_show_are_arguments_of_timms():
 
     from timm.models.beit import Beit
     from timm.models.eva import Eva
+    from timm.models.naflexvit import NaFlexVitCfg
     from timm.models.vision_transformer import VisionTransformer
     from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
@@ -183,6 +189,9 @@ def test_arguments_that_weights_show_are_arguments_of_timms():
     assert set(inspect.signature(Eva).parameters) > architectures.EVA_ARGS
     assert set(inspect.signature(Beit).parameters) > architectures.BEIT_ARGS
     assert set(inspect.signature(VisionTransformerRelPos).parameters) > architectures.RELPOS_ARGS
+    beside = {"in_chans", "num_classes"}
+    naflex = {field.name for field in dataclasses.fields(NaFlexVitCfg)} | beside
+    assert naflex > architectures.NAFLEX_ARGS
     assert theirs - architectures.TIMM_ARGS == {
         *("pool_include_prefix", "dynamic_img_pad", "embed_layer", "embed_norm_layer"),
         *("norm_layer", "block_fn", "mlp_layer", "attn_layer", "device", "dtype"),
@@ -194,6 +203,7 @@ def test_every_class_of_transformers_is_known_or_refused():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     compared = {case.kind.__name__ for case in test_transformers.CASES.values()}
+    compared |= {"Siglip2Model", "Siglip2VisionModel"}  # test_naflex.py
     assert compared == {name for names in architectures.HF.values() for name in names}
     for kind, names in architectures.HF.items():
         for name in names:
@@ -202,7 +212,7 @@ def test_every_class_of_transformers_is_known_or_refused():
     for kind in refused:
         with pytest.raises(UserError, match=f"architecture {kind!r}, which is not known"):
             architectures.named("hf", {"model_type": kind})
-    assert {"siglip2", "yolos", "dpt"} <= refused
+    assert {"yolos", "dpt"} <= refused
     assert {"vit_hybrid", "vitpose_backbone", "pe_audio"} & set(CONFIG_MAPPING_NAMES) <= refused
     for name in (
         "BeitForMaskedImageModeling",

@@ -40,8 +40,18 @@ TIMM_EVA = frozenset(
     vit_small_plus_patch16_dinov3_qkvb vit_tiny_patch16_dinov3_qkvb
     """.split()
 )
-TIMM = TIMM_EVA | frozenset(
+TIMM_NAFLEX = frozenset(
     """
+    naflexvit_base_patch16_gap naflexvit_base_patch16_map naflexvit_base_patch16_par_gap
+    naflexvit_base_patch16_parfac_gap naflexvit_base_patch16_siglip
+    naflexvit_so150m2_patch16_reg1_gap naflexvit_so400m_patch16_siglip
+    """.split()
+)
+TIMM = (
+    TIMM_EVA
+    | TIMM_NAFLEX
+    | frozenset(
+        """
     deit3_base_patch16_224 deit3_base_patch16_384 deit3_huge_patch14_224 deit3_large_patch16_224
     deit3_large_patch16_384 deit3_medium_patch16_224 deit3_small_patch16_224
     deit3_small_patch16_384 deit_base_distilled_patch16_224 deit_base_distilled_patch16_384
@@ -98,6 +108,7 @@ TIMM = TIMM_EVA | frozenset(
     vit_tiny_r_s16_p8_224 vit_tiny_r_s16_p8_384 vit_wee_patch16_reg1_gap_256
     vit_xsmall_patch16_clip_224
     """.split()
+    )
 )
 # Of beit.py and vision_transformer_relpos.py, and others with norms of their own.
 TIMM_BEIT = frozenset(
@@ -159,6 +170,8 @@ HF = {
     "siglip_vision_model": ("SiglipVisionModel",),
     "aimv2_vision_model": ("Aimv2VisionModel",),
     "internvl_vision": ("InternVLVisionModel",),
+    "siglip2": ("Siglip2Model", "Siglip2VisionModel"),
+    "siglip2_vision_model": ("Siglip2VisionModel",),
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
 }
@@ -194,6 +207,16 @@ RELPOS_ARGS = frozenset(
     img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads mlp_ratio
     qkv_bias qk_norm init_values class_token fc_norm rel_pos_type rel_pos_dim shared_rel_pos
     drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init act_layer
+    """.split()
+)
+# The same of those of naflexvit.py.
+NAFLEX_ARGS = frozenset(
+    """
+    patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias init_values
+    class_token reg_tokens pos_embed pos_embed_grid_size pos_embed_interp_mode pos_embed_antialias
+    pos_embed_align_corners pos_embed_ar_preserving pre_norm final_norm fc_norm global_pool
+    act_layer drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate
+    weight_init fix_init use_key_only_attn_mask
     """.split()
 )
 UNNAMED = (

@@ -28,6 +28,7 @@ from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import FLAX_DINOV2, TIMM_PARALLEL, native
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_SAPIENS2
+from vit_jax.checkpoints.tables_naflex import flattened, told_apart
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
 from vit_jax.models.create import structure
@@ -165,6 +166,8 @@ def interpret(
         if architecture is None and weights.config.get("architecture"):  # its name says more
             _named(weights, "timm", None)
         raise
+    dialect = told_apart(weights, dialect, prefix)
+    weights, grid = flattened(weights)
     if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
         raise UserError(
             f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "
@@ -210,7 +213,7 @@ def interpret(
                 "a model without: say what it is, architecture=NAME, or --set architecture=NAME"
             )
         given = {**hints, **known}
-        fields = infer(weights, dialect, found, given, file_size, assumed)
+        fields = infer(weights, dialect, found, given, file_size, assumed, grid)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
     if any(_repeated(weights, each) for each in found.values()):

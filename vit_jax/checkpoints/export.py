@@ -12,6 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints import (
+    families_naflex,
     programs,
     sidecars,
     sidecars_eva,
@@ -42,6 +43,7 @@ from vit_jax.checkpoints.tables import (
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
+from vit_jax.checkpoints.tables_naflex import HF_SIGLIP2, NAFLEX, TIMM_NAFLEX, on_grid
 from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
@@ -86,6 +88,8 @@ def choose(format: str, config: ModelConfig) -> Dialect:
     if format == "hf":
         if sidecars_hf.is_sapiens2(config):
             return HF_SAPIENS2
+        if families_naflex.is_siglip2(config):
+            return HF_SIGLIP2
         if sidecars_eva.is_dinov3(config):
             return HF_DINOV3
         if sidecars_timm.is_aimv2(config):
@@ -98,7 +102,8 @@ def choose(format: str, config: ModelConfig) -> Dialect:
             return HF_SIGLIP
         return HF_DINOV2 if config.layer_scale is not None else HF_VIT
     eva, biased = sidecars_eva.is_eva(config), config.relative_bias is not None
-    timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else TIMM
+    timm = TIMM if config.native_resize is None else TIMM_NAFLEX
+    timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else timm
     timm = TIMM_PARALLEL if config.parallel else timm
     return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
 
@@ -137,6 +142,8 @@ def to_names(
         else:
             arrays |= zip(row.keys(prefix), row.write(value), strict=True)
     arrays = tables_parallel.joined(arrays) if dialect is TIMM_PARALLEL else arrays
+    if dialect is TIMM_NAFLEX:
+        arrays = on_grid(arrays, config.grid)
     _read_back(arrays, config, dialect)
     return arrays, config, notes
 
@@ -167,6 +174,8 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
             allowed |= {"mlp_norm": (False,), "distillation": ("none",), "pre_norm": (False,)}
     elif dialect is TIMM_EVA:
         yield from sidecars_eva.cannot(config)
+    elif dialect is TIMM_NAFLEX:
+        yield from families_naflex.cannot(config)
     elif dialect is HF_DINOV3:
         allowed |= {"pool": ("token",), "class_token": (None, True), "num_classes": (0,)}
         allowed |= {"patch_bias": (True,), "distillation": ("none",), "pre_norm": (False,)}
@@ -181,7 +190,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["representation_size"] = (None, *(() if head else (config.representation_size,)))
     elif dialect is HF_DINOV2:
         allowed |= {"pool": ("token_gap" if head else "token",), "patch_bias": (True,)}
-    elif dialect is HF_SIGLIP:
+    elif dialect in (HF_SIGLIP, HF_SIGLIP2):
         allowed |= {"patch_bias": (config.pool == "map",), "pre_norm": (config.pool != "map",)}
         allowed |= {"pool": ("map", "token"), "num_classes": (0,), "qkv_bias": (True,)}
         allowed["mlp"] = ("gelu",)
@@ -211,7 +220,11 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
         yield "position", "none"
-    if dialect in (BIG_VISION, HF_SIGLIP) and config.pool == "map" and config.has_class_token:
+    if (
+        dialect in (BIG_VISION, HF_SIGLIP, HF_SIGLIP2)
+        and config.pool == "map"
+        and config.has_class_token
+    ):
         yield "class_token", True
     for field, values in allowed.items():
         if getattr(config, field) not in values:
@@ -254,12 +267,13 @@ def _respell(
     the same. A token without a row gets one of zeros where the dialect needs it.
     """
     done: list[str] = []
+    factorized = dialect is TIMM_NAFLEX and config.position == "learned2d_added"
     if config.position == "sincos2d" and dialect in (GOOGLE, TIMM, HF_VIT, HF_DINOV2, HF_SIGLIP):
         table = posembed.sincos2d(config.grid, config.width)
         config = dataclasses.replace(config, position="learned", position_prefix=0)
         params["pos_embed"] = table
         done.append("sincos2d, written out as an embedding")
-    elif config.position.startswith("learned2d") and dialect.name != "vit_jax":
+    elif config.position.startswith("learned2d") and dialect.name != "vit_jax" and not factorized:
         tables = {name: params.pop(name) for name in positions.table_shapes(config)}
         params["pos_embed"] = positions.one_table(tables, config)
         done.append(f"{config.position}, written out as one table")
@@ -270,7 +284,7 @@ def _respell(
     wanted = {
         "google": (prefix,),
         "big_vision": (0,),
-        "timm": (prefix, 0),
+        "timm": (0,) if dialect is TIMM_NAFLEX else (prefix, 0),
         "hf": (prefix - config.registers,),
     }.get(dialect.name, (rows,))
     if rows in wanted:
@@ -309,8 +323,10 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     settings |= {
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
-    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX):
         settings |= {"pool": config.pool, "norm_after_branch": config.norm_after_branch}
+    if dialect in NAFLEX:
+        settings |= {name: getattr(config, name) for name in ("native_resize", "patch_size")}
     if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
     told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
@@ -323,6 +339,8 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
         mine, theirs = getattr(config, field.name), getattr(back, field.name)
         if field.name in ("class_token", "position_prefix"):
             continue  # compared by what they amount to, below
+        if field.name == "max_patches" or (field.name == "native_resize" and dialect not in NAFLEX):
+            continue  # chosen when a file is loaded
         if mine != theirs:
             raise UserError(
                 f"{dialect.name} files cannot say model.{field.name}={mine!r}: they would be read "
@@ -351,9 +369,16 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
     if dialect is TIMM_EVA:
         timm = (sidecars_eva.timm_eva(config) or ("", timm))[1]
         timm = 1e-6 if config.relative_bias is not None else timm
+    if dialect is TIMM_NAFLEX:
+        timm = 1e-6
     usual = {"google": 1e-6, "big_vision": 1e-6, "timm": timm}
     if config.layernorm_eps != usual.get(format, config.layernorm_eps):
         found["layernorm_eps"] = f"{config.layernorm_eps:g}, where {format} has {usual[format]:g}"
+    if dialect.name != "vit_jax" and config.max_patches is not None:
+        told = "which other readers are told when they load"
+        if dialect not in NAFLEX:
+            told = "where {}'s code takes images of {}x{}".format(format, *config.image_size)
+        found["max_patches"] = f"{config.max_patches}, {told}"
     return found
 
 

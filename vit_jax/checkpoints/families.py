@@ -16,6 +16,7 @@ from vit_jax.checkpoints import (
     architectures,
     families_eva,
     families_hf,
+    families_naflex,
     families_relative,
     families_timm,
 )
@@ -119,6 +120,7 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         "layer_norm_eps": "layernorm_eps",
         "rms_norm_eps": "layernorm_eps",
         "image_size": "image_size",
+        **({"patch_size": "patch_size"} if "num_patches" in config else {}),  # flattened
         "hidden_size": "width",
         "num_hidden_layers": "depth",
     }
@@ -155,6 +157,7 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     if name:
         found["layernorm_eps"] = 1e-5 if "_clip_" in name else 1e-6
         found |= families_eva.said(name) | families_relative.said(name) | families_timm.said(name)
+        found |= families_naflex.said(name, settings)
     if "num_heads" in settings:
         found["num_heads"] = settings["num_heads"]
     elif "giantopt" in name:
@@ -189,6 +192,8 @@ def position_resize(dialect: str, vit: ModelConfig) -> str:
     bias = getattr(vit, "relative_bias", None)
     if bias is not None and dialect in ("timm", "hf"):
         return "geometric" if dialect == "timm" else "bilinear"
+    if method := getattr(vit, "native_resize", None):
+        return method
     if dialect == "hf" and isinstance(vit, ViTConfig):
         return "bicubic_antialias" if vit.registers else "bicubic"
     return "bicubic_antialias" if dialect == "timm" else "zoom"
@@ -231,8 +236,14 @@ def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, floa
 
 
 def fitted_preprocess(preprocess: Preprocess, vit: ModelConfig) -> Preprocess:
-    """Sets the model's size and channels; for other channel counts, means and stds are averaged."""
-    changes: dict[str, Any] = {"image_size": vit.image_size}
+    """Sets the model's size and channels; for other channel counts, means and stds are averaged.
+
+    A model of images of any shape takes them whole.
+    """
+    changes: dict[str, Any] = {"image_size": vit.image_size, "max_patches": None}
+    if getattr(vit, "max_patches", None) is not None:
+        changes |= {"max_patches": vit.max_patches, "patch_size": vit.patch_size}
+        changes |= {"aspect": "squash", "crop": 1.0}
     if preprocess.in_channels != vit.in_channels:
         changes["in_channels"] = vit.in_channels
         changes |= {name: float(np.mean(getattr(preprocess, name))) for name in ("mean", "std")}

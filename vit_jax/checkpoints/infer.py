@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vit_jax.checkpoints import families, families_relative
+from vit_jax.checkpoints import families, families_naflex, families_relative
 from vit_jax.checkpoints.files import Weights
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import (
@@ -20,6 +20,7 @@ from vit_jax.checkpoints.tables import (
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
+from vit_jax.checkpoints.tables_naflex import NAFLEX, TIMM_NAFLEX
 from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
@@ -32,15 +33,23 @@ def infer(
     given: Mapping[str, Any],
     file_size: tuple[int, int] | None,
     assumed: dict[str, str],
+    grid: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Infers the fields of the model's config from names, shapes, `given` settings and defaults."""
+    """Infers the fields of the model's config from names, shapes, `given` settings and defaults.
+
+    `grid` is that of the position table, where the file shows it.
+    """
     axis = _axes(weights, dialect, found)
     if dialect.family == "resnet":
         return _classifier(dialect, found, given, file_size, axis, assumed)
     weights_prefix = next(iter(found.values())).prefix if found else ""
     fields: dict[str, Any] = {}
-    fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
-    fields["in_channels"] = axis("patch_embed/kernel", "c")
+    if dialect in NAFLEX:
+        kernel = found["patch_embed/kernel"].shapes[0]
+        fields |= families_naflex.patches(kernel, given, weights.path, assumed)
+    else:
+        fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
+        fields["in_channels"] = axis("patch_embed/kernel", "c")
     if any(ours.startswith("resnet/") for ours in found):
         fields |= _resnet(dialect, found, axis)
     fields["width"] = width = axis("patch_embed/kernel", "d")
@@ -96,10 +105,17 @@ def infer(
             f"{weights.path} has names of timm's eva.py, whose rotary positions no key shows: "
             'say which of its models it is, architecture="NAME", or --set architecture=NAME'
         )
+    if dialect is TIMM_NAFLEX and "native_resize" not in given:
+        raise UserError(
+            f"{weights.path} has names of timm's naflexvit.py, whose way to resize positions no "
+            'key shows: say which of its models it is, architecture="NAME", or --set '
+            "architecture=NAME"
+        )
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
         "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
-        "pos_embed": rotary or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_EVA, HF_BEIT),
+        "pos_embed": rotary
+        or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX, HF_BEIT),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)
@@ -147,6 +163,9 @@ def infer(
         )
     fields |= {k: v for k, v in given.items() if k not in ("image_size", "pool", "resnet")}
     fields["patch_size"] = pair(fields["patch_size"], "patch_size")
+    if dialect in NAFLEX:
+        fields.setdefault("native_resize", "bilinear_antialias")  # SigLIP 2's
+        return fields | families_naflex.positions(found, grid, axis, fields, weights.path)
     fields |= _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
     (h, w), (ph, pw) = fields["image_size"], fields["patch_size"]
     if dialect is HF_BEIT and bias and h // ph != w // pw:

@@ -146,9 +146,9 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     lines += opened.dropped(opened.card.config)
     summary = dict(opened.facts)
     pre, labels = opened.card.preprocess, opened.card.labels
+    shape = f"{pre.aspect}, crop {pre.crop:.4g}" if pre.max_patches is None else "whole"
     summary["preprocessing"] = (
-        f"{pre.resize} {pre.resize_dtype}, {pre.aspect}, crop {pre.crop:.4g}, mean {pre.mean}, "
-        f"std {pre.std}"
+        f"{pre.resize} {pre.resize_dtype}, {shape}, mean {pre.mean}, std {pre.std}"
     )
     summary["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
     return Report(tuple(lines), summary, opened.assumed)
@@ -158,6 +158,8 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     """Summary of a model for people: description by topic."""
     total = sum(int(np.prod(shape)) for shape in shapes_of(config).values())
     image = "{}x{} pixels of {} channels".format(*config.image_size, config.in_channels)
+    if (most := getattr(config, "max_patches", None)) is not None:
+        image = f"any shape, at most {most} patches, {config.in_channels} channels"
     known = {"file": origin, "variant": f"{families.variant_name(config)}, {total:,} parameters"}
     resnet = f"{config.resnet} units, width {config.resnet_width}, style {config.resnet_style}"
     if isinstance(config, ResNetConfig):

@@ -4,7 +4,13 @@ import math
 import re
 from typing import Any
 
-from vit_jax.checkpoints import sidecars_eva, sidecars_hf, sidecars_relative, sidecars_timm
+from vit_jax.checkpoints import (
+    families_naflex,
+    sidecars_eva,
+    sidecars_hf,
+    sidecars_relative,
+    sidecars_timm,
+)
 from vit_jax.checkpoints.architectures import TIMM
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -40,6 +46,10 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
     if any(is_other(vit) for is_other in others):
         kind, name, other = sidecars_hf.config(vit)
         config |= other
+    elif families_naflex.is_siglip2(vit):
+        kind, name = "siglip2_vision_model", "Siglip2VisionModel"
+        del config["image_size"]
+        config["num_patches"] = math.prod(vit.grid)
     elif sidecars_eva.is_dinov3(vit):
         kind, name = "dinov3_vit", "DINOv3ViTModel"
         config |= sidecars_eva.hf_config(vit)
@@ -72,7 +82,13 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
     if vit.representation_size:
         config["pooler_output_size"] = vit.representation_size
     config |= {"model_type": kind, "architectures": [name], "dtype": "float32"}
-    return {"config.json": config, "preprocessor_config.json": _hf_processor(kind, pre)}
+    processor = _hf_processor(kind, pre)
+    if kind == "siglip2_vision_model":
+        for name in ("size", "do_center_crop", "crop_size"):
+            processor.pop(name, None)
+        processor["patch_size"] = vit.patch_size[0]
+        processor["max_num_patches"] = vit.max_patches or math.prod(vit.grid)
+    return {"config.json": config, "preprocessor_config.json": processor}
 
 
 def _hf_mlp_ratio(vit: ViTConfig) -> int | float:
@@ -97,6 +113,7 @@ def _hf_processor(kind: str, pre: Preprocess) -> dict[str, Any]:
         "dinov2_with_registers": "BitImageProcessor",
         "dinov3_vit": "DINOv3ViTImageProcessor",
         "siglip_vision_model": "SiglipImageProcessor",
+        "siglip2_vision_model": "Siglip2ImageProcessor",
         "clip_vision_model": "CLIPImageProcessor",
     }
     found = {
@@ -180,6 +197,8 @@ def timm_files(model: ModelConfig, pre: Preprocess, labels: tuple[str, ...]) -> 
         if model.resnet is not None:
             stem = "backbone.stem" if model.resnet else "backbone"
             named["first_conv"] = f"patch_embed.{stem}.conv"
+        if architecture.startswith("naflexvit"):
+            named["first_conv"] = "embeds.proj"
         if model.distillation == "head":
             named["classifier"] = ["head", "head_dist"]
     methods = {"bicubic_antialias": "bicubic"}
@@ -211,7 +230,7 @@ def timm_name(vit: ViTConfig) -> str | None:
     size = _TIMM_SIZES.get((vit.width, vit.depth, vit.num_heads, vit.mlp_dim))
     (patch, across), learned = vit.patch_size, vit.position == "learned"
     clip = vit.layernorm_eps == 1e-5
-    if vit.relative_bias is not None or sidecars_eva.is_eva(vit):
+    if vit.relative_bias is not None or sidecars_eva.is_eva(vit) or vit.native_resize is not None:
         return None
     if vit.norm_after_branch or vit.attention_norm or vit.mlp_norm:
         return sidecars_relative.timm_name(vit, size)
@@ -267,6 +286,8 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         return sidecars_relative.timm_args(vit, sidecars_eva.timm_sizes(vit))
     if sidecars_eva.is_eva(vit):
         return sidecars_eva.timm_args(vit)
+    if vit.native_resize is not None:
+        return families_naflex.timm_args(vit)
     gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
     args: dict[str, Any] = {
         **sidecars_eva.timm_sizes(vit),

@@ -63,7 +63,7 @@ _ALL = {
 def is_internvl(vit: ViTConfig) -> bool:
     """Whether a model has what only InternVL's vision tower has in transformers."""
     return (
-        vit.rotary is None
+        (vit.rotary, vit.relative_bias, vit.key_bias) == (None, None, True)
         and vit.layer_scale is not None
         and (not vit.final_norm or vit.qk_norm == "all")
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.lora import Lora
+from vit_jax.models.posembed import NATIVE_METHODS
 from vit_jax.models.relative import RelativeBias
 from vit_jax.models.rotary import Rotary
 
@@ -42,6 +43,11 @@ class ViTConfig:
       image_size: (h, w) of the images; one number means square.
       patch_size: (h, w) of a patch, in pixels of the image or, in hybrids, of the feature map.
       in_channels: channels of the images: 1 for grey, 3 for RGB.
+      max_patches: the most patches of an image, for images of any shape, each resized to a grid of
+        its own (NaFlex, arXiv 2502.14786); `image_size` is then that of the position tables. None
+        is images of `image_size`.
+      native_resize: how position tables are resized to each image's grid, in models that are made
+        for it; training takes `position_resize`.
       resnet: bottleneck units in each of the up to four stages of a ResNet; in hybrids, () is its
         root alone, and None is no ResNet.
       resnet_width: channels of the ResNet's root, a multiple of 32.
@@ -123,6 +129,8 @@ class ViTConfig:
     image_size: int | Sequence[int] = (224, 224)
     patch_size: int | Sequence[int] = (16, 16)
     in_channels: int = 3
+    max_patches: int | None = None
+    native_resize: str | None = None
     resnet: Sequence[int] | None = None
     resnet_width: int = 64
     resnet_style: str = "v1"
@@ -183,7 +191,7 @@ class ViTConfig:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
         smallest |= dict(registers=0, patch_outputs=0)
-        for name in ("representation_size", "pool_heads", "pool_mlp_dim"):
+        for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches"):
             if getattr(self, name) is not None:
                 smallest[name] = 1
         if self.position_prefix is not None:
@@ -228,6 +236,7 @@ class ViTConfig:
                 f"model.position_at {self.position_at!r} is for learned tables; model.position "
                 f"{self.position!r} goes with 'input' alone"
             )
+        _check_native(self)
         _check_relative_bias(self)
         if self.biases_logits and self.attention == "cudnn":
             name = "position 'relative'" if self.relative_bias is None else "relative_bias"
@@ -295,7 +304,13 @@ class ViTConfig:
     @property
     def biases_logits(self) -> bool:
         """Whether something adds to attention logits, which cuDNN's kernel is not given."""
-        return self.position == "relative" or self.relative_bias is not None
+        parts = self.relative_bias, self.max_patches
+        return self.position == "relative" or any(part is not None for part in parts)
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image, with padding."""
+        return self.max_patches or self.grid[0] * self.grid[1]
 
     @property
     def pools_class_token(self) -> bool:
@@ -312,7 +327,7 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        return self.num_prefix_tokens + self.num_patches
 
     @property
     def num_position_prefix(self) -> int:
@@ -452,6 +467,32 @@ def _check_differential(config: ViTConfig) -> None:
         what = "model.rotary" if config.rotary is not None else "model.attention_norm"
         what = "heads of an odd number of channels" if config.head_dim % 2 else what
         raise UserError(f"model.differential does not go with {what}: change one of them")
+
+
+def _check_native(config: ViTConfig) -> None:
+    """Sets the default of `native_resize` with `max_patches`."""
+    if config.native_resize is None and config.max_patches is not None:
+        object.__setattr__(config, "native_resize", "zoom")
+    method = config.native_resize
+    if method is not None and method not in NATIVE_METHODS:
+        raise UserError(f"model.native_resize is {method!r}: {nearest(method, NATIVE_METHODS)}")
+    possible: dict[str, tuple[Any, ...]] = {
+        "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "rope", "none"),
+        "position_at": ("input",),
+        "resnet": (None,),
+        "patch_dropout": (0,),
+        "patch_outputs": (0,),
+        "attention": ("auto", "xla"),
+        "relative_bias": (None,),
+        "differential": (False,),
+    }
+    for name, values in possible.items():
+        if config.max_patches is not None and getattr(config, name) not in values:
+            raise UserError(
+                f"model.max_patches is for images of any shape, and model.{name} "
+                f"{getattr(config, name)!r} is not: leave max_patches out, or have model.{name} "
+                f"{' or '.join(map(repr, values))}"
+            )
 
 
 def _check_resnet(config: ModelConfig) -> None:

@@ -64,7 +64,7 @@ class PatchEmbed(nnx.Module):
 
     Equivalent to a convolution with a stride equal to its window, written as a reshape and one
     matrix product. The kernel keeps a convolution's shape [ph pw c d] and initialisation (LeCun
-    normal). With `patch_norm`, a norm follows.
+    normal). Images may have been cut before, to [b n p]. With `patch_norm`, a norm follows.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -76,9 +76,10 @@ class PatchEmbed(nnx.Module):
         if config.patch_norm:
             self.norm = layer_norm(config, rngs)
 
-    def __call__(self, images: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b n d"]:
+    def __call__(self, images: Float[Array | np.ndarray, "b ..."]) -> Float[Array, "b n d"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        (gh, gw), (ph, pw) = config.grid, config.patch_size
+        cut = (images.shape[1], 1)
+        (gh, gw), (ph, pw) = cut if images.ndim == 3 else config.grid, config.patch_size
         x = jnp.asarray(images, dtype).reshape(-1, gh, ph, gw, pw, config.patch_channels)
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         x = x.reshape(-1, gh * gw, config.width)
@@ -131,13 +132,13 @@ class Attention(nnx.Module):
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
         index: int | float | Float[Array, ""] = 0,
-        logits_bias: Float[Array, "1 h n n"] | None = None,
+        logits_bias: Float[Array, "#b #h #m n"] | None = None,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
         `rotation` is the table of rotary positions, for all images or for each; with learned
-        frequencies, the tokens' places [n 2]. `index` is the block's, and `logits_bias` that of all
-        blocks.
+        frequencies, the tokens' places [n 2]. `index` is the block's; `logits_bias` is added to
+        the logits.
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
@@ -300,12 +301,12 @@ class Block(nnx.Module):
         captures: Captures | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
-        logits_bias: Float[Array, "1 h n n"] | None = None,
+        logits_bias: Float[Array, "#b #h #m n"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 
         `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path. `rotation`
-        is the table of rotary positions, `logits_bias` the bias that all blocks share.
+        is the table of rotary positions, and `logits_bias` is added to the logits of attention.
         """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
         after = self.config.norm_after_branch
@@ -338,6 +339,7 @@ class AttentionPool(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         config = dataclasses.replace(
             config,
+            max_patches=None,
             rotary=None,
             relative_bias=None,
             position="none",
@@ -357,9 +359,11 @@ class AttentionPool(nnx.Module):
         self.norm = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], bias: Float[Array, "b 1 1 n"] | None = None
+    ) -> Float[Array, "b d"]:
         query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-        y = self.attention(x, query=query)
+        y = self.attention(x, query=query, logits_bias=bias)
         return (y + self.mlp(self.norm(y)))[:, 0]
 
 

@@ -128,19 +128,19 @@ def fitted(
             "same offset in raster order is another displacement there. Keep the grid: change "
             "image_size and patch_size together, or neither"
         )
-    resize = posembed.resize
+    resize, count = posembed.resize, None
+    axis, plain = {"pos_embed_row": 0, "pos_embed_column": 1}.get(table), method
     if name.endswith(_BIAS):
         resize, sizes = relative.resize, (old.grid, new.grid)
     elif table == "pos_embed":
         sizes = old.grid, new.grid, old.num_position_prefix
-    elif table == "pos_embed_row":
-        sizes = (gh, 1), (new_gh, 1), 0
-    elif table == "pos_embed_column":
-        sizes = (gw, 1), (new_gw, 1), 0
+    elif axis is not None:
+        count, plain = new.grid[axis], method.removesuffix(posembed.ASPECT)
+        sizes = (old.grid[axis], 1), (count if plain == method else max(new.grid), 1), 0
     else:
         return value, "kept"
     if name.startswith("blocks/"):
-        value = np.stack([resize(layer, *sizes, method) for layer in value])
+        value = np.stack([resize(layer, *sizes, plain)[:count] for layer in value])
     else:
-        value = resize(value, *sizes, method)
+        value = resize(value, *sizes, plain)[:count]
     return value, f"resized {gh}x{gw} -> {new_gh}x{new_gw} ({method})"
