@@ -81,6 +81,7 @@ def evaluate(
     *,
     pictures: epath.PathLike | None = None,
     predictions: epath.PathLike | None = None,
+    max_patches: int | None = None,
     **overrides: Any,
 ) -> dict[str, int | float]:
     """Evaluates a run on its own data, or any model on the splits of a config.
@@ -91,6 +92,7 @@ def evaluate(
       pictures: a folder for a confusion matrix, a reliability diagram and a page of the worst
         mistakes of each split; needs the extra `plot`.
       predictions: FILE.csv or FILE.jsonl for a row an image.
+      max_patches: with `config`, as in `load`.
       **overrides: as for `train`. For a run on its own data only new places of the same data, and
         what may change on resuming: `**{"data.val.source": "folder:/new/pets"}`.
 
@@ -104,7 +106,7 @@ def evaluate(
     with console.shown():
         given = None if config is None else _config(config, overrides)
         flags = as_flags(overrides) if config is None else []
-        return run_evaluation(model, given, flags, pictures, predictions)[0]
+        return run_evaluation(model, given, flags, pictures, predictions, max_patches)[0]
 
 
 def run_evaluation(
@@ -113,6 +115,7 @@ def run_evaluation(
     overrides: Sequence[str] = (),
     pictures: epath.PathLike | None = None,
     predictions: epath.PathLike | None = None,
+    max_patches: int | None = None,
 ) -> tuple[dict[str, int | float], list[str]]:
     """Evaluates as `evaluate` does; also returns the lines that sum it up, for process 0."""
     needed_by = "--pictures" if pictures else "--predictions" if predictions else ""
@@ -123,11 +126,16 @@ def run_evaluation(
 
         drawn.check(pictures)
     kept: dict[str, Predictions] = {}
+    if config is None and max_patches is not None:
+        raise UserError(
+            f"--max-patches={max_patches}: a run is evaluated on its own images as it was trained: "
+            "name --model and --config for another size"
+        )
     if config is None:
         model = buckets.local(model)
         results = evaluation.evaluate_own(model, overrides, kept, needed_by)
     else:
-        results = evaluation.evaluate_run(model, config, None, kept, needed_by)
+        results = evaluation.evaluate_run(model, config, None, kept, needed_by, max_patches)
     found = assess.assess(kept)
     lines = console.evaluated(buckets.shown(model), results)
     results = results | {

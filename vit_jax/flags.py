@@ -16,6 +16,7 @@ from vit_jax.launch.jobs import options
 from vit_jax.launch.launchers import LAUNCHERS
 
 CONFIG = "a config file, or a recipe by its name (see `vit-jax configs`)"
+_MAX_PATCHES = "take images in their own shapes, each with at most so many patches"
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -175,6 +176,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--predictions", type=path, metavar="FILE", help="a row an image, FILE.csv or FILE.jsonl"
     )
+    command.add_argument("--max-patches", type=number(1), help=_MAX_PATCHES)
     command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)
@@ -194,6 +196,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         ("out", path, "FILE.jsonl, .csv or .parquet; of features .npy or .parquet"),
         ("batch-size", number(1), "images at a time (default: what suits the devices)"),
         ("threads", number(1), "that decode images (default: one a core)"),
+        ("max-patches", number(1), _MAX_PATCHES),
     ):
         command.add_argument(f"--{name}", type=kind, help=what)
     for name, what in {"features": "the head's inputs", "dense": "features of patches"}.items():

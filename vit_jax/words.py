@@ -25,6 +25,7 @@ KEYS = {
     "precision": "amp use_amp fp16 bf16 float16 bfloat16 half mixed_precision half_precision dtype"
     " compute_dtype",
     "model.variant": "arch architecture model_name model_type backbone network",
+    "model.max_patches": "max_num_patches max_seq_len max_sequence_length naflex native_size",
     "model.image_size": "img_size imgsz resolution image_resolution input_size crop_size size",
     "model.patch_size": "patch patches",
     "model.in_channels": "channels num_channels in_chans input_channels",

@@ -355,7 +355,7 @@ def test_preprocessing_goes_through_json():
     # A record without the newer fields squashes in uint8.
     old = '{"image_size": [8, 12], "in_channels": 1, "resize": "area", "mean": 0.5, "std": 0.2}'
     newer = ("squash", 1.0, "uint8", "accurate", False)
-    expected = ((8, 12), 1, "area", *newer, 0.5, 0.2)
+    expected = ((8, 12), 1, "area", *newer, 0.5, 0.2, None, None)
     assert dataclasses.astuple(Preprocess(**json.loads(old))) == expected
 
 

@@ -9,6 +9,7 @@ import safetensors.torch
 import timm
 import torch
 from flax import nnx
+from timm.models import vision_transformer_relpos as relpos
 from timm.models._hub import save_config_for_hf
 
 import vit_jax
@@ -16,6 +17,7 @@ from vit_jax.checkpoints.convert import interpret
 from vit_jax.checkpoints.files import Weights
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
+from vit_jax.models.relative import RelativeBias
 from vit_jax.models.rotary import Rotary
 
 TOLERANCE = 2e-5  # float32 rounding over a few blocks; another GELU is 1e-3 off
@@ -113,12 +115,19 @@ def truth_of_timm(model):
     """What a model of timm is, read off its modules, by the names of our config."""
     if isinstance(model, timm.models.eva.Eva):
         return truth_of_eva(model)
+    if isinstance(model, (timm.models.beit.Beit, relpos.VisionTransformerRelPos)):
+        return truth_of_relative(model)
+    if isinstance(model, timm.models.naflexvit.NaFlexVit):
+        return truth_of_naflex(model)
     block = model.blocks[0]
+    parallel = hasattr(block, "in_proj")  # attention and MLP have no modules of their own
+    act = block.mlp_act if parallel else block.mlp.act
     gelus = {"GELU": "erf", "QuickGELU": "quick", "GELUTanh": "tanh", "SiLU": None}
     found = {
-        "num_heads": block.attn.num_heads,
-        "layernorm_eps": block.norm1.eps,
-        "gelu": gelus[type(block.mlp.act).__name__],
+        "num_heads": (block if parallel else block.attn).num_heads,
+        "layernorm_eps": (block.in_norm if parallel else block.norm1).eps,
+        "gelu": gelus[type(act).__name__],
+        "parallel": parallel,
         "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": model.num_reg_tokens,
         "has_class_token": model.cls_token is not None,
@@ -129,10 +138,71 @@ def truth_of_timm(model):
         "pre_norm": not isinstance(model.norm_pre, torch.nn.Identity),
         "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
         "num_classes": model.num_classes,
+        "norm_after_branch": type(block).__name__ == "ResPostBlock",
+        "attention_norm": not isinstance(block.attn.norm, torch.nn.Identity),
+        "mlp_norm": not isinstance(block.mlp.norm, torch.nn.Identity),
     }
     if model.pos_embed is not None:
         found["num_position_prefix"] = 0 if model.no_embed_class else model.num_prefix_tokens
     return {name: value for name, value in found.items() if value is not None}
+
+
+def truth_of_relative(model):
+    """The same of a model of timm's beit.py or vision_transformer_relpos.py."""
+    block, positions = model.blocks[0], getattr(model, "pos_embed", None)
+    found = {
+        "num_heads": block.attn.num_heads,
+        "layernorm_eps": block.norm1.eps,
+        "gelu": {"GELU": "erf"}[type(block.mlp.act).__name__],
+        "pool": {"token": "token", "avg": "gap"}[model.global_pool],
+        "has_class_token": model.cls_token is not None,
+        "num_prefix_tokens": model.num_prefix_tokens,
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "grid": tuple(model.patch_embed.grid_size),
+        "depth": len(model.blocks),
+        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
+        "num_classes": model.num_classes,
+        "position": "relative_bias" if positions is None else "learned",
+        "norm_after_branch": isinstance(block, relpos.ResPostRelPosBlock),
+    }
+    if isinstance(model, timm.models.beit.Beit):
+        shared, own = model.rel_pos_bias, block.attn.relative_position_bias_table
+        if (shared, own) == (None, None):
+            return found | {"relative_bias": None}
+        return found | {"relative_bias": RelativeBias(shared=shared is not None)}
+    bias, fields = block.attn.rel_pos or model.shared_rel_pos, {}
+    if isinstance(bias, timm.layers.RelPosMlp):
+        fields = {"kind": "mlp", "hidden": bias.mlp.fc1.out_features}
+        fields["coordinates"] = {"cr": "log", "swin": "swin"}[bias.mode]
+    shared = model.shared_rel_pos is not None
+    return found | {"relative_bias": RelativeBias(shared=shared, **fields)}
+
+
+def truth_of_naflex(model):
+    """The same of a model of timm's naflexvit.py."""
+    block, embeds = model.blocks[0], model.embeds
+    factorized = embeds.pos_embed_type == "factorized"
+    method = "bilinear" if factorized else embeds.pos_embed_interp_mode
+    method += "_antialias" if embeds.pos_embed_antialias and not factorized else ""
+    assert not (embeds.pos_embed_align_corners or embeds.pos_embed_use_grid_sample)
+    return {
+        "num_heads": block.attn.num_heads,
+        "layernorm_eps": block.norm1.eps,
+        "gelu": {"GELU": "erf", "GELUTanh": "tanh"}[type(block.mlp.act).__name__],
+        "pool": {"avg": "gap", "map": "map"}[model.global_pool],
+        "registers": model.num_reg_tokens,
+        "has_class_token": embeds.cls_token is not None,
+        "num_prefix_tokens": model.num_prefix_tokens,
+        "patch_size": tuple(embeds.patch_size),
+        "grid": tuple(embeds.pos_embed_grid_size),
+        "depth": len(model.blocks),
+        "mlp_dim": block.mlp.fc1.out_features,
+        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
+        "num_classes": model.num_classes,
+        "num_position_prefix": 0,
+        "position": "learned2d_added" if factorized else "learned",
+        "native_resize": method + ("_aspect" if embeds.pos_embed_ar_preserving else ""),
+    }
 
 
 def truth_of_eva(model):

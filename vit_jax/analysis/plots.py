@@ -113,8 +113,8 @@ def pictures(
         notes.append("there is no positions.png: the model has no position embeddings")
     elif vit.config.position == "rope":
         notes.append("there is no positions.png: rotary positions add nothing to the tokens")
-    elif vit.config.position == "relative":
-        notes.append("there is no positions.png: relative embeddings are of offsets, not of places")
+    elif vit.config.position in ("relative", "relative_bias"):
+        notes.append("there is no positions.png: relative positions are of offsets, not of places")
     else:
         figures["positions"] = positions(position_similarity(vit.model))
     if images:

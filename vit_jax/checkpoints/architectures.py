@@ -18,6 +18,8 @@ TIMM_EVA = frozenset(
     eva02_large_patch14_224 eva02_large_patch14_448 eva02_large_patch14_clip_224
     eva02_large_patch14_clip_336 eva02_small_patch14_224 eva02_small_patch14_336
     eva02_tiny_patch14_224 eva02_tiny_patch14_336 eva_giant_patch14_224 eva_giant_patch14_336
+    eva02_enormous_patch14_clip_224 vit_5b_patch16_sapiens2 vit_base_patch16_sapiens2
+    vit_giant_patch16_sapiens2 vit_huge_patch16_sapiens2 vit_large_patch16_sapiens2
     eva_giant_patch14_560 eva_giant_patch14_clip_224 vit_7b_patch16_dinov3 vit_base_patch16_dinov3
     vit_base_patch16_dinov3_qkvb vit_base_patch16_lingbot vit_base_patch16_rope_224
     vit_base_patch16_rope_ape_224 vit_base_patch16_rope_mixed_224
@@ -38,8 +40,18 @@ TIMM_EVA = frozenset(
     vit_small_plus_patch16_dinov3_qkvb vit_tiny_patch16_dinov3_qkvb
     """.split()
 )
-TIMM = TIMM_EVA | frozenset(
+TIMM_NAFLEX = frozenset(
     """
+    naflexvit_base_patch16_gap naflexvit_base_patch16_map naflexvit_base_patch16_par_gap
+    naflexvit_base_patch16_parfac_gap naflexvit_base_patch16_siglip
+    naflexvit_so150m2_patch16_reg1_gap naflexvit_so400m_patch16_siglip
+    """.split()
+)
+TIMM = (
+    TIMM_EVA
+    | TIMM_NAFLEX
+    | frozenset(
+        """
     deit3_base_patch16_224 deit3_base_patch16_384 deit3_huge_patch14_224 deit3_large_patch16_224
     deit3_large_patch16_384 deit3_medium_patch16_224 deit3_small_patch16_224
     deit3_small_patch16_384 deit_base_distilled_patch16_224 deit_base_distilled_patch16_384
@@ -96,7 +108,45 @@ TIMM = TIMM_EVA | frozenset(
     vit_tiny_r_s16_p8_224 vit_tiny_r_s16_p8_384 vit_wee_patch16_reg1_gap_256
     vit_xsmall_patch16_clip_224
     """.split()
+    )
 )
+# Of beit.py and vision_transformer_relpos.py, and others with norms of their own.
+TIMM_BEIT = frozenset(
+    """
+    beit_base_patch16_224 beit_base_patch16_384 beit_large_patch16_224 beit_large_patch16_384
+    beit_large_patch16_512 beitv2_base_patch16_224 beitv2_large_patch16_224
+    """.split()
+)
+TIMM_RELPOS = frozenset(
+    """
+    test_vit_relpos vit_relpos_base_patch16_224 vit_relpos_base_patch16_cls_224
+    vit_relpos_base_patch16_clsgap_224 vit_relpos_base_patch16_plus_240
+    vit_relpos_base_patch16_rpn_224 vit_relpos_base_patch32_plus_rpn_256
+    vit_relpos_medium_patch16_224 vit_relpos_medium_patch16_cls_224
+    vit_relpos_medium_patch16_rpn_224 vit_relpos_small_patch16_224 vit_relpos_small_patch16_rpn_224
+    vit_srelpos_medium_patch16_224 vit_srelpos_small_patch16_224
+    """.split()
+)
+TIMM |= TIMM_BEIT | TIMM_RELPOS
+TIMM |= {
+    *("beit3_base_patch16_224", "beit3_giant_patch14_224", "beit3_giant_patch14_336"),
+    *("beit3_large_patch16_224", "vit_base_patch16_rpn_224"),
+}
+# Those of vision_transformer.py that are no plain ViTs: other norms, none at the end, no biases.
+TIMM_OTHER = frozenset(
+    """
+    aimv2_1b_patch14_224 aimv2_1b_patch14_336 aimv2_1b_patch14_448 aimv2_3b_patch14_224
+    aimv2_3b_patch14_336 aimv2_3b_patch14_448 aimv2_huge_patch14_224 aimv2_huge_patch14_336
+    aimv2_huge_patch14_448 aimv2_large_patch14_224 aimv2_large_patch14_336 aimv2_large_patch14_448
+    test_vit3 test_vit4 vit_dlittle_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256
+    vit_dpwee_patch16_reg1_gap_256 vit_pwee_patch16_reg1_gap_256 vit_base_patch16_xp_224
+    vit_large_patch14_xp_224 vit_huge_patch14_xp_224
+    vit_base_patch16_radio_v3 vit_base_patch16_rpn_224
+    vit_giant_patch16_radio_v3 vit_huge_patch16_radio_v3 vit_huge_patch16_radio_v4
+    vit_intern300m_patch14_448 vit_large_patch16_radio_v3 vit_so400m_patch16_radio_v4
+    """.split()
+)
+TIMM |= TIMM_OTHER
 # transformers 5.23: model_type -> classes.
 HF = {
     "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
@@ -113,8 +163,15 @@ HF = {
     "vit_msn": ("ViTMSNModel",),
     "ijepa": ("IJepaModel", "IJepaForImageClassification"),
     "dinov3_vit": ("DINOv3ViTModel",),
+    "beit": ("BeitModel", "BeitForImageClassification"),
+    "data2vec-vision": ("Data2VecVisionModel", "Data2VecVisionForImageClassification"),
+    "sapiens2": ("Sapiens2Model",),
     "siglip": ("SiglipModel", "SiglipVisionModel"),
     "siglip_vision_model": ("SiglipVisionModel",),
+    "aimv2_vision_model": ("Aimv2VisionModel",),
+    "internvl_vision": ("InternVLVisionModel",),
+    "siglip2": ("Siglip2Model", "Siglip2VisionModel"),
+    "siglip2_vision_model": ("Siglip2VisionModel",),
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
 }
@@ -134,7 +191,32 @@ EVA_ARGS = frozenset(
     swiglu_mlp swiglu_align_to scale_mlp scale_attn_inner init_values class_token num_reg_tokens
     no_embed_class use_abs_pos_emb use_fc_norm global_pool dynamic_img_size drop_rate pos_drop_rate
     patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate head_init_scale attn_pool_mlp_ratio
-    use_pre_transformer_norm
+    use_pre_transformer_norm qk_norm attn_only_layer_scale num_kv_heads
+    """.split()
+)
+BEIT_ARGS = frozenset(
+    """
+    img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads qkv_bias
+    mlp_ratio swiglu_mlp scale_mlp drop_rate pos_drop_rate proj_drop_rate attn_drop_rate
+    drop_path_rate init_values use_abs_pos_emb use_rel_pos_bias use_shared_rel_pos_bias
+    head_init_scale use_fc_norm
+    """.split()
+)
+RELPOS_ARGS = frozenset(
+    """
+    img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads mlp_ratio
+    qkv_bias qk_norm init_values class_token fc_norm rel_pos_type rel_pos_dim shared_rel_pos
+    drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init act_layer
+    """.split()
+)
+# The same of those of naflexvit.py.
+NAFLEX_ARGS = frozenset(
+    """
+    patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias init_values
+    class_token reg_tokens pos_embed pos_embed_grid_size pos_embed_interp_mode pos_embed_antialias
+    pos_embed_align_corners pos_embed_ar_preserving pre_norm final_norm fc_norm global_pool
+    act_layer drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate
+    weight_init fix_init use_key_only_attn_mask
     """.split()
 )
 UNNAMED = (
@@ -152,6 +234,12 @@ def current(name: str) -> str:
     name = re.sub(r"_bitm$", "_bit", name)
     name = re.sub(r"_bit_(distilled|teacher|teacher_384)$", "_bit", name)
     return re.sub(r"_resnet50_(224|384)$", r"_r50_s16_\1", name)
+
+
+def arguments(name: str) -> frozenset[str]:
+    """The arguments of a timm architecture that may be given in a config.json."""
+    kinds = {TIMM_EVA: EVA_ARGS, TIMM_BEIT: BEIT_ARGS, TIMM_RELPOS: RELPOS_ARGS}
+    return next((args for names, args in kinds.items() if name in names), TIMM_ARGS)
 
 
 def named(dialect: str, config: Mapping[str, Any], given: str | None = None) -> str | None:

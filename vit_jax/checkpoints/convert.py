@@ -19,14 +19,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float32
 
-from vit_jax.checkpoints import architectures, families
+from vit_jax.checkpoints import architectures, families, tables_parallel
 from vit_jax.checkpoints.card import family_of, typed_config
 from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
 from vit_jax.checkpoints.keys import Patterns, choose, recognise, several, wrappers
 from vit_jax.checkpoints.rows import Dialect, Found
-from vit_jax.checkpoints.tables import FLAX_DINOV2, native
+from vit_jax.checkpoints.tables import FLAX_DINOV2, TIMM_PARALLEL, native
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_SAPIENS2
+from vit_jax.checkpoints.tables_naflex import flattened, told_apart
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.config import FAMILIES, ModelConfig, ViTConfig
 from vit_jax.models.create import structure
@@ -80,6 +82,8 @@ class Foreign:
         row = found.row
         keys = row.keys(found.prefix, block)
         shapes = [self.weights.shapes[key] for key in keys]
+        if row.shared:
+            shapes = row.shapes(into.shape)
         if row.plain:
             self.weights.read(keys[0], into.reshape(shapes[0]))
             return
@@ -87,7 +91,12 @@ class Foreign:
         if joint is None:
             joint = scratch.joint = _pages(row.joined(shapes))
         for key, piece in zip(keys, row.pieces(joint), strict=True):
-            self.weights.read(key, piece)
+            if self.weights.shapes[key] == piece.shape or not row.shared:
+                self.weights.read(key, piece)
+            else:  # heads of keys and values that several queries share
+                heads = self.weights.read(key).reshape(-1, into.shape[-1], *piece.shape[1:])
+                times = len(piece) // (len(heads) * into.shape[-1])
+                piece[...] = heads.repeat(times, axis=0).reshape(piece.shape)
         row.read(joint, into)
 
 
@@ -151,12 +160,21 @@ def interpret(
     for name in known:
         if name not in _FIELDS:
             raise UserError(f"unknown model field {name!r}; {nearest(name, _FIELDS)}")
-    weights, dialect, prefix = recognise(weights)
+    try:
+        weights, dialect, prefix = recognise(weights)
+    except UserError:
+        if architecture is None and weights.config.get("architecture"):  # its name says more
+            _named(weights, "timm", None)
+        raise
+    dialect = told_apart(weights, dialect, prefix)
+    weights, grid = flattened(weights)
     if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
         raise UserError(
             f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "
             "code multiplies each lambda1; only 1 is read here"
         )
+    if dialect is TIMM_PARALLEL:
+        weights = tables_parallel.split(weights)
     if dialect.aliases:
         weights = weights.renamed(dialect.spelt)
     card = weights.card.get("config") or {}
@@ -167,10 +185,7 @@ def interpret(
     assumed: dict[str, str] = {}
     name = None
     if dialect.name in ("timm", "hf") and not card:
-        try:
-            name = architectures.named(dialect.name, weights.config, architecture)
-        except UserError as error:
-            raise UserError(f"{weights.path}: {error}") from None
+        name = _named(weights, dialect.name, architecture)
         if name is None and dialect.family == "vit":
             dinov3 = dialect is HF_DINOV3
             assumed["architecture"] = (
@@ -191,16 +206,18 @@ def interpret(
     found = _find(weights, dialect, prefix)
     if not card:
         hints = families.hints(dialect, weights.config, name)
-        rotary_keys = dialect in (TIMM_EVA, HF_DINOV3) or "pre_norm/scale" in found
+        rotary_keys = dialect in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2) or "pre_norm/scale" in found
         if hints.get("rotary") is not None and not rotary_keys:
             raise UserError(
                 f"{weights.path}: its architecture has rotary positions, and its keys are those of "
                 "a model without: say what it is, architecture=NAME, or --set architecture=NAME"
             )
         given = {**hints, **known}
-        fields = infer(weights, dialect, found, given, file_size, assumed)
+        fields = infer(weights, dialect, found, given, file_size, assumed, grid)
         config = _config(weights, fields, dialect.family)
     found = _checked(weights, dialect, found, config)
+    if any(_repeated(weights, each) for each in found.values()):
+        assumed["keys and values"] = "of fewer heads than the queries, repeated for each of them"
     taken = {key for each in found.values() for key in each.keys()}
     leftover = tuple(key for key in weights.shapes if key not in taken)
     for key in leftover:
@@ -214,6 +231,13 @@ def interpret(
                 "out would make another model than the file's"
             )
     return Foreign(weights, dialect.name, config, found, leftover, assumed)
+
+
+def _named(weights: Weights, dialect: str, architecture: str | None) -> str | None:
+    try:
+        return architectures.named(dialect, weights.config, architecture)
+    except UserError as error:
+        raise UserError(f"{weights.path}: {error}") from None
 
 
 def _config(weights: Weights, fields: Mapping[str, Any], family: Any) -> ModelConfig:
@@ -251,6 +275,12 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
     return found
 
 
+def _repeated(weights: Weights, each: Found) -> bool:
+    """Whether keys and values have fewer heads than queries in any block."""
+    shapes = {weights.shapes[key] for key in each.keys()}
+    return each.row.shared and len(shapes) > 1
+
+
 def _checked(
     weights: Weights, dialect: Dialect, found: Mapping[str, Found], config: ModelConfig
 ) -> dict[str, Found]:
@@ -278,7 +308,8 @@ def _checked(
             for key, right in zip(each.row.keys(each.prefix, block), expected, strict=True):
                 if key not in weights.shapes:
                     raise weights.missing(key, right)
-                if not each.row.fits(weights.shapes[key], right):
+                head_dim = shape[-1] if each.row.shared else None
+                if not each.row.fits(weights.shapes[key], right, head_dim):
                     of = families.variant_name(config)
                     if config.resnet is not None:
                         of += f", a ResNet of {config.resnet} units,"

@@ -11,7 +11,16 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import programs, sidecars, sidecars_eva
+from vit_jax.checkpoints import (
+    families_naflex,
+    programs,
+    sidecars,
+    sidecars_eva,
+    sidecars_hf,
+    sidecars_relative,
+    sidecars_timm,
+    tables_parallel,
+)
 from vit_jax.checkpoints.card import Line, Report
 from vit_jax.checkpoints.convert import interpret, shapes_of
 from vit_jax.checkpoints.files import Weights, write_weights
@@ -29,9 +38,13 @@ from vit_jax.checkpoints.tables import (
     RESNET_TIMM,
     RESNET_V1,
     TIMM,
+    TIMM_PARALLEL,
     native,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
+from vit_jax.checkpoints.tables_naflex import HF_SIGLIP2, NAFLEX, TIMM_NAFLEX, on_grid
+from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
@@ -73,12 +86,25 @@ def choose(format: str, config: ModelConfig) -> Dialect:
             )
         return known[format]
     if format == "hf":
+        if sidecars_hf.is_sapiens2(config):
+            return HF_SAPIENS2
+        if families_naflex.is_siglip2(config):
+            return HF_SIGLIP2
         if sidecars_eva.is_dinov3(config):
             return HF_DINOV3
+        if sidecars_timm.is_aimv2(config):
+            return HF_AIMV2
+        if sidecars_hf.is_internvl(config):
+            return HF_INTERNVL
+        if sidecars_relative.is_hf_beit(config):
+            return HF_BEIT
         if config.pool == "map" or config.pre_norm:
             return HF_SIGLIP
         return HF_DINOV2 if config.layer_scale is not None else HF_VIT
-    timm = TIMM_EVA if sidecars_eva.is_eva(config) else TIMM
+    eva, biased = sidecars_eva.is_eva(config), config.relative_bias is not None
+    timm = TIMM if config.native_resize is None else TIMM_NAFLEX
+    timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else timm
+    timm = TIMM_PARALLEL if config.parallel else timm
     return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
 
 
@@ -115,6 +141,9 @@ def to_names(
                 arrays |= zip(row.keys(prefix, block), pieces, strict=True)
         else:
             arrays |= zip(row.keys(prefix), row.write(value), strict=True)
+    arrays = tables_parallel.joined(arrays) if dialect is TIMM_PARALLEL else arrays
+    if dialect is TIMM_NAFLEX:
+        arrays = on_grid(arrays, config.grid)
     _read_back(arrays, config, dialect)
     return arrays, config, notes
 
@@ -130,13 +159,23 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
     if dialect in (GOOGLE, BIG_VISION):
         allowed |= {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["pool"] = ("token", "gap") if dialect is GOOGLE else ("token", "gap", "map")
-    elif dialect is TIMM:
+    elif dialect in (TIMM, TIMM_EVA) and config.relative_bias is not None:
+        yield from sidecars_relative.cannot(config)
+    elif dialect is HF_BEIT:
+        yield from sidecars_relative.hf_cannot(config)
+    elif dialect in (TIMM, TIMM_PARALLEL):
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
+        yield from sidecars_timm.cannot(config)
         if config.resnet is not None:
             allowed |= {"distillation": ("none",), "mlp": ("gelu",)}
+        if config.norm_after_branch:  # which in timm is without these
+            allowed |= {"layer_scale": (None,), "mlp": ("gelu",), "attention_norm": (False,)}
+            allowed |= {"mlp_norm": (False,), "distillation": ("none",), "pre_norm": (False,)}
     elif dialect is TIMM_EVA:
         yield from sidecars_eva.cannot(config)
+    elif dialect is TIMM_NAFLEX:
+        yield from families_naflex.cannot(config)
     elif dialect is HF_DINOV3:
         allowed |= {"pool": ("token",), "class_token": (None, True), "num_classes": (0,)}
         allowed |= {"patch_bias": (True,), "distillation": ("none",), "pre_norm": (False,)}
@@ -144,28 +183,48 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         for field in ("layer_scale", "registers"):  # which its code always has
             if not getattr(config, field):
                 yield field, getattr(config, field)
+    elif dialect in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2):
+        allowed |= sidecars_hf.allowed(config)
     elif dialect is HF_VIT:
         allowed |= {"pool": ("token",), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["representation_size"] = (None, *(() if head else (config.representation_size,)))
     elif dialect is HF_DINOV2:
         allowed |= {"pool": ("token_gap" if head else "token",), "patch_bias": (True,)}
-    elif dialect is HF_SIGLIP:
+    elif dialect in (HF_SIGLIP, HF_SIGLIP2):
         allowed |= {"patch_bias": (config.pool == "map",), "pre_norm": (config.pool != "map",)}
         allowed |= {"pool": ("map", "token"), "num_classes": (0,), "qkv_bias": (True,)}
         allowed["mlp"] = ("gelu",)
     if dialect.name != "vit_jax":
         allowed["position_at"] = ("input",)
-        if dialect not in (TIMM_EVA, HF_DINOV3):
-            allowed |= {"rotary": (None,), "key_bias": (True,)}
+        if dialect not in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
+            allowed["rotary"] = (None,)
+            allowed["key_bias"] = (True, dialect is not HF_BEIT)
+        if dialect not in (TIMM, TIMM_EVA):
+            allowed |= {"attention_norm": (False,), "mlp_norm": (False,)}
+        if dialect not in (TIMM, TIMM_EVA, HF_BEIT):
+            allowed["relative_bias"] = (None,)
         if dialect is not TIMM_EVA:
-            allowed |= {"attention_norm": (False,), "mlp_norm": (False,), "final_norm": (True,)}
-            allowed |= {"pool_heads": (None, config.num_heads), "pool_prefix": (False,)}
+            allowed |= {"pool_heads": (None, config.num_heads)}
             allowed["pool_mlp_dim"] = (None, config.mlp_dim)
+        if dialect not in (TIMM, TIMM_PARALLEL):
+            allowed |= {"differential": (False,), "parallel": (False,)}
+        if dialect not in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+            allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
+        if (dialect.name == "hf" and dialect not in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2)) or (
+            dialect in (GOOGLE, BIG_VISION)
+        ):
+            allowed |= {"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,)}
+            allowed |= {"mlp_scale": (True,), "proj_bias": (True,)}
+            allowed["final_norm"] = (True, dialect is not HF_BEIT)
     if config.position == "relative" and dialect.name != "vit_jax":
         yield "position", "relative"
     if dialect.name in ("google", "hf") and config.position == "none":
         yield "position", "none"
-    if dialect in (BIG_VISION, HF_SIGLIP) and config.pool == "map" and config.has_class_token:
+    if (
+        dialect in (BIG_VISION, HF_SIGLIP, HF_SIGLIP2)
+        and config.pool == "map"
+        and config.has_class_token
+    ):
         yield "class_token", True
     for field, values in allowed.items():
         if getattr(config, field) not in values:
@@ -192,6 +251,8 @@ def _written_prefix(dialect: Dialect, config: ModelConfig) -> str:
         return ""
     if dialect is HF_VIT:
         return "vit." if config.distillation == "none" else "deit."
+    if dialect is HF_BEIT:
+        return "beit."
     if dialect is HF_DINOV2:
         return "dinov2_with_registers." if config.registers else "dinov2."
     return ""
@@ -206,12 +267,13 @@ def _respell(
     the same. A token without a row gets one of zeros where the dialect needs it.
     """
     done: list[str] = []
+    factorized = dialect is TIMM_NAFLEX and config.position == "learned2d_added"
     if config.position == "sincos2d" and dialect in (GOOGLE, TIMM, HF_VIT, HF_DINOV2, HF_SIGLIP):
         table = posembed.sincos2d(config.grid, config.width)
         config = dataclasses.replace(config, position="learned", position_prefix=0)
         params["pos_embed"] = table
         done.append("sincos2d, written out as an embedding")
-    elif config.position.startswith("learned2d") and dialect.name != "vit_jax":
+    elif config.position.startswith("learned2d") and dialect.name != "vit_jax" and not factorized:
         tables = {name: params.pop(name) for name in positions.table_shapes(config)}
         params["pos_embed"] = positions.one_table(tables, config)
         done.append(f"{config.position}, written out as one table")
@@ -222,7 +284,7 @@ def _respell(
     wanted = {
         "google": (prefix,),
         "big_vision": (0,),
-        "timm": (prefix, 0),
+        "timm": (0,) if dialect is TIMM_NAFLEX else (prefix, 0),
         "hf": (prefix - config.registers,),
     }.get(dialect.name, (rows,))
     if rows in wanted:
@@ -261,18 +323,24 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     settings |= {
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
-    if dialect in (TIMM, TIMM_EVA):
-        settings["pool"] = config.pool
-    if dialect in (TIMM, TIMM_EVA, HF_DINOV3):
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX):
+        settings |= {"pool": config.pool, "norm_after_branch": config.norm_after_branch}
+    if dialect in NAFLEX:
+        settings |= {name: getattr(config, name) for name in ("native_resize", "patch_size")}
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
-    if dialect is TIMM_EVA:
-        told = ("pool_heads", "pool_prefix", "final_norm")
-        settings |= {name: getattr(config, name) for name in told}
+    told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
+    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+        told = ("pool_prefix", "final_norm", "norm_after_branch")
+        told += ("pool_heads",) if dialect is TIMM_EVA else ()
+    settings |= {name: getattr(config, name) for name in told}
     back = interpret(weights, **settings).config
     for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(back, field.name)
         if field.name in ("class_token", "position_prefix"):
             continue  # compared by what they amount to, below
+        if field.name == "max_patches" or (field.name == "native_resize" and dialect not in NAFLEX):
+            continue  # chosen when a file is loaded
         if mine != theirs:
             raise UserError(
                 f"{dialect.name} files cannot say model.{field.name}={mine!r}: they would be read "
@@ -297,12 +365,20 @@ def caveats(config: ModelConfig, format: str) -> dict[str, str]:
         return found
     if format in ("google", "big_vision") and config.gelu != "tanh":
         found["gelu"] = f"{config.gelu}, where {format}'s code computes tanh"
-    timm = 1e-5 if config.pre_norm else 1e-6
+    timm = 1e-5 if sidecars_relative.is_beit3(config) else sidecars_timm.epsilon(config)
     if dialect is TIMM_EVA:
         timm = (sidecars_eva.timm_eva(config) or ("", timm))[1]
+        timm = 1e-6 if config.relative_bias is not None else timm
+    if dialect is TIMM_NAFLEX:
+        timm = 1e-6
     usual = {"google": 1e-6, "big_vision": 1e-6, "timm": timm}
     if config.layernorm_eps != usual.get(format, config.layernorm_eps):
         found["layernorm_eps"] = f"{config.layernorm_eps:g}, where {format} has {usual[format]:g}"
+    if dialect.name != "vit_jax" and config.max_patches is not None:
+        told = "which other readers are told when they load"
+        if dialect not in NAFLEX:
+            told = "where {}'s code takes images of {}x{}".format(format, *config.image_size)
+        found["max_patches"] = f"{config.max_patches}, {told}"
     return found
 
 
@@ -392,7 +468,9 @@ def save(
         for name, content in files.items():
             write_atomically(os.path.join(path, name), json.dumps(content, indent=2))
         if format == "timm" and isinstance(config, ViTConfig) and not sidecars.timm_name(config):
-            unnamed = "" if sidecars_eva.is_eva(config) else "timm has no name for these sizes: "
+            other = config.relative_bias is not None or sidecars_eva.is_eva(config)
+            other = other or not sidecars_timm.is_plain(config)
+            unnamed = "" if other else "timm has no name for these sizes: "
             notes["architecture"] = (
                 f"{unnamed}config.json has {files['config.json']['architecture']} and, in "
                 "model_args, what makes it this one"

@@ -7,12 +7,19 @@ code. This module reads them, or falls back to each family's defaults; sidecars.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoints import architectures, families_eva
+from vit_jax.checkpoints import (
+    architectures,
+    families_eva,
+    families_hf,
+    families_naflex,
+    families_relative,
+    families_timm,
+)
 from vit_jax.checkpoints.card import numbers
 from vit_jax.checkpoints.rows import Dialect
 from vit_jax.data.labels import imagenet_labels
@@ -40,6 +47,11 @@ _HF_GELU = {
 # Sizes that only SigLIP 2 has; SigLIP's other models have the same names and compute erf.
 _TIMM_TANH = re.compile(r"giantopt|(base_patch32|so400m_patch16)_siglip|large\w*_siglip\w*_512")
 _TIMM_GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+# Arguments that are read in these cases alone.
+_TIMM_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "norm_layer": lambda args: args["norm_layer"] in ("layernorm", "rmsnorm"),
+    "pool_include_prefix": lambda args: args.get("global_pool") == "map",
+}
 # PIL.Image.Resampling, with the nearest match for methods that we do not have.
 _RESAMPLE = {2: "bilinear_antialias", 3: "bicubic_antialias"}
 _NEAREST_RESAMPLE = {
@@ -85,6 +97,8 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["layernorm_eps"] = 1e-6  # where the others have 1e-12
     if config.get("pooler_act", "tanh") != "tanh":
         raise UserError(f"config.json: pooler_act {config['pooler_act']!r}; expected 'tanh'")
+    if config.get("model_type") in ("beit", "data2vec-vision"):
+        found["pool"] = "gap" if config.get("use_mean_pooling", True) else "token"
     if config.get("model_type") == "dinov3_vit":
         found |= {"layernorm_eps": 1e-5, "position": "rope"}
         found["rotary"] = Rotary(base=float(config.get("rope_theta", 100.0)))
@@ -93,7 +107,9 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"config.json: use_gated_mlp with hidden_act {config.get('hidden_act')!r}; "
                 "expected 'silu'"
             )
-    gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
+    found |= families_hf.hints(config)
+    gated = config.get("model_type") in ("aimv2_vision_model", "sapiens2")
+    gated = gated or config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
     if "hidden_act" in config and not gated:
         act = config["hidden_act"]
         if act not in _HF_GELU:
@@ -102,7 +118,9 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     names = {
         "num_attention_heads": "num_heads",
         "layer_norm_eps": "layernorm_eps",
+        "rms_norm_eps": "layernorm_eps",
         "image_size": "image_size",
+        **({"patch_size": "patch_size"} if "num_patches" in config else {}),  # flattened
         "hidden_size": "width",
         "num_hidden_layers": "depth",
     }
@@ -113,9 +131,12 @@ def _hf_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("architecture", ""))
     settings = {**config, **(config.get("model_args") or {})}
-    known = architectures.EVA_ARGS if name in architectures.TIMM_EVA else architectures.TIMM_ARGS
+    eva = name in architectures.TIMM_EVA
+    known = architectures.arguments(name)
     for arg, value in (config.get("model_args") or {}).items():
         # None, False and "" are timm's unset values.
+        if not eva and arg in _TIMM_IF and _TIMM_IF[arg](settings):
+            continue
         if arg not in known and value not in (None, False, ""):
             raise UserError(
                 f"config.json: model_args {arg}={value!r} may change what is computed, and no key "
@@ -124,6 +145,8 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "act_layer" in settings:
         act = settings["act_layer"]
+        if act == "silu" and name.startswith("aimv2_"):
+            act = "gelu"  # which gated layers do not compute
         if act not in _TIMM_GELU:
             raise UserError(f"config.json: act_layer {act!r}; {nearest(act, _TIMM_GELU)}")
         found["gelu"] = _TIMM_GELU[act]
@@ -133,13 +156,20 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["gelu"] = "tanh" if _TIMM_TANH.search(name) else "erf"
     if name:
         found["layernorm_eps"] = 1e-5 if "_clip_" in name else 1e-6
-        found |= families_eva.said(name)
+        found |= families_eva.said(name) | families_relative.said(name) | families_timm.said(name)
+        found |= families_naflex.said(name, settings)
     if "num_heads" in settings:
         found["num_heads"] = settings["num_heads"]
-    elif name == "vit_base_patch16_gap_224" or "giantopt" in name:
+    elif "giantopt" in name:
         found["num_heads"] = 16
-    elif name in ("test_vit", "test_vit2"):
-        found["num_heads"] = 2
+    if settings.get("final_norm") is False:
+        found["final_norm"] = False
+    if settings.get("norm_layer"):
+        found["norm"] = settings["norm_layer"]
+    elif name:
+        found.setdefault("norm", "layernorm")
+    if settings.get("pool_include_prefix"):
+        found["pool_prefix"] = True
     pools = {"token": "token", "avg": "gap", "map": "map"}
     if settings.get("global_pool") in pools:
         found["pool"] = pools[settings["global_pool"]]
@@ -159,6 +189,11 @@ def _timm_size(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def position_resize(dialect: str, vit: ModelConfig) -> str:
     """How a family resizes position embeddings (see models/posembed.py)."""
+    bias = getattr(vit, "relative_bias", None)
+    if bias is not None and dialect in ("timm", "hf"):
+        return "geometric" if dialect == "timm" else "bilinear"
+    if method := getattr(vit, "native_resize", None):
+        return method
     if dialect == "hf" and isinstance(vit, ViTConfig):
         return "bicubic_antialias" if vit.registers else "bicubic"
     return "bicubic_antialias" if dialect == "timm" else "zoom"
@@ -182,21 +217,33 @@ def default_heads(width: int, mlp: str, rotary: bool = False) -> int | None:
 def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, float]:
     """Default activation and LayerNorm epsilon of a code base's models, given the known fields."""
     if dialect == "timm":
-        return "erf", 1e-5 if fields.get("pre_norm") else 1e-6
+        # Also BEiT-3.
+        clip = fields.get("pre_norm") or fields.get("patch_norm") or fields.get("attention_norm")
+        return "erf", 1e-5 if clip else 1e-6
     if dialect == "hf":
         if fields.get("pre_norm"):
             return "quick", 1e-5
         if fields["pool"] == "map":
             return "tanh", 1e-6
+        if fields.get("norm") == "rmsnorm":
+            return "erf", 1e-5 if fields.get("patch_norm") else 1e-6
         if fields.get("position") == "rope":
             return "erf", 1e-5
+        if not fields.get("key_bias", True):  # BEiT's
+            return "erf", 1e-12
         return "erf", 1e-6 if fields.get("layer_scale") else 1e-12
     return "tanh", 1e-6
 
 
 def fitted_preprocess(preprocess: Preprocess, vit: ModelConfig) -> Preprocess:
-    """Sets the model's size and channels; for other channel counts, means and stds are averaged."""
-    changes: dict[str, Any] = {"image_size": vit.image_size}
+    """Sets the model's size and channels; for other channel counts, means and stds are averaged.
+
+    A model of images of any shape takes them whole.
+    """
+    changes: dict[str, Any] = {"image_size": vit.image_size, "max_patches": None}
+    if getattr(vit, "max_patches", None) is not None:
+        changes |= {"max_patches": vit.max_patches, "patch_size": vit.patch_size}
+        changes |= {"aspect": "squash", "crop": 1.0}
     if preprocess.in_channels != vit.in_channels:
         changes["in_channels"] = vit.in_channels
         changes |= {name: float(np.mean(getattr(preprocess, name))) for name in ("mean", "std")}
@@ -246,13 +293,17 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
         if dialect == "hf":
             return {"resize": "bilinear_antialias", "resize_dtype": "float32", **IMAGENET}
         return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
-    if vit.pre_norm or not vit.key_bias:  # CLIP's, and EVA's
+    biased = vit.relative_bias is not None  # BEiT's, preprocessed like AugReg's
+    if vit.attention_norm and vit.key_bias and vit.mlp == "gelu":  # BEiT-3's
+        return {"resize": "bicubic_antialias", "aspect": "keep", **IMAGENET}
+    # CLIP's, AIMv2's, and EVA's:
+    if (vit.pre_norm or vit.patch_norm or not vit.key_bias) and not biased:
         return {"resize": "bicubic_antialias", "aspect": "keep", **CLIP}
     if vit.pool == "map":
         return {"resize": "bicubic_antialias", **HALF}
-    if vit.distillation != "none" or vit.layer_scale is not None:
+    if (vit.distillation != "none" or vit.layer_scale is not None) and not biased:
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.875, **IMAGENET}
-    if dialect == "timm":  # augreg
+    if dialect == "timm":  # AugReg's, and BEiT's
         return {"resize": "bicubic_antialias", "aspect": "keep", "crop": 0.9, **HALF}
     return {"resize": "bilinear_antialias", **HALF}
 

@@ -20,10 +20,16 @@ def perception(side: int, offset: float) -> Rotary:
 _CORE = dict(pool="map", pool_heads=8, pool_prefix=True, layernorm_eps=1e-5)
 _REST = dict(pool="gap", final_norm=False, layernorm_eps=1e-5)
 _DINOV3 = dict(rotary=DINOV3, layernorm_eps=1e-5)
+_SAPIENS2 = dict(rotary=DINOV3, norm="rmsnorm")
 # A pattern of names, and the fields of their models.
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_\w+_dinov3(_qkvb)?", dict(pool="gap", image_size=256, **_DINOV3)),
     (r"vit_\w+_lingbot", dict(pool="token", image_size=512, **_DINOV3)),
+    (
+        r"vit_\w+_sapiens2",
+        dict(rotary=DINOV3, pool="token", image_size=(1024, 768), norm="rmsnorm"),
+    ),
+    (r"eva02_enormous_\w+", dict(rotary=None, pool="token", norm_after_branch=True)),
     (r"eva02_\w+_clip_\d+", dict(rotary=EVA02, pool="token")),
     (r"eva02_\w+", dict(rotary=EVA02, pool="gap")),
     (r"eva_giant_patch14_clip_224", dict(rotary=None, pool="token")),
@@ -38,7 +44,8 @@ _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_pe_\w+", dict(rotary=perception(32, 1.0), **_REST)),
 )
 # Heads that are not as many as in other models of that width.
-_HEADS = {"vit_huge_plus": 20, "vit_7b": 32}
+_HEADS = {"vit_huge_plus": 20, "vit_7b": 32, "eva02_enormous": 16}
+_HEADS |= {"vit_giant_patch16_sapiens2": 24, "vit_5b": 32}
 
 
 def said(name: str) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def said(name: str) -> dict[str, Any]:
     """
     for pattern, fields in _FAMILIES:
         if re.fullmatch(pattern, name):
-            heads = [n for start, n in _HEADS.items() if name.startswith(f"{start}_")]
+            heads = [n for start, n in _HEADS.items() if f"{name}_".startswith(f"{start}_")]
             heads = {"num_heads": heads[0]} if heads else {}
             return {"layernorm_eps": 1e-6, **fields, **heads}
     return {}

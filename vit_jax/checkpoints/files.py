@@ -156,6 +156,14 @@ class Weights:
                 other.add(new, shape, self.dtypes[name], self._places.get(name))
         return other
 
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> "Weights":
+        """Returns the same arrays, one of them in another shape of as many numbers."""
+        other = self.renamed(lambda key: key)
+        other.shapes[name], place = shape, other._places.get(name)
+        if place is not None and not isinstance(place, Span):
+            other._places[name] = lambda: place().reshape(shape)
+        return other
+
     def missing(self, key: str, shape: tuple[int, ...] | None = None) -> UserError:
         """Returns the error for a missing key, with the most similar key of the file."""
         of = f" of shape {list(shape)}" if shape is not None else ""

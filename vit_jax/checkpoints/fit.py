@@ -3,6 +3,7 @@
 `fitted` decides for all of them: resolution, patch size, input channels and head.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints.adapter import Adapter
-from vit_jax.checkpoints.card import Line
+from vit_jax.checkpoints.card import Line, ModelCard
 from vit_jax.checkpoints.convert import shapes_of
+from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, facts
 from vit_jax.errors import UserError
 from vit_jax.models import posembed, positions
-from vit_jax.models.config import ModelConfig
+from vit_jax.models.config import ModelConfig, check_fields
 from vit_jax.models.create import init_params, structure
 from vit_jax.models.lora import learns
 
@@ -46,6 +48,16 @@ def place(
         else:
             params[line.name] = jax.device_put(value)
     return unflatten_dict(params, sep="/"), (*lines, *opened.dropped(config))
+
+
+def native_card(card: ModelCard, max_patches: int, method: str | None = None) -> ModelCard:
+    """The card of the same weights as a model of images of any shape (see `load`)."""
+    method = method or card.position_resize
+    changes = {"max_patches": max_patches, "native_resize": method}
+    check_fields(type(card.config), changes)
+    config = dataclasses.replace(card.config, **changes)
+    preprocess = fitted_preprocess(card.preprocess, config)
+    return dataclasses.replace(card, config=config, preprocess=preprocess)
 
 
 def fitted(

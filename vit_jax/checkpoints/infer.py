@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vit_jax.checkpoints import families
+from vit_jax.checkpoints import families, families_naflex, families_relative
 from vit_jax.checkpoints.files import Weights
 from vit_jax.checkpoints.rows import Dialect, Found
 from vit_jax.checkpoints.tables import (
@@ -16,8 +16,12 @@ from vit_jax.checkpoints.tables import (
     HF_SIGLIP,
     RESNET_PAPER,
     TIMM,
+    TIMM_PARALLEL,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
+from vit_jax.checkpoints.tables_naflex import NAFLEX, TIMM_NAFLEX
+from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
 
@@ -29,21 +33,29 @@ def infer(
     given: Mapping[str, Any],
     file_size: tuple[int, int] | None,
     assumed: dict[str, str],
+    grid: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Infers the fields of the model's config from names, shapes, `given` settings and defaults."""
+    """Infers the fields of the model's config from names, shapes, `given` settings and defaults.
+
+    `grid` is that of the position table, where the file shows it.
+    """
     axis = _axes(weights, dialect, found)
     if dialect.family == "resnet":
         return _classifier(dialect, found, given, file_size, axis, assumed)
     weights_prefix = next(iter(found.values())).prefix if found else ""
     fields: dict[str, Any] = {}
-    fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
-    fields["in_channels"] = axis("patch_embed/kernel", "c")
+    if dialect in NAFLEX:
+        kernel = found["patch_embed/kernel"].shapes[0]
+        fields |= families_naflex.patches(kernel, given, weights.path, assumed)
+    else:
+        fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
+        fields["in_channels"] = axis("patch_embed/kernel", "c")
     if any(ours.startswith("resnet/") for ours in found):
         fields |= _resnet(dialect, found, axis)
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
-    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, FLAX_DINOV2)
+    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, HF_AIMV2, HF_SAPIENS2, FLAX_DINOV2)
     gated = dialect in swiglu and fc1 == 2 * fc2
     fields["mlp"] = "swiglu" if gated else "gelu"
     first = found["blocks/mlp/fc1/kernel"]
@@ -58,24 +70,52 @@ def infer(
     fields["pre_norm"] = any(ours.startswith("pre_norm/") for ours in found)
     fields["patch_bias"] = "patch_embed/bias" in found
     fields["qkv_bias"] = "blocks/attention/qkv/bias" in found
-    for part in ("attention", "mlp"):
-        fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
-    if dialect is HF_DINOV3:
+    fields |= _norms_and_biases(found, width, axis)
+    if dialect is TIMM_PARALLEL:
+        fields |= {"parallel": True, "mlp_scale": True}
+    if fields["norm"] == "rmsnorm" and "architecture" in assumed:
+        assumed["norm"] = "as its norms have no bias"
+    rotary = dialect in (HF_DINOV3, HF_SAPIENS2)
+    if rotary:
         fields["position"] = "rope"
+    if dialect is HF_INTERNVL:  # which has no last norm where it averages the patches
+        given = {"pool": "token" if "norm/scale" in found else "gap", **given}
+        fields["final_norm"] = "norm/scale" in found
     if "attention_pool/probe" in found:
         hidden = axis("attention_pool/mlp/fc1/kernel", "o")
         fields["pool_mlp_dim"] = None if hidden == fc2 else hidden
+    bias = families_relative.shown(found, axis)
+    fields["relative_bias"] = bias and bias[0]
+    if (
+        bias
+        and dialect is TIMM
+        and "blocks/scale1" not in found
+        and "norm_after_branch" not in given
+    ):
+        raise UserError(
+            f"{weights.path} has names of timm's vision_transformer_relpos.py, and no key shows "
+            "whether its norms are before or behind each branch: say which of its models it is, "
+            'architecture="NAME", or --set architecture=NAME'
+        )
     # Of timm's models with these keys, the Perception Encoder alone has both.
     perception = dialect is TIMM and fields["pre_norm"] and "attention_pool/probe" in found
-    if (dialect is TIMM_EVA or perception) and "rotary" not in given:
+    eva = dialect is TIMM_EVA and bias is None  # BEiT's bias goes without
+    if (eva or perception) and "rotary" not in given:
         raise UserError(
             f"{weights.path} has names of timm's eva.py, whose rotary positions no key shows: "
             'say which of its models it is, architecture="NAME", or --set architecture=NAME'
         )
+    if dialect is TIMM_NAFLEX and "native_resize" not in given:
+        raise UserError(
+            f"{weights.path} has names of timm's naflexvit.py, whose way to resize positions no "
+            'key shows: say which of its models it is, architecture="NAME", or --set '
+            "architecture=NAME"
+        )
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
         "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
-        "pos_embed": dialect in (BIG_VISION, TIMM, TIMM_EVA, HF_DINOV3),
+        "pos_embed": rotary
+        or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX, HF_BEIT),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)
@@ -86,7 +126,10 @@ def infer(
         fields |= each.row.says
 
     wide_head = "head/kernel" in found and axis("head/kernel", "i") == 2 * width
-    fields["pool"] = _pool(weights, found, fields, wide_head, given.get("pool"))
+    pool = given.get("pool")
+    if dialect is HF_BEIT and "norm/scale" not in found:  # a model that leaves the mean to others
+        fields["final_norm"], pool = False, pool or "gap"
+    fields["pool"] = _pool(weights, found, fields, wide_head, pool)
     if dialect is TIMM and "dist_token" in found and not fields["num_classes"]:
         assumed["pool"] = "alone, where timm's output without a head is the mean with dist_token"
     if ("cls_token" in found) != (fields["pool"] in ("token", "token_gap")):
@@ -95,8 +138,10 @@ def infer(
     qkv = found.get("blocks/attention/qkv/kernel")
     if qkv and qkv.row.heads_apart:
         fields["num_heads"] = axis("blocks/attention/qkv/kernel", "h")
+    elif bias:
+        fields["num_heads"] = bias[1]
     elif "num_heads" not in given:
-        heads = families.default_heads(width, fields["mlp"], dialect is HF_DINOV3)
+        heads = families.default_heads(width, fields["mlp"], rotary)
         if heads is None:
             raise UserError(
                 f"{weights.path}: the number of heads is not in the file, and no known model is "
@@ -118,7 +163,36 @@ def infer(
         )
     fields |= {k: v for k, v in given.items() if k not in ("image_size", "pool", "resnet")}
     fields["patch_size"] = pair(fields["patch_size"], "patch_size")
+    if dialect in NAFLEX:
+        fields.setdefault("native_resize", "bilinear_antialias")  # SigLIP 2's
+        return fields | families_naflex.positions(found, grid, axis, fields, weights.path)
     fields |= _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
+    (h, w), (ph, pw) = fields["image_size"], fields["patch_size"]
+    if dialect is HF_BEIT and bias and h // ph != w // pw:
+        raise UserError(
+            f"{weights.path}: its position bias is of a grid of {h // ph}x{w // pw}, and "
+            "transformers' code mixes up both sides of one that is not square: it is not read"
+        )
+    return fields
+
+
+def _norms_and_biases(
+    found: Mapping[str, Found], width: int, axis: Callable[[str, str], int]
+) -> dict[str, Any]:
+    """Infers where norms are, of which kind, and which layers of a block have no bias."""
+    fields: dict[str, Any] = {"norm": "layernorm"}
+    for part in ("attention", "mlp"):
+        fields[f"{part}_norm"] = f"blocks/{part}/norm/scale" in found
+    if "blocks/norm1/scale" in found and "blocks/norm1/bias" not in found:
+        fields["norm"] = "rmsnorm"
+    fields["patch_norm"] = "patch_embed/norm/scale" in found
+    if "blocks/attention/q_norm/scale" in found:
+        size = axis("blocks/attention/q_norm/scale", "d")
+        fields["qk_norm"] = "all" if size == width else "head"
+    fields["differential"] = "blocks/attention/lambda_q1" in found
+    layers = ("attention/out", "mlp/fc1", "mlp/fc2")
+    fields["proj_bias"] = any(f"blocks/{layer}/bias" in found for layer in layers)
+    fields["mlp_scale"] = "blocks/scale2" in found or "blocks/scale1" not in found
     return fields
 
 
@@ -220,8 +294,15 @@ def _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
         if len(wanted) != 2 or not all(isinstance(s, int) and s > 0 for s in wanted):
             raise UserError(f"{weights.path}: image_size {given['image_size']!r} is no (h, w)")
     if "pos_embed" not in found:
-        position = "sincos2d" if dialect is BIG_VISION else "none"
-        if dialect is HF_DINOV3 or given.get("rotary") is not None:
+        position, bias = "sincos2d" if dialect is BIG_VISION else "none", fields["relative_bias"]
+        if bias is not None:
+            position = "relative_bias"
+            given_grid = wanted and (wanted[0] // ph, wanted[1] // pw)
+            grid = families_relative.grid_of(
+                weights.path, bias, int("cls_token" in found), axis, given_grid
+            )
+            wanted = wanted if grid is None else (grid[0] * ph, grid[1] * pw)
+        elif dialect in (HF_DINOV3, HF_SAPIENS2) or given.get("rotary") is not None:
             position = "rope"
         elif "position" in given:
             position = given["position"]

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from vit_jax.checkpoints.files import Weights
 from vit_jax.checkpoints.rows import Dialect
-from vit_jax.checkpoints.tables import FOREIGN, native
+from vit_jax.checkpoints.tables import FOREIGN as _FOREIGN
+from vit_jax.checkpoints.tables import native
+from vit_jax.checkpoints.tables_naflex import TIMM_NAFLEX
 from vit_jax.errors import UserError, nearest
 
 Patterns = str | Sequence[str]
 _SEPARATORS = (".", "/")
+FOREIGN = (*_FOREIGN, TIMM_NAFLEX)
 
 
 def choose(weights: Weights, only: Patterns = (), ignore: Patterns = ()) -> Weights:

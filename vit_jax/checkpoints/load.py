@@ -18,7 +18,7 @@ from flax import nnx
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
-from vit_jax.checkpoints.fit import place, with_adapter
+from vit_jax.checkpoints.fit import native_card, place, with_adapter
 from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.opened import facts, open_model
 from vit_jax.compiler import compiler_options
@@ -27,6 +27,7 @@ from vit_jax.errors import UserError, during, nearest
 from vit_jax.models import posembed
 from vit_jax.models.config import ModelConfig, check_fields, pair
 from vit_jax.models.create import Model, structure
+from vit_jax.models.native import packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Loaded:
     """A loaded model, ready to use.
 
     Attributes:
-      model: a `ViT` or `ResNet`; `model(images)` takes [b h w c], as `preprocess` returns them.
+      model: a `ViT` or `ResNet`; `model(images)` takes [b h w c], as `preprocess` returns them,
+        or, with `config.max_patches`, a list of images of any shapes.
       config: its ViTConfig or ResNetConfig.
       preprocess: a path, a Pillow image or uint8 pixels -> float32 [h w c].
       labels: the name of each class.
@@ -96,7 +98,10 @@ class Loaded:
         params = nnx.state(self.model)
         for number, image in enumerate(images, 1):
             with during(lambda number=number: f"predicting image {number}"):
-                logits = self._forward(params, self.preprocess(image)[None])[0]
+                inputs = self.preprocess(image)[None]
+                if self.preprocess.max_patches is not None:  # one shape for all images
+                    inputs = packed(inputs, self.config)
+                logits = self._forward(params, inputs)[0]
                 logits = np.asarray(logits, np.float64)
             probabilities = OBJECTIVES[self.objective].probabilities(logits)
             best = np.argsort(-probabilities, kind="stable")[:topk]
@@ -104,9 +109,11 @@ class Loaded:
 
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.labels[:3])) + (", ..." if len(self.labels) > 3 else "")
-        h, w = self.config.image_size
+        size = "{}x{} pixels".format(*self.config.image_size)
+        if self.preprocess.max_patches is not None:
+            size = f"images of any shape, at most {self.preprocess.max_patches} patches"
         return (
-            f"{type(self.model).__name__} {self.report.facts['variant']}, {h}x{w} pixels\n"
+            f"{type(self.model).__name__} {self.report.facts['variant']}, {size}\n"
             f"  {len(self.labels)} classes{': ' * bool(names)}{names}\n"
             f"  from {self.report.facts['file']}"
         )
@@ -146,6 +153,7 @@ def load(
     num_classes: int | None = None,
     dtype: str | None = None,
     position_resize: str | None = None,
+    max_patches: int | None = None,
     shardings: Callable[[Any], Any] | None = None,
     architecture: str | None = None,
     step: int | str | None = None,
@@ -161,12 +169,17 @@ def load(
         .npz of Google's code bases; a .safetensors of timm or Hugging Face, or the folder it is
         in; "hf:owner/name" or "gs://..." for the same (see `published.fetch`).
       image_size: another (h, w) in pixels, or one number for a square: the position embedding is
-        resized to its grid (paper, section 3.2); relative ones cannot be resized.
+        resized to its grid (paper, section 3.2), a position bias as well (see `relative.resize`);
+        learned embeddings of offsets (`relative`) cannot be resized.
       patch_size: another (h, w): the patch embedding is resampled (FlexiViT, arXiv 2212.08013).
       in_channels: another number of channels (see `posembed.adapt_channels`).
       num_classes: replaces the trained head by a zero head with this many classes.
       dtype: the compute dtype: "float32" or "bfloat16".
       position_resize: a method of `posembed.resize`, overriding the family's own.
+      max_patches: the most patches of an image, for a model that takes images of any shapes, each
+        at the grid nearest to its own shape (NaFlex, arXiv 2502.14786), positions resized to it.
+        One program serves all: patches are padded to this number, and padding is masked. Without
+        it, but with an image_size, such a model is made for that size alone.
       shardings: nested dict of shapes -> nested dict of shardings, such as
         `functools.partial(training.sharding.placement, mesh=mesh)`: every parameter is put on its
         devices as it is read, so that the host never holds all of them.
@@ -197,6 +210,19 @@ def load(
         changes["patch_size"] = pair(patch_size, "patch_size")
     changes = {name: value for name, value in changes.items() if value is not None}
     check_fields(type(card.config), changes)
+    method = card.position_resize if position_resize is None else position_resize
+    if method not in posembed.RESIZE_METHODS:
+        raise UserError(f"position_resize {method!r}: {nearest(method, posembed.RESIZE_METHODS)}")
+    if max_patches is not None:
+        if size is not None:
+            raise UserError(
+                f"image_size {image_size!r} is the size of all images, and max_patches "
+                f"{max_patches!r} is for images of any: give one of them"
+            )
+        card = native_card(card, max_patches, method)
+    elif getattr(card.config, "native_resize", None) is not None:
+        changes["native_resize"] = method
+        changes |= {} if size is None else {"max_patches": None}
     config = dataclasses.replace(card.config, **changes)
     if num_classes is not None:
         config = config.with_fresh_head(num_classes)
@@ -204,9 +230,6 @@ def load(
         objective = card.objective if card.labels else "softmax"
         names = tuple(str(i) for i in range(num_classes))
         card = dataclasses.replace(card, labels=names, objective=objective)
-    method = card.position_resize if position_resize is None else position_resize
-    if method not in posembed.RESIZE_METHODS:
-        raise UserError(f"position_resize {method!r}: {nearest(method, posembed.RESIZE_METHODS)}")
     preprocess = families.fitted_preprocess(card.preprocess, config)
 
     head = "keep" if num_classes is None else "fresh"

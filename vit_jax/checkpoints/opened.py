@@ -146,9 +146,9 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     lines += opened.dropped(opened.card.config)
     summary = dict(opened.facts)
     pre, labels = opened.card.preprocess, opened.card.labels
+    shape = f"{pre.aspect}, crop {pre.crop:.4g}" if pre.max_patches is None else "whole"
     summary["preprocessing"] = (
-        f"{pre.resize} {pre.resize_dtype}, {pre.aspect}, crop {pre.crop:.4g}, mean {pre.mean}, "
-        f"std {pre.std}"
+        f"{pre.resize} {pre.resize_dtype}, {shape}, mean {pre.mean}, std {pre.std}"
     )
     summary["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
     return Report(tuple(lines), summary, opened.assumed)
@@ -158,6 +158,8 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     """Summary of a model for people: description by topic."""
     total = sum(int(np.prod(shape)) for shape in shapes_of(config).values())
     image = "{}x{} pixels of {} channels".format(*config.image_size, config.in_channels)
+    if (most := getattr(config, "max_patches", None)) is not None:
+        image = f"any shape, at most {most} patches, {config.in_channels} channels"
     known = {"file": origin, "variant": f"{families.variant_name(config)}, {total:,} parameters"}
     resnet = f"{config.resnet} units, width {config.resnet_width}, style {config.resnet_style}"
     if isinstance(config, ResNetConfig):
@@ -172,10 +174,19 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     if config.patch_outputs:
         known["patch head"] = f"{config.patch_outputs} numbers for each corrupted patch"
     rows = config.num_position_prefix
-    with_rows = "" if config.position == "rope" else f", {rows} with positions"
+    with_rows = "" if config.position in ("rope", "relative_bias") else f", {rows} with positions"
     prefix = ", ".join(name for name, there in tokens.items() if there)
     where = "" if config.position_at == "input" else f", at {config.position_at}"
-    rotary = "" if config.rotary is None else f"; {config.rotary}"
+    beside = [f"; {each}" for each in (config.rotary, config.relative_bias) if each is not None]
+    norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[config.norm]
+    parts = {
+        "norms behind the branches": config.norm_after_branch,
+        "attention and MLP parallel": config.parallel,
+        f"{norm} of queries and keys ({config.qk_norm})": config.qk_norm != "none",
+        "differential attention": config.differential,
+    }
+    if any(parts.values()):
+        known["blocks"] = ", ".join(part for part, there in parts.items() if there)
     return {
         **known,
         "sizes": f"width {config.width}, depth {config.depth}, MLP {config.mlp_dim} "
@@ -183,9 +194,9 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "image": image,
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
-        "positions": config.position + where + rotary,
-        "pooling": config.pool + (", then LayerNorm" if config.norm_after_pool else ""),
-        "GELU": f"{config.gelu}, LayerNorm eps {config.layernorm_eps:g}",
+        "positions": config.position + where + "".join(beside),
+        "pooling": config.pool + (f", then {norm}" if config.norm_after_pool else ""),
+        "GELU": f"{config.gelu}, {norm} eps {config.layernorm_eps:g}",
         "head": f"{config.num_classes} classes"
         + (f", hidden tanh of {config.representation_size}" if config.representation_size else ""),
     }

@@ -27,6 +27,7 @@ from vit_jax.compiler import traced_for
 from vit_jax.errors import UserError
 from vit_jax.extras import install
 from vit_jax.models.create import structure
+from vit_jax.models.native import check_one_grid
 from vit_jax.writing import write_atomically
 
 ENDINGS = (".stablehlo", ".onnx")
@@ -52,6 +53,7 @@ def write(
     Raises:
       UserError: the model is too large for such a file, or what writes it is not installed.
     """
+    check_one_grid(card.config)
     config, ending = card.config, os.path.splitext(path)[1].lower()
     size = 4 * sum(value.size for value in params.values())
     if size > _MOST_BYTES:

@@ -337,8 +337,29 @@ _HUB = (
     # MIT; widths and depths of B and L, with SwiGLU.
     ("B/14", "timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", "i21k", 448, None, _EVA02),
     ("L/14", "timm/eva02_large_patch14_448.mim_in22k_ft_in22k_in1k", "i21k", 448, None, _EVA02),
+    # Apache 2.0; BEiTs fine-tuned on ImageNet-21k, then ImageNet-1k.
+    ("L/16", "timm/beit_large_patch16_512.in22k_ft_in22k_in1k", "i21k", 512, 88.596, _TIMM),
+    ("L/16", "timm/beit_large_patch16_384.in22k_ft_in22k_in1k", "i21k", 384, 88.402, _TIMM),
+    ("L/16", "timm/beitv2_large_patch16_224.in1k_ft_in22k_in1k", "i21k", 224, 88.394, _TIMM),
+    ("L/16", "timm/beit_large_patch16_224.in22k_ft_in22k_in1k", "i21k", 224, 87.478, _TIMM),
+    ("B/16", "timm/beit_base_patch16_384.in22k_ft_in22k_in1k", "i21k", 384, 86.8, _TIMM),
+    ("B/16", "timm/beitv2_base_patch16_224.in1k_ft_in22k_in1k", "i21k", 224, 86.474, _TIMM),
+    ("B/16", "timm/beit_base_patch16_224.in22k_ft_in22k_in1k", "i21k", 224, 85.212, _TIMM),
+    ("L/16", "timm/beitv2_large_patch16_224.in1k_ft_in1k", "i1k", 224, 87.412, _TIMM),
+    ("B/16", "timm/beitv2_base_patch16_224.in1k_ft_in1k", "i1k", 224, 85.594, _TIMM),
+    ("B/16", "timm/beit3_base_patch16_224.in22k_ft_in1k", "i21k", 224, None, "arXiv 2208.10442"),
+    ("L/16", "timm/beit3_large_patch16_224.in22k_ft_in1k", "i21k", 224, None, "arXiv 2208.10442"),
+    ("B/16", "timm/vit_relpos_base_patch16_clsgap_224.sw_in1k", "i1k", 224, 82.76, _TIMM),
+    ("B/16", "timm/vit_relpos_base_patch16_224.sw_in1k", "i1k", 224, 82.496, _TIMM),
+    ("S/16", "timm/vit_relpos_small_patch16_224.sw_in1k", "i1k", 224, 81.462, _TIMM),
     # Apache 2.0.
     ("B/16", "timm/vit_pe_core_base_patch16_224.fb", "pe", 224, None, "arXiv 2504.13181"),
+    # Widths and depths of L, with other heads, norms or gates. Apple's, NVIDIA's and Meta's own
+    # licences; MIT.
+    ("L/14", "timm/aimv2_large_patch14_224.apple_pt", "aimv2", 224, None, "arXiv 2411.14402"),
+    ("L/16", "timm/vit_large_patch16_radio_v3.c_radio", "c_radio", 512, None, "arXiv 2412.07679"),
+    ("L/16", "timm/vit_large_patch16_sapiens2.fb", "sapiens2", 1024, None, "arXiv 2604.21681"),
+    ("L/14", "timm/vit_intern300m_patch14_448.ogvl_dist", "ogvl", 448, None, "arXiv 2312.14238"),
 )
 
 

@@ -36,6 +36,8 @@ class Row:
       only: config fields of the models that are written so; any spelling is read.
       first, digits: the index of block 0 in a file, and the minimum number of its digits.
       any_rank: whether files may have additional axes of 1.
+      shared: whether keys and values may have fewer heads than queries (grouped-query attention);
+        they are repeated for each.
       whole: whether the layout has the depth axis, too.
     """
 
@@ -48,6 +50,7 @@ class Row:
     first: int = 0
     digits: int = 1
     any_rank: bool = False
+    shared: bool = False
     whole: bool = False
 
     @property
@@ -107,8 +110,10 @@ class Row:
         parts = self.parts or (1,) * len(self.theirs)
         return [(shape[0] // sum(parts) * part, *shape[1:]) if shape else () for part in parts]
 
-    def fits(self, shape: Shape, expected: Shape) -> bool:
-        """Whether an array's shape in the file is the expected one."""
+    def fits(self, shape: Shape, expected: Shape, head_dim: int | None = None) -> bool:
+        """Whether an array's shape in the file is the expected one, or of heads that are shared."""
+        if self.shared and head_dim and shape and shape[1:] == expected[1:]:
+            return shape[0] % head_dim == 0 < shape[0] and expected[0] % shape[0] == 0
         if self.any_rank:
             shape, expected = (tuple(n for n in each if n != 1) for each in (shape, expected))
         return shape == expected
@@ -259,6 +264,7 @@ class Dialect:
     Attributes:
       name: for the user.
       markers: keys, after the prefix; every file of this dialect has one of them, no other has.
+      unless: a key, after the prefix, that no file of this dialect has.
       rows: see `Row`.
       leftover: patterns of full names that are not part of the encoder and may be ignored.
       prefixes: what may precede every name; the first one is written.
@@ -275,12 +281,13 @@ class Dialect:
     family: str = "vit"
     resnet_style: str = "v1"
     aliases: tuple[str, str] | None = None
+    unless: str | None = None
 
     def prefix(self, keys: Iterable[str]) -> str | None:
         """Returns the prefix before a marker in `keys`, None if all markers are missing."""
         keys = {self.spelt(key) for key in keys}
         found = (p for p in self.prefixes for marker in self.markers if p + marker in keys)
-        return next(found, None)
+        return next((p for p in found if self.unless is None or p + self.unless not in keys), None)
 
     def spelt(self, key: str) -> str:
         """Replaces aliases in a name of a file by the rows' spelling."""

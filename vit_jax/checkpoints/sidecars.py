@@ -4,7 +4,13 @@ import math
 import re
 from typing import Any
 
-from vit_jax.checkpoints import sidecars_eva
+from vit_jax.checkpoints import (
+    families_naflex,
+    sidecars_eva,
+    sidecars_hf,
+    sidecars_relative,
+    sidecars_timm,
+)
 from vit_jax.checkpoints.architectures import TIMM
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -17,12 +23,11 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
 
     Without `labels` (their names are not known) it has those of transformers: LABEL_0, LABEL_1, ...
     """
-    gelus = {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
     square = vit.image_size[0] == vit.image_size[1] and vit.patch_size[0] == vit.patch_size[1]
     if not square:
         raise UserError(f"transformers has square images and patches only, not {vit.image_size}")
     config: dict[str, Any] = {
-        "hidden_act": gelus[vit.gelu],
+        "hidden_act": sidecars_hf.GELUS[vit.gelu],
         "hidden_size": vit.width,
         "image_size": vit.image_size[0],
         "intermediate_size": vit.mlp_dim,
@@ -37,9 +42,20 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
         config["id2label"] = {str(i): name for i, name in enumerate(labels)}
         config["label2id"] = {name: i for i, name in enumerate(labels)}
     head = vit.num_classes > 0
-    if sidecars_eva.is_dinov3(vit):
+    others = (sidecars_hf.is_sapiens2, sidecars_hf.is_internvl, sidecars_timm.is_aimv2)
+    if any(is_other(vit) for is_other in others):
+        kind, name, other = sidecars_hf.config(vit)
+        config |= other
+    elif families_naflex.is_siglip2(vit):
+        kind, name = "siglip2_vision_model", "Siglip2VisionModel"
+        del config["image_size"]
+        config["num_patches"] = math.prod(vit.grid)
+    elif sidecars_eva.is_dinov3(vit):
         kind, name = "dinov3_vit", "DINOv3ViTModel"
         config |= sidecars_eva.hf_config(vit)
+    elif sidecars_relative.is_hf_beit(vit):
+        kind, name, beside = sidecars_relative.hf_config(vit)
+        config |= beside
     elif vit.pool == "map":
         kind, name = "siglip_vision_model", "SiglipVisionModel"
     elif vit.pre_norm:
@@ -66,7 +82,13 @@ def hf_files(vit: ViTConfig, pre: Preprocess, labels: tuple[str, ...]) -> dict[s
     if vit.representation_size:
         config["pooler_output_size"] = vit.representation_size
     config |= {"model_type": kind, "architectures": [name], "dtype": "float32"}
-    return {"config.json": config, "preprocessor_config.json": _hf_processor(kind, pre)}
+    processor = _hf_processor(kind, pre)
+    if kind == "siglip2_vision_model":
+        for name in ("size", "do_center_crop", "crop_size"):
+            processor.pop(name, None)
+        processor["patch_size"] = vit.patch_size[0]
+        processor["max_num_patches"] = vit.max_patches or math.prod(vit.grid)
+    return {"config.json": config, "preprocessor_config.json": processor}
 
 
 def _hf_mlp_ratio(vit: ViTConfig) -> int | float:
@@ -85,10 +107,13 @@ def _hf_processor(kind: str, pre: Preprocess) -> dict[str, Any]:
     h, w = pre.image_size
     classes = {
         "deit": "DeiTImageProcessor",
+        "beit": "BeitImageProcessor",
+        "data2vec-vision": "BeitImageProcessor",
         "dinov2": "BitImageProcessor",
         "dinov2_with_registers": "BitImageProcessor",
         "dinov3_vit": "DINOv3ViTImageProcessor",
         "siglip_vision_model": "SiglipImageProcessor",
+        "siglip2_vision_model": "Siglip2ImageProcessor",
         "clip_vision_model": "CLIPImageProcessor",
     }
     found = {
@@ -172,6 +197,8 @@ def timm_files(model: ModelConfig, pre: Preprocess, labels: tuple[str, ...]) -> 
         if model.resnet is not None:
             stem = "backbone.stem" if model.resnet else "backbone"
             named["first_conv"] = f"patch_embed.{stem}.conv"
+        if architecture.startswith("naflexvit"):
+            named["first_conv"] = "embeds.proj"
         if model.distillation == "head":
             named["classifier"] = ["head", "head_dist"]
     methods = {"bicubic_antialias": "bicubic"}
@@ -203,7 +230,11 @@ def timm_name(vit: ViTConfig) -> str | None:
     size = _TIMM_SIZES.get((vit.width, vit.depth, vit.num_heads, vit.mlp_dim))
     (patch, across), learned = vit.patch_size, vit.position == "learned"
     clip = vit.layernorm_eps == 1e-5
-    if sidecars_eva.is_eva(vit):
+    if vit.relative_bias is not None or sidecars_eva.is_eva(vit) or vit.native_resize is not None:
+        return None
+    if vit.norm_after_branch or vit.attention_norm or vit.mlp_norm:
+        return sidecars_relative.timm_name(vit, size)
+    if not sidecars_timm.is_plain(vit):
         return None
     if size is None or patch != across or not learned or vit.pre_norm != clip:
         return None
@@ -251,8 +282,12 @@ def _timm_named(names: dict[Any, Any], sizes: tuple[tuple[int, ...], int]) -> An
 
 def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
     """A timm architecture, and the arguments that turn it into this model."""
+    if vit.relative_bias is not None:
+        return sidecars_relative.timm_args(vit, sidecars_eva.timm_sizes(vit))
     if sidecars_eva.is_eva(vit):
         return sidecars_eva.timm_args(vit)
+    if vit.native_resize is not None:
+        return families_naflex.timm_args(vit)
     gelus = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
     args: dict[str, Any] = {
         **sidecars_eva.timm_sizes(vit),
@@ -267,7 +302,14 @@ def _timm_vit(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "pos_embed": "learn" if vit.position == "learned" else "none",
         "pre_norm": vit.pre_norm,
         "act_layer": gelus[vit.gelu],
+        **sidecars_timm.args(vit),
     }
+    if sidecars_timm.is_aimv2(vit):  # where nothing but the gate has an activation
+        args |= {"act_layer": "silu", "mlp_ratio": (vit.mlp_dim + 0.5) / vit.width}
+    other, norms = sidecars_relative.timm_norms(vit)
+    args |= norms
+    if other := other or sidecars_timm.base(vit):
+        return other, args
     if name := timm_name(vit):
         if vit.mlp == "swiglu":
             del args["act_layer"]

@@ -27,13 +27,27 @@ _ARCHITECTURES: dict[tuple[Rotary | None, bool, bool], tuple[str, float]] = {
 
 def is_eva(vit: ViTConfig) -> bool:
     """Whether a model has what only timm's eva.py has."""
-    parts = vit.attention_norm or vit.mlp_norm or vit.pool_prefix or not vit.final_norm
+    norms = (vit.attention_norm or vit.mlp_norm) and vit.mlp == "swiglu"  # BEiT-3's MLP is not
+    parts = norms or not vit.mlp_scale
     return vit.rotary is not None or not vit.key_bias or parts
+
+
+def is_sapiens2(vit: ViTConfig) -> bool:
+    """Whether a model has the blocks of Sapiens 2, with any sizes."""
+    dinov3 = vit.rotary == families_eva.DINOV3 and vit.position == "rope"
+    return dinov3 and vit.norm == "rmsnorm" and vit.final_norm and vit.key_bias
 
 
 def timm_eva(vit: ViTConfig) -> tuple[str, float] | None:
     """An architecture of eva.py that its arguments turn into this model, and its epsilon."""
     # Without any bias, both classes of attention that timm has there are the same.
+    if is_sapiens2(vit):
+        return ("vit_base_patch16_sapiens2", 1e-6)
+    if vit.norm == "rmsnorm":
+        return None
+    if vit.norm_after_branch:
+        fits = vit.rotary is None and vit.final_norm and not (vit.qkv_bias and vit.key_bias)
+        return ("eva02_enormous_patch14_clip_224", 1e-6) if fits else None
     fits = (True, False) if not vit.qkv_bias else (vit.key_bias,)
     found = (_ARCHITECTURES.get((vit.rotary, bias, vit.final_norm)) for bias in fits)
     return next(filter(None, found), None)
@@ -44,7 +58,10 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     found = timm_eva(vit)
     if found is None:
         other = (vit.rotary, not vit.key_bias, vit.final_norm) in _ARCHITECTURES
-        yield ("key_bias", vit.key_bias) if other else ("rotary", vit.rotary)
+        field = "key_bias" if other else "rotary"
+        if vit.norm != "layernorm" or vit.norm_after_branch:
+            field = "norm" if vit.norm != "layernorm" else "norm_after_branch"
+        yield field, getattr(vit, field)
     allowed: dict[str, tuple[Any, ...]] = {"patch_bias": (not vit.pre_norm,)}
     allowed["pool"] = ("token", "gap")
     if found is not None and "_pe_core_" in found[0]:
@@ -52,6 +69,11 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     if vit.pool == "map":
         allowed |= {"pool_heads": (8,), "pool_prefix": (True,), "mlp": ("gelu",)}
     allowed |= {"resnet": (None,), "distillation": ("none",), "representation_size": (None,)}
+    allowed |= {"qk_norm": ("none", "head"), "patch_norm": (False,), "proj_bias": (True,)}
+    if not is_sapiens2(vit):
+        allowed["mlp_scale"] = (True,)
+    if vit.norm_after_branch:  # which has no scales of its own
+        allowed |= {"layer_scale": (None,), "qk_norm": ("none",)}
     allowed["gelu"] = (vit.gelu,) if vit.mlp == "swiglu" else ("erf",)
     if vit.mlp_norm:  # the models with this norm are gated
         allowed |= {"mlp": ("swiglu",), "key_bias": (False, not vit.qkv_bias)}
@@ -84,11 +106,11 @@ def timm_args(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "mlp_ratio": (vit.mlp_dim + 0.5) / vit.width,
         "swiglu_mlp": gated,
         # Their alignment gives the gate a kernel of its own, as DINOv3 has it.
-        "swiglu_align_to": int(gated and vit.position == "rope"),
+        "swiglu_align_to": int(gated and vit.position == "rope" and vit.norm == "layernorm"),
         "scale_mlp": vit.mlp_norm,
         "scale_attn_inner": vit.attention_norm,
         "qkv_bias": vit.qkv_bias,
-        "qkv_fused": not vit.mlp_norm,
+        "qkv_fused": not vit.mlp_norm and vit.mlp_scale,
         "init_values": vit.layer_scale,
         "class_token": vit.has_class_token,
         "num_reg_tokens": vit.registers,
@@ -97,7 +119,19 @@ def timm_args(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "global_pool": {"token": "token", "gap": "avg", "map": "map"}[vit.pool],
         "use_fc_norm": vit.norm_after_pool,
         "use_pre_transformer_norm": vit.pre_norm,
+        **_sapiens2_args(vit),
     } | ({"attn_pool_mlp_ratio": (pool_mlp + 0.5) / vit.width} if vit.pool == "map" else {})
+
+
+def _sapiens2_args(vit: ViTConfig) -> dict[str, Any]:
+    """Arguments where only Sapiens 2 has them; keys have as many heads as queries."""
+    if not is_sapiens2(vit):
+        return {"qk_norm": True} if vit.qk_norm == "head" else {}
+    return {
+        "qk_norm": vit.qk_norm == "head",
+        "attn_only_layer_scale": not vit.mlp_scale,
+        "num_kv_heads": vit.num_heads,
+    }
 
 
 def hf_config(vit: ViTConfig) -> dict[str, Any]:

@@ -8,7 +8,11 @@ from vit_jax.checkpoints.rows import conv_rows as _conv
 from vit_jax.checkpoints.rows import layer_rows as _each
 from vit_jax.checkpoints.rows import linear_rows as _linear
 from vit_jax.checkpoints.rows import norm_rows as _norm
-from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL
+from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL, gated_rows
+from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
+from vit_jax.checkpoints.tables_parallel import parallel
+from vit_jax.checkpoints.tables_relative import HF_BEIT, INDEX, TIMM_RELPOS_BIAS
+from vit_jax.models import differential
 
 _FLAX = {"kernel": "/kernel", "bias": "/bias"}
 
@@ -180,7 +184,8 @@ BIG_VISION = Dialect(
 
 _DISTILLED = {"distillation": "head"}
 
-# huggingface/pytorch-image-models: timm/models/vision_transformer.py, deit.py
+# huggingface/pytorch-image-models: timm/models/vision_transformer.py, deit.py, and
+# vision_transformer_relpos.py
 TIMM = Dialect(
     "timm",
     ("patch_embed.proj.weight",),
@@ -194,6 +199,7 @@ TIMM = Dialect(
         ),
         *_RESNET_TIMM.rows("patch_embed.backbone."),
         *_conv("patch_embed.proj"),
+        *_norm("patch_embed/norm", "patch_embed.norm"),
         Row("cls_token", ("cls_token",), "1 1 d -> 1 1 d"),
         Row("dist_token", ("dist_token",), "1 1 d -> 1 1 d"),
         Row("registers", ("reg_token",), "1 r d -> 1 r d"),
@@ -201,9 +207,26 @@ TIMM = Dialect(
         *_norm("pre_norm", "norm_pre"),
         *_norm("blocks/norm1", "blocks.{}.norm1"),
         *torch_attention("blocks/attention", ["blocks.{}.attn.qkv."], "blocks.{}.attn.proj"),
+        *_norm("blocks/attention/norm", "blocks.{}.attn.norm"),
+        *TIMM_RELPOS_BIAS,
+        *(
+            Row(f"blocks/attention/{name}", (f"blocks.{{}}.attn.{name}",), "k -> k")
+            for name in differential.NAMES
+        ),
+        *_norm("blocks/attention/head_norm", "blocks.{}.attn.sub_norm"),
+        *_norm("blocks/attention/q_norm", "blocks.{}.attn.q_norm"),
+        *_norm("blocks/attention/k_norm", "blocks.{}.attn.k_norm"),
         Row("blocks/scale1", ("blocks.{}.ls1.gamma",), "d -> d"),
         *_norm("blocks/norm2", "blocks.{}.norm2"),
-        *_linear("blocks/mlp/fc1", "blocks.{}.mlp.fc1"),
+        *(
+            dataclasses.replace(row, only={"patch_norm": False})
+            for row in _linear("blocks/mlp/fc1", "blocks.{}.mlp.fc1")
+        ),
+        *(  # AIMv2's gate has a kernel of its own, DINOv2's giant has one for both
+            dataclasses.replace(row, says={"mlp": "swiglu"}, only={"patch_norm": True})
+            for row in gated_rows(("blocks.{}.mlp.fc1_g", "blocks.{}.mlp.fc1_x"))
+        ),
+        *_norm("blocks/mlp/norm", "blocks.{}.mlp.norm"),
         *_linear("blocks/mlp/fc2", "blocks.{}.mlp.fc2"),
         Row("blocks/scale2", ("blocks.{}.ls2.gamma",), "d -> d"),
         *(dataclasses.replace(r, says={"norm_after_pool": False}) for r in _norm("norm", "norm")),
@@ -212,9 +235,10 @@ TIMM = Dialect(
         *_linear("head", "head"),
         *_linear("head_dist", "head_dist"),
     ),
-    leftover=(r"mask_token$", r"decoder_"),
+    leftover=(r"mask_token$", r"decoder_", INDEX),
     resnet_style="timm_v1",
 )
+TIMM_PARALLEL = parallel(TIMM)
 
 
 def _hf_names(base: str, names: Sequence[str]) -> list[str]:
@@ -399,9 +423,10 @@ RESNET_TIMM = Dialect(
     resnet_style="timm_v2",
 )
 
-# In the order of detection: DINOv2's files have HF_VIT's marker, too, and EVA's have TIMM's.
+# In the order of detection: DINOv2's and BEiT's files have HF_VIT's marker, too, EVA's have TIMM's.
 FOREIGN = (
-    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM, HF_DINOV3, HF_DINOV2, HF_SIGLIP, HF_VIT),
+    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM_PARALLEL, TIMM, HF_SAPIENS2, HF_DINOV3),
+    *(HF_DINOV2, HF_AIMV2, HF_INTERNVL, HF_BEIT, HF_SIGLIP, HF_VIT),
     *(FLAX_DINOV2, FLAX_CLIP, FLAX_VIT),
     *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),
 )

@@ -12,13 +12,14 @@ from vit_jax.checkpoints.rows import (
     norm_rows,
     torch_attention,
 )
+from vit_jax.checkpoints.tables_relative import INDEX, TIMM_BEIT_BIAS
 
 
 def _as(rows: Iterable[Row], only: dict[str, Any] | None = None, **says: Any) -> list[Row]:
     return [dataclasses.replace(row, says=says, only=only or {}) for row in rows]
 
 
-def _gated(kernels: tuple[str, str]) -> list[Row]:
+def gated_rows(kernels: tuple[str, str]) -> list[Row]:
     """The first layer of a SwiGLU whose gate has a kernel of its own."""
     return [
         Row("blocks/mlp/fc1/kernel", tuple(f"{name}.weight" for name in kernels), "o i -> i o"),
@@ -32,6 +33,15 @@ _GATE = ("blocks.{}.mlp.fc1_g", "blocks.{}.mlp.fc1_x")
 _BIAS, _LAYOUT = "blocks/attention/qkv/bias", "(t h k) -> t h k"
 # The models with a norm in their MLP have Q, K and V apart, too; DINOv3 has the gate apart.
 _WITH_NORM = {"mlp_norm": True}
+# So has Sapiens 2, whose keys and values may have fewer heads.
+_SCALED_ONCE = {"mlp_scale": False}
+
+
+def shared_rows(qkv: list[str]) -> list[Row]:
+    """Q, K and V apart, kernels and biases, where several queries may share a key and a value."""
+    rows = torch_attention("blocks/attention", qkv, "")[:2]
+    return [dataclasses.replace(row, shared=True) for row in rows]
+
 
 # huggingface/pytorch-image-models: timm/layers/attention_pool.py, AttentionPoolLatent
 TIMM_POOL = (
@@ -44,12 +54,12 @@ TIMM_POOL = (
     *linear_rows("attention_pool/mlp/fc2", "attn_pool.mlp.fc2"),
 )
 
-# huggingface/pytorch-image-models: timm/models/eva.py
+# huggingface/pytorch-image-models: timm/models/eva.py, beit.py
 TIMM_EVA = Dialect(
     "timm",
     (
         *("blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight"),
-        "blocks.0.mlp.fc1_g.weight",
+        *("blocks.0.mlp.fc1_g.weight", *(row.keys("", 0)[0] for row in TIMM_BEIT_BIAS)),
     ),
     (
         *conv_rows("patch_embed.proj"),
@@ -58,11 +68,13 @@ TIMM_EVA = Dialect(
         Row("pos_embed", ("pos_embed",), "1 n d -> n d"),
         *norm_rows("pre_norm", "norm_pre"),
         *norm_rows("blocks/norm1", "blocks.{}.norm1"),
+        *_as(shared_rows(_APART)[:1], only=_SCALED_ONCE),
         *_as(
             torch_attention("blocks/attention", _APART, f"{_ATTENTION}.proj")[:1], only=_WITH_NORM
         ),
         *torch_attention("blocks/attention", [f"{_ATTENTION}.qkv."], f"{_ATTENTION}.proj")[:1],
         *torch_attention("blocks/attention", _APART, f"{_ATTENTION}.proj")[2:],
+        *_as(shared_rows(_APART)[1:], only=_SCALED_ONCE, key_bias=True),
         *_as(
             [Row(_BIAS, (f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.v_proj.bias"), _LAYOUT)],
             only=_WITH_NORM,
@@ -73,12 +85,15 @@ TIMM_EVA = Dialect(
             key_bias=False,
         ),
         *_as([Row(_BIAS, (f"{_ATTENTION}.qkv.bias",), _LAYOUT)], key_bias=True),
+        *norm_rows("blocks/attention/q_norm", f"{_ATTENTION}.q_norm"),
+        *norm_rows("blocks/attention/k_norm", f"{_ATTENTION}.k_norm"),
         *norm_rows("blocks/attention/norm", f"{_ATTENTION}.norm"),
         Row("blocks/attention/rotary_freqs", ("rope.freqs",), "a l h k -> l a h k", whole=True),
+        *TIMM_BEIT_BIAS,
         Row("blocks/scale1", ("blocks.{}.gamma_1",), "d -> d"),
         *norm_rows("blocks/norm2", "blocks.{}.norm2"),
-        *_as(_gated(_GATE), only=_WITH_NORM, mlp="swiglu"),
-        *_as(_gated(_GATE), only={"position": "rope"}, mlp="swiglu"),
+        *_as(gated_rows(_GATE), only=_WITH_NORM, mlp="swiglu"),
+        *_as(gated_rows(_GATE), only={"position": "rope", "norm": "layernorm"}, mlp="swiglu"),
         *linear_rows("blocks/mlp/fc1", "blocks.{}.mlp.fc1"),
         *norm_rows("blocks/mlp/norm", "blocks.{}.mlp.norm"),
         *linear_rows("blocks/mlp/fc2", "blocks.{}.mlp.fc2"),
@@ -88,7 +103,8 @@ TIMM_EVA = Dialect(
         *TIMM_POOL,
         *linear_rows("head", "head"),
     ),
-    leftover=(r"mask_token$",),
+    leftover=(r"mask_token$", INDEX),
+    unless="patch_embed.norm.weight",  # AIMv2's
 )
 
 
@@ -106,7 +122,7 @@ def _dinov3(layer: str) -> list[Row]:
         *_as([Row(_BIAS, (biases[0], biases[2]), _LAYOUT)], key_bias=False),
         Row("blocks/scale1", (f"{layer}.layer_scale1.lambda1",), "d -> d"),
         *norm_rows("blocks/norm2", f"{layer}.norm2"),
-        *_as(_gated(gate), mlp="swiglu"),
+        *_as(gated_rows(gate), mlp="swiglu"),
         *_as(linear_rows("blocks/mlp/fc1", f"{layer}.mlp.up_proj"), mlp="gelu"),
         *fc2,
         Row("blocks/scale2", (f"{layer}.layer_scale2.lambda1",), "d -> d"),

@@ -90,6 +90,15 @@ class BatchReader:
                 f"data.train.{colours[0]} is for images of 1 or 3 channels, and the model's have "
                 f"{channels}: leave it out"
             )
+        if self.preprocess.max_patches is not None and (self._masks or self.random_crop):
+            raise UserError(
+                "data: with model.max_patches images are taken in their own shapes, which "
+                + (
+                    "masks are not for: take a model without it"
+                    if self._masks
+                    else "data.train.random_crop is not for: leave it out"
+                )
+            )
         if self.inception_crop:  # the crop's box is resized without keeping its aspect
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
             object.__setattr__(self, "preprocess", whole)
@@ -124,7 +133,8 @@ class BatchReader:
         An index of -1 is padding: a black image with mask False.
 
         Returns:
-          {image: uint8 [b h w c], label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
+          {image: uint8 [b h w c] (for models of images of any shape, patches [b n p], and grid:
+          int32 [b 2]), label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
           bool [b]}. Images are in 0 to 255, not normalised; float32 if `preprocess` resizes in it.
           `corrupt` marks images that cannot be read. `label` is float32 [b k] of 0 and 1 if the
           source is multi-label, and int32 [b h w] if labels are masks.
@@ -134,14 +144,17 @@ class BatchReader:
             not of its image's size.
         """
         cv2.setNumThreads(1)  # parallel over images instead
-        b, size = len(indices), (*self.preprocess.image_size, self.preprocess.in_channels)
-        size = size if self.crops == 1 else (self.crops, *size)
+        b = len(indices)
         k, multi_label = len(self.source.label_names), getattr(self.source, "multi_label", False)
         label = np.zeros((b, k), np.float32) if multi_label else np.zeros(b, np.int32)
         if self._masks:
             label = np.zeros((b, *self.preprocess.image_size), np.int32)
+        images = self.preprocess.empty(b)
+        if self.crops > 1:
+            size = (b, self.crops, *self.preprocess.shape)
+            images = {"image": np.empty(size, self.preprocess.pixel_dtype)}
         batch = {
-            "image": np.empty((b, *size), self.preprocess.pixel_dtype),
+            **images,
             "label": label,
             "mask": indices >= 0,
             "index": np.array(indices),
@@ -183,7 +196,10 @@ class BatchReader:
         if self.erasing:
             mean, std = self.preprocess.mean, self.preprocess.std
             image = RandomErasing(self.erasing, mean=mean, std=std)(image, random)
-        batch["image"][row] = image
+        if self.crops > 1:
+            batch["image"][row] = image
+        else:
+            self.preprocess.fill(batch, row, image)
         if isinstance(label, tuple):
             batch["label"][row, list(label)] = 1
         else:

@@ -11,6 +11,7 @@ import PIL.Image
 from jaxtyping import Float32, Int32, UInt8
 
 from vit_jax.data.images import MAX_PIXELS, BadImage, Image, check_jpeg, read_image
+from vit_jax.data.native import cut, native_grid
 from vit_jax.errors import UserError, nearest
 
 Pixels = UInt8[np.ndarray, "_h _w _c"] | Float32[np.ndarray, "_h _w _c"]  # of 0 to 255
@@ -214,6 +215,9 @@ class Preprocess:
       jpeg, exif: how image files are decoded (see `images.decode`).
       mean, std: a pixel p of 0 to 255 becomes (p / 255 - mean) / std, in float32; one number, or
         one for each channel.
+      max_patches, patch_size: for models of images of any shape: how many patches an image has at
+        most, and (h, w) of a patch in pixels; an image keeps its shape as well as whole patches
+        allow (see `native.native_grid`). None brings all to `image_size`.
     """
 
     image_size: Sequence[int]
@@ -226,6 +230,8 @@ class Preprocess:
     exif: bool = False
     mean: float | Sequence[float] = 0.5
     std: float | Sequence[float] = 0.5
+    max_patches: int | None = None
+    patch_size: Sequence[int] | None = None
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -236,6 +242,14 @@ class Preprocess:
         if not 0 < self.crop <= 1:
             raise UserError(f"data crop is {self.crop}; it must be above 0 and at most 1")
         object.__setattr__(self, "image_size", tuple(self.image_size))
+        if self.patch_size is not None:
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.max_patches is not None and (self.aspect, self.crop) != ("squash", 1):
+            key = "crop" if self.crop != 1 else "aspect"
+            raise UserError(
+                f"data {key} is {getattr(self, key)!r}, and with model.max_patches an image is "
+                "taken whole, in its own shape: set aspect to 'squash' and crop to 1.0"
+            )
         for name, kind in {"mean": "finite", "std": "positive"}.items():
             numbers = np.asarray(getattr(self, name), float)
             sound = np.isfinite(numbers) & ((numbers > 0) | (name == "mean"))
@@ -275,12 +289,39 @@ class Preprocess:
         """Brings an image to the model's size and channels: `pixel_dtype`, of 0 to 255.
 
         With a generator, it is cut out of the resized image anywhere, not from the centre (see
-        `random_crop`).
+        `random_crop`). With `max_patches`, it is the whole image, of its own size.
         """
         image = self._whole(image)
+        if self.max_patches is not None:
+            return image
         if random is not None:
             return random_crop(image, self.image_size, random, padding)
         return centre_crop(image, self.image_size, down=self.aspect == "small")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image in a batch: (h, w, c), or with `max_patches` its padded patches, (n, p)."""
+        if self.max_patches is None:
+            return *self.image_size, self.in_channels
+        return self.max_patches, math.prod(self.patch_size) * self.in_channels
+
+    def fill(self, batch: dict[str, np.ndarray], row: int, pixels: Pixels) -> None:
+        """Puts what `pixels` returned into a row of `image`, with `max_patches` also of `grid`."""
+        if self.max_patches is None:
+            batch["image"][row] = pixels
+        else:
+            patches = cut(pixels, self.patch_size, self.max_patches)
+            batch["image"][row], batch["grid"][row] = patches
+
+    def empty(self, count: int) -> dict[str, np.ndarray]:
+        """The `image` and, with `max_patches`, the `grid` of a batch of black images, of one patch.
+
+        They are of `pixel_dtype` [b h w c], or [b n p] and int32 [b 2].
+        """
+        batch = {"image": np.zeros((count, *self.shape), self.pixel_dtype)}
+        if self.max_patches is not None:
+            batch["grid"] = np.ones((count, 2), np.int32)
+        return batch
 
     def five_crops(self, image: Image) -> Pixels5:
         """The centre, as `pixels` cuts it, and the four corners of the resized image."""
@@ -294,6 +335,8 @@ class Preprocess:
     @property
     def cuts(self) -> bool:
         """Whether an image may be resized to more than the model's size, so that crops differ."""
+        if self.max_patches is not None:
+            return False
         return self.aspect != "squash" or self._resized(1, 1) != tuple(self.image_size)
 
     def _whole(self, image: Image) -> Pixels:
@@ -322,6 +365,9 @@ class Preprocess:
 
     def _resized(self, h: int, w: int) -> tuple[int, int]:
         """The (h, w) to which an image of h x w is resized, before the centre is cut out."""
+        if self.max_patches is not None:
+            grid = native_grid(h, w, self.patch_size, self.max_patches)
+            return grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
         # 384 / (384 / 448) may fall just short of 448.
         box_h, box_w = (math.floor(side / self.crop + 1e-6) for side in self.image_size)
         if self.aspect == "squash":
@@ -339,9 +385,12 @@ class Preprocess:
     def normalise(self, pixels: Any) -> Any:
         """Maps pixels [... c] of 0 to 255 to the floats that the model takes.
 
-        uint8 and float32, NumPy and JAX arrays alike; here and nowhere else.
+        uint8 and float32, NumPy and JAX arrays alike; here and nowhere else. With `max_patches`,
+        also patches [b n p].
         """
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        if self.max_patches is not None and pixels.shape[-2:] == self.shape:
+            mean, std = (np.resize(each, self.shape[1]) for each in (mean, std))
         return (pixels.astype("float32") / 255 - mean) / std
 
     def pixels_of(self, values: Any) -> Any:

@@ -20,7 +20,7 @@ def attend(
     q: Float[Array, "b m h k"],
     k: Float[Array, "b n h k"],
     v: Float[Array, "b n h k"],
-    bias: Float[Array, "b h m n"] | None = None,
+    bias: Float[Array, "#b #h #m n"] | None = None,
 ) -> Float[Array, "b m h k"]:
     """Unfused attention, softmax(q k' / sqrt(head_dim) + bias) v, with the softmax in float32.
 
@@ -41,7 +41,7 @@ def attend(
 def attention_weights(
     q: Float[Array, "b m h k"],
     k: Float[Array, "b n h k"],
-    bias: Float[Array, "b h m n"] | None = None,
+    bias: Float[Array, "#b #h #m n"] | None = None,
 ) -> Float[Array, "b h m n"]:
     """Attention weights in float32, which fused attention never stores, computed separately."""
     scores = jnp.einsum("bmhk,bnhk->bhmn", q, k, preferred_element_type=jnp.float32)
@@ -52,7 +52,8 @@ def attention_weights(
 def backend_of(config: ViTConfig) -> str:
     """Returns the backend of self-attention on the device that is traced for: `cudnn` or `xla`."""
     sizes = (config.dtype, config.head_dim, config.num_tokens)
-    return attention_backend(config.attention, *sizes, config.position == "relative")
+    unfused = config.biases_logits or config.differential
+    return attention_backend(config.attention, *sizes, unfused)
 
 
 def attention_backend(
@@ -62,8 +63,9 @@ def attention_backend(
 
     cuDNN takes half precision and head dimensions that are multiples of 8. Whether it works on the
     target device is tested once, by compiling a small gradient. With a bias on the logits (relative
-    positions), `auto` is always XLA, as cuDNN limits the sizes and gradients of a bias. cuDNN's
-    gradients cannot be differentiated again: second derivatives need XLA.
+    positions, images at their native size), `auto` is always XLA, as cuDNN limits the sizes and
+    gradients of a bias. cuDNN's gradients cannot be differentiated again: second derivatives need
+    XLA.
     """
     if wanted != "auto":
         return wanted

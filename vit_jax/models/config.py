@@ -7,14 +7,21 @@ from typing import Any
 
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.lora import Lora
+from vit_jax.models.posembed import NATIVE_METHODS
+from vit_jax.models.relative import RelativeBias
 from vit_jax.models.rotary import Rotary
 
 CHOICES = {
     "pool": ("token", "gap", "map", "token_gap"),
     "distillation": ("none", "token", "head"),
-    "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "rope", "none"),
+    "position": (
+        *("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "relative_bias"),
+        *("rope", "none"),
+    ),
     "position_at": ("input", "layers", "layers_shared"),
     "mlp": ("gelu", "swiglu"),
+    "norm": ("layernorm", "rmsnorm"),
+    "qk_norm": ("none", "head", "all"),
     "gelu": ("tanh", "erf", "quick"),
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn"),
@@ -36,6 +43,11 @@ class ViTConfig:
       image_size: (h, w) of the images; one number means square.
       patch_size: (h, w) of a patch, in pixels of the image or, in hybrids, of the feature map.
       in_channels: channels of the images: 1 for grey, 3 for RGB.
+      max_patches: the most patches of an image, for images of any shape, each resized to a grid of
+        its own (NaFlex, arXiv 2502.14786); `image_size` is then that of the position tables. None
+        is images of `image_size`.
+      native_resize: how position tables are resized to each image's grid, in models that are made
+        for it; training takes `position_resize`.
       resnet: bottleneck units in each of the up to four stages of a ResNet; in hybrids, () is its
         root alone, and None is no ResNet.
       resnet_width: channels of the ResNet's root, a multiple of 32.
@@ -56,10 +68,13 @@ class ViTConfig:
       position: position embedding (paper, appendix D.4): a table with a row for each token
         (`learned`), tables for rows and columns, concatenated (`learned2d`) or added
         (`learned2d_added`), fixed sines and cosines (`sincos2d`), learned embeddings of the offsets
-        between patches that add to the attention logits (`relative`), rotary positions (`rope`), or
+        between patches whose products with queries add to the attention logits (`relative`), a
+        bias of these logits for each offset (`relative_bias`), rotary positions (`rope`), or
         `none`.
       rotary: how queries and keys are rotated, with `rope` or beside another embedding; None is not
         at all, with `rope` as DINOv3 does.
+      relative_bias: what adds to attention logits, with `relative_bias` or beside another
+        embedding; None is nothing, with `relative_bias` as in BEiT.
       position_at: where learned tables are added: at the `input`, before every layer with tables of
         its own (`layers`), or before every layer with the same ones (`layers_shared`).
       position_prefix: how many tokens before the patches have a row in the table; None is all.
@@ -72,8 +87,16 @@ class ViTConfig:
         behind the positions (FLIP, arXiv 2212.00794); evaluation sees all.
       mlp: `gelu`, or `swiglu` with a gate of `mlp_dim` hidden units.
       gelu: form of GELU: by `tanh`, exact by `erf`, or `quick`, x sigmoid(1.702 x).
-      layernorm_eps: epsilon of every LayerNorm.
+      norm: every norm: `layernorm`, or `rmsnorm` without mean and bias (arXiv 1910.07467), as in
+        AIMv2 (arXiv 2411.14402). A LayerNorm is named below where either may stand.
+      layernorm_eps: epsilon of every norm.
+      norm_after_branch: whether the norms of a block are behind its residual branches rather than
+        before them (Swin v2's res-post-norm, arXiv 2111.09883; EVA-02's enormous CLIP).
+      parallel: whether attention and MLP of a block read the same normalised tokens, and their sum
+        is one branch (ViT-22B, arXiv 2302.05442).
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
+      mlp_scale: whether the branch of the MLP has such a scale, too; in Sapiens 2 it has not.
+      patch_norm: whether a norm is between the patch embedding and the positions (AIMv2).
       pre_norm: whether a LayerNorm follows the positions (CLIP).
       norm_after_pool: whether the last LayerNorm is behind the pooling (MAE's fc_norm).
       final_norm: whether there is such a last LayerNorm; in most of the Perception Encoders (arXiv
@@ -84,6 +107,10 @@ class ViTConfig:
       patch_bias: whether the patch embedding has a bias.
       qkv_bias: whether queries, keys and values have a bias.
       key_bias: whether keys have one where queries and values do; in EVA and DINOv3 they do not.
+      proj_bias: whether the attention's projection and the layers of the MLP have a bias.
+      qk_norm: norms of queries and keys: `none`, of each `head`, or of `all` heads together.
+      differential: whether each head's attention is the difference of two maps, of half the
+        channels each (arXiv 2410.05258).
       attention_norm: whether a LayerNorm is between the heads and their projection (EVA-02's CLIP).
       mlp_norm: whether a LayerNorm is before the MLP's last layer (EVA-02).
       head_bias: initial bias of the head.
@@ -102,6 +129,8 @@ class ViTConfig:
     image_size: int | Sequence[int] = (224, 224)
     patch_size: int | Sequence[int] = (16, 16)
     in_channels: int = 3
+    max_patches: int | None = None
+    native_resize: str | None = None
     resnet: Sequence[int] | None = None
     resnet_width: int = 64
     resnet_style: str = "v1"
@@ -116,6 +145,7 @@ class ViTConfig:
     registers: int = 0
     position: str = "learned"
     rotary: Rotary | None = None
+    relative_bias: RelativeBias | None = None
     position_at: str = "input"
     position_prefix: int | None = None
     representation_size: int | None = None
@@ -124,8 +154,13 @@ class ViTConfig:
     patch_dropout: float = 0.0
     mlp: str = "gelu"
     gelu: str = "tanh"
+    norm: str = "layernorm"
     layernorm_eps: float = 1e-6
+    norm_after_branch: bool = False
+    parallel: bool = False
     layer_scale: float | None = None
+    mlp_scale: bool = True
+    patch_norm: bool = False
     pre_norm: bool = False
     norm_after_pool: bool = False
     final_norm: bool = True
@@ -135,6 +170,9 @@ class ViTConfig:
     patch_bias: bool = True
     qkv_bias: bool = True
     key_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: str = "none"
+    differential: bool = False
     attention_norm: bool = False
     mlp_norm: bool = False
     head_bias: float = 0.0
@@ -153,7 +191,7 @@ class ViTConfig:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
         smallest |= dict(registers=0, patch_outputs=0)
-        for name in ("representation_size", "pool_heads", "pool_mlp_dim"):
+        for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches"):
             if getattr(self, name) is not None:
                 smallest[name] = 1
         if self.position_prefix is not None:
@@ -198,27 +236,46 @@ class ViTConfig:
                 f"model.position_at {self.position_at!r} is for learned tables; model.position "
                 f"{self.position!r} goes with 'input' alone"
             )
-        if self.position == "relative" and self.attention == "cudnn":
+        _check_native(self)
+        _check_relative_bias(self)
+        if self.biases_logits and self.attention == "cudnn":
+            name = "position 'relative'" if self.relative_bias is None else "relative_bias"
             raise UserError(
-                "model.attention 'cudnn' does not take the bias of model.position 'relative': "
-                "use 'auto' or 'xla'"
+                f"model.attention 'cudnn' does not take the bias of model.{name}: use 'auto' or "
+                "'xla'"
             )
+        if self.differential:
+            _check_differential(self)
         _check_rotary(self)
         if self.norm_after_pool and not self.final_norm:
             raise UserError(
                 "model.norm_after_pool moves the last LayerNorm, and model.final_norm is false: "
                 "set one of them only"
             )
+        if self.parallel and (self.norm_after_branch or not self.mlp_scale):
+            name = "norm_after_branch" if self.norm_after_branch else "mlp_scale"
+            raise UserError(
+                f"model.parallel has one branch a block, to which model.{name} "
+                f"{getattr(self, name)} does not apply: change one of them"
+            )
+        if not self.mlp_scale and self.layer_scale is None:
+            raise UserError(
+                "model.mlp_scale is false, and without model.layer_scale no branch has a scale: "
+                "set only the latter"
+            )
         if not (self.key_bias or self.qkv_bias):
             raise UserError(
                 "model.key_bias is false, and so is model.qkv_bias: set only the latter"
             )
-        whole = (self.position == "relative", self.position_at != "input", self.patch_outputs > 0)
-        for name, needed in zip(("position", "position_at", "patch_outputs"), whole, strict=True):
+        whole = {"position": self.biases_logits, "position_at": self.position_at != "input"}
+        for name, needed in (whole | {"patch_outputs": self.patch_outputs > 0}).items():
             if needed and self.patch_dropout:
+                what = f"{name} {getattr(self, name)!r}"
+                if name == "position" and self.position != "relative":
+                    what = "relative_bias"
                 raise UserError(
-                    f"model.patch_dropout is {self.patch_dropout:g}, but model.{name} "
-                    f"{getattr(self, name)!r} needs all patches: set model.patch_dropout to 0"
+                    f"model.patch_dropout is {self.patch_dropout:g}, but model.{what} needs all "
+                    "patches: set model.patch_dropout to 0"
                 )
         if self.position == "learned2d" and self.width % 2:
             raise UserError(f"position learned2d needs an even width, not {self.width}")
@@ -245,6 +302,17 @@ class ViTConfig:
         return h // ph, w // pw
 
     @property
+    def biases_logits(self) -> bool:
+        """Whether something adds to attention logits, which cuDNN's kernel is not given."""
+        parts = self.relative_bias, self.max_patches
+        return self.position == "relative" or any(part is not None for part in parts)
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image, with padding."""
+        return self.max_patches or self.grid[0] * self.grid[1]
+
+    @property
     def pools_class_token(self) -> bool:
         return self.pool in ("token", "token_gap")
 
@@ -259,7 +327,7 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        return self.num_prefix_tokens + self.num_patches
 
     @property
     def num_position_prefix(self) -> int:
@@ -335,7 +403,8 @@ class ResNetConfig:
 
 
 ModelConfig = ViTConfig | ResNetConfig
-SECTIONS = {"lora": Lora, "rotary": Rotary}  # fields that are dataclasses themselves
+# Fields that are dataclasses themselves.
+SECTIONS = {"lora": Lora, "rotary": Rotary, "relative_bias": RelativeBias}
 FAMILIES = {"vit": ViTConfig, "resnet": ResNetConfig}
 
 
@@ -356,13 +425,24 @@ def _check_choices(config: ModelConfig) -> None:
             raise UserError(f"model.{name} is {value!r}: {nearest(value, choices)}")
 
 
+def _check_relative_bias(config: ViTConfig) -> None:
+    """Sets the default of `relative_bias` with position `relative_bias`."""
+    if config.position == "relative_bias" and config.relative_bias is None:
+        object.__setattr__(config, "relative_bias", RelativeBias())
+    if config.relative_bias is not None and config.position in ("none", "relative", "rope"):
+        raise UserError(
+            f"model.relative_bias does not go with model.position {config.position!r}: set "
+            "model.position to 'relative_bias', or to a table that is added as well"
+        )
+
+
 def _check_rotary(config: ViTConfig) -> None:
     """Sets the default of `rotary` with position `rope`."""
     if config.position == "rope" and config.rotary is None:
         object.__setattr__(config, "rotary", Rotary())
     if config.rotary is None:
         return
-    if config.position in ("none", "relative"):
+    if config.position in ("none", "relative", "relative_bias"):
         raise UserError(
             f"model.rotary does not go with model.position {config.position!r}: set model.position "
             "to 'rope', or to a table that is added as well"
@@ -372,6 +452,47 @@ def _check_rotary(config: ViTConfig) -> None:
             f"model.rotary needs heads of 4, 8, 12, ... channels, not {config.head_dim}: change "
             "model.width or model.num_heads"
         )
+
+
+def _check_differential(config: ViTConfig) -> None:
+    """Raises a UserError for what differential attention has no place for."""
+    without = {"position": ("relative",), "attention": ("cudnn",), "qk_norm": ("head", "all")}
+    for name, values in without.items():
+        if getattr(config, name) in values:
+            raise UserError(
+                f"model.differential does not go with model.{name} {getattr(config, name)!r}: "
+                "change one of them"
+            )
+    if config.rotary is not None or config.attention_norm or config.head_dim % 2:
+        what = "model.rotary" if config.rotary is not None else "model.attention_norm"
+        what = "heads of an odd number of channels" if config.head_dim % 2 else what
+        raise UserError(f"model.differential does not go with {what}: change one of them")
+
+
+def _check_native(config: ViTConfig) -> None:
+    """Sets the default of `native_resize` with `max_patches`."""
+    if config.native_resize is None and config.max_patches is not None:
+        object.__setattr__(config, "native_resize", "zoom")
+    method = config.native_resize
+    if method is not None and method not in NATIVE_METHODS:
+        raise UserError(f"model.native_resize is {method!r}: {nearest(method, NATIVE_METHODS)}")
+    possible: dict[str, tuple[Any, ...]] = {
+        "position": ("learned", "learned2d", "learned2d_added", "sincos2d", "rope", "none"),
+        "position_at": ("input",),
+        "resnet": (None,),
+        "patch_dropout": (0,),
+        "patch_outputs": (0,),
+        "attention": ("auto", "xla"),
+        "relative_bias": (None,),
+        "differential": (False,),
+    }
+    for name, values in possible.items():
+        if config.max_patches is not None and getattr(config, name) not in values:
+            raise UserError(
+                f"model.max_patches is for images of any shape, and model.{name} "
+                f"{getattr(config, name)!r} is not: leave max_patches out, or have model.{name} "
+                f"{' or '.join(map(repr, values))}"
+            )
 
 
 def _check_resnet(config: ModelConfig) -> None:

@@ -12,12 +12,14 @@ from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
 from vit_jax.errors import UserError
-from vit_jax.models import positions
+from vit_jax.models import differential, positions
 from vit_jax.models.attention import attend, attention_weights, backend_of, padding
 from vit_jax.models.config import ModelConfig, ViTConfig
-from vit_jax.models.elementwise import drop_path, dropout, gelu, normalised
+from vit_jax.models.elementwise import drop_path, dropout, gelu
 from vit_jax.models.linear import linear, split_linear
 from vit_jax.models.lora import LAYERS, adapted, adapted_qkv
+from vit_jax.models.norms import add_qk_norms, layer_norm, qk_normed
+from vit_jax.models.relative import LogitBias
 from vit_jax.models.rotary import mixed, rotate
 from vit_jax.models.stack import Captures, split_key
 
@@ -45,29 +47,6 @@ def check_images(images: Array | np.ndarray, config: ModelConfig) -> None:
     )
 
 
-class LayerNorm(nnx.LayerNorm):
-    """LayerNorm over the last dimension, with statistics in float32."""
-
-    @jax.named_scope("norm")
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """On GPUs with a custom derivative: one kernel, which needs x alone."""
-        if target() != "gpu":
-            return super().__call__(x)
-        y = normalised(self.epsilon, x.astype(jnp.float32))
-        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
-
-
-def layer_norm(config: ViTConfig, rngs: nnx.Rngs, size: int | None = None) -> nnx.LayerNorm:
-    """Returns a LayerNorm over `size` channels, by default the model's width."""
-    return LayerNorm(
-        size or config.width,
-        epsilon=config.layernorm_eps,
-        dtype=jnp.dtype(config.dtype),
-        use_fast_variance=False,  # which loses digits where the mean is large
-        rngs=rngs,
-    )
-
-
 def zero_head(inputs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
     """Returns a classifier with a kernel of zeros and biases of `config.head_bias`."""
     return nnx.Linear(
@@ -85,7 +64,7 @@ class PatchEmbed(nnx.Module):
 
     Equivalent to a convolution with a stride equal to its window, written as a reshape and one
     matrix product. The kernel keeps a convolution's shape [ph pw c d] and initialisation (LeCun
-    normal).
+    normal). Images may have been cut before, to [b n p]. With `patch_norm`, a norm follows.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -94,14 +73,18 @@ class PatchEmbed(nnx.Module):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
         if config.patch_bias:
             self.bias = nnx.Param(jnp.zeros(config.width))
+        if config.patch_norm:
+            self.norm = layer_norm(config, rngs)
 
-    def __call__(self, images: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b n d"]:
+    def __call__(self, images: Float[Array | np.ndarray, "b ..."]) -> Float[Array, "b n d"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        (gh, gw), (ph, pw) = config.grid, config.patch_size
+        cut = (images.shape[1], 1)
+        (gh, gw), (ph, pw) = cut if images.ndim == 3 else config.grid, config.patch_size
         x = jnp.asarray(images, dtype).reshape(-1, gh, ph, gw, pw, config.patch_channels)
         x = jnp.einsum("bipjqc,pqcd->bijd", x, self.kernel[...].astype(dtype))
         x = x.reshape(-1, gh * gw, config.width)
-        return x + self.bias[...].astype(dtype) if config.patch_bias else x
+        x = x + self.bias[...].astype(dtype) if config.patch_bias else x
+        return self.norm(x) if config.patch_norm else x
 
 
 class Attention(nnx.Module):
@@ -111,8 +94,9 @@ class Attention(nnx.Module):
     give them a standard deviation of 0.0255 in place of 0.0361 (width 768).
 
     With `relative`, each offset between patches has a learned embedding. The query's product with
-    it is added to the logits (appendix D.4). This always runs on XLA, not on cuDNN. Where keys have
-    no bias, that of the kernel is [2 heads head_dim], of Q and V.
+    it is added to the logits (appendix D.4). This always runs on XLA, not on cuDNN, as does a
+    `relative_bias`, of the block's own or shared. Where keys have no bias, that of the kernel is
+    [2 heads head_dim], of Q and V.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, relative: bool = False):
@@ -122,7 +106,12 @@ class Attention(nnx.Module):
         kernels = [xavier(rngs.params(), (d, d)).reshape(d, heads, head_dim) for _ in range(3)]
         qkv_bias = (3 if config.key_bias else 2, heads, head_dim) if config.qkv_bias else None
         self.qkv = Affine(jnp.stack(kernels, axis=1), qkv_bias)
-        self.out = Affine(xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d), (d,))
+        out = xavier(rngs.params(), (d, d)).reshape(heads, head_dim, d)
+        self.out = Affine(out, (d,) if config.proj_bias else None)
+        if config.qk_norm != "none":
+            add_qk_norms(self, config, rngs)
+        if config.differential:
+            differential.add_parameters(self, config, rngs)
         if config.attention_norm:
             self.norm = layer_norm(config, rngs)
         if config.rotary is not None and config.rotary.learned:
@@ -131,6 +120,8 @@ class Attention(nnx.Module):
         if relative:
             offsets = 2 * config.grid[0] * config.grid[1] - 1
             self.rel_embed = nnx.Param(positions.INIT(rngs.params(), (offsets, heads, head_dim)))
+        if config.relative_bias is not None and not config.relative_bias.shared:
+            self.relative_bias = logit_bias(config, rngs)
 
     def __call__(
         self,
@@ -140,18 +131,29 @@ class Attention(nnx.Module):
         query: Float[Array, "b m d"] | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        index: int | float | Float[Array, ""] = 0,
+        logits_bias: Float[Array, "#b #h #m n"] | None = None,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
         `rotation` is the table of rotary positions, for all images or for each; with learned
-        frequencies, the tokens' places [n 2].
+        frequencies, the tokens' places [n 2]. `index` is the block's; `logits_bias` is added to
+        the logits.
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
             q, k, v = self._qkv(x, query)
+            if self.config.qk_norm != "none":
+                q, k = qk_normed(self.q_norm, q), qk_normed(self.k_norm, k)
             if rotation is not None:
                 q, k = self._rotated((q, k), rotation)
-        logits_bias = None
+        if self.config.differential:
+            if captures is not None:
+                captures("attention", lambda: differential.weights(self, q, k, index))
+            y = differential.attend(self, q, k, v, index)
+            return affine(y, self.out, dtype)
+        if hasattr(self, "relative_bias"):
+            logits_bias = self.relative_bias()
         if hasattr(self, "rel_embed"):
             embeddings = self.rel_embed[...].astype(dtype)
             logits_bias = positions.relative_logits(q, embeddings, self.config.num_prefix_tokens)
@@ -195,6 +197,12 @@ class Attention(nnx.Module):
         return adapted_qkv(parts, x.astype(dtype), query, self.qkv)
 
 
+def logit_bias(config: ViTConfig, rngs: nnx.Rngs) -> LogitBias:
+    """The parameters of the model's `relative_bias`: of one block, or of all."""
+    sizes = (config.grid, config.num_heads, config.num_prefix_tokens)
+    return LogitBias(config.relative_bias, *sizes, rngs=rngs)
+
+
 def with_key(bias: Float[Array, "parts h k"]) -> Float[Array, "3 h k"]:
     """The bias of Q, K and V: zeros for K where only Q and V have one."""
     if len(bias) == 3:
@@ -206,7 +214,10 @@ def affine(
     x: Float[Array, "b n *inputs"], layer: "Affine | nnx.Linear", dtype: Any
 ) -> Float[Array, "b n *outputs"]:
     """Applies a layer's kernel, bias and adapter, if any, to tokens, in `dtype`."""
-    y = linear(x, layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
+    bias = getattr(layer, "bias", None)
+    y = linear(
+        x, layer.kernel[...].astype(dtype), None if bias is None else bias[...].astype(dtype)
+    )
     return adapted(y, x, layer)
 
 
@@ -234,6 +245,7 @@ class Mlp(nnx.Module):
             dtype=jnp.dtype(config.dtype),
             kernel_init=nnx.initializers.xavier_uniform(),
             bias_init=nnx.initializers.normal(1e-6),
+            use_bias=config.proj_bias,
             rngs=rngs,
         )
         self.fc1 = linear(config.width, config.mlp_dim * (2 if config.mlp == "swiglu" else 1))
@@ -259,7 +271,9 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-LN encoder block (Eq. 2 and 3).
+    """One pre-LN encoder block (Eq. 2 and 3); with `norm_after_branch`, each norm ends its branch.
+
+    With `parallel`, attention and MLP have one norm, one scale and one branch.
 
     Dropout follows every dense layer except the QKV projections (appendix B.1).
     """
@@ -268,11 +282,13 @@ class Block(nnx.Module):
         self.config = config
         self.norm1 = layer_norm(config, rngs)
         self.attention = Attention(config, rngs=rngs, relative=config.position == "relative")
-        self.norm2 = layer_norm(config, rngs)
+        if not config.parallel:
+            self.norm2 = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
         if config.layer_scale is not None:
             self.scale1 = nnx.Param(jnp.full(config.width, config.layer_scale))
-            self.scale2 = nnx.Param(jnp.full(config.width, config.layer_scale))
+            if config.mlp_scale and not config.parallel:
+                self.scale2 = nnx.Param(jnp.full(config.width, config.layer_scale))
         if config.position_at == "layers":
             positions.add_tables(self, config, rngs)
 
@@ -285,16 +301,19 @@ class Block(nnx.Module):
         captures: Captures | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
+        logits_bias: Float[Array, "#b #h #m n"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 
         `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path. `rotation`
-        is the table of rotary positions.
+        is the table of rotary positions, and `logits_bias` is added to the logits of attention.
         """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
+        after = self.config.norm_after_branch
 
-        def branch(y, scale, dropout_key, path_key):
+        def branch(y, norm, scale, dropout_key, path_key):
             y = dropout(y, self.config.dropout, dropout_key)
+            y = norm(y) if after else y
             if scale is not None:  # LayerScale, arXiv 2103.17239
                 y = y * scale[...].astype(y.dtype)
             if self.config.drop_path == 0:
@@ -302,10 +321,15 @@ class Block(nnx.Module):
             return drop_path(y, self.config.drop_path * depth_fraction, path_key)
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
-        y = self.attention(self.norm1(x), captures, length=length, rotation=rotation)
-        x = x + branch(y, scale1, attention_key, path_keys[0])
-        y = self.mlp(self.norm2(x), hidden_key)
-        x = x + branch(y, scale2, mlp_key, path_keys[1])
+        index = depth_fraction * (self.config.depth - 1)
+        given = dict(length=length, rotation=rotation, index=index, logits_bias=logits_bias)
+        y = self.attention(x if after else self.norm1(x), captures, **given)
+        if self.config.parallel:
+            y = y + self.mlp(self.norm1(x), hidden_key)
+            return x + branch(y, None, scale1, attention_key, path_keys[0])
+        x = x + branch(y, self.norm1, scale1, attention_key, path_keys[0])
+        y = self.mlp(x if after else self.norm2(x), hidden_key)
+        x = x + branch(y, self.norm2, scale2, mlp_key, path_keys[1])
         return x
 
 
@@ -315,11 +339,16 @@ class AttentionPool(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         config = dataclasses.replace(
             config,
+            max_patches=None,
             rotary=None,
+            relative_bias=None,
             position="none",
             position_at="input",
             key_bias=True,
             attention_norm=False,
+            qk_norm="none",
+            differential=False,
+            proj_bias=True,
             mlp_norm=False,
             num_heads=config.pool_heads or config.num_heads,
             mlp_dim=config.pool_mlp_dim or config.mlp_dim,
@@ -330,40 +359,48 @@ class AttentionPool(nnx.Module):
         self.norm = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], bias: Float[Array, "b 1 1 n"] | None = None
+    ) -> Float[Array, "b d"]:
         query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-        y = self.attention(x, query=query)
+        y = self.attention(x, query=query, logits_bias=bias)
         return (y + self.mlp(self.norm(y)))[:, 0]
 
 
-def folded(block: dict[str, Any]) -> dict[str, Any]:
-    """Folds the scales and biases of LayerNorms and LayerScales into the adjacent kernels.
+def folded(block: dict[str, Any], *, norms: bool = True) -> dict[str, Any]:
+    """Folds the scales and biases of norms and LayerScales into the adjacent kernels.
 
     The block computes the same function. It saves time in the backward pass: the gradients of these
     vectors are sums over all tokens, while those of kernels are products, from which the former
     follow. A forward pass alone reads the kernels one more time for it. A block with adapters stays
-    as it is: its norms are frozen.
+    as it is: its norms are frozen. Norms behind their branches (`norms` False) stay, too, and so do
+    the scales that follow them.
     """
 
     def fold(norm: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        if "bias" not in layer:  # nowhere to move what the norm adds
+        if "bias" in norm and "bias" not in layer:  # nowhere to move what the norm adds
             return norm, layer
         kernel, scale = layer["kernel"], norm["scale"]
         scaled = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
-        bias = with_key(layer["bias"]) if kernel.ndim == 4 else layer["bias"]
-        bias = bias + jnp.tensordot(norm["bias"], kernel, axes=1)
-        left = {"scale": jnp.ones_like(scale), "bias": jnp.zeros_like(scale)}
-        return left, {"kernel": scaled.astype(kernel.dtype), "bias": bias}
+        left, changed = {"scale": jnp.ones_like(scale)}, {"kernel": scaled.astype(kernel.dtype)}
+        if "bias" in norm:
+            bias = with_key(layer["bias"]) if kernel.ndim == 4 else layer["bias"]
+            changed["bias"] = bias + jnp.tensordot(norm["bias"], kernel, axes=1)
+            left["bias"] = jnp.zeros_like(scale)
+        return left, {**layer, **changed}
 
     block, attention, mlp = dict(block), dict(block["attention"]), dict(block["mlp"])
-    if any("lora_a" in part.get(name, ()) for part in (attention, mlp) for name in LAYERS):
+    if not norms or any(
+        "lora_a" in part.get(name, ()) for part in (attention, mlp) for name in LAYERS
+    ):
         return block
     block["norm1"], attention["qkv"] = fold(block["norm1"], attention["qkv"])
     block["norm2"], mlp["fc1"] = fold(block["norm2"], mlp["fc1"])
     for name, part, layer in (("scale1", attention, "out"), ("scale2", mlp, "fc2")):
         if name in block:
-            scale, kernel = block[name], part[layer]["kernel"]
-            scaled = (kernel * scale).astype(kernel.dtype)
-            part[layer] = {"kernel": scaled, "bias": part[layer]["bias"] * scale}
+            scale, old = block[name], part[layer]
+            part[layer] = {"kernel": (old["kernel"] * scale).astype(old["kernel"].dtype)}
+            if "bias" in old:
+                part[layer]["bias"] = old["bias"] * scale
             block[name] = jnp.ones_like(scale)
     return {**block, "attention": attention, "mlp": mlp}

@@ -1,11 +1,17 @@
 """Fixed position embeddings, and resizing of position and patch embeddings to a new model."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
 from vit_jax.errors import UserError, nearest
 
-RESIZE_METHODS = ("zoom", "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias")
+_OF_PIXELS = ("bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias")
+_PLAIN = ("zoom", *_OF_PIXELS)
+ASPECT = "_aspect"
+NATIVE_METHODS = (*_PLAIN, *(method + ASPECT for method in _PLAIN))
+RESIZE_METHODS = (*NATIVE_METHODS, "geometric")
 
 
 def resize(
@@ -24,7 +30,11 @@ def resize(
       method: `zoom` is the paper's, scipy.ndimage.zoom(order=1), which aligns corners. The others
         align half-pixel sample centres: `bilinear` and `bicubic` as in PyTorch's interpolate
         (cubic a = -0.75, borders repeated), and with `_antialias` as in PyTorch's antialiased
-        ones, Pillow's and jax.image.resize's (a = -0.5, weights renormalised).
+        ones, Pillow's and jax.image.resize's (a = -0.5, weights renormalised). With `_aspect`, it
+        is resized to the square of the longer side, and its upper left part is taken, as by timm's
+        `pos_embed_ar_preserving`: a patch is as large in both directions. `geometric` is for a
+        relative position bias (see `relative.resize`); a position embedding is resized here as
+        timm does it beside such a bias, by `bicubic_antialias`.
 
     Raises:
       UserError: the rows do not fit old grid and prefix, or the method does not exist.
@@ -39,7 +49,13 @@ def resize(
         raise UserError(f"position resize {method!r}: {nearest(method, RESIZE_METHODS)}")
     if tuple(old_grid) == tuple(new_grid):
         return embedding
+    method = "bicubic_antialias" if method == "geometric" else method
     prefix, grid = embedding[:num_prefix_tokens], embedding[num_prefix_tokens:]
+    if method.endswith(ASPECT):
+        square = (max(new_grid),) * 2
+        grid = resize(grid, old_grid, square, 0, method.removesuffix(ASPECT))
+        grid = grid.reshape(*square, -1)[: new_grid[0], : new_grid[1]]
+        return np.concatenate([prefix, grid.reshape(-1, grid.shape[-1])])
     grid = grid.reshape(*old_grid, -1)
     if method == "zoom":
         import scipy.ndimage
@@ -58,25 +74,35 @@ def resize(
 
 def _resize_matrix(old: int, new: int, method: str) -> Float[np.ndarray, "new old"]:
     """Interpolation weights of the old samples for each new one, along one axis."""
+    return sample_weights(np.arange(new), old, new, method, np)
+
+
+def sample_weights(place: Any, old: int, new: Any, method: str, xp: Any) -> Any:
+    """Interpolation weights [... old] of `old` samples for the places [...] of `new` ones.
+
+    NumPy and JAX arrays alike (`xp` is the module); `new` is a number, or an array that fits.
+    """
     antialias = method.endswith("_antialias")
-    cubic = method.startswith("bicubic")
     a = -0.5 if antialias else -0.75
-    stretch = max(old / new, 1.0) if antialias else 1.0
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    if method == "zoom":
+        stretch, centres = xp.ones(()), place * ((old - 1) / xp.maximum(new - 1, 1))
+    else:
+        stretch = xp.maximum(old / new, 1.0) if antialias else xp.ones(())
+        centres = (place + 0.5) * old / new - 0.5
     # Two samples beyond each border, which the plain methods fold back onto the border's sample.
     positions = np.arange(-2, old + 2)
-    x = np.abs(positions - centres[:, None]) / stretch
-    if cubic:
+    x = xp.abs(positions - centres[..., None]) / stretch[..., None]
+    if method.startswith("bicubic"):
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-        weights = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+        weights = xp.where(x <= 1, near, xp.where(x < 2, far, 0.0))
     else:
-        weights = np.maximum(1 - x, 0.0)
-    inside = weights[:, 2:-2].copy()
+        weights = xp.maximum(1 - x, 0.0)
+    inside = weights[..., 2:-2]
     if not antialias:
-        inside[:, 0] += weights[:, :2].sum(axis=1)
-        inside[:, -1] += weights[:, -2:].sum(axis=1)
-    return inside / inside.sum(axis=1, keepdims=True)
+        for end, two in ((0, weights[..., :2]), (old - 1, weights[..., -2:])):
+            inside = inside + two.sum(axis=-1, keepdims=True) * (np.arange(old) == end)
+    return inside / inside.sum(axis=-1, keepdims=True)
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n {width}"]:
@@ -84,10 +110,18 @@ def sincos2d(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n {width}"
 
     Channels are, in quarters: sin and cos of the column, sin and cos of the row.
     """
-    y, x = np.mgrid[: grid[0], : grid[1]]
+    y, x = (axis.reshape(-1) for axis in np.mgrid[: grid[0], : grid[1]])
+    return sincos_of(y, x, width, np).astype(np.float32)
+
+
+def sincos_of(y: Any, x: Any, width: int, xp: Any) -> Any:
+    """The same embedding [... width] of patches at rows y [...] and columns x [...].
+
+    NumPy and JAX arrays alike (`xp` is the module).
+    """
     omega = 1.0 / 10_000.0 ** (np.arange(width // 4) / (width // 4 - 1))
-    y, x = (axis.reshape(-1, 1) * omega for axis in (y, x))
-    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+    y, x = (axis[..., None] * omega for axis in (y, x))
+    return xp.concatenate([xp.sin(x), xp.cos(x), xp.sin(y), xp.cos(y)], axis=-1)
 
 
 def resample_patches(
@@ -104,8 +138,8 @@ def resample_patches(
     Raises:
       UserError: the method does not exist.
     """
-    if method not in RESIZE_METHODS[1:]:
-        raise UserError(f"patch resize {method!r}: {nearest(method, RESIZE_METHODS[1:])}")
+    if method not in _OF_PIXELS:
+        raise UserError(f"patch resize {method!r}: {nearest(method, _OF_PIXELS)}")
     down, across = (
         np.linalg.pinv(_resize_matrix(old, new, method).T)
         for old, new in zip(kernel.shape[:2], patch_size, strict=True)

@@ -11,11 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vit_jax.errors import UserError
-from vit_jax.models import posembed
+from vit_jax.models import posembed, relative
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.linear import einsum_f32
 
-NAMES = ("pos_embed", "pos_embed_row", "pos_embed_column", "pos_embed_prefix", "rel_embed")
+_BIAS = "relative_bias/table"
+NAMES = ("pos_embed", "pos_embed_row", "pos_embed_column", "pos_embed_prefix", "rel_embed", _BIAS)
 INIT = nnx.initializers.normal(0.02)
 
 
@@ -109,7 +110,7 @@ def fitted(
 
     Args:
       name: of the parameter; under "blocks/", tables are resized layer by layer.
-      method: see `posembed.resize`.
+      method: see `posembed.resize`, and for a relative position bias `relative.resize`.
 
     Returns:
       The table, and a note on what was done to it; any other parameter as it is, with "kept".
@@ -127,16 +128,19 @@ def fitted(
             "same offset in raster order is another displacement there. Keep the grid: change "
             "image_size and patch_size together, or neither"
         )
-    if table == "pos_embed":
+    resize, count = posembed.resize, None
+    axis, plain = {"pos_embed_row": 0, "pos_embed_column": 1}.get(table), method
+    if name.endswith(_BIAS):
+        resize, sizes = relative.resize, (old.grid, new.grid)
+    elif table == "pos_embed":
         sizes = old.grid, new.grid, old.num_position_prefix
-    elif table == "pos_embed_row":
-        sizes = (gh, 1), (new_gh, 1), 0
-    elif table == "pos_embed_column":
-        sizes = (gw, 1), (new_gw, 1), 0
+    elif axis is not None:
+        count, plain = new.grid[axis], method.removesuffix(posembed.ASPECT)
+        sizes = (old.grid[axis], 1), (count if plain == method else max(new.grid), 1), 0
     else:
         return value, "kept"
     if name.startswith("blocks/"):
-        value = np.stack([posembed.resize(layer, *sizes, method) for layer in value])
+        value = np.stack([resize(layer, *sizes, plain)[:count] for layer in value])
     else:
-        value = posembed.resize(value, *sizes, method)
+        value = resize(value, *sizes, plain)[:count]
     return value, f"resized {gh}x{gw} -> {new_gh}x{new_gw} ({method})"

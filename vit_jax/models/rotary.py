@@ -6,6 +6,7 @@ that attention logits depend on the difference of two places.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,18 +85,20 @@ class Rotary:
 
     def places(self, grid: tuple[int, int], prefix: int) -> Float[np.ndarray, "n 2"]:
         """The place of each token along both axes, [prefix + gh * gw, 2]; 0 before the patches."""
-        places = []
-        for axis, count in enumerate(grid):
-            place = np.arange(count, dtype=np.float64)
-            if self.coordinates == "centred":
-                place = ((place + 0.5) / count * 2 - 1) * 2 * np.pi
-            else:
-                scale = 1 if self.reference is None else self.reference[axis] / count
-                place = (place + self.offset) * scale
-            places.append(place)
+        places = [
+            self.place(np.arange(count, dtype=np.float64), count, axis)
+            for axis, count in enumerate(grid)
+        ]
         y, x = np.meshgrid(*places, indexing="ij")
         found = np.stack((y, x) if self.axes == "yx" else (x, y), axis=-1).reshape(-1, 2)
         return np.concatenate([np.zeros((prefix, 2)), found])
+
+    def place(self, index: Any, count: Any, axis: int) -> Any:
+        """The places of patches along an axis (0 is down), by index, of `count`; any arrays."""
+        if self.coordinates == "centred":
+            return ((index + 0.5) / count * 2 - 1) * 2 * np.pi
+        scale = 1 if self.reference is None else self.reference[axis] / count
+        return (index + self.offset) * scale
 
     def table(
         self, grid: tuple[int, int], head_dim: int, prefix: int
@@ -104,10 +107,14 @@ class Rotary:
 
         The first half of the channels are cosines. Those of the `prefix` tokens are 1 and 0.
         """
+        return self.turns(self.places(grid, prefix), head_dim, np).astype(np.float32)
+
+    def turns(self, places: Any, head_dim: int, xp: Any) -> Any:
+        """The same table of places [... n 2]; NumPy and JAX arrays alike (`xp` is the module)."""
         frequencies = self.base ** (-np.arange(head_dim // 4) / (head_dim // 4))
-        angles = self.places(grid, prefix)[..., None] * frequencies
-        angles = angles.reshape(len(angles), head_dim // 2)  # [n, axes * quarter]
-        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        angles = places[..., None] * frequencies
+        angles = angles.reshape(*places.shape[:-1], head_dim // 2)  # [... n, axes * quarter]
+        return xp.concatenate([xp.cos(angles), xp.sin(angles)], axis=-1)
 
     def frequencies(
         self, key: Key[Array, ""], heads: int, head_dim: int

@@ -1,5 +1,6 @@
 """The Vision Transformer (arXiv 2010.11929), in forward order."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
-from vit_jax.models import attention, elementwise, layers, positions, resnet
+from vit_jax.models import attention, elementwise, layers, native, positions, resnet
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.corruption import Corruption
 from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
@@ -37,6 +38,8 @@ class ViT(nnx.Module):
             self.registers = nnx.Param(normal(rngs.params(), (1, config.registers, width)))
         if config.position_at != "layers":
             positions.add_tables(self, config, rngs)
+        if config.relative_bias is not None and config.relative_bias.shared:
+            self.relative_bias = layers.logit_bias(config, rngs)
         if config.pre_norm:
             self.pre_norm = layers.layer_norm(config, rngs)
         keys = jax.random.split(rngs.params(), config.depth)
@@ -62,7 +65,7 @@ class ViT(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array | np.ndarray, "b h w c"],
+        images: Float[Array | np.ndarray, "b h w c"] | native.Patches | list[Any],
         *,
         key: Key[Array, ""] | None = None,
         capture: str | tuple[str, ...] = (),
@@ -73,7 +76,8 @@ class ViT(nnx.Module):
         """Classifies images, or predicts corrupted patches.
 
         Args:
-          images: normalised as the model's preprocessing says, of exactly `config.image_size`.
+          images: normalised as the model's preprocessing says, of exactly `config.image_size`;
+            with `config.max_patches`, `Patches`, or a list of images [h w c] of any shapes.
           key: enables dropout, patch dropout and stochastic depth; without it the model is
             deterministic, and sees all patches.
           capture: names of intermediates to return with the logits: `patches` [b n d], `tokens`
@@ -93,7 +97,7 @@ class ViT(nnx.Module):
           UserError: the images have another size or number of channels.
         """
         config, captures = self.config, Captures(capture)
-        layers.check_images(images, config)
+        images, sizes = native.opened(images, config)
         embedding_key, block_key = split_key(key, 2)
 
         x = images if config.resnet is None else self.resnet(images, layout)  # [b h w c]
@@ -104,19 +108,19 @@ class ViT(nnx.Module):
                 x = corruption.apply(x, self.mask_token[...])
             x = jnp.concatenate([*self.prefix_tokens(x), x], axis=1)
             if config.position_at == "input":
-                x = elementwise.row_major(x + self.positions().astype(x.dtype))
+                x = elementwise.row_major(x + self.positions(sizes).astype(x.dtype))
         x = elementwise.dropout(x, config.dropout, embedding_key)
-        rotation = self.rotation(x, embedding_key)
+        rotation = self.rotation(x, embedding_key, sizes)
         prefix = config.num_prefix_tokens
         x = elementwise.drop_patches(x, config.patch_dropout, prefix, embedding_key)
         if config.pre_norm:
             x = self.pre_norm(x)
 
         x = self.encode(
-            x, block_key, captures, layout, frozen, rotation
+            x, block_key, captures, layout, frozen, rotation, sizes
         )  # Eq. 2 and 3, `depth` times
         with jax.named_scope("head"):
-            x = self.classified(x, captures, corruption)
+            x = self.classified(x, captures, corruption, sizes)
         logits = x.astype(jnp.float32)
         return (logits, captures.values) if capture else logits
 
@@ -125,6 +129,7 @@ class ViT(nnx.Module):
         x: Float[Array, "b n d"],
         captures: Captures,
         corruption: Corruption | None = None,
+        sizes: native.Sizes | None = None,
     ) -> Float[Array, "b *k"]:
         """Final norm, pooling and head: logits, or the predictions for corrupted patches."""
         config = self.config
@@ -134,7 +139,7 @@ class ViT(nnx.Module):
         if corruption is not None:
             return self.predicted(x, corruption)
 
-        x, x_dist = self.pooled(x)
+        x, x_dist = self.pooled(x, sizes)
         if config.norm_after_pool:
             x = self.norm(x)
         captures("pooled", lambda: x)
@@ -157,8 +162,9 @@ class ViT(nnx.Module):
         (`norm_after_pool`), it was trained on means, and is not applied to the tokens.
 
         Raises:
-          UserError: as `__call__`.
+          UserError: as `__call__`, or the model takes images of any shape (`config.max_patches`).
         """
+        native.check_one_grid(self.config)
         _, captured = self(images, capture="encoded", layout=layout)
         x = captured["encoded"][:, self.config.num_prefix_tokens :]
         return x.reshape(x.shape[0], *self.config.grid, x.shape[-1])
@@ -172,16 +178,22 @@ class ViT(nnx.Module):
             if token is not None
         ]
 
-    def positions(self) -> Float[Array, "*depth n d"]:
+    def positions(self, sizes: native.Sizes | None = None) -> Float[Array, "*depth n d"]:
         """The position embeddings added at the input or before each layer (`config.position_at`).
 
-        Where layers have tables of their own, there is a leading depth axis.
+        Where layers have tables of their own, there is a leading depth axis; with `sizes`, one of
+        images.
         """
+        if sizes is not None:
+            return sizes.positions(self)
         owner = self.blocks if self.config.position_at == "layers" else self
         return positions.composed(owner, self.config)
 
     def rotation(
-        self, x: Float[Array, "b ..."], key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "b ..."],
+        key: Key[Array, ""] | None,
+        sizes: native.Sizes | None = None,
     ) -> Float[Array, "*b n c"] | None:
         """The table of rotary positions of all tokens; with patch dropout, of each image of x.
 
@@ -192,6 +204,8 @@ class ViT(nnx.Module):
         config, prefix = self.config, self.config.num_prefix_tokens
         if config.rotary is None:
             return None
+        if sizes is not None:
+            return sizes.rotation()
         if config.rotary.learned:
             table = jnp.asarray(config.rotary.places(config.grid, prefix), jnp.float32)
         else:
@@ -202,7 +216,7 @@ class ViT(nnx.Module):
         return elementwise.drop_patches(table, config.patch_dropout, prefix, key)
 
     def pooled(
-        self, x: Float[Array, "b n d"]
+        self, x: Float[Array, "b n d"], sizes: native.Sizes | None = None
     ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
         """The head's input (the class token in Eq. 4), and that of `head_dist`, if there is one."""
         config = self.config
@@ -211,8 +225,10 @@ class ViT(nnx.Module):
             return x[:, 0], x_dist
         if config.pool == "map":
             first = 0 if config.pool_prefix else config.num_prefix_tokens
-            return self.attention_pool(x[:, first:]), None
-        mean = x[:, config.num_prefix_tokens :].mean(axis=1)
+            bias = None if sizes is None else sizes.bias[..., first:]
+            return self.attention_pool(x[:, first:], bias), None
+        real = None if sizes is None else sizes.real[..., None]
+        mean = x[:, config.num_prefix_tokens :].mean(axis=1, where=real)
         return (mean if config.pool == "gap" else jnp.concatenate([x[:, 0], mean], axis=1)), None
 
     def heads(
@@ -243,11 +259,13 @@ class ViT(nnx.Module):
         layout: Layout | None = None,
         frozen: int = 0,
         rotation: Float[Array, "*b n c"] | None = None,
+        sizes: native.Sizes | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
         depth, at = self.config.depth, self.config.position_at
         shared = self.positions() if at == "layers_shared" else None
+        logits_bias = self.relative_bias() if hasattr(self, "relative_bias") else None
 
         length, extra = x.shape[1], 0  # cuDNN takes even numbers of tokens
         if attention.backend_of(self.config) == "cudnn":
@@ -257,14 +275,18 @@ class ViT(nnx.Module):
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
 
         rotation = None if rotation is None else pad(rotation)
+        logits_bias = logits_bias if sizes is None else sizes.bias
 
         # On one GPU, norms are folded into the next kernels (see `layers.folded`); with a layout
         # that would gather sharded kernels. In a scan, the body folds: no copy of all blocks.
         fold = target() == "gpu" and layout is None
         fold_before = not scanned(self.config.scan, depth)
 
+        other = self.config.norm_after_branch or self.config.parallel
+        folded = functools.partial(layers.folded, norms=not other)
+
         def body(x, params, index):
-            params = layers.folded(params) if fold and not fold_before else params
+            params = folded(params) if fold and not fold_before else params
             block, inner = nnx.merge(graphdef, params), Captures(captures.names)
             if at != "input":
                 added = positions.composed(block, self.config) if shared is None else shared
@@ -276,13 +298,14 @@ class ViT(nnx.Module):
                 captures=inner,
                 length=length,
                 rotation=rotation,
+                logits_bias=logits_bias,
             )
             inner("tokens", lambda: x[:, :length])
             return x, inner.values
 
         stacked = nnx.to_pure_dict(stacked)
         if fold and fold_before:
-            stacked = jax.vmap(layers.folded)(stacked)
+            stacked = jax.vmap(folded)(stacked)
         x, captured = run_block(
             body, pad(x), stacked, self.config, layout, depth=depth, frozen=frozen
         )

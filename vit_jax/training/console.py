@@ -116,6 +116,8 @@ def _model(plan: Plan, state: Any) -> str:
     learned, count = trainable(plan.config.optim.freeze, state.params).sizes(state.params)
     learning = f", of which {learned:,} learn" if learned < count else ""
     pixels = "{}x{} pixels".format(*model.image_size)
+    if (most := plan.card.preprocess.max_patches) is not None:
+        pixels = f"images of any shape, at most {most} patches"
     precision = "" if model.dtype == "float32" else f", {model.dtype}"
     return f"{name}; {pixels}{classes}, {count:,} parameters{learning}{precision}"
 

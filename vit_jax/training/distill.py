@@ -133,6 +133,11 @@ class Teacher:
                 f"{name} is of objective {card.objective}, which answers each class by itself: "
                 "expected a model of objective softmax"
             )
+        if card.preprocess.max_patches is not None:
+            raise UserError(
+                f"{name} takes images of any shape, and a teacher sees the student's images, all "
+                "of one: expected a model without max_patches"
+            )
         ours, theirs = student.config.in_channels, card.config.in_channels
         if ours != theirs and {ours, theirs} != {1, 3}:
             raise UserError(

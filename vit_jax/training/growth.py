@@ -10,9 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.errors import UserError
-from vit_jax.models import positions
+from vit_jax.models import positions, relative
 from vit_jax.models.config import ModelConfig, ViTConfig
 
 
@@ -46,24 +47,26 @@ def check_sizes(sizes: Sequence[int], model: ModelConfig) -> None:
 def fit(old: ModelConfig, new: ModelConfig, method: str) -> Callable[[Any], Any]:
     """Returns a function of the parameters of `old` that gives those of `new`, of another grid.
 
-    It resizes the position tables (see `positions.fitted`), each by a matrix, so that gradients
-    pass.
+    It resizes the position tables (see `positions.fitted`), those of a bias as well, each by a
+    matrix, so that gradients pass.
     """
     if not isinstance(old, ViTConfig) or old.grid == new.grid:
         return lambda params: params
+    sizes = {name: rows for name, (rows, _) in positions.table_shapes(old).items()}
+    if old.relative_bias is not None and old.relative_bias.kind == "table":
+        sizes["relative_bias/table"] = relative.rows(old.grid, old.num_prefix_tokens)
     matrices = {
         name: positions.fitted(name, np.eye(rows), old, new, method)[0].astype(np.float32)
-        for name, (rows, _) in positions.table_shapes(old).items()
+        for name, rows in sizes.items()
     }
 
     def fitted(params):
-        owner = params["blocks"] if old.position_at == "layers" else params
-        tables = {
-            name: jnp.einsum("mn,...nd->...md", matrix, owner[name], precision="highest")
-            for name, matrix in matrices.items()
-        }
-        owner = {**owner, **tables}
-        return {**params, "blocks": owner} if old.position_at == "layers" else owner
+        flat = flatten_dict(params, sep="/")
+        for path, table in flat.items():
+            matrix = next((m for name, m in matrices.items() if path.endswith(name)), None)
+            if matrix is not None:
+                flat[path] = jnp.einsum("mn,...nd->...md", matrix, table, precision="highest")
+        return unflatten_dict(flat, sep="/")
 
     return fitted
 

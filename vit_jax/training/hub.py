@@ -108,9 +108,12 @@ def card(
         name: what for name, what in vit.report.facts.items() if name not in ("file", "prefix")
     }
     pre = vit.preprocess
+    shape = f"{pre.image_size[0]}x{pre.image_size[1]}, {pre.aspect}, crop {pre.crop:.4g}"
+    if pre.max_patches is not None:
+        shape = "at most {} patches of {}x{}, whole".format(pre.max_patches, *pre.patch_size)
     facts["preprocessing"] = (
-        f"{pre.resize} to {pre.image_size[0]}x{pre.image_size[1]}, {pre.aspect}, crop "
-        f"{pre.crop:.4g}; then (pixel / 255 - mean) / std with mean {pre.mean}, std {pre.std}"
+        f"{pre.resize} to {shape}; then (pixel / 255 - mean) / std with mean {pre.mean}, "
+        f"std {pre.std}"
     )
     if classes:
         facts["outputs"] = f"{classes} logits ({vit.objective})"

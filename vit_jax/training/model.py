@@ -12,7 +12,7 @@ from vit_jax.models.lora import learns
 from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
 from vit_jax.models.variants import variant, variant_fields, variant_kind
-from vit_jax.training import masking
+from vit_jax.training import masking, native
 from vit_jax.training.config import Config
 
 
@@ -120,6 +120,7 @@ def _with_patch_outputs(config: Config, model: ModelConfig) -> ModelConfig:
     """Adds the outputs for each patch that the objective needs."""
     given, wanted = config.model.get("patch_outputs"), 0
     if not config.classifies:
+        native.check_objective(config.objective, model)
         wanted = masking.patch_outputs(config.objective, model)
     if given not in (None, wanted):
         raise UserError(

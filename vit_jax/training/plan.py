@@ -26,7 +26,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig
 from vit_jax.models.create import structure
-from vit_jax.training import growth
+from vit_jax.training import growth, native
 from vit_jax.training.config import DURATIONS, Config, differences, read_config
 from vit_jax.training.distill import Teacher, open_teacher
 from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
@@ -231,6 +231,8 @@ def make_plan(
     head = config.model.get("head") or ("keep" if init and _keeps_head(config, data, init) else "")
     labels, keep_head = _labels(config, data, base, head)
     model = model_config(config, base and base.config, len(labels), keep_head)
+    method = config.model.get("position_resize") or (base.position_resize if base else "zoom")
+    model = native.fitted(model, config, method)
     if base:
         check_sizes(model, base.config)
         check_adapted(model, init)
@@ -254,7 +256,7 @@ def make_plan(
         labels,
         data.fingerprint,
         config.objective,
-        config.model.get("position_resize") or (base.position_resize if base else "zoom"),
+        method,
         multi_label=data.multi_label and bool(labels),
     )
     if keep_head and "head" not in config.model:
@@ -340,10 +342,8 @@ def _labels(
 
 def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> Preprocess:
     """The model's preprocessing; the same in evaluation and in `predict`."""
-    if base:
-        preprocess = fitted_preprocess(base.preprocess, model)
-    else:
-        preprocess = Preprocess(model.image_size, model.in_channels)
+    preprocess = base.preprocess if base else Preprocess(model.image_size, model.in_channels)
+    preprocess = fitted_preprocess(preprocess, model)
     evaluated = config.data.val or config.data.test or config.data.train
     return evaluated.preprocess(preprocess)
 

@@ -72,10 +72,12 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
     state = abstract_state(model, optimizer, ema=config.optim.ema is not None, mesh=mesh)
     b, k = config.batch_size, model.num_classes
     batch = {
-        "image": ((b, *model.image_size, model.in_channels), jnp.uint8),
+        "image": ((b, *card.preprocess.shape), jnp.uint8),
         "label": ((b, k), jnp.float32) if card.multi_label else ((b,), jnp.int32),
         "mask": ((b,), jnp.bool_),
     }
+    if card.preprocess.max_patches is not None:
+        batch["grid"] = ((b, 2), jnp.int32)
     mixed_steps = config.augment.mixed_steps(plan.total_steps)
     make_step = functools.partial(
         make_train_step,

@@ -19,9 +19,9 @@ from vit_jax.data import config as data
 from vit_jax.data import images, transforms
 from vit_jax.data.forms.vtab import TASKS
 from vit_jax.errors import UserError, nearest
-from vit_jax.models import rotary
+from vit_jax.models import relative, rotary
 from vit_jax.models.config import CHOICES, SECTIONS, ResNetConfig, ViTConfig
-from vit_jax.models.posembed import RESIZE_METHODS
+from vit_jax.models.posembed import NATIVE_METHODS, RESIZE_METHODS
 from vit_jax.models.variants import variant_fields, variant_kind
 from vit_jax.recipes import recipes
 from vit_jax.training import distill, optim
@@ -33,6 +33,7 @@ from vit_jax.training.evaluation.evaluators import EVALUATORS, SEVERAL, Evaluato
 KNOWN = {
     **CHOICES,
     **rotary.CHOICES,
+    **{f"model.relative_bias.{name}": choices for name, choices in relative.CHOICES.items()},
     **transforms.CHOICES,
     "jpeg": images.JPEG_MODES,
     "on_corrupt": data.ON_CORRUPT,
@@ -40,6 +41,7 @@ KNOWN = {
     "precision": CHOICES["dtype"],
     "head": ("fresh", "keep"),
     "position_resize": RESIZE_METHODS,
+    "native_resize": NATIVE_METHODS,
     "optim.name": optim.NAMES,
     "schedule": optim.SCHEDULES,
     "decayed": optim.DECAYED,

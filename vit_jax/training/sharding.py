@@ -60,6 +60,8 @@ PLACEMENT = (
     (r"(pre_logits|head|head_dist|patch_head)/kernel$", (None, None), (-2, -1)),
     (r"pos_embed(_\w+)?$", (None, None), (-1,)),
     (r"attention/rotary_freqs$", (None, "tensor", None), ()),
+    (r"relative_bias/(table|fc2/kernel)$", (None, "tensor"), ()),
+    (r"relative_bias/fc2/bias$", ("tensor",), ()),
     (r"attention/rel_embed$", (None, "tensor", None), (-1,)),
 )
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.create import Model, merged
+from vit_jax.models.native import Patches
 from vit_jax.models.stack import Layout
 from vit_jax.training import masking, objectives
 from vit_jax.training.distill import Teacher
@@ -25,10 +26,14 @@ Batch = dict[str, Array]
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
-def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"]:
-    """The batch's images, pixels in 0 to 255 (uint8 or float32), normalised on the device."""
+def images(batch: Batch, preprocess: Preprocess) -> Float[Array, "b h w c"] | Patches:
+    """The batch's images, pixels in 0 to 255 (uint8 or float32), normalised on the device.
+
+    With a `grid` of each, the images are patches.
+    """
     with jax.named_scope("patches"):  # which read the pixels
-        return preprocess.normalise(batch["image"])
+        normalised = preprocess.normalise(batch["image"])
+        return Patches(normalised, batch["grid"]) if "grid" in batch else normalised
 
 
 def class_loss(

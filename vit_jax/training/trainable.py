@@ -192,9 +192,9 @@ def layer(name: str, depth: int) -> int | np.ndarray:
     """The layer of a parameter for `layer_decay`, as in BEiT and MAE.
 
     0 is the embedding, i + 1 block i (for a stacked parameter all of them, int [depth]), and
-    depth + 1 what comes after the blocks.
+    depth + 1 what comes after the blocks, and a position bias that they share.
     """
     if name.startswith("blocks/"):
         return np.arange(1, depth + 1)
-    last = ("norm", "attention_pool", "pre_logits", *HEADS)
+    last = ("norm", "relative_bias", "attention_pool", "pre_logits", *HEADS)
     return depth + 1 if name.partition("/")[0] in last else 0

@@ -16,6 +16,7 @@ from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.errors import UserError, during
 from vit_jax.models.create import structure
+from vit_jax.training import native
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
 from vit_jax.training.evaluation import multilabel
@@ -68,6 +69,7 @@ class Evaluation:
             if split is not None
         }
         self._evaluators |= config.eval.evaluators
+        native.check_views(card, config.eval)
         masked = not config.classifies
         if masked and card.objective != config.objective:
             raise UserError(

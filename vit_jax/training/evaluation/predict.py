@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.load import Loaded, each_image, load
@@ -27,6 +28,7 @@ from vit_jax.data.ahead import threads_of
 from vit_jax.data.inputs import Inputs, Read
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, during, nearest
+from vit_jax.models.native import check_one_grid
 from vit_jax.training.evaluation.evaluation import fetched
 from vit_jax.training.evaluation.steps import features_of
 from vit_jax.training.sharding import MeshConfig, batch_shards, make_mesh, placement, to_devices
@@ -40,7 +42,7 @@ _AHEAD = 2  # batches that are decoded while devices compute
 
 
 class _Batch(NamedTuple):
-    images: UInt8[np.ndarray, "b h w c"] | Float32[np.ndarray, "b h w c"]
+    images: dict[str, np.ndarray]  # see `Preprocess.empty`
     rows: list[concurrent.futures.Future[None]]
 
 
@@ -49,21 +51,22 @@ def local_mesh() -> Mesh:
     return make_mesh(MeshConfig(), jax.local_devices())
 
 
-def load_local(model: epath.PathLike | Loaded) -> Loaded:
+def load_local(model: epath.PathLike | Loaded, max_patches: int | None = None) -> Loaded:
     """Loads a model onto all devices of this process, unless it is loaded already."""
     if isinstance(model, Loaded):
         return model
-    return load(model, shardings=functools.partial(placement, mesh=local_mesh()))
+    shardings = functools.partial(placement, mesh=local_mesh())
+    return load(model, shardings=shardings, max_patches=max_patches)
 
 
-def default_batch_size(image_size: tuple[int, int], mesh: Mesh) -> int:
+def default_batch_size(image_size: tuple[int, ...], mesh: Mesh) -> int:
     """As many pixels as 128 images of 224 x 224 a device, at most 1024 images; on CPUs a quarter.
 
     A power of two for each device; CPU devices share one such part, as they share the cores.
     """
     on_cpu, devices = mesh.devices.flat[0].platform == "cpu", batch_shards(mesh)
     pixels = (32 if on_cpu else 128) * 224 * 224
-    each = min(max(pixels // (image_size[0] * image_size[1]), 1), 256 if on_cpu else 1024)
+    each = min(max(pixels // math.prod(image_size), 1), 256 if on_cpu else 1024)
     each = 2 ** (each.bit_length() - 1)
     return max(each, devices) if on_cpu else each * devices
 
@@ -103,7 +106,12 @@ class Predictor:
             self.k = min(loaded.checked_topk(topk), len(loaded.labels))
         self.mesh, self.labels, self.preprocess = local_mesh(), loaded.labels, loaded.preprocess
         shards = batch_shards(self.mesh)
-        size = batch_size or default_batch_size(self.preprocess.image_size, self.mesh)
+        sides = self.preprocess.image_size
+        if self.preprocess.max_patches is not None:
+            if what == "dense":
+                check_one_grid(loaded.config)
+            sides = self.preprocess.max_patches, *self.preprocess.patch_size
+        size = batch_size or default_batch_size(sides, self.mesh)
         self.batch_size = -(-size // shards) * shards
         self._threads = threads_of(0, threads)
         graphdef, params = nnx.split(loaded.model)
@@ -115,9 +123,8 @@ class Predictor:
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """The shape of an image's features: (d,), or dense (gh, gw, d)."""
-        size = batch_shards(self.mesh), *self.preprocess.image_size, self.preprocess.in_channels
-        image = jax.ShapeDtypeStruct(size, self.preprocess.pixel_dtype)
-        return jax.eval_shape(self._step, self._params, {"image": image})["x"].shape[1:]
+        images = self.preprocess.empty(batch_shards(self.mesh))
+        return jax.eval_shape(self._step, self._params, images)["x"].shape[1:]
 
     def __call__(self, images: Any) -> Iterator[Answer]:
         """Yields an answer for each image, in order, reading at most 5 batches ahead.
@@ -130,7 +137,7 @@ class Predictor:
         return self._answers(_given(each_image(images)))
 
     def forward(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """The program: {image: [b h w c] of 0 to 255, as `preprocess.pixels`} on the mesh.
+        """The program: {image: [b h w c] of 0 to 255}, as `preprocess.fill` has it, on the mesh.
 
         Returns:
           {index: int32 [b k], probability: float32 [b k]}, most likely first, or {x: features}.
@@ -144,8 +151,8 @@ class Predictor:
         def results():
             for batch in self._batches(iter(readers)):
                 errors.append([row.exception() for row in batch.rows])
-                pixels = {"image": batch.images}
-                yield self.forward(to_devices(pixels, len(batch.images), self.mesh))
+                size = len(batch.images["image"])
+                yield self.forward(to_devices(batch.images, size, self.mesh))
 
         with during(lambda: f"predicting image {done + 1}"):
             for values in fetched(results()):
@@ -182,14 +189,14 @@ class Predictor:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, pool: concurrent.futures.Executor, chunk: list[Read], size: int) -> _Batch:
-        shape = (size, *self.preprocess.image_size, self.preprocess.in_channels)
-        batch = np.zeros(shape, self.preprocess.pixel_dtype)
-        rows = [pool.submit(self._fill, out, read) for out, read in zip(batch, chunk, strict=False)]
+        batch = self.preprocess.empty(size)
+        rows = [pool.submit(self._fill, batch, row, read) for row, read in enumerate(chunk)]
         return _Batch(batch, rows)
 
-    def _fill(self, out: np.ndarray, read: Read) -> None:
+    def _fill(self, batch: dict[str, np.ndarray], row: int, read: Read) -> None:
         """Reads an image into a row of a batch."""
-        out[...] = self.preprocess.pixels(self.preprocess.read(read()))
+        pixels = self.preprocess.pixels(self.preprocess.read(read()))
+        self.preprocess.fill(batch, row, pixels)
 
 
 def _given(images: Iterable[Any]) -> Iterator[Read]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.create import Model
+from vit_jax.models.native import Patches
 from vit_jax.models.vit import Layout
 from vit_jax.training import objectives
 from vit_jax.training.steps import Batch, images, masked_sums, merged
@@ -152,7 +153,11 @@ def make_feature_step(
 
 
 def features_of(
-    model: Model, inputs: Float[Array, "b h w c"], *, dense: bool, layout: Layout | None = None
+    model: Model,
+    inputs: Float[Array, "b h w c"] | Patches,
+    *,
+    dense: bool,
+    layout: Layout | None = None,
 ) -> Float32[Array, "b *d"]:
     """The head's input [b d], or the dense features [b gh gw d]."""
     if dense:

@@ -1,0 +1,113 @@
+"""Models of timm's vision_transformer.py that are no plain ViTs: AIMv2, InternViT, RADIO, ..."""
+
+import pytest
+import timm
+from timm.models._hub import save_for_hf
+
+import vit_jax
+from parity.references import agree, assert_same_models, load, same_tensors, theirs, truth_of_timm
+from parity.timm_cases import Case
+from vit_jax.errors import UserError
+
+SMALL = dict(embed_dim=48, num_heads=3)
+CASES = {
+    "aimv2": Case("AIMv2", "aimv2_large_patch14_224", SMALL, writes=("timm", "hf")),
+    "aimv2_head": Case(
+        "AIMv2, a head and biases",
+        "aimv2_huge_patch14_336",
+        SMALL | dict(num_classes=7, qkv_bias=True, proj_bias=True),
+    ),
+    "intern": Case("InternViT", "vit_intern300m_patch14_448", SMALL),
+    "radio": Case("C-RADIO v3, LayerScale", "vit_large_patch16_radio_v3", SMALL),
+    "radio_giant": Case("C-RADIO v3", "vit_giant_patch16_radio_v3", SMALL),
+    "behind": Case(
+        "ViT, norms behind the branches", "vit_base_patch16_rpn_224", SMALL | dict(num_classes=7)
+    ),
+    "map_prefix": Case(
+        "attention pooling of registers, too", "test_vit3", SMALL | dict(num_classes=7)
+    ),
+    "differential": Case(
+        "differential attention",
+        "vit_dwee_patch16_reg1_gap_256",
+        SMALL | dict(num_classes=7, depth=3),
+    ),
+    "parallel": Case(
+        "parallel attention and MLP", "vit_pwee_patch16_reg1_gap_256", SMALL | dict(num_classes=7)
+    ),
+    "parallel_xp": Case(
+        "parallel attention and MLP, RMSNorm of queries and keys",
+        "vit_base_patch16_xp_224",
+        SMALL | dict(num_classes=7),
+    ),
+    "parallel_differential": Case(
+        "parallel differential attention and MLP",
+        "vit_dpwee_patch16_reg1_gap_256",
+        SMALL | dict(num_classes=7),
+    ),
+    "rms": Case(
+        "ViT GAP, RMSNorm, norms of queries and keys",
+        "vit_base_patch16_224",
+        SMALL | dict(num_classes=7, norm_layer="rmsnorm", qk_norm=True, proj_bias=False),
+    ),
+}
+MODELS = {}
+
+
+def model_of(name):
+    if name not in MODELS:
+        MODELS[name] = CASES[name].build()
+    return MODELS[name]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for each case, as timm pushes it to the hub."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            save_for_hf(model_of(name), made[name], model_config={}, safe_serialization=True)
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_of_the_hub(name, folders, record):
+    model = model_of(name)
+    vit = load(folders(name))
+    expected = truth_of_timm(model)
+    assert {field: getattr(vit.config, field) for field in expected} == expected
+    assert not set(vit.report.assumed) - {"labels"}, vit.report.assumed
+    worst = agree(vit, theirs(vit.config, model.blocks, model))
+    record(CASES[name].family, CASES[name].reference, "folder", worst)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_written_for_timm(name, folders, record, tmp_path):
+    model, vit = model_of(name), load(folders(name))
+    vit_jax.save(vit, tmp_path, format="timm")
+    back = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    same_tensors(back.state_dict(), model.state_dict())
+    assert truth_of_timm(back) == truth_of_timm(model)
+    worst = agree(vit, theirs(vit.config, back.blocks, back))
+    record(CASES[name].family, CASES[name].reference, "written for timm", worst)
+    again = load(tmp_path)
+    assert_same_models(again, vit)
+    assert again.preprocess == vit.preprocess
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_written_for_others(name, folders, tmp_path):
+    vit = load(folders(name))
+    for format, ending in (("google", "npz"), ("big_vision", "npz"), ("hf", "safetensors")):
+        path = tmp_path / f"{format}.{ending}"
+        if format in CASES[name].writes:
+            vit_jax.save(vit, path, format=format)
+            assert_same_models(load(path), vit)
+        else:
+            with pytest.raises(UserError, match=rf"{format} has no models with model\."):
+                vit_jax.save(vit, path, format=format)
+    vit_jax.save(vit, tmp_path / "ours.safetensors", format="vit_jax")
+    assert_same_models(load(tmp_path / "ours.safetensors"), vit)
