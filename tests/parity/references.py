@@ -139,9 +139,10 @@ def truth_of_timm(model):
         "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
         "num_classes": model.num_classes,
         "norm_after_branch": type(block).__name__ == "ResPostBlock",
-        "attention_norm": not isinstance(block.attn.norm, torch.nn.Identity),
-        "mlp_norm": not isinstance(block.mlp.norm, torch.nn.Identity),
     }
+    if not parallel and block.attn.__class__.__name__ == "Attention":
+        found["attention_norm"] = not isinstance(block.attn.norm, torch.nn.Identity)
+        found["mlp_norm"] = not isinstance(block.mlp.norm, torch.nn.Identity)
     if model.pos_embed is not None:
         found["num_position_prefix"] = 0 if model.no_embed_class else model.num_prefix_tokens
     return {name: value for name, value in found.items() if value is not None}
