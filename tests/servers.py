@@ -124,6 +124,10 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
         def serve(self) -> None:
             body = self._body()
             kind = faults.draw()
+            if kind == "lost" and "upload_id=" in self.path:
+                kind = (
+                    503  # fake-gcs-server forgets a finished upload, of which Google's tells again
+                )
             if faults.latency:
                 time.sleep(faults.latency)
             if kind == "reset":

@@ -24,25 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import distributed
-from vit_jax.errors import Unreachable, UserError
+from vit_jax.errors import UserError
 from vit_jax.extras import install
+from vit_jax.objects import Objects
 from vit_jax.writing import replacing
 
 logger = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which another run may take the lease
-RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}  # 100 s in all
 _LEASE = ".lease"
 _NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package for listing, extra
 # What no copy has: checkpoints, hidden and temporary files, and what Weights & Biases sends itself.
 _SKIPPED = re.compile(r"(^|/)(checkpoints/|wandb/|\.)|/$|\.tmp$")
-# tensorstore's codes, as texts of its errors.
-_AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL")
-_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
-_LOGIN = {
-    "gs": "`gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "`aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-}
 _ATTACHED: dict[str, "Copy"] = {}  # local folder -> the copy in it
 
 
@@ -160,106 +153,6 @@ def _prepare_fsspec() -> None:
         logging.getLogger("gcsfs").setLevel(logging.ERROR)
 
 
-class Objects:
-    """The objects below a URL, read and written as wholes through tensorstore.
-
-    Its clients retry what a network does (429, 500, 503, resets), with back-off, for a minute or
-    two. `generation` is the store's name of a version; MISSING is that of no object.
-    """
-
-    MISSING = b"\x02"
-
-    def __init__(self, url: str):
-        self.url = url
-
-    @functools.cached_property
-    def _store(self) -> Any:
-        import tensorstore
-
-        with _explained(self.url):
-            context = tensorstore.Context(
-                {"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES}
-            )
-            return tensorstore.KvStore.open(driver(self.url), context=context).result()
-
-    def names(self, before: str = "", after: str = "") -> list[str]:
-        """Names of all objects, relative to the URL, sorted; of those from `after` to `before`."""
-        import tensorstore
-
-        span = tensorstore.KvStore.KeyRange(after.encode(), before.encode())
-        with _explained(self.url):
-            found = self._store.list(span).result()
-        return sorted(name.decode() for name in found)
-
-    def read(self, name: str) -> tuple[bytes | None, bytes]:
-        """The content of an object, None if there is none, and its generation."""
-        with _explained(f"{self.url}/{name}"):
-            found = self._store.read(name).result()
-        return (found.value if found.state == "value" else None), found.stamp.generation
-
-    def write(self, name: str, content: bytes, generation: bytes) -> bytes | None:
-        """Writes an object if it still has this generation; returns the new one, or None."""
-        with _explained(f"{self.url}/{name}"):
-            made = self._store.write(name, content, if_equal=generation).result().generation
-        if made:
-            return made
-        there, now = self.read(name)  # a retry finds what the first attempt wrote
-        return now if there == content else None
-
-
-def driver(url: str) -> dict[str, Any]:
-    """tensorstore's spec of a folder: of gs://, s3:// and, for tests, file://."""
-    scheme, _, rest = url.partition("://")
-    bucket, _, path = rest.partition("/")
-    if scheme == "file":
-        return {"driver": "file", "path": f"{rest}/"}
-    if scheme == "gs":
-        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{path}/"}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
-    elif region:
-        spec["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # asks no other place, which writes to the screen
-        spec["aws_credentials"] = {"type": "environment"}
-    return spec
-
-
-@contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Context that says what a store's error means for the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise explained(url, error) or error from error
-
-
-def explained(url: str, error: BaseException) -> UserError | None:
-    """What an error of a store's client means for the user; None if it is of another kind."""
-    text = " ".join(str(error).split())
-    brief = text if len(text) < 200 else f"{text[:200]} ..."
-    kind = type(error).__name__
-    scheme = url.partition("://")[0]
-    code = str(getattr(error, "code", None) or getattr(error, "status", None) or "")
-    credentials = ("DefaultCredentialsError", "RefreshError", "NoCredentialsError")
-    if kind in credentials or any(sign in text for sign in _REFUSED) or code in ("401", "403"):
-        return UserError(f"{url}: access is refused ({brief}). Log in with {_LOGIN.get(scheme)}")
-    if any(sign in text for sign in _AGAIN) or code in ("429", "500", "502", "503", "504"):
-        return Unreachable(
-            f"{url} does not answer, after many attempts ({brief}): what was saved is whole; "
-            "start the same command again when the store is back"
-        )
-    if isinstance(error, (ConnectionError, TimeoutError)) or kind.startswith(("Client", "Server")):
-        return Unreachable(f"{url} cannot be reached ({kind}: {brief}): try again later")
-    if "NOT_FOUND" in text or isinstance(error, FileNotFoundError):
-        return UserError(f"{url}: there is no such bucket or object ({brief})")
-    return None
-
-
 class Lease:
     """The right to write to a run folder, kept by a heartbeat while the context is open.
 
@@ -291,7 +184,7 @@ class Lease:
                 logger.warning("%s: %s is silent and loses it", self._objects.url, _who(content))
                 break
             if generation == (seen := self._objects.read(_LEASE))[1]:
-                if began is not None and not self._told:
+                if not self._told:
                     self._told = True
                     logger.info(
                         "%s was in use by %s: waiting up to %.0f s for a sign of life",
@@ -348,8 +241,11 @@ class Lease:
 
 def _process() -> dict[str, Any]:
     """This process, as other ones on this machine can look for it."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    machine = boot.read_text().strip() if boot.exists() else uuid.uuid4().hex
+    try:  # the same numbers mean the same processes within a boot, and a namespace of a container
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        machine = uuid.uuid4().hex
     return {
         "host": os.uname().nodename,
         "machine": machine,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from vit_jax.errors import UserError
+from vit_jax.objects import Objects
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a write raises, with no name
 
@@ -55,9 +56,8 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")  # names of files may be no text
     if "://" in os.fspath(path):  # a bucket, where writing is atomic
-        from etils import epath
-
-        epath.Path(path).write_bytes(content)
+        folder, name = os.path.split(os.fspath(path))
+        Objects(folder).replace(name, content)
         return
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)

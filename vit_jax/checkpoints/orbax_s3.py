@@ -6,8 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from vit_jax.buckets import driver
 from vit_jax.errors import UserError
+from vit_jax.objects import driver
 
 
 def options(directory: epath.Path) -> dict[str, Any]:

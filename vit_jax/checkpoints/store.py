@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vit_jax import buckets, distributed
+from vit_jax import buckets, distributed, objects
 from vit_jax.checkpoints import orbax_s3
 from vit_jax.errors import UserError, check_refused, why
 from vit_jax.writing import check_own, check_text, make_folder, write_atomically
@@ -329,7 +329,7 @@ def _of(processes: Iterable[int]) -> Any:
 
 def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:
     if buckets.is_bucket(path):  # whose folders are names alone, and some have an object, too
-        names = buckets.Objects(os.fspath(path)).names()
+        names = objects.Objects(os.fspath(path)).names()
         yield from (prefix + name for name in names if not name.endswith("/"))
         return
     for child in sorted(path.iterdir(), key=lambda child: child.name):
@@ -352,7 +352,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if buckets.is_bucket(path) and (told := buckets.explained(str(path), error)):
+        if buckets.is_bucket(path) and (told := objects.explained(str(path), error)):
             raise told from error
         number = next((n for n in _REFUSALS if os.strerror(n) in str(error)), None)
         if number is None and not isinstance(error, OSError):
