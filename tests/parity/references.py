@@ -111,6 +111,17 @@ def same_tensors(found, expected, leave=()):
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
+def expected_of(model, vit):
+    """What a timm model makes of the images of its reference, with every block."""
+    return theirs(vit.config, model.blocks, model)
+
+
+def assert_true(config, model):
+    """Our config says what the modules of a timm model are."""
+    expected = truth_of_timm(model)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
 def truth_of_timm(model):
     """What a model of timm is, read off its modules, by the names of our config."""
     if isinstance(model, timm.models.eva.Eva):

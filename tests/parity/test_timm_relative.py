@@ -8,20 +8,20 @@ import pytest
 import timm
 import timm.data
 from timm.models import beit, vision_transformer_relpos
-from timm.models._hub import save_for_hf
 
 import vit_jax
 from parity.references import (
     agree,
     assert_same_models,
+    assert_true,
+    expected_of,
     interpreted,
     load,
     same_tensors,
     save,
-    theirs,
     truth_of_timm,
 )
-from parity.timm_cases import Case
+from parity.timm_cases import Case, built
 from vit_jax.errors import UserError
 
 SMALL = dict(embed_dim=48, num_heads=3, num_classes=7)
@@ -64,27 +64,7 @@ CASES = {
     "beit3": Case("BEiT-3", "beit3_base_patch16_224", SMALL),
     "norms_last": Case("ViT, norms last", "vit_base_patch16_rpn_224", SMALL),
 }
-MODELS = {}
-
-
-def model_of(name):
-    if name not in MODELS:
-        MODELS[name] = CASES[name].build()
-    return MODELS[name]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder for each case, as timm pushes it to the hub."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            save_for_hf(model_of(name), made[name], model_config={}, safe_serialization=True)
-        return made[name]
-
-    return folder
+model_of = built(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,10 +72,9 @@ def test_a_folder_of_the_hub(name, folders, record):
     """Nothing is assumed, and the preprocessing is timm's own."""
     model, folder, case = model_of(name), folders(name), CASES[name]
     vit = load(folder / "model.safetensors")
-    expected = truth_of_timm(model)
-    assert {field: getattr(vit.config, field) for field in expected} == expected
+    assert_true(vit.config, model)
     assert not set(vit.report.assumed) - {"labels"}, vit.report.assumed
-    worst = agree(vit, theirs(vit.config, model.blocks, model))
+    worst = agree(vit, expected_of(model, vit))
     record(case.family, case.reference, "folder", worst)
 
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
@@ -115,7 +94,7 @@ def test_written_for_timm_and_others(name, folders, record, tmp_path):
     back = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     same_tensors(back.state_dict(), model.state_dict())
     assert truth_of_timm(back) == truth_of_timm(model)
-    worst = agree(vit, theirs(vit.config, back.blocks, back))
+    worst = agree(vit, expected_of(back, vit))
     record(case.family, case.reference, "written for timm", worst)
     again = load(tmp_path / "timm" / "model.safetensors")
     assert_same_models(again, vit)
@@ -146,7 +125,7 @@ def test_another_image_size(name, size, module, folders, record):
     vit = load(folders(name) / "model.safetensors", image_size=size)
     model = CASES[name].build(img_size=size)
     model.load_state_dict(module.checkpoint_filter_fn(model_of(name).state_dict(), model))
-    worst = agree(vit, theirs(vit.config, model.blocks, model))
+    worst = agree(vit, expected_of(model, vit))
     record(CASES[name].family, CASES[name].reference, "resized", worst)
 
 
@@ -162,9 +141,8 @@ def test_a_file_alone(name, tmp_path):
             load(path, **size)
         known = dict(architecture=CASES[name].name)
     vit = load(path, **size, **known)
-    expected = truth_of_timm(model)
-    assert {field: getattr(vit.config, field) for field in expected} == expected
-    agree(vit, theirs(vit.config, model.blocks, model))
+    assert_true(vit.config, model)
+    agree(vit, expected_of(model, vit))
 
 
 @pytest.mark.parametrize(
