@@ -292,8 +292,8 @@ def test_mistakes_about_launchers(folder):
         with pytest.raises(UserError, match=message):
             make_launcher(name, **options)
     assert make_launcher("local", jobs=None) == Local()
-    with pytest.raises(UserError, match="must be on a local or mounted disk"):
-        run_sweep(folder.sweep, "gs://bucket/runs", Local())
+    with pytest.raises(UserError, match="expected gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a fol"):
+        run_sweep(folder.sweep, "az://bucket/runs", Local())
     folder.root.write_text("mine")
     with pytest.raises(UserError, match="is a file; --workdir must be a folder"):
         folder.run()

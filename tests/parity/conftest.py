@@ -48,6 +48,24 @@ def record():
     return note
 
 
+@pytest.fixture(scope="module")
+def folders(request, tmp_path_factory):
+    """A folder for each case of a module, as timm pushes it to the hub."""
+    from timm.models._hub import save_for_hf
+
+    made, module = {}, request.module
+
+    def folder(name):
+        if name not in made:
+            model, made[name] = module.model_of(name), tmp_path_factory.mktemp(name)
+            names = getattr(module, "LABELS", [])[: model.num_classes]
+            labels = {"label_names": names} if names else {}
+            save_for_hf(model, made[name], model_config=labels, safe_serialization=True)
+        return made[name]
+
+    return folder
+
+
 def rows(table):
     """The table in Markdown, one row for each family and reference."""
     lines = ["| family | reference | compared | largest relative error |", "|---|---|---|---|"]

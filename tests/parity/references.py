@@ -111,6 +111,17 @@ def same_tensors(found, expected, leave=()):
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
+def expected_of(model, vit):
+    """What a timm model makes of the images of its reference, with every block."""
+    return theirs(vit.config, model.blocks, model)
+
+
+def assert_true(config, model):
+    """Our config says what the modules of a timm model are."""
+    expected = truth_of_timm(model)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
 def truth_of_timm(model):
     """What a model of timm is, read off its modules, by the names of our config."""
     if isinstance(model, timm.models.eva.Eva):
@@ -139,9 +150,10 @@ def truth_of_timm(model):
         "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
         "num_classes": model.num_classes,
         "norm_after_branch": type(block).__name__ == "ResPostBlock",
-        "attention_norm": not isinstance(block.attn.norm, torch.nn.Identity),
-        "mlp_norm": not isinstance(block.mlp.norm, torch.nn.Identity),
     }
+    if not parallel and block.attn.__class__.__name__ == "Attention":
+        found["attention_norm"] = not isinstance(block.attn.norm, torch.nn.Identity)
+        found["mlp_norm"] = not isinstance(block.mlp.norm, torch.nn.Identity)
     if model.pos_embed is not None:
         found["num_position_prefix"] = 0 if model.no_embed_class else model.num_prefix_tokens
     return {name: value for name, value in found.items() if value is not None}

@@ -10,51 +10,26 @@ import timm
 import timm.data
 import torch
 from timm.models import vision_transformer
-from timm.models._hub import save_for_hf
 
 import vit_jax
 from parity.references import (
     agree,
     assert_same_models,
+    assert_true,
     error,
+    expected_of,
     load,
     ours,
     pixels,
     randomise,
     same_tensors,
     save,
-    theirs,
     truth_of_timm,
 )
 from parity.timm_cases import CASES, model_of
 from vit_jax.errors import UserError
 
 LABELS = [f"class {i}" for i in range(21)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder for each case, as timm pushes it to the hub."""
-    made = {}
-
-    def folder(case):
-        if case not in made:
-            made[case] = tmp_path_factory.mktemp(case)
-            model = model_of(case)
-            labels = {"label_names": LABELS[: model.num_classes]} if model.num_classes else {}
-            save_for_hf(model, made[case], model_config=labels, safe_serialization=True)
-        return made[case]
-
-    return folder
-
-
-def expected_of(model, vit):
-    return theirs(vit.config, model.blocks, model)
-
-
-def assert_true(config, model):
-    expected = truth_of_timm(model)
-    assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,17 +19,18 @@ from parity import test_transformers
 from parity.references import (
     agree,
     assert_same_models,
+    assert_true,
     error,
+    expected_of,
     interpreted,
     load,
     ours,
     pixels,
     same_tensors,
     save,
-    theirs,
     truth_of_timm,
 )
-from parity.timm_cases import Case
+from parity.timm_cases import Case, built
 from vit_jax.errors import UserError
 
 SMALL = dict(embed_dim=48, num_heads=3)
@@ -115,36 +116,7 @@ CASES = {
     ),
     "pe_spatial": Case("Perception Encoder, spatial", "vit_pe_spatial_tiny_patch16_512", SMALL),
 }
-MODELS = {}
-
-
-def model_of(name):
-    if name not in MODELS:
-        MODELS[name] = CASES[name].build()
-    return MODELS[name]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder for each case, as timm pushes it to the hub."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            save_for_hf(model_of(name), made[name], model_config={}, safe_serialization=True)
-        return made[name]
-
-    return folder
-
-
-def expected_of(model, vit):
-    return theirs(vit.config, model.blocks, model)
-
-
-def assert_true(config, model):
-    expected = truth_of_timm(model)
-    assert {name: getattr(config, name) for name in expected} == expected
+model_of = built(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -175,6 +175,9 @@ CASES = {
 }
 
 
-@functools.cache
-def model_of(case):
-    return CASES[case].build()
+def built(cases):
+    """A function of a case's name: its model, built once."""
+    return functools.cache(lambda name: cases[name].build())
+
+
+model_of = built(CASES)

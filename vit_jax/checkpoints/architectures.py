@@ -239,6 +239,7 @@ def current(name: str) -> str:
 def arguments(name: str) -> frozenset[str]:
     """The arguments of a timm architecture that may be given in a config.json."""
     kinds = {TIMM_EVA: EVA_ARGS, TIMM_BEIT: BEIT_ARGS, TIMM_RELPOS: RELPOS_ARGS}
+    kinds[TIMM_NAFLEX] = NAFLEX_ARGS
     return next((args for names, args in kinds.items() if name in names), TIMM_ARGS)
 
 

@@ -156,7 +156,8 @@ def _timm_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         found["gelu"] = "tanh" if _TIMM_TANH.search(name) else "erf"
     if name:
         found["layernorm_eps"] = 1e-5 if "_clip_" in name else 1e-6
-        found |= families_eva.said(name) | families_relative.said(name) | families_timm.said(name)
+        of_files = (families_eva, families_relative, families_timm)
+        found |= next(filter(None, (each.said(name) for each in of_files)), {})
         found |= families_naflex.said(name, settings)
     if "num_heads" in settings:
         found["num_heads"] = settings["num_heads"]

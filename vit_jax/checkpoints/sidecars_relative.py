@@ -10,6 +10,13 @@ from vit_jax.models.config import ViTConfig
 _RPN = {False: "vit_base_patch16_rpn_224", True: "vit_relpos_base_patch16_rpn_224"}
 
 
+# What no model with such a bias has, or no argument of it gives.
+_OF_NONE: dict[str, tuple[Any, ...]] = {
+    **{"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,), "parallel": (False,)},
+    **{"differential": (False,), "proj_bias": (True,), "mlp_scale": (True,)},
+}
+
+
 def is_beit(vit: ViTConfig) -> bool:
     """Whether timm's beit.py has the model, and not its vision_transformer_relpos.py."""
     biased = vit.relative_bias is not None
@@ -33,7 +40,7 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     allowed |= {"mlp": ("gelu",), "resnet": (None,), "registers": (0,), "pre_norm": (False,)}
     allowed |= {"distillation": ("none",), "attention_norm": (False,), "mlp_norm": (False,)}
     allowed |= {"representation_size": (None,), "patch_bias": (True,), "final_norm": (True,)}
-    allowed |= {"rotary": (None,)}
+    allowed |= {"rotary": (None,), **_OF_NONE}
     if vit.norm_after_branch:
         allowed["layer_scale"] = (None,)
     if is_beit(vit):
@@ -68,7 +75,7 @@ def hf_cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     allowed: dict[str, tuple[Any, ...]] = {"mlp": ("gelu",), "qkv_bias": (True,)}
     allowed |= {"pool": ("gap",) if vit.norm_after_pool or not vit.final_norm else ("token",)}
     allowed |= {"registers": (0,), "distillation": ("none",), "patch_bias": (True,)}
-    allowed |= {"pre_norm": (False,), "representation_size": (None,)}
+    allowed |= {"pre_norm": (False,), "representation_size": (None,), **_OF_NONE}
     if vit.num_classes:
         allowed["final_norm"] = (True,)
     for field, values in allowed.items():
