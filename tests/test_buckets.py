@@ -230,6 +230,14 @@ def folder(tmp_path):
     return f"file://{tmp_path}/bucket"
 
 
+def test_a_run_that_lives_here_keeps_its_folder(folder):
+    """Its process is looked for, so another start of the run need not wait to know."""
+    with Lease(folder, stale=4.0) as first:
+        with pytest.raises(UserError, match="is in use by process"):
+            Lease(folder, stale=40.0).__enter__()
+        first.confirm()
+
+
 def test_a_copy_sends_whole_lines_and_only_what_changed(folder, tmp_path):
     with Lease(folder) as lease:
         copy = Copy(folder, str(tmp_path / "copy"), "id", lease)

@@ -75,7 +75,9 @@ def small(name: str) -> torch.nn.Module:
     h, w = (side, side) if isinstance(side, int) else side
     last: Exception | None = None
     for sizes in SMALL:
-        for size in (dict(img_size=(2 * h, 3 * w)), {}):
+        # NaFlex models are not of one size, and their config.json does not say any.
+        given = () if name.startswith("naflexvit") else (dict(img_size=(2 * h, 3 * w)),)
+        for size in (*given, {}):
             try:
                 model = timm.create_model(name, **sizes, **size)
             except (TypeError, AssertionError, ValueError, RuntimeError) as refusal:
