@@ -21,12 +21,13 @@ from processes import SIGKILL, Command, address
 import vit_jax
 from vit_jax import buckets, objects
 from vit_jax.__main__ import main
-from vit_jax.buckets import Copy, Lease
+from vit_jax.buckets import Copy
 from vit_jax.commands import run_training
 from vit_jax.errors import Unreachable, UserError
 from vit_jax.launch.launchers import Local
 from vit_jax.launch.run import run_sweep
 from vit_jax.launch.sweep import load_sweep
+from vit_jax.lease import Lease
 from vit_jax.objects import Objects
 from vit_jax.training.config_file import load_config
 

@@ -20,7 +20,8 @@ BELOW = {
     "distributed": {"errors"},
     "compiler": set(),
     "objects": {"errors"},
-    "buckets": {"errors", "extras", "writing", "distributed", "objects"},
+    "lease": {"errors", "objects"},
+    "buckets": {"errors", "extras", "writing", "distributed", "lease", "objects"},
     "models": {"errors", "compiler"},
     "data": {"errors", "writing", "extras"},
     "checkpoints": {

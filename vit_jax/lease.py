@@ -1,0 +1,160 @@
+"""A lease on a folder in a bucket: who may write there, by conditional writes and a heartbeat."""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vit_jax.errors import UserError
+from vit_jax.objects import Objects
+
+logger = logging.getLogger(__name__)
+
+STALE = 60.0  # seconds without a heartbeat after which another run may take the lease
+_LEASE = ".lease"
+
+
+class Lease:
+    """The right to write to a run folder, kept by a heartbeat while the context is open.
+
+    A lease is stale when its object has not changed for STALE seconds of the waiting process's own
+    clock, or at once if its owner was a process of this machine that is gone.
+    """
+
+    def __init__(self, url: str, stale: float = STALE):
+        self.at_each_beat: Callable[[], None] = lambda: None
+        self.stale = stale
+        self._told = False
+        self._objects = Objects(url)
+        self._me = {**_process(), "id": uuid.uuid4().hex[:8]}
+        self._generation = Objects.MISSING
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    @property
+    def id(self) -> str:
+        """A name of this lease that no other has."""
+        return self._me["id"]
+
+    def __enter__(self) -> "Lease":
+        content, generation = self._objects.read(_LEASE)
+        began = time.monotonic()
+        while not _free(content):
+            if time.monotonic() - began > self.stale:
+                logger.warning("%s: %s is silent and loses it", self._objects.url, _who(content))
+                break
+            if generation == (seen := self._objects.read(_LEASE))[1]:
+                if not self._told:
+                    self._told = True
+                    logger.info(
+                        "%s was in use by %s: waiting up to %.0f s for a sign of life",
+                        *(self._objects.url, _who(content), self.stale),
+                    )
+                time.sleep(self.stale / 30)
+                continue
+            content, generation = seen
+            if not _free(content):
+                raise self._taken(content)
+        if not self._write(generation):
+            raise self._taken(self._objects.read(_LEASE)[0])
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(UserError):
+            self._write(self._generation, released=True)
+
+    def confirm(self) -> None:
+        """Renews the lease.
+
+        Raises:
+          UserError: another process has taken it.
+          Unreachable: the store does not answer.
+        """
+        with self._lock:
+            if not self._write(self._generation):
+                raise self._taken(self._objects.read(_LEASE)[0])
+
+    def _write(self, generation: bytes, **more: Any) -> bool:
+        # The time makes each beat another content, so that no retry is taken for another's write.
+        content = json.dumps({**self._me, "time": time.time(), **more}).encode()
+        made = self._objects.write(_LEASE, content, generation)
+        self._generation = self._generation if made is None else made
+        return made is not None
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.stale / 4):
+            try:
+                self.confirm()
+                self.at_each_beat()
+            except UserError as error:  # the next save raises it, if it still holds
+                logger.warning("%s", error)
+
+    def _taken(self, content: bytes | None) -> UserError:
+        return UserError(
+            f"{self._objects.url} is in use by {_who(content)}: wait for it to end, or name "
+            "another --workdir"
+        )
+
+
+def _process() -> dict[str, Any]:
+    """This process, as other ones on this machine can look for it."""
+    try:  # the same numbers mean the same processes within a boot, and a namespace of a container
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        machine = uuid.uuid4().hex
+    return {
+        "host": os.uname().nodename,
+        "machine": machine,
+        "process": os.getpid(),
+        "born": _born(os.getpid()),
+        "since": time.ctime(),
+    }
+
+
+def _born(process: int) -> str | None:
+    """When a process of this machine began, in ticks since boot; None if there is none."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _owner(content: bytes | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(content or b"{}"))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _free(content: bytes | None) -> bool:
+    """Whether a lease is nobody's, or that of a process of this machine that is gone."""
+    owner, me = _owner(content), _process()
+    if content is None or owner.get("released"):
+        return True
+    here = owner.get("machine") == me["machine"] and owner.get("host") == me["host"]
+    return here and _born(int(owner.get("process", 0))) != owner.get("born")
+
+
+def _who(content: bytes | None) -> str:
+    owner = _owner(content)
+    names = (owner.get(name, "?") for name in ("process", "host", "since"))
+    return "process {} on {} since {}".format(*names)
+
+
+def held(url: str) -> bool:
+    """Whether somebody writes in a folder, by the time of the last heartbeat."""
+    content = Objects(url).read(_LEASE)[0]
+    return not _free(content) and time.time() - _owner(content).get("time", 0) < 2 * STALE
