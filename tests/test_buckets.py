@@ -1,6 +1,7 @@
 """Run folders in buckets: on servers of this machine that speak Google's and Amazon's protocols."""
 
 import ast
+import errno
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import botocore.exceptions
 import jax
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from vit_jax.commands import run_training
 from vit_jax.errors import Unreachable, UserError
 from vit_jax.launch.launchers import Local
 from vit_jax.launch.run import run_sweep
+from vit_jax.launch.slurm import Slurm
 from vit_jax.launch.sweep import load_sweep
 from vit_jax.lease import Lease
 from vit_jax.objects import Objects
@@ -325,7 +328,59 @@ def test_what_a_store_says_is_told_with_what_to_do():
     busy = objects.explained("gs://b/run", ValueError("UNAVAILABLE: HTTP response code: 503"))
     assert isinstance(busy, Unreachable) and busy.code == 75
     assert "no such bucket" in str(objects.explained("gs://b/run", ValueError("NOT_FOUND: x")))
+    for error in (
+        OSError(errno.EBUSY, "SlowDown"),
+        botocore.exceptions.EndpointConnectionError(endpoint_url="x"),
+        ConnectionResetError(),
+    ):
+        assert isinstance(objects.explained("s3://b/run", error), Unreachable)
+    assert "aws configure" in str(objects.explained("s3://b/run", PermissionError("Forbidden")))
     assert objects.explained("gs://b/run", KeyError("a bug of ours")) is None
+    full = type("JaxRuntimeError", (RuntimeError,), {})("RESOURCE_EXHAUSTED: out of memory")
+    assert objects.explained("gs://b/run", full) is None
+
+
+def test_a_beat_whose_answer_was_lost_is_our_own(folder, tmp_path, monkeypatch):
+    """And so is a file that was sent, and has grown since."""
+    with Lease(folder, stale=1e6) as lease:
+        copy = Copy(folder, str(tmp_path / "copy"), "id", lease)
+        (tmp_path / "copy").mkdir()
+        path, write = tmp_path / "copy" / "metrics.jsonl", Objects.write
+
+        def unheard(*args):
+            write(*args)
+            raise Unreachable("nobody answers")
+
+        for work in (lease.confirm, copy.push):
+            path.write_text("1\n")
+            monkeypatch.setattr(Objects, "write", unheard)
+            with pytest.raises(Unreachable):
+                work()
+            monkeypatch.setattr(Objects, "write", write)
+            path.write_text("1\n2\n")
+            work()
+        assert Objects(folder).read("metrics.jsonl")[0] == b"1\n2\n"
+
+
+def test_a_folder_of_checkpoints_in_a_bucket_is_no_checkpoint(monkeypatch, cached):
+    """Only what ends with a step, or best, is one."""
+    pulled = []
+    monkeypatch.setattr(buckets, "check", str)
+    monkeypatch.setattr(Copy, "pull", lambda self: pulled.append(self.url) or 1)
+    for url in (
+        "gs://b/checkpoints/run1",
+        "gs://b/run/checkpoints/12",
+        "gs://b/r/checkpoints/best",
+    ):
+        buckets.local(url)
+    assert pulled == ["gs://b/checkpoints/run1", "gs://b/run", "gs://b/r"]
+
+
+def test_a_sweep_by_slurm_needs_a_disk(tmp_path):
+    path = tmp_path / "sweep.py"
+    path.write_text(f"config = {DIGITS!r}\ndef sweep():\n    yield {{'name': 'a'}}\n")
+    with pytest.raises(UserError, match="on a disk that all nodes share, not in gs://b/sweep"):
+        run_sweep(load_sweep(str(path)), "gs://b/sweep", Slurm(dry=True))
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)

@@ -86,6 +86,7 @@ def working(workdir: str | os.PathLike) -> Iterator[str]:
         stack.callback(_ATTACHED.pop, copy.folder)
         if distributed.is_lead():
             copy.lease, lease.at_each_beat = lease, copy.push
+            copy.renew()
         try:
             yield copy.folder
         except BaseException:
@@ -107,13 +108,14 @@ def local(path: str | os.PathLike) -> str:
     if not is_bucket(path):
         return os.fspath(path)
     url = check(path)
-    url, found, step = url.partition("/checkpoints/")
-    cache = Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
-    copy = Copy(url, str(cache / "runs" / url.replace("://", "/")))
+    found = re.fullmatch(r"(.+)(/checkpoints/(?:best|\d+))", url)
+    url, step = found.groups() if found else (url, "")
+    cache = os.path.expanduser(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax")
+    copy = Copy(url, os.path.join(os.path.abspath(cache), "runs", url.replace("://", "/")))
     if not copy.pull():
         raise UserError(f"there is nothing at {url}")
     _ATTACHED[copy.folder] = copy
-    return copy.folder + found + step
+    return copy.folder + step
 
 
 def check(url: str | os.PathLike) -> str:
@@ -140,7 +142,13 @@ def check(url: str | os.PathLike) -> str:
 @functools.cache
 def _prepare_fsspec() -> None:
     """Has fsspec ask the store at each listing: a run's folder changes under its feet."""
+    from etils.epath import gpath
     from fsspec.config import conf
+
+    # With TensorFlow installed, epath would use its file systems, which know neither.
+    os.environ.setdefault("EPATH_USE_TF", "0")
+    if hasattr(gpath._is_tf_installed, "cache_clear"):
+        gpath._is_tf_installed.cache_clear()
 
     for scheme in _NEEDS:
         conf.setdefault(scheme, {})["use_listings_cache"] = False
@@ -168,6 +176,7 @@ class Copy:
         self._objects = Objects(self.url)
         self._lock = threading.Lock()
         self._sent: dict[str, tuple[bytes, bytes]] = {}  # name: content's digest, generation
+        self._tried: dict[str, set[bytes]] = {}  # name: digests of what may have got there
 
     def pull(self, inside: str = "") -> int:
         """Brings the copy to what is in the bucket; returns how many objects there are.
@@ -214,11 +223,28 @@ class Copy:
                 digest, generation = self._sent.get(name, (b"", Objects.MISSING))
                 if digest == (now := _digest(content)):
                     continue
+                self.lease.confirm()
+                tried = self._tried.setdefault(name, set())
+                tried.add(now)
                 made = self._objects.write(name, content, generation)
+                if made is None:  # or a write that seemed to fail did not
+                    there, generation = self._objects.read(name)
+                    if there is not None and _digest(there) in tried:
+                        made = self._objects.write(name, content, generation)
                 if made is None:
                     self.lease.confirm()  # says who has the lease, if that is why
                     raise UserError(f"{self.url}/{name} was changed by somebody else meanwhile")
-                self._sent[name] = (now, made)
+                self._sent[name], self._tried[name] = (now, made), set()
+
+    def renew(self) -> None:
+        """Writes each file again as it is: one who slept knows another generation of it.
+
+        On S3, which numbers by content, this holds from the first change on.
+        """
+        for name, (digest, generation) in self._sent.items():
+            content = self._path(name).read_bytes()
+            made = self._objects.write(name, content, generation)
+            self._sent[name] = (digest, made or generation)
 
     def send(self, inside: str) -> None:
         """Sends the files of a folder in it, which no run writes, over what is there."""

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
-from vit_jax.errors import UserError
+from vit_jax.errors import Unreachable, UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -221,11 +221,15 @@ def first(name: str, make: Callable[[], T]) -> T:
         try:
             value = make()
         except UserError as raised:
-            error = str(raised)
+            error = [raised.code, str(raised)]
     value, error = json.loads(gather(name, json.dumps([value, error]))[0])
     if error is not None:
-        raise UserError(error)
+        raise _of_code(*error)
     return value
+
+
+def _of_code(code: int, text: str) -> UserError:
+    return Unreachable(text) if code == Unreachable.code else UserError(text)
 
 
 def each(name: str, make: Callable[[], T]) -> T:
@@ -235,16 +239,20 @@ def each(name: str, make: Callable[[], T]) -> T:
     """
     if count() == 1:
         return make()
-    value, error = None, ""
+    value, error = None, None
     try:
         value = make()
     except UserError as raised:
-        error = str(raised)
-    errors = gather(name, error)
+        error = [raised.code, str(raised)]
+    errors = [json.loads(each) for each in gather(name, json.dumps(error))]
     if any(errors):
-        who = next(i for i, text in enumerate(errors) if text)
-        where = "" if len(set(errors)) == 1 else f" (on process {who} of {count()} only)"
-        raise UserError(f"{errors[who]}{where}")
+        who, (code, text) = next((i, error) for i, error in enumerate(errors) if error)
+        where = (
+            ""
+            if all(error == errors[0] for error in errors)
+            else f" (on process {who} of {count()} only)"
+        )
+        raise _of_code(code, f"{text}{where}")
     return value
 
 

@@ -81,8 +81,12 @@ class Lease:
           Unreachable: the store does not answer.
         """
         with self._lock:
-            if not self._write(self._generation):
-                raise self._taken(self._objects.read(_LEASE)[0])
+            if self._write(self._generation):
+                return
+            # Of a beat that seemed to fail, the store may have got all but sent the answer.
+            content, generation = self._objects.read(_LEASE)
+            if _owner(content).get("id") != self.id or not self._write(generation):
+                raise self._taken(content)
 
     def _write(self, generation: bytes, **more: Any) -> bool:
         # The time makes each beat another content, so that no retry is taken for another's write.
@@ -92,12 +96,22 @@ class Lease:
         return made is not None
 
     def _beat(self) -> None:
+        beside = threading.Thread()  # what takes long must not delay the next beat
         while not self._over.wait(self.stale / 4):
-            try:
-                self.confirm()
-                self.at_each_beat()
-            except UserError as error:  # the next save raises it, if it still holds
-                logger.warning("%s", error)
+            if self._warned(self.confirm) and not beside.is_alive():
+                beside = threading.Thread(target=self._warned, args=(self.at_each_beat,))
+                beside.start()
+        if beside.ident is not None:
+            beside.join()
+
+    def _warned(self, work: Callable[[], None]) -> bool:
+        """Whether it succeeds; the next save raises what is wrong, if it still is."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the beats go on
+            logger.warning("%s", error)
+            return False
+        return True
 
     def _taken(self, content: bytes | None) -> UserError:
         return UserError(

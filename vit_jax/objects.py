@@ -1,6 +1,7 @@
 """Objects in Google Cloud Storage and S3, read and written as wholes; what their errors mean."""
 
 import contextlib
+import errno
 import functools
 import os
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from vit_jax.errors import Unreachable, UserError
 RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}  # 100 s in all
 # tensorstore's codes, as texts of its errors.
 _AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL")
-_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
+# What fsspec's clients raise: errors of these packages, or of the system with these numbers.
+_NETWORK = ("aiohttp", "botocore", "requests", "urllib3")
+_BUSY = (errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 _LOGIN = {
     "gs": "`gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "`aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -103,20 +107,27 @@ def _explained(url: str) -> Iterator[None]:
 
 def explained(url: str, error: BaseException) -> UserError | None:
     """What an error of a store's client means for the user; None if it is of another kind."""
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):  # with the same codes
+        return None
     text = " ".join(str(error).split())
     brief = text if len(text) < 200 else f"{text[:200]} ..."
     kind = type(error).__name__
     scheme = url.partition("://")[0]
     code = str(getattr(error, "code", None) or getattr(error, "status", None) or "")
     credentials = ("DefaultCredentialsError", "RefreshError", "NoCredentialsError")
-    if kind in credentials or any(sign in text for sign in _REFUSED) or code in ("401", "403"):
+    refused = kind in credentials or any(sign in text for sign in _REFUSED)
+    if refused or code in ("401", "403") or isinstance(error, PermissionError):
         return UserError(f"{url}: access is refused ({brief}). Log in with {_LOGIN.get(scheme)}")
     if any(sign in text for sign in _AGAIN) or code in ("429", "500", "502", "503", "504"):
         return Unreachable(
             f"{url} does not answer, after many attempts ({brief}): what was saved is whole; "
             "start the same command again when the store is back"
         )
-    if isinstance(error, (ConnectionError, TimeoutError)) or kind.startswith(("Client", "Server")):
+    network = isinstance(error, (ConnectionError, TimeoutError)) or (
+        type(error).__module__.partition(".")[0] in _NETWORK
+        or (isinstance(error, OSError) and error.errno in _BUSY)
+    )
+    if network:
         return Unreachable(f"{url} cannot be reached ({kind}: {brief}): try again later")
     if "NOT_FOUND" in text or isinstance(error, FileNotFoundError):
         return UserError(f"{url}: there is no such bucket or object ({brief})")

@@ -26,12 +26,13 @@ from etils import epath
 
 from vit_jax import buckets, distributed, objects
 from vit_jax.checkpoints import orbax_s3
-from vit_jax.errors import UserError, check_refused, why
+from vit_jax.errors import Unreachable, UserError, check_refused, why
 from vit_jax.writing import check_own, check_text, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 _STATE, _CHECKSUMS, _BEST = "state", "checksums.json", "best.json"
+_AWAY = "away: "  # begins what one process tells the others of a bucket that does not answer
 # What may be in the folder of a run that begins: what an earlier start left, and logs.
 RUN_FILES = (
     *("checkpoints", "model", "config.json", "data.json", "teacher.json", "metrics.jsonl"),
@@ -117,6 +118,8 @@ class Store:
             self._write_best()
             # Newer ones can only be damaged, as this run started from an older one.
             kept = [step for step in self.steps() if step <= int(path.name)][-self.keep :]
+            if self._bucket is not None:
+                self._bucket.confirm()
             for step, committed in self._found():
                 if step < kept[0] and (self._best is None or step != self._best[0]):
                     # checksums.json goes first, so that a kill during the deletion leaves an
@@ -141,6 +144,8 @@ class Store:
             return
         step, values = self._best
         path = self.directory / _BEST
+        if self._bucket is not None:
+            self._bucket.confirm()
         if step is None:
             path.unlink(missing_ok=True)
         elif step in self.steps():
@@ -154,7 +159,8 @@ class Store:
         """
         path = self.directory / _BEST
         try:
-            return int(json.loads(path.read_text())["step"])
+            with _talking(path):
+                return int(json.loads(path.read_text())["step"])
         except FileNotFoundError:
             raise UserError(
                 f"{self.directory.parent} has no best checkpoint: a run keeps one with "
@@ -191,10 +197,11 @@ class Store:
         return [step for step, committed in self._found() if committed]
 
     def _found(self) -> list[tuple[int, bool]]:
-        if not self.directory.exists():
-            return []
-        paths = [path for path in self.directory.iterdir() if path.name.isdigit()]
-        return sorted((int(path.name), (path / _CHECKSUMS).exists()) for path in paths)
+        with _talking(self.directory):
+            if not self.directory.exists():
+                return []
+            paths = [path for path in self.directory.iterdir() if path.name.isdigit()]
+            return sorted((int(path.name), (path / _CHECKSUMS).exists()) for path in paths)
 
     def newest(self) -> int | None:
         """Returns the newest step with matching checksums, None if nothing was saved.
@@ -241,7 +248,7 @@ class Store:
                 sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
             )
 
-        with self._reader() as orbax:
+        with _talking(self.directory), self._reader() as orbax:
             return orbax.restore(
                 self._state(step),
                 args=ocp.args.PyTreeRestore(
@@ -253,7 +260,7 @@ class Store:
 
     def names(self, step: int) -> set[str]:
         """The top-level names in a checkpoint: step, params, opt_state and, if enabled, ema."""
-        with self._reader() as orbax:
+        with _talking(self.directory), self._reader() as orbax:
             return set(orbax.metadata(self._state(step)).item_metadata.tree)
 
     def _reader(self) -> Any:
@@ -268,8 +275,6 @@ class Store:
     def _state(self, step: int) -> epath.Path:
         """Orbax's folder of a complete checkpoint."""
         path = self.directory / str(step)
-        if self._bucket is None:
-            return path / _STATE
         return path / next(iter(json.loads((path / _CHECKSUMS).read_text()))).partition("/")[0]
 
 
@@ -286,15 +291,25 @@ def verify(path: epath.Path, *, together: bool = False) -> str | None:
                 return f"{path / name} is missing"
             if _digest(path / name) != digest:
                 return f"{path / name} does not match its checksum"
-        except OSError as error:
-            if not together:  # the other processes would wait
+        except Exception as error:
+            told = _told(path, error)
+            if together and told is not None:  # the other processes would wait
+                return f"{_AWAY}{told}"
+            if told is not None:
+                raise told from error
+            if not isinstance(error, OSError):
+                raise
+            if not together:
                 check_refused(error, path / name)
             return f"{path} is unreadable ({error})"
         return ""
 
     def read() -> list[Any]:
         try:
-            return [{**json.loads((path / _CHECKSUMS).read_text())}, None]
+            with _talking(path):
+                return [{**json.loads((path / _CHECKSUMS).read_text())}, None]
+        except UserError:
+            raise
         except (OSError, ValueError, TypeError) as error:
             check_refused(error, path / _CHECKSUMS)
             return [{}, f"{path} is unreadable ({error})"]
@@ -305,7 +320,28 @@ def verify(path: epath.Path, *, together: bool = False) -> str | None:
     if not together:
         return next(filter(None, (check(*item) for item in expected.items())), None)
     found = _shared("verify", list(expected), lambda name: check(name, expected[name]))
+    for each in found.values():
+        if each.startswith(_AWAY):
+            raise Unreachable(each.removeprefix(_AWAY))
     return next(filter(None, found.values()), None)
+
+
+def _told(path: epath.Path, error: Exception) -> UserError | None:
+    """What an error means of a file in a bucket; None on a disk, and where a file is missing."""
+    if not buckets.is_bucket(path) or isinstance(error, (UserError, FileNotFoundError)):
+        return None
+    return objects.explained(os.fspath(path), error)
+
+
+@contextlib.contextmanager
+def _talking(path: epath.Path) -> Iterator[None]:
+    """Context that says what an error of a bucket's client means."""
+    try:
+        yield
+    except Exception as error:
+        if (told := _told(path, error)) is not None:
+            raise told from error
+        raise
 
 
 def _shared(name: str, files: list[str], work: Callable[[str], str]) -> dict[str, str]:

@@ -69,11 +69,19 @@ def run_sweep(
       Stopped: SIGTERM or SIGINT came.
     """
     check_text(workdir)
+    if buckets.is_bucket(workdir):
+        buckets.check(workdir)
+        if hasattr(launcher, "sbatch"):  # whose jobs write logs where the sweep has its record
+            raise UserError(
+                f"a sweep by Slurm has its record and logs on a disk that all nodes share, not in "
+                f"{os.fspath(workdir)}: name such a --workdir, or run its points one by one with "
+                "their own in the bucket (--launcher=print shows the commands)"
+            )
     if buckets.is_bucket(workdir) and not launcher.dry:
         with buckets.working(workdir) as folder:
             return _run(sweep, epath.Path(folder), buckets.check(workdir), launcher, command)
-    root = epath.Path(workdir if buckets.is_bucket(workdir) else os.path.abspath(workdir))
-    return _run(sweep, root, str(root), launcher, command)
+    place = os.fspath(workdir) if buckets.is_bucket(workdir) else os.path.abspath(workdir)
+    return _run(sweep, epath.Path(place), place.rstrip("/"), launcher, command)
 
 
 def _run(

@@ -101,7 +101,10 @@ def train(
 
 def _advice(store: Store) -> str:
     """What the user should do when a process of the run is lost."""
-    saved = store.steps()
+    try:
+        saved = store.steps()
+    except Exception:  # noqa: BLE001 - of a bucket that cannot be reached either
+        return "start the same command again: it goes on from its newest checkpoint"
     begins = f"goes on from step {saved[-1]}" if saved else "begins anew, as nothing was saved yet"
     return f"start the same command again: it {begins}"
 
