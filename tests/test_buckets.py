@@ -376,11 +376,12 @@ def test_a_folder_of_checkpoints_in_a_bucket_is_no_checkpoint(monkeypatch, cache
     assert pulled == ["gs://b/checkpoints/run1", "gs://b/run", "gs://b/r"]
 
 
-def test_a_sweep_by_slurm_needs_a_disk(tmp_path):
+def test_a_sweep_by_slurm_needs_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
     path = tmp_path / "sweep.py"
     path.write_text(f"config = {DIGITS!r}\ndef sweep():\n    yield {{'name': 'a'}}\n")
     with pytest.raises(UserError, match="on a disk that all nodes share, not in gs://b/sweep"):
-        run_sweep(load_sweep(str(path)), "gs://b/sweep", Slurm(dry=True))
+        run_sweep(load_sweep(str(path)), "gs://b/sweep", Slurm())
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
