@@ -11,7 +11,7 @@ from vit_jax.errors import Unreachable, UserError
 
 RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}  # 100 s in all
 # tensorstore's codes, as texts of its errors.
-_AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL")
+_AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "CURL")
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
 # What fsspec's clients raise: errors of these packages, or of the system with these numbers.
 _NETWORK = ("aiohttp", "botocore", "requests", "urllib3")
