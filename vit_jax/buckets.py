@@ -26,8 +26,6 @@ from vit_jax.lease import Lease, held
 from vit_jax.objects import Objects
 from vit_jax.writing import replacing
 
-logger = logging.getLogger(__name__)
-
 _NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package for listing, extra
 # What no copy has: checkpoints, hidden and temporary files, and what Weights & Biases sends itself.
 _SKIPPED = re.compile(r"(^|/)(checkpoints/|wandb/|\.)|/$|\.tmp$")
@@ -110,12 +108,16 @@ def local(path: str | os.PathLike) -> str:
     url = check(path)
     found = re.fullmatch(r"(.+)(/checkpoints/(?:best|\d+))", url)
     url, step = found.groups() if found else (url, "")
-    cache = os.path.expanduser(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax")
-    copy = Copy(url, os.path.join(os.path.abspath(cache), "runs", url.replace("://", "/")))
+    copy = Copy(url, os.path.join(os.path.abspath(cache()), "runs", url.replace("://", "/")))
     if not copy.pull():
         raise UserError(f"there is nothing at {url}")
     _ATTACHED[copy.folder] = copy
     return copy.folder + step
+
+
+def cache() -> Path:
+    """Where copies of what is elsewhere are kept: $VIT_JAX_CACHE, or ~/.cache/vit_jax."""
+    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
 
 
 def check(url: str | os.PathLike) -> str:

@@ -30,7 +30,6 @@ class Lease:
     def __init__(self, url: str, stale: float = STALE):
         self.at_each_beat: Callable[[], None] = lambda: None
         self.stale = stale
-        self._told = False
         self._objects = Objects(url)
         self._me = {**_process(), "id": uuid.uuid4().hex[:8]}
         self._generation = Objects.MISSING
@@ -45,22 +44,21 @@ class Lease:
 
     def __enter__(self) -> "Lease":
         content, generation = self._objects.read(_LEASE)
-        began = time.monotonic()
+        began, told = time.monotonic(), False
         while not _free(content):
             if time.monotonic() - began > self.stale:
                 logger.warning("%s: %s is silent and loses it", self._objects.url, _who(content))
                 break
-            if generation == (seen := self._objects.read(_LEASE))[1]:
-                if not self._told:
-                    self._told = True
-                    logger.info(
-                        "%s was in use by %s: waiting up to %.0f s for a sign of life",
-                        *(self._objects.url, _who(content), self.stale),
-                    )
-                time.sleep(self.stale / 30)
-                continue
-            content, generation = seen
-            if not _free(content):
+            if not told:
+                told = True
+                logger.info(
+                    "%s was in use by %s: waiting up to %.0f s for a sign of life",
+                    *(self._objects.url, _who(content), self.stale),
+                )
+            time.sleep(self.stale / 30)
+            before = generation
+            content, generation = self._objects.read(_LEASE)
+            if generation != before and not _free(content):
                 raise self._taken(content)
         if not self._write(generation):
             raise self._taken(self._objects.read(_LEASE)[0])

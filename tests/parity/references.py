@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 import safetensors.torch
 import timm
 import torch
@@ -15,6 +16,7 @@ from timm.models._hub import save_config_for_hf
 import vit_jax
 from vit_jax.checkpoints.convert import interpret
 from vit_jax.checkpoints.files import Weights
+from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.relative import RelativeBias
@@ -122,6 +124,34 @@ def assert_true(config, model):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def assert_written_for_others(vit, writes, folder, **known):
+    """The formats that hold a model read back as the same; the others are refused by name.
+
+    `known` is what their files alone do not say.
+    """
+    for format, ending in (("google", "npz"), ("big_vision", "npz"), ("hf", "safetensors")):
+        path = folder / f"{format}.{ending}"
+        if format in writes:
+            vit_jax.save(vit, path, format=format)
+            assert_same_models(load(path, **known), vit)
+        else:
+            with pytest.raises(UserError, match=rf"{format} has no models with model\."):
+                vit_jax.save(vit, path, format=format)
+
+
+def _of_every_kind(model):
+    """What all models of timm with a patch embedding say in the same words."""
+    return {
+        "has_class_token": model.cls_token is not None,
+        "num_prefix_tokens": model.num_prefix_tokens,
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "grid": tuple(model.patch_embed.grid_size),
+        "depth": len(model.blocks),
+        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
+        "num_classes": model.num_classes,
+    }
+
+
 def truth_of_timm(model):
     """What a model of timm is, read off its modules, by the names of our config."""
     if isinstance(model, timm.models.eva.Eva):
@@ -134,21 +164,14 @@ def truth_of_timm(model):
     parallel = hasattr(block, "in_proj")  # attention and MLP have no modules of their own
     act = block.mlp_act if parallel else block.mlp.act
     gelus = {"GELU": "erf", "QuickGELU": "quick", "GELUTanh": "tanh", "SiLU": None}
-    found = {
+    found = _of_every_kind(model) | {
         "num_heads": (block if parallel else block.attn).num_heads,
         "layernorm_eps": (block.in_norm if parallel else block.norm1).eps,
         "gelu": gelus[type(act).__name__],
         "parallel": parallel,
         "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": model.num_reg_tokens,
-        "has_class_token": model.cls_token is not None,
-        "num_prefix_tokens": model.num_prefix_tokens,
-        "patch_size": tuple(model.patch_embed.patch_size),
-        "grid": tuple(model.patch_embed.grid_size),
-        "depth": len(model.blocks),
         "pre_norm": not isinstance(model.norm_pre, torch.nn.Identity),
-        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
-        "num_classes": model.num_classes,
         "norm_after_branch": type(block).__name__ == "ResPostBlock",
     }
     if not parallel and block.attn.__class__.__name__ == "Attention":
@@ -162,18 +185,11 @@ def truth_of_timm(model):
 def truth_of_relative(model):
     """The same of a model of timm's beit.py or vision_transformer_relpos.py."""
     block, positions = model.blocks[0], getattr(model, "pos_embed", None)
-    found = {
+    found = _of_every_kind(model) | {
         "num_heads": block.attn.num_heads,
         "layernorm_eps": block.norm1.eps,
         "gelu": {"GELU": "erf"}[type(block.mlp.act).__name__],
         "pool": {"token": "token", "avg": "gap"}[model.global_pool],
-        "has_class_token": model.cls_token is not None,
-        "num_prefix_tokens": model.num_prefix_tokens,
-        "patch_size": tuple(model.patch_embed.patch_size),
-        "grid": tuple(model.patch_embed.grid_size),
-        "depth": len(model.blocks),
-        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
-        "num_classes": model.num_classes,
         "position": "relative_bias" if positions is None else "learned",
         "norm_after_branch": isinstance(block, relpos.ResPostRelPosBlock),
     }
@@ -221,18 +237,11 @@ def truth_of_eva(model):
     """The same of a model of timm's eva.py."""
     block, rope = model.blocks[0], model.rope
     registers = 0 if model.reg_token is None else model.reg_token.shape[1]
-    found = {
+    found = _of_every_kind(model) | {
         "num_heads": block.attn.num_heads,
         "layernorm_eps": block.norm1.eps,
         "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": registers,
-        "has_class_token": model.cls_token is not None,
-        "num_prefix_tokens": model.num_prefix_tokens,
-        "patch_size": tuple(model.patch_embed.patch_size),
-        "grid": tuple(model.patch_embed.grid_size),
-        "depth": len(model.blocks),
-        "norm_after_pool": not isinstance(model.fc_norm, torch.nn.Identity),
-        "num_classes": model.num_classes,
         "position": "rope" if model.pos_embed is None else "learned",
         "mlp_dim": block.mlp.fc2.in_features,
         "pre_norm": not isinstance(model.norm_pre, torch.nn.Identity),

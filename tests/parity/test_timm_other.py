@@ -8,13 +8,13 @@ from parity.references import (
     agree,
     assert_same_models,
     assert_true,
+    assert_written_for_others,
     expected_of,
     load,
     same_tensors,
     truth_of_timm,
 )
 from parity.timm_cases import Case, built
-from vit_jax.errors import UserError
 
 SMALL = dict(embed_dim=48, num_heads=3)
 CASES = {
@@ -87,13 +87,6 @@ def test_written_for_timm(name, folders, record, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_written_for_others(name, folders, tmp_path):
     vit = load(folders(name))
-    for format, ending in (("google", "npz"), ("big_vision", "npz"), ("hf", "safetensors")):
-        path = tmp_path / f"{format}.{ending}"
-        if format in CASES[name].writes:
-            vit_jax.save(vit, path, format=format)
-            assert_same_models(load(path), vit)
-        else:
-            with pytest.raises(UserError, match=rf"{format} has no models with model\."):
-                vit_jax.save(vit, path, format=format)
+    assert_written_for_others(vit, CASES[name].writes, tmp_path)
     vit_jax.save(vit, tmp_path / "ours.safetensors", format="vit_jax")
     assert_same_models(load(tmp_path / "ours.safetensors"), vit)

@@ -14,6 +14,7 @@ from parity.references import (
     agree,
     assert_same_models,
     assert_true,
+    assert_written_for_others,
     expected_of,
     interpreted,
     load,
@@ -99,15 +100,8 @@ def test_written_for_timm_and_others(name, folders, record, tmp_path):
     again = load(tmp_path / "timm" / "model.safetensors")
     assert_same_models(again, vit)
     assert again.preprocess == vit.preprocess
-    for format, ending in (("google", "npz"), ("big_vision", "npz"), ("hf", "safetensors")):
-        path = tmp_path / f"{format}.{ending}"
-        if format in case.writes:
-            vit_jax.save(vit, path, format=format)
-            known = dict(layernorm_eps=1e-6)  # of files, where transformers' own is 1e-12
-            assert_same_models(load(path, **known), vit)
-        else:
-            with pytest.raises(UserError, match=rf"{format} has no models with model\."):
-                vit_jax.save(vit, path, format=format)
+    # Of transformers' files, whose own epsilon is 1e-12.
+    assert_written_for_others(vit, case.writes, tmp_path, layernorm_eps=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,7 @@ def _cache_path(url: str) -> Path:
     parts = [quote(part, safe=" +=@,") for part in rest.split("/")]
     # quote() keeps dots, which must not lead to another folder, and never returns a lone %.
     parts = [part if part.strip(".") else part.replace(".", "%2E") or "%" for part in parts]
-    root = Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax")
-    return root.expanduser().joinpath(scheme, *parts)
+    return buckets.cache().joinpath(scheme, *parts)
 
 
 def _denied(error: Exception) -> bool:

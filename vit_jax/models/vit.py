@@ -265,7 +265,9 @@ class ViT(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
         depth, at = self.config.depth, self.config.position_at
         shared = self.positions() if at == "layers_shared" else None
-        logits_bias = self.relative_bias() if hasattr(self, "relative_bias") else None
+        logits_bias = None if sizes is None else sizes.bias
+        if hasattr(self, "relative_bias"):
+            logits_bias = self.relative_bias()
 
         length, extra = x.shape[1], 0  # cuDNN takes even numbers of tokens
         if attention.backend_of(self.config) == "cudnn":
@@ -275,7 +277,6 @@ class ViT(nnx.Module):
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
 
         rotation = None if rotation is None else pad(rotation)
-        logits_bias = logits_bias if sizes is None else sizes.bias
 
         # On one GPU, norms are folded into the next kernels (see `layers.folded`); with a layout
         # that would gather sharded kernels. In a scan, the body folds: no copy of all blocks.
