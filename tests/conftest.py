@@ -1,12 +1,15 @@
 """Eight faked CPU devices, and shapes in signatures enforced, before anything imports jax."""
 
 import dataclasses
+import fcntl
 import functools
 import gc
 import importlib.metadata
+import json
 import logging
 import os
 import pathlib
+import shutil
 import sys
 import types
 from types import SimpleNamespace
@@ -63,6 +66,7 @@ jaxtyping.install_import_hook("vit_jax", "beartype.beartype")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
+from processes import save_arrays_whole  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
@@ -89,26 +93,29 @@ TINY = [
 
 @pytest.fixture(scope="session", autouse=True)
 def whole_arrays():
-    """Has Orbax save an array whole, where it would compile a slice of each for every device.
-
-    Tests of several processes leave that to it.
-    """
+    """`save_arrays_whole` for all tests; runs of several processes do as users' do."""
     if "vit_jax.checkpoints.store" in sys.modules:
-        import jax
-        import orbax.checkpoint as ocp
-
-        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+        save_arrays_whole()
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A finished run folder of the tiny digits config, and what training returned."""
+    """A finished run folder of the tiny digits config, and what training returned.
+
+    One worker trains it; each has a copy of its own.
+    """
     from vit_jax.training.config_file import load_config
     from vit_jax.training.loop import train
 
-    workdir = tmp_path_factory.mktemp("run") / "pretrain"
-    return workdir, train(load_config(DIGITS, TINY), workdir)
+    own = tmp_path_factory.mktemp("run") / "pretrain"
+    shared = own.parents[2 if "PYTEST_XDIST_WORKER" in os.environ else 1] / "tiny_run"
+    with open(f"{shared}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = shared.with_suffix(".json")
+        if not result.exists():
+            result.write_text(json.dumps(train(load_config(DIGITS, TINY), shared)))
+    shutil.copytree(shared, own)
+    return own, json.loads(result.read_text())
 
 
 @pytest.fixture
@@ -120,13 +127,32 @@ def as_users_have_it():
 
 
 def without_training(patch):
-    """Runs of `train` are as they are, but for their steps, which are traced and learn nothing."""
+    """Runs of `train` are as they are, but for their steps, which are traced and learn nothing.
+
+    What a new model begins with is drawn here, as no program need be compiled for it.
+    """
     import jax
     import jax.numpy as jnp
 
     from vit_jax.training import loop
 
     make_program = loop.make_program
+
+    def begin(abstract, config, optimizer, *, seed, params=None):
+        random = np.random.default_rng(seed)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+        if params is None:
+            params = jax.tree.map_with_path(
+                lambda path, leaf: (
+                    random.normal(0, 0.02, leaf.shape) * (path[0].key != "head")
+                ).astype(leaf.dtype),
+                abstract.params,
+            )
+        ema = None if abstract.ema is None else params
+        state = dataclasses.replace(zeros, params=params, ema=ema)
+        return jax.tree.map(
+            lambda x, leaf: jax.device_put(x, leaf.sharding, may_alias=False), state, abstract
+        )
 
     def make(*args, **kwargs):
         program = make_program(*args, **kwargs)
@@ -135,12 +161,29 @@ def without_training(patch):
         return dataclasses.replace(program, step=lambda state, *_: (state, dict(zeros)))
 
     patch.setattr(loop, "make_program", make)
+    patch.setattr(loop, "make_state", begin)
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """`without_training` for a test."""
     without_training(monkeypatch)
+
+
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """All runs of a test are of one config and share its programs, which are compiled once."""
+    from vit_jax.training import loop
+
+    make_program, known = loop.make_program, {}
+
+    def make(plan, mesh, phase):
+        key = repr(phase)
+        if key not in known:
+            known[key] = make_program(plan, mesh, phase)
+        return known[key]
+
+    monkeypatch.setattr(loop, "make_program", make)
 
 
 def pytest_collection_finish():
@@ -152,7 +195,7 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """The longest go first, so that no worker is left alone with them at the end."""
-    long = ("test_distributed.py", "test_resume.py", "test_evidence.py", "test_sharding.py")
+    long = ("test_buckets.py", "test_distributed.py", "test_resume.py", "test_evidence.py")
     items.sort(key=lambda item: (*long, item.path.name).index(item.path.name))
 
 

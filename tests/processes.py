@@ -27,6 +27,15 @@ def run_forks_of(*modules):
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
+def save_arrays_whole():
+    """Has Orbax save an array whole, where it would compile a slice of each for every device."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
 class Command:
     """A process of `python -m vit_jax ARGV`, or of a text of Python.
 
@@ -82,6 +91,8 @@ def _run(argv, text, dies, cwd, env, files):
         from vit_jax.__main__ import main, set_up_screen
 
         logging.root.handlers.clear()  # of what was imported
+        if not any(arg.startswith("--coordinator=") for arg in argv):
+            save_arrays_whole()
         set_up_screen()
         code = main(argv)
     sys.stdout.flush()

@@ -17,7 +17,7 @@ from vit_jax.models.lora import Lora
 from vit_jax.models.vit import ViT
 
 GPU = fake_mesh("gpu")
-SIZES = dict(image_size=8, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=24, num_classes=5)
+SIZES = dict(image_size=8, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=24, num_classes=5)
 
 
 def computed(config, function, mesh=None):
@@ -44,18 +44,20 @@ def assert_alike(found, wanted, rtol):
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(),
-        dict(pool="gap", layer_scale=0.5, gelu="erf", scan=True),
+        dict(depth=2),
+        dict(depth=2, pool="gap", layer_scale=0.5, gelu="erf", scan=True),
         dict(qkv_bias=False, gelu="quick", pool="map", registers=2),
-        dict(mlp="swiglu", layer_scale=0.1, position_at="layers"),
+        dict(depth=2, mlp="swiglu", layer_scale=0.1, position_at="layers"),
         dict(position="relative", remat="full"),
         dict(position="rope", key_bias=False, mlp="swiglu", mlp_norm=True, attention_norm=True),
         dict(norm="rmsnorm", mlp="swiglu", proj_bias=False, qkv_bias=False, patch_norm=True),
         dict(parallel=True, layer_scale=0.5),
-        dict(norm="rmsnorm", qk_norm="head", layer_scale=0.5, mlp_scale=False, scan=True),
+        dict(depth=2, norm="rmsnorm", qk_norm="head", layer_scale=0.5, mlp_scale=False, scan=True),
         dict(norm_after_branch=True, layer_scale=0.5, norm="rmsnorm", qk_norm="all"),
         dict(pool="gap", norm_after_pool=True, pre_norm=True, position="sincos2d"),
-        dict(lora=Lora(2, targets=("qkv", "out", "fc1", "fc2")), layer_scale=0.5, pool="map"),
+        dict(
+            depth=2, lora=Lora(2, targets=("qkv", "out", "fc1", "fc2")), layer_scale=0.5, pool="map"
+        ),
     ],
     ids=str,
 )
@@ -128,7 +130,7 @@ def test_the_derivative_of_gelu_is_that_of_the_formula(kind, dtype, atol):
     [
         (dict(), True),
         (dict(pool="gap"), False),
-        (dict(position_at="layers", scan=True), True),
+        (dict(depth=2, position_at="layers", scan=True), True),
         (dict(pool="gap", registers=3), True),
     ],
     ids=str,
@@ -145,7 +147,7 @@ def test_an_odd_number_of_tokens_is_padded_and_nobody_sees_it(fields, padded, mo
 
     def outputs(model, images):
         logits, captured = model(images, capture=("tokens", "attention", "encoded"))
-        assert captured["attention"].shape == (2, 3, 2, real, real)
+        assert captured["attention"].shape == (config.depth, 3, 2, real, real)
         return jnp.concatenate([logits.ravel(), *(x.ravel() for x in captured.values())])
 
     wanted = computed(config, outputs)

@@ -139,8 +139,7 @@ def gradients(case, **fields):
     "case, fields",
     [
         ("resnet", dict(scan=False, remat="dots")),
-        ("resnet", dict(remat="full")),
-        ("hybrid", dict(scan=False, remat="full")),
+        ("hybrid", dict(remat="full")),
     ],
     ids=str,
 )

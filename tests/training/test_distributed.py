@@ -74,7 +74,7 @@ def test_two_processes_are_one_run_that_one_and_then_two_go_on_with(
 ):
     """They stop at one step, whichever of them is told to."""
     alone, workdir = tiny_run[0], tmp_path / "run"
-    timed = ["--config.checkpoint.every_minutes=0.003", "--config.checkpoint.keep=9"]
+    timed = ["--config.checkpoint.every_minutes=0.01", "--config.checkpoint.keep=9"]
     (_, err), (silent, other) = finish(
         start(2, "--config.eval.every=0", *timed, devices=2, dies={1: (SIGINT, "step", 10)}), 130
     )

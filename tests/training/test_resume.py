@@ -37,7 +37,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax
 def test_killed_stopped_and_refused_by_the_disk_it_ends_bit_identical(
-    tiny_run, tmp_path, monkeypatch, capsys, caplog
+    tiny_run, tmp_path, monkeypatch, capsys, caplog, compiled_once
 ):
     """Other workers after every restart: they must not change a sample."""
     undisturbed, workdir = tiny_run[0], tmp_path / "run"
