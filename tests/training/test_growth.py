@@ -1,7 +1,6 @@
 """Growing images: the step of a size is that of a model of that size, with resized positions."""
 
 import dataclasses
-import functools
 import shutil
 
 import jax
@@ -27,7 +26,6 @@ from vit_jax.training.metrics import TIMING_KEYS, read_metrics
 from vit_jax.training.objectives import Augment
 from vit_jax.training.optim import OptimConfig, make_optimizer
 from vit_jax.training.plan import TrainingData, make_plan
-from vit_jax.training.program import make_program
 from vit_jax.training.sharding import MeshConfig, make_layout, make_mesh, to_devices
 from vit_jax.training.state import abstract_state, make_state
 from vit_jax.training.steps import make_train_step
@@ -158,10 +156,7 @@ def weights(workdir):
     return jax.tree.leaves(store.restore(24, {"params": shapes, "ema": shapes}))
 
 
-def test_a_run_with_all_of_it_resumes_bit_identical(tmp_path, caplog, monkeypatch):
-    program = functools.cache(lambda: make_program(*given))  # compiled for both runs
-    given = []
-    monkeypatch.setattr(loop, "make_program", lambda *args: given.extend(args) or program())
+def test_a_run_with_all_of_it_resumes_bit_identical(tmp_path, caplog, compiled_once):
     caplog.set_level("INFO", "vit_jax")
     config = load_config(DIGITS, [*FLAGS, "--config.checkpoint.keep=3"])
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

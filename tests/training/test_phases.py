@@ -76,7 +76,9 @@ def test_the_head_learns_alone_and_then_all_with_a_schedule_of_its_own(probed):
         assert set(moments) == learning and all((v == 0).all() == zero for v in moments.values())
 
 
-def test_killed_in_a_phase_or_at_the_change_it_ends_bit_identical(probed, tiny_run, tmp_path):
+def test_killed_in_a_phase_or_at_the_change_it_ends_bit_identical(
+    probed, tiny_run, tmp_path, compiled_once
+):
     flags = flags_of(tiny_run[0], "model.lora.rank=2")
 
     def resumed(workdir):
