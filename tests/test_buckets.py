@@ -1,6 +1,7 @@
 """Run folders in buckets: on servers of this machine that speak Google's and Amazon's protocols."""
 
 import ast
+import asyncio
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import botocore.exceptions
 import jax
@@ -39,12 +41,27 @@ needs_x86 = pytest.mark.skipif(
 )
 STORES = [pytest.param("gs", marks=needs_x86), "s3"]
 FAULTS = {"gs": servers.Faults(), "s3": servers.Faults()}
+# What failed is tried again as often as elsewhere, but soon.
+SOON = {**objects.RETRIES, "initial_delay": "10ms", "max_delay": "200ms"}
+
+
+def without_pauses(patch):
+    """Tensorstore's own clients, Orbax's and gcsfs try again at once."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    patch.setattr(objects, "RETRIES", SOON)
+    for context in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        for name in ("gcs_request_retries", "s3_request_retries"):
+            patch.setitem(getattr(tensorstore_utils, context), name, SOON)
+    soon = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100))
+    patch.setattr("gcsfs.retry.asyncio", soon)
 
 
 @pytest.fixture(scope="module")
 def stores():
     """Both servers, and the environment that leads to them."""
     with pytest.MonkeyPatch.context() as patch, servers.amazon(FAULTS["s3"]) as found:
+        without_pauses(patch)
         for name, value in found.items():
             patch.setenv(name, value)
         if platform.machine() != "x86_64":
@@ -114,7 +131,8 @@ def test_a_run_killed_in_a_bucket_is_the_run_on_a_disk_despite_faults(
     Command(tmp_path, argv, dies=(SIGKILL, "save", 8), **servers_of(store)).finish(-SIGKILL)
     before = sum(FAULTS[store].count.values())
     FAULTS[store].share = 0.02
-    results, said = run_training(load_config(DIGITS, TINY), url)
+    config = load_config(DIGITS, [*TINY, "--config.checkpoint.every=8"])
+    results, said = run_training(config, url)
     assert sum(FAULTS[store].count.values()) > before
     FAULTS[store].share = 0.0
     assert any(line.startswith(f"  vit-jax evaluate --workdir={url}") for line in said)
@@ -138,9 +156,10 @@ def test_two_processes_are_one_run_in_a_bucket(store, tiny_run, tmp_path, cached
     """Each sends its own parts of a checkpoint; one dies, and both go on as one run."""
     url = f"{store}://runs/two"
 
-    def start(dies=None):
-        flags = [f"--coordinator={address()}", "--processes=2", "--config.mesh.fsdp=-1"]
+    def start(*flags, dies=None):
+        flags = (*flags, f"--coordinator={address()}", "--processes=2", "--config.mesh.fsdp=-1")
         argv = ["train", f"--config={DIGITS}", f"--workdir={url}", *TINY, *flags]
+        argv.append("--config.eval.every=0")
         return [
             Command(
                 tmp_path,
@@ -153,10 +172,10 @@ def test_two_processes_are_one_run_in_a_bucket(store, tiny_run, tmp_path, cached
             for i in range(2)
         ]
 
-    other, victim = start((SIGKILL, "step", 11))
+    other, victim = start(dies=(SIGKILL, "step", 11))
     victim.finish(-SIGKILL)
     assert re.search("goes on from step [48]$", other.finish(75)[1], re.M)
-    for command in start():
+    for command in start("--config.checkpoint.every=12"):
         command.finish()
     names = Objects(url).names()
     assert any("/ocdbt.process_1/" in name for name in names)  # straight from the second process
@@ -390,6 +409,7 @@ def test_a_sweep_in_a_bucket(store, tmp_path, cached, capsys):
     path, url, ran = tmp_path / "sweep.py", f"{store}://runs/sweep", []
     flags = (flag.removeprefix("--config.").split("=") for flag in TINY)
     point = {"name": "seed1", **{key: number(value) for key, value in flags}, "total_steps": 4}
+    point |= {"data.val": None, "data.test": None}
     path.write_text(f"config = {DIGITS!r}\ndef sweep():\n    yield {point}\n")
 
     def command(config, workdir, flags):
