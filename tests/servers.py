@@ -117,6 +117,8 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 2**16  # header and body in one packet, else the other side's answer is awaited
+        disable_nagle_algorithm = True
 
         def log_message(self, *_):
             pass
@@ -199,8 +201,11 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
                 with contextlib.suppress(OSError):
                     self.wfile.write(content)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 1024  # with 5, connections wait a second
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
