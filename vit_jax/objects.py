@@ -35,11 +35,15 @@ def is_bucket(path: str | os.PathLike) -> bool:
 
 def cache() -> Path:
     """Where copies of what is elsewhere are kept: $VIT_JAX_CACHE, or ~/.cache/vit_jax."""
-    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("VIT_JAX_CACHE") or f"{caches}/vit_jax").expanduser()
 
 
-def check(url: str | os.PathLike) -> str:
+def check(url: str | os.PathLike, whole: bool = False) -> str:
     """Returns a URL of a folder in a bucket without a slash at its end.
+
+    Args:
+      whole: whether it may be a bucket itself.
 
     Raises:
       UserError: another scheme, no bucket, a part that a folder cannot be named, or the package
@@ -50,7 +54,7 @@ def check(url: str | os.PathLike) -> str:
     if scheme not in _NEEDS:
         raise UserError(f"{url}: expected gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder")
     parts = rest.split("/")
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
+    if len(parts) < 2 - whole or any(part in ("", ".", "..") for part in parts):
         raise UserError(f"{url}: expected {scheme}://BUCKET/FOLDER")
     package, extra = _NEEDS[scheme]
     if importlib.util.find_spec(package) is None:

@@ -5,6 +5,7 @@ once by each process, and what is read is of the version that was listed.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import fnmatch
 import functools
@@ -13,15 +14,19 @@ import hashlib
 import io
 import logging
 import os
+import stat
 import threading
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vit_jax.errors import UserError
+import numpy as np
+
 from vit_jax.data.cache import Cache
-from vit_jax.objects import Objects, cache, check
+from vit_jax.errors import UserError
 from vit_jax.objects import Entry as Listed
+from vit_jax.objects import Objects, cache, check
 from vit_jax.objects import is_bucket as is_url
 from vit_jax.writing import replacing
 
@@ -56,6 +61,18 @@ def is_file(path: str) -> bool:
     return found is not None and found.size is not None
 
 
+def plain_size(path: str) -> int | None:
+    """The size of a plain file in bytes; None of a folder, device or the like.
+
+    Raises:
+      OSError: nothing is there, or it cannot be looked at.
+    """
+    if is_url(path):
+        return _version(path).size
+    found = os.stat(path)
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 def size(path: str) -> int:
     """The size of a file in bytes.
 
@@ -69,8 +86,8 @@ def version(path: str) -> str:
     """What changes when a file does: of a bucket its generation, of a disk size and time."""
     if is_url(path):
         return f"{path} {_version(path).generation.hex()}"
-    stat = os.stat(path)
-    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    found = os.stat(path)
+    return f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
 
 
 def names(path: str) -> list[str]:
@@ -80,6 +97,31 @@ def names(path: str) -> list[str]:
       OSError: there is no such folder.
     """
     return sorted(_listed(path.rstrip("/"))) if is_url(path) else sorted(os.listdir(path))
+
+
+class Entry(NamedTuple):
+    """A file or folder of a bucket, with what `files` uses of an os.DirEntry."""
+
+    name: str
+    path: str
+    folder: bool
+
+    def is_dir(self) -> bool:
+        return self.folder
+
+
+def scan(path: str) -> list[os.DirEntry] | list[Entry]:
+    """What is in a folder, sorted by name.
+
+    Raises:
+      OSError: there is no such folder, or it cannot be listed.
+    """
+    if not is_url(path):
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    path = path.rstrip("/")
+    listed = sorted(_listed(path).items())
+    return [Entry(name, f"{path}/{name}", found.size is None) for name, found in listed]
 
 
 def files(path: str) -> dict[str, int]:
@@ -143,6 +185,11 @@ def read(path: str, at: int = 0, length: int | None = None) -> bytes:
     return content
 
 
+def start(path: str, count: int) -> bytes:
+    """The first bytes of a file, at most `count`; raises as `read`."""
+    return read(path, 0, min(count, size(path)) if is_url(path) else count)
+
+
 def opened(path: str) -> io.IOBase:
     """A file to read in binary, with `seek`; of a bucket, in pieces of a megabyte."""
     if not is_url(path):
@@ -162,15 +209,42 @@ def local(path: str) -> str:
     if not copy.is_file():
         if size(path) > _MANY:
             logger.info("%s (%.1f GB) is copied to %s", path, size(path) / 1e9, copy)
-        with replacing(copy, f"{copy}.{os.getpid()}.{threading.get_ident()}") as temporary:
-            Path(temporary).write_bytes(read(path))
+        write_kept(copy, read(path))
     return str(copy)
+
+
+def index(path: str, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` returns, an array about a file, kept in $VIT_JAX_CACHE for this version of it."""
+    where = kept(path, f"{name}.npy")
+    with contextlib.suppress(OSError):
+        checksum, content = (known := where.read_bytes())[:4], known[4:]
+        if checksum == _checksum(content):
+            return np.load(io.BytesIO(content), allow_pickle=False)
+    found = make()
+    buffer = io.BytesIO()
+    np.save(buffer, found)
+    content = buffer.getvalue()
+    try:
+        write_kept(where, _checksum(content) + content)
+    except (OSError, UserError) as error:
+        logger.warning("the index of %s is not kept: %s", path, error)
+    return found
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def kept(path: str, name: str) -> Path:
     """Where what is known of a file is kept in $VIT_JAX_CACHE, apart for each version of it."""
     digest = hashlib.sha256(os.fsencode(version(path))).hexdigest()[:32]
     return cache() / "data" / digest / name
+
+
+def write_kept(path: Path, content: bytes) -> None:
+    """Writes a file as a whole, though other processes may do so at once."""
+    with replacing(path, f"{path}.{os.getpid()}.{threading.get_ident()}") as temporary:
+        Path(temporary).write_bytes(content)
 
 
 class _Ranges(io.RawIOBase):
@@ -201,7 +275,7 @@ class _Ranges(io.RawIOBase):
 
 @functools.cache
 def _listed(folder: str) -> dict[str, Listed]:
-    bucket, inside = _place(folder)
+    bucket, inside = _place(check(folder, whole=True))
     return _bucket(bucket).folder(inside)
 
 
@@ -217,7 +291,7 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 
 def _place(path: str) -> tuple[str, str]:
     """The URL of a bucket, and a name in it."""
-    scheme, _, rest = check(path).partition("://")
+    scheme, _, rest = path.partition("://")
     bucket, _, name = rest.partition("/")
     return f"{scheme}://{bucket}", name
 

@@ -8,9 +8,10 @@ import lzma
 import os
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from vit_jax.data import storage
 from vit_jax.errors import UserError
 
 
@@ -34,6 +35,8 @@ class OpenFiles:
         Raises:
           UserError: the file cannot be read, or is too short.
         """
+        if storage.is_url(self.paths[which]):
+            return storage.read(self.paths[which], offset, size)
         try:
             with self._lock:
                 if which not in self._open:
@@ -104,10 +107,17 @@ _DECOMPRESSORS = {
 
 
 def open_file(path: str) -> Any:
-    """Opens a file, decompressed if need be; a plain file is an unbuffered io.FileIO."""
-    with open(path, "rb") as file:
-        start = file.read(5)
-    for magic, opener in _DECOMPRESSORS.items():
-        if start.startswith(magic):
-            return opener(path)
-    return open(path, "rb", buffering=0)
+    """Opens a file, decompressed if need be; a plain file of a disk is an unbuffered io.FileIO."""
+    if (opener := _decompressor(path)) is not None:
+        return opener(storage.local(path))
+    return storage.opened(path) if storage.is_url(path) else open(path, "rb", buffering=0)
+
+
+def is_compressed(path: str) -> bool:
+    """Whether a file is compressed, so that it has to be read from its start."""
+    return _decompressor(path) is not None
+
+
+def _decompressor(path: str) -> Callable[[str], Any] | None:
+    start = storage.start(path, 5)
+    return next((found for magic, found in _DECOMPRESSORS.items() if start.startswith(magic)), None)
