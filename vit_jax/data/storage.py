@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import functools
 import glob
+import gzip
 import hashlib
 import io
 import logging
@@ -215,20 +216,33 @@ def local(path: str) -> str:
 
 def index(path: str, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """What `make` returns, an array about a file, kept in $VIT_JAX_CACHE for this version of it."""
-    where = kept(path, f"{name}.npy")
+
+    def content() -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, make())
+        return buffer.getvalue()
+
+    return np.load(io.BytesIO(_made_once(path, f"{name}.npy", content)), allow_pickle=False)
+
+
+def text(path: str, name: str, make: Callable[[], str]) -> str:
+    """What `make` returns, a text about a file, kept in $VIT_JAX_CACHE for this version of it."""
+    packed = _made_once(path, f"{name}.gz", lambda: gzip.compress(make().encode(), 5))
+    return gzip.decompress(packed).decode()
+
+
+def _made_once(path: str, name: str, make: Callable[[], bytes]) -> bytes:
+    where = kept(path, name)
     with contextlib.suppress(OSError):
         checksum, content = (known := where.read_bytes())[:4], known[4:]
         if checksum == _checksum(content):
-            return np.load(io.BytesIO(content), allow_pickle=False)
-    found = make()
-    buffer = io.BytesIO()
-    np.save(buffer, found)
-    content = buffer.getvalue()
+            return content
+    content = make()
     try:
         write_kept(where, _checksum(content) + content)
     except (OSError, UserError) as error:
         logger.warning("the index of %s is not kept: %s", path, error)
-    return found
+    return content
 
 
 def _checksum(content: bytes) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from vit_jax.data import storage
-from vit_jax.data.forms.archive_rows import Rows, scan
+from vit_jax.data.forms.archive_rows import scan_all
 from vit_jax.data.forms.files import WHOLE, Packed, PassedOver, class_name, fingerprint_of, tell
 from vit_jax.data.forms.label_files import read_labels
 from vit_jax.data.forms.layout import check_class_folders, label_option, out_of_the_way, split_kind
@@ -127,9 +127,8 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
     path, wanted = label_option(path, ORIGINS)
     wanted, _, key = (wanted or "").partition(".")
     files = OpenFiles(_expand(path))
-    rows, passed = Rows(), PassedOver()
-    for number, one in enumerate(files.paths):
-        rows.extend(scan(one, number, split, key or "label", passed))
+    passed = PassedOver()
+    rows = scan_all(files.paths, split, key or "label", passed)
     names = rows.names
     if not names:
         raise UserError(
@@ -196,8 +195,8 @@ def unlabelled(path: str) -> TarSource:
     Raises:
       UserError: no archive, or a damaged one.
     """
-    rows, passed = Rows(), PassedOver()
-    rows.extend(scan(path, 0, WHOLE, "label", passed))
+    passed = PassedOver()
+    rows = scan_all([path], WHOLE, "label", passed)
     columns = {name: np.array(column, np.int64) for name, column in rows.numbers.items()}
     return TarSource(
         OpenFiles([path]),

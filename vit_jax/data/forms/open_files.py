@@ -20,6 +20,7 @@ class OpenFiles:
 
     def __init__(self, paths: Iterable[str]):
         self.paths = tuple(paths)
+        self._ranges: dict[int, bool] = {}
         self._lock = threading.Lock()
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
@@ -29,13 +30,20 @@ class OpenFiles:
     def __setstate__(self, paths):
         self.__init__(paths)
 
+    def _ranged(self, which: int) -> bool:
+        """Whether a file is read by ranges, from a bucket."""
+        if which not in self._ranges:
+            path = self.paths[which]
+            self._ranges[which] = storage.is_url(path) and not is_compressed(path)
+        return self._ranges[which]
+
     def read(self, which: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes at `offset` of file number `which`, decompressed if need be.
 
         Raises:
           UserError: the file cannot be read, or is too short.
         """
-        if storage.is_url(self.paths[which]):
+        if self._ranged(which):
             return storage.read(self.paths[which], offset, size)
         try:
             with self._lock:
