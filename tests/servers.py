@@ -27,6 +27,7 @@ class Faults:
         the answer does not come).
       latency: seconds that each request waits.
       count: how many failed, by kind.
+      requests: how many came.
     """
 
     share: float = 0.0
@@ -34,6 +35,7 @@ class Faults:
     latency: float = 0.0
     count: dict[int | str, int] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    requests: int = 0
 
     def __post_init__(self):
         self._random = random.Random(self.seed)
@@ -125,6 +127,7 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
 
         def serve(self) -> None:
             body = self._body()
+            faults.requests += 1
             kind = faults.draw()
             if kind == "lost" and "upload_id=" in self.path:
                 kind = (

@@ -21,8 +21,23 @@ _TOUCHED = 3600.0  # seconds within which a use is not noted again
 _LEFT_FREE = 256 * 2**20  # bytes of disk
 
 
+def parse(where: str) -> tuple[Path, int]:
+    """Parses "DIR,100GB" to a folder and bytes.
+
+    Raises:
+      UserError: another form.
+    """
+    match = re.fullmatch(r"(.+),(\d+(?:\.\d+)?)(MB|GB|TB)", where)
+    if match is None:
+        raise UserError(
+            f"data.cache is {where!r}; expected a folder and its largest size, such as "
+            "/tmp/images,100GB (MB, GB or TB)"
+        )
+    return Path(match[1]).expanduser(), int(float(match[2]) * _UNITS[match[3]])
+
+
 class Cache:
-    """Pieces of files, each with a checksum, in a folder of at most `limit` bytes.
+    """Pieces of files, each with a checksum, in a folder of at most `limit` bytes; see `of`.
 
     Processes share the folder. Each counts what is there anew whenever it has added a hundredth of
     the limit, so n of them may exceed it by n hundredths. In a full cache, entries that nobody has
@@ -30,8 +45,8 @@ class Cache:
     whatever was replaced would be missed.
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int, where: str):
+        self.folder, self.limit, self.where = folder, limit, where
         self._lock = threading.Lock()
         self._total: int | None = None
         self._added, self._full_since = 0, -_TOUCHED
@@ -43,20 +58,14 @@ class Cache:
         Raises:
           UserError: another form, or a folder that cannot be made or written to.
         """
-        match = re.fullmatch(r"(.+),(\d+(?:\.\d+)?)(MB|GB|TB)", where)
-        if match is None:
-            raise UserError(
-                f"data.cache is {where!r}; expected a folder and its largest size, such as "
-                "/tmp/images,100GB (MB, GB or TB)"
-            )
-        folder = Path(match[1]).expanduser()
+        folder, limit = parse(where)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "README").write_text("Pieces of data sets in buckets; may be deleted.\n")
         except OSError as error:
             check_refused(error, folder)
             raise UserError(f"data.cache: {folder} cannot be used: {error.strerror}") from None
-        return cls(folder, int(float(match[2]) * _UNITS[match[3]]))
+        return cls(folder, limit, where)
 
     def get(self, key: str) -> bytes | None:
         """What is kept under a key; None if nothing is, or it is damaged."""
@@ -101,7 +110,7 @@ class Cache:
             if self._total + count > self.limit:
                 self._total = self._count(but_unused=True)
             if self._total + count > self.limit:
-                self._stop(f"is full, with {self._total / 1e9:.1f} GB")
+                self._stop(f"is full, with {self._total / 1e6:,.0f} MB")
                 return False
             if shutil.disk_usage(self.folder).free < count + _LEFT_FREE:
                 self._stop("is on a disk that is nearly full")

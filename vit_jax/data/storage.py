@@ -15,6 +15,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import stat
 import threading
 import zlib
@@ -28,20 +29,27 @@ from vit_jax.data.cache import Cache
 from vit_jax.errors import UserError
 from vit_jax.objects import Entry as Listed
 from vit_jax.objects import Objects, cache, check
-from vit_jax.objects import is_bucket as is_url
 from vit_jax.writing import replacing
 
 logger = logging.getLogger(__name__)
 
 _AHEAD = 2**20  # bytes that one request brings where a file is read from its start
 _MANY = 64 * 2**20  # bytes of a whole file from which on its copying is told
+_START = 32  # bytes that tell the kind of a file
+_SCHEME = re.compile(r"\w+://")
 _CACHE: Cache | None = None
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is that of a bucket."""
+    return _SCHEME.match(path) is not None
 
 
 def keep(where: str | None) -> None:
     """Has this process keep what it reads from buckets: "DIR,100GB" (see `cache.Cache.of`)."""
     global _CACHE
-    _CACHE = None if where is None else Cache.of(where)
+    if where is None or _CACHE is None or where != _CACHE.where:
+        _CACHE = None if where is None else Cache.of(where)
 
 
 def exists(path: str) -> bool:
@@ -187,8 +195,13 @@ def read(path: str, at: int = 0, length: int | None = None) -> bytes:
 
 
 def start(path: str, count: int) -> bytes:
-    """The first bytes of a file, at most `count`; raises as `read`."""
-    return read(path, 0, min(count, size(path)) if is_url(path) else count)
+    """The first bytes of a file, at most `count`, which is at most 32; raises as `read`."""
+    return (_start(path) if is_url(path) else read(path, 0, _START))[:count]
+
+
+@functools.lru_cache(2**16)
+def _start(url: str) -> bytes:
+    return read(url, 0, min(_START, size(url)))
 
 
 def opened(path: str) -> io.IOBase:

@@ -131,8 +131,8 @@ class Part:
     examples_in_shard: int
 
 
-def array_records(parts: Sequence[Part]) -> Records:
-    """The records of ArrayRecord files, one part after the other.
+def array_records(parts: Sequence[Any]) -> Records:
+    """The records of parts of ArrayRecord files, each with the fields of `Part`, in order.
 
     Raises:
       UserError: a file in a bucket is no ArrayRecord file, or of a kind that is not read there.
