@@ -8,6 +8,7 @@ SIZES = (500, 2000, 8000)
 # At the paper's scale: JFT-300M and random parts of it (Figure 4), B/32, R50x1 and their hybrid.
 JFT = {"9M": "train[:3%]", "30M": "train[:10%]", "90M": "train[:30%]", "300M": "train[:99%]"}
 LARGE = ("B/32", "R50x1", "R50+B/32")
+SCALES = ("smoke", "laptop", "paper")
 
 
 def sweep(scale="laptop"):
@@ -21,8 +22,6 @@ def sweep(scale="laptop"):
             tune = f"configs/finetune.py:{point['model']},imagenet"
             yield {"name": f"{name}_imagenet", "config": tune, "init_from": f"@{name}"}
         return
-    if scale not in ("smoke", "laptop"):
-        raise ValueError(f"scale {scale!r}: expected smoke, laptop or paper")
     axes = {"family": FAMILIES, "images": SIZES, "seed": [0, 1]}
     smoke = {}
     if scale == "smoke":
