@@ -313,7 +313,7 @@ def logged(workdir):
 
 
 def test_a_run_resumes_with_its_teacher_and_with_no_other(
-    tiny_run, tmp_path, monkeypatch, capsys, caplog
+    tiny_run, tmp_path, monkeypatch, capsys, caplog, compiled_once
 ):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_run[0], "teacher")

@@ -174,7 +174,6 @@ def assert_equal(found, expected):
     "sizes, accumulate",
     [
         ({}, 1),
-        (dict(data=8), 2),
         (dict(data=1, fsdp=8), 1),
         (dict(data=2, fsdp=2, tensor=2), 4),
     ],
