@@ -304,11 +304,12 @@ def test_every_scope_is_set_somewhere():
 
     from vit_jax.analysis import preflight
     from vit_jax.training.config_file import load_config
+    from vit_jax.training.program import make_program
     from vit_jax.training.sharding import make_mesh
 
     config = load_config(DIGITS, [*TINY, "--config.augment.mixup=0.2"])
     plan, _, _ = preflight.open_plan(config)
-    program = preflight.compile_step(plan, make_mesh(config.mesh)).program
+    program = make_program(plan, make_mesh(config.mesh))
     text = program.step.lower(program.state, program.batch).as_text(debug_info=True)
     found = {scope for scope in PARTS if f"{scope}/" in text or f"({scope})" in text}
     assert found == set(PARTS) - {"resnet", "teacher"}
