@@ -103,7 +103,7 @@ def _builder(path: str) -> Any:
     folder = storage.kept(f"{path}/{_INFO}", "").parent
     for name in storage.files(path):
         if name.endswith((".json", ".txt")):
-            storage.write_kept(folder / name, storage.read(f"{path}/{name}"))
+            storage.write_kept(folder / name, [storage.read(f"{path}/{name}")])
     builder = tensorflow_datasets.builder_from_directory(folder)
     builder.bucket = path
     return builder
