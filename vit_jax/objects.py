@@ -131,9 +131,14 @@ class Objects:
         return (found.value if found.state == "value" else None), found.stamp.generation
 
     def read_range(self, name: str, at: int, size: int) -> tuple[bytes | None, bytes]:
-        """The bytes `at` to `at + size` of an object that has them; else as `read`."""
+        """The bytes `at` to `at + size` of an object, None if it has not all; else as `read`."""
         with _explained(f"{self.url}/{name}"):
-            found = self._store.read(name, byte_range=slice(at, at + size)).result()
+            try:
+                found = self._store.read(name, byte_range=slice(at, at + size)).result()
+            except ValueError as error:
+                if "OUT_OF_RANGE" in str(error):
+                    return None, b""
+                raise
         return (found.value if found.state == "value" else None), found.stamp.generation
 
     def folder(self, inside: str = "") -> dict[str, Entry]:

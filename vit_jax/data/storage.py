@@ -19,7 +19,7 @@ import re
 import stat
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from vit_jax.writing import replacing
 logger = logging.getLogger(__name__)
 
 _AHEAD = 2**20  # bytes that one request brings where a file is read from its start
-_MANY = 64 * 2**20  # bytes of a whole file from which on its copying is told
+_MANY = 64 * 2**20  # bytes of a piece of a whole file; of larger ones the copying is told
 _START = 32  # bytes that tell the kind of a file
 _SCHEME = re.compile(r"\w+://")
 _CACHE: Cache | None = None
@@ -223,7 +223,8 @@ def local(path: str) -> str:
     if not copy.is_file():
         if size(path) > _MANY:
             logger.info("%s (%.1f GB) is copied to %s", path, size(path) / 1e9, copy)
-        write_kept(copy, read(path))
+        pieces = range(0, size(path), _MANY)
+        write_kept(copy, (read(path, at, min(_MANY, size(path) - at)) for at in pieces))
     return str(copy)
 
 
@@ -252,7 +253,7 @@ def _made_once(path: str, name: str, make: Callable[[], bytes]) -> bytes:
             return content
     content = make()
     try:
-        write_kept(where, _checksum(content) + content)
+        write_kept(where, [_checksum(content), content])
     except (OSError, UserError) as error:
         logger.warning("the index of %s is not kept: %s", path, error)
     return content
@@ -268,10 +269,11 @@ def kept(path: str, name: str) -> Path:
     return cache() / "data" / digest / name
 
 
-def write_kept(path: Path, content: bytes) -> None:
+def write_kept(path: Path, pieces: Iterable[bytes]) -> None:
     """Writes a file as a whole, though other processes may do so at once."""
     with replacing(path, f"{path}.{os.getpid()}.{threading.get_ident()}") as temporary:
-        Path(temporary).write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
 
 
 class _Ranges(io.RawIOBase):

@@ -103,7 +103,7 @@ def _builder(path: str) -> Any:
     folder = storage.kept(f"{path}/{_INFO}", "").parent
     for name in storage.files(path):
         if name.endswith((".json", ".txt")):
-            storage.write_kept(folder / name, storage.read(f"{path}/{name}"))
+            storage.write_kept(folder / name, [storage.read(f"{path}/{name}")])
     builder = tensorflow_datasets.builder_from_directory(folder)
     builder.bucket = path
     return builder
@@ -146,7 +146,7 @@ def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[
     identity = (info.full_name, parts, sizes)
     if form == "tfrecord":
         return TfRecords.of(files, chosen.num_examples), identity
-    if bucket:
+    if any(storage.is_url(f.filename) for f in files):
         return array_records(files), identity
     method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
     return builder.as_data_source(split, deserialize_method=method), identity
