@@ -11,15 +11,15 @@
 
 The argument is DATA[,FAMILY]. DATA is `garments`, the photographs of Fashion-MNIST at 32 x 32
 pixels, of which 54,000 are trained on, 6,000 are `val` and 10,000 `test`; `fractals`, to pre-train
-on 32,000 images of 100 classes; or `digits`, to fine-tune init_from on scikit-learn's 1,259, or with a FAMILY to train on them from
-scratch. FAMILY is `vit` (16 patches of 6 x 6 pixels, or of 8 x 8, 4 layers of width 64), `resnet`
-(two units, 115,000 parameters below the head) or `hybrid` (that ViT on the root of the ResNet, 9 or
-16 patches).
+on 32,000 images of 100 classes; or `digits`, to fine-tune init_from on scikit-learn's 1,259, or
+with a FAMILY to train on them from scratch. FAMILY is `vit` (16 patches of 6 x 6 pixels, or of
+8 x 8, 4 layers of width 64), `resnet` (two units, 115,000 parameters below the head) or `hybrid`
+(that ViT on the root of the ResNet, 9 or 16 patches).
 
 Hardware and hours: two CPU cores, half a minute, garments a minute. Expected: garments 85 to 90%,
-and ten-shot linear accuracy on handwritten digits (`others/10shot`) about 80%; held-out fractals 25 to 30% of 100
-classes; five-shot linear accuracy on 100 other classes (`others/5shot`), the paper's measure of
-what was learnt (section 4.1), about 20%; digits 90 to 95%.
+and ten-shot linear accuracy on handwritten digits (`others/10shot`) about 80%; held-out fractals
+25 to 30% of 100 classes; five-shot linear accuracy on 100 other classes (`others/5shot`), the
+paper's measure of what was learnt (section 4.1), about 20%; digits 90 to 95%.
 
 What is known to matter: the number of steps; batches of 32 learn more of the same images than 128
 do. The images are written once, by experiments/evidence.py, since making one costs as much as a
