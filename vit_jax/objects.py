@@ -115,6 +115,14 @@ class Objects:
             context = tensorstore.Context({**retries, **concurrency})
             return tensorstore.KvStore.open(driver(self.url), context=context).result()
 
+    @functools.cached_property
+    def _files(self) -> Any:
+        """One client for all threads, of which fsspec would give each its own."""
+        import fsspec
+
+        with _explained(self.url):
+            return fsspec.filesystem(self.url.partition("://")[0])
+
     def names(self, before: str = "", after: str = "") -> list[str]:
         """Names of all objects, relative to the URL, sorted; of those from `after` to `before`."""
         import tensorstore
@@ -143,13 +151,11 @@ class Objects:
 
     def folder(self, inside: str = "") -> dict[str, Entry]:
         """The files and folders in a folder, by name; empty if there is no such folder."""
-        import fsspec
-
         url = f"{self.url}/{inside}".rstrip("/")
-        scheme, _, path = url.partition("://")
+        path = url.partition("://")[2]
         with _explained(url):
             try:
-                found = fsspec.filesystem(scheme).ls(path, detail=True)
+                found = self._files.ls(path, detail=True)
             except FileNotFoundError:
                 return {}
         entries = {each["name"].rstrip("/").rpartition("/")[2]: each for each in found}

@@ -102,8 +102,7 @@ def environment(url: str) -> None:
     from vit_jax.data import storage
 
     os.environ |= {"TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url}
-    for known in (storage._listed, storage._bucket, storage._start):
-        known.cache_clear()
+    storage.forget()
 
 
 def read(spec: str, args: argparse.Namespace, demand: float | None) -> tuple[float, float]:

@@ -83,17 +83,10 @@ def bucket(request, data):
 def forgetful(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
     FAULTS.share = 0.0
-    forget()
+    storage.forget()
     yield
     FAULTS.share = 0.0
     storage.keep(None)
-
-
-def forget():
-    """As in another process."""
-    storage._listed.cache_clear()
-    storage._bucket.cache_clear()
-    storage._start.cache_clear()
 
 
 FORMS = {
@@ -132,6 +125,7 @@ def test_a_compressed_archive_in_a_bucket_is_prepared(bucket, data, tmp_path):
 
 def batches(source, spec, step=0, workers=0, cache=None):
     split = Split(spec, "train", flip=True)
+    assert getattr(source, "in_bucket", False) == ("://" in spec)
     read = BatchReader.of(source, split, Preprocess((8, 8)), seed=1, cache=cache)
     with train_batches(read, 8, start_step=step, stop_step=9, workers=workers) as found:
         return [{key: value.copy() for key, value in batch.items()} for batch in found]
@@ -161,10 +155,10 @@ def test_batches_are_those_of_a_disk_despite_faults_and_read_once_with_a_cache(
     before = FAULTS.requests
     assert_equal(batches(source, spec, step=2, cache=cache), expected[2:])
     assert FAULTS.requests == before
-    (damaged, *_) = (path for path in (tmp_path / "kept").glob("*/*") if path.is_file())
+    (damaged, *_) = (path for path in (tmp_path / "kept").glob("*/*/*") if path.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert_equal(batches(source, spec, cache=cache), expected)
-    assert FAULTS.requests == before + 1
+    assert before < FAULTS.requests <= before + 4  # its epochs are read ahead at once
 
 
 @pytest.mark.parametrize("bucket", STORES[:1], indirect=True)
@@ -174,7 +168,7 @@ def test_worker_processes_share_the_cache(bucket, data, tmp_path):
     ours = batches(open_source(spec, "train"), spec, step=5, workers=2, cache=cache)
     theirs = open_source(f"records:{data}/records", "train")
     assert_equal(ours, batches(theirs, "folder:there", step=5))
-    assert sum(path.is_file() for path in (tmp_path / "kept").glob("*/*")) == 18
+    assert sum(path.is_file() for path in (tmp_path / "kept").glob("*/*/*")) == 18
 
 
 def test_every_example_is_evaluated_once(bucket):
@@ -196,7 +190,7 @@ def test_images_are_found_in_a_bucket(bucket, data):
 def test_what_is_known_of_an_archive_is_kept(bucket):
     spec = f"tar:{bucket}/shards/web-*.tar"
     first = open_source(spec, "all")
-    forget()
+    storage.forget()
     before = FAULTS.requests
     again = open_source(spec, "all")
     assert FAULTS.requests - before == 5  # three lists, and the first bytes of two files
@@ -219,7 +213,7 @@ def test_a_file_that_changes_under_a_run_is_no_other_image(bucket):
 def test_a_store_that_does_not_answer_ends_with_code_75(bucket, monkeypatch):
     source = open_source(f"records:{bucket}/records", "train")
     monkeypatch.setattr(objects, "RETRIES", {**objects.RETRIES, "max_retries": 1})
-    forget()
+    storage.forget()
     storage.size(f"{bucket}/records/vit_jax_train.json")
     FAULTS.share = 1.0
     with pytest.raises(Unreachable, match="does not answer") as caught:
@@ -314,7 +308,7 @@ def test_a_cache_keeps_to_its_limit_and_lets_the_unused_go(tmp_path, caplog):
     again = Cache.of(f"{tmp_path}/kept,1MB")  # as another process counts
     again.put("12", bytes(99_996))
     assert again.get("12") is None
-    for path in (tmp_path / "kept").glob("*/*"):
+    for path in (tmp_path / "kept").glob("*/*/*"):
         os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
     assert again.get("3") == bytes([3]) * 99_996  # which notes its use
     third = Cache.of(f"{tmp_path}/kept,1MB")

@@ -1,5 +1,6 @@
 """A folder that keeps what was read from buckets, up to a size, shared by processes."""
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -15,6 +16,7 @@ from vit_jax.errors import UserError, check_refused
 
 logger = logging.getLogger(__name__)
 
+NAME = "vit_jax_data"  # of the folder in the one that the user names
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNUSED = 24 * 3600.0  # seconds after which an entry makes room for others
 _TOUCHED = 3600.0  # seconds within which a use is not noted again
@@ -37,7 +39,7 @@ def parse(where: str) -> tuple[Path, int]:
 
 
 class Cache:
-    """Pieces of files, each with a checksum, in a folder of at most `limit` bytes; see `of`.
+    """Pieces of files, each with a checksum, in a folder of their own of at most `limit` bytes.
 
     Processes share the folder. Each counts what is there anew whenever it has added a hundredth of
     the limit, so n of them may exceed it by n hundredths. In a full cache, entries that nobody has
@@ -49,6 +51,7 @@ class Cache:
         self.folder, self.limit, self.where = folder, limit, where
         self._lock = threading.Lock()
         self._total: int | None = None
+        self._counting = False
         self._added, self._full_since = 0, -_TOUCHED
 
     @classmethod
@@ -59,9 +62,9 @@ class Cache:
           UserError: another form, or a folder that cannot be made or written to.
         """
         folder, limit = parse(where)
+        folder /= NAME  # what else the user has there is not touched
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README").write_text("Pieces of data sets in buckets; may be deleted.\n")
         except OSError as error:
             check_refused(error, folder)
             raise UserError(f"data.cache: {folder} cannot be used: {error.strerror}") from None
@@ -86,15 +89,16 @@ class Cache:
     def put(self, key: str, content: bytes) -> None:
         """Keeps something, if there is room; a disk that is full or fails is a warning."""
         path, count = self._path(key), len(content) + 4
-        if not self._has_room(count):
-            return
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
+            if not self._has_room(count):
+                return
             path.parent.mkdir(exist_ok=True)
             temporary.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             self._stop(f"cannot be written to ({os.strerror(error.errno or errno.EIO)})")
 
     def _path(self, key: str) -> Path:
@@ -103,12 +107,19 @@ class Cache:
 
     def _has_room(self, count: int) -> bool:
         with self._lock:
-            if time.monotonic() - self._full_since < _TOUCHED:
+            if self._counting or time.monotonic() - self._full_since < _TOUCHED:
                 return False
-            if self._total is None or self._added > self.limit // 100:
-                self._total, self._added = self._count(), 0
-            if self._total + count > self.limit:
-                self._total = self._count(but_unused=True)
+            full = self._total is not None and self._total + count > self.limit
+            self._counting = full or self._total is None or self._added > self.limit // 100
+        if self._counting:  # while the other threads go on without adding anything
+            try:
+                total = self._count()
+                if total + count > self.limit:
+                    total = self._count(but_unused=True)
+                self._total, self._added = total, 0
+            finally:
+                self._counting = False
+        with self._lock:
             if self._total + count > self.limit:
                 self._stop(f"is full, with {self._total / 1e6:,.0f} MB")
                 return False
@@ -127,13 +138,11 @@ class Cache:
         """The bytes of all entries; those that were not used for a day can be removed first."""
         total, now = 0, time.time()
         for folder in self.folder.iterdir():
-            for path in folder.iterdir() if folder.is_dir() else ():
-                try:
+            for path in folder.iterdir():
+                with contextlib.suppress(OSError):  # another process removed it, or it is another's
                     found = path.stat()
                     if but_unused and now - found.st_mtime > _UNUSED:
                         path.unlink()
                     else:
                         total += found.st_size
-                except FileNotFoundError:  # another process removed it
-                    pass
         return total

@@ -25,6 +25,7 @@ from vit_jax.data.forms.listed import TableSource
 from vit_jax.data.forms.open_files import is_compressed
 from vit_jax.data.sources import SOURCES, Source, open_source, splits_of, understood
 from vit_jax.errors import UserError, check_refused
+from vit_jax.objects import check
 
 Read = Callable[[], Any]  # an image, as `Preprocess.read` takes it, or a UserError
 _ARCHIVES = ("tar:", "zip:")
@@ -171,6 +172,8 @@ class _Finder:
 
     def _one(self, argument: str) -> None:
         path, kind = os.path.expanduser(argument), argument.partition(":")[0]
+        if storage.is_url(path):
+            check(path)
         if storage.exists(path):
             if argument in SOURCES:
                 raise UserError(
@@ -200,7 +203,7 @@ class _Finder:
             self._files.append(path)
 
     def _pattern(self, pattern: str) -> None:
-        matches = storage.matches(pattern)
+        matches = storage.matches(pattern, recursive=True)
         if not matches:
             raise UserError(f"no file matches {pattern!r}")
         for path in matches:
@@ -277,8 +280,7 @@ def _lines(path: str) -> Iterable[str]:
         lines = sys.stdin.buffer.readlines()
     else:
         try:
-            with open(os.path.expanduser(path), "rb") as file:
-                lines = file.readlines()
+            lines = storage.read(os.path.expanduser(path)).split(b"\n")
         except FileNotFoundError:
             raise UserError(f"there is no list {path!r}") from None
         except OSError as error:

@@ -16,7 +16,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vit_jax.data import storage
 from vit_jax.data.ahead import Fetched, read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
@@ -56,8 +55,7 @@ class BatchReader:
       balance: the order of training examples; None for all of them once an epoch.
       growth: the size of the images of each training step; None is that of `preprocess`.
       repeats: how often each training example comes in a batch (see `order.repeated`).
-      in_bucket: whether examples are fetched many at a time, before they are decoded.
-      cache: where what is fetched is kept (see `DataConfig`).
+      cache: where what is read from buckets is kept (see `DataConfig`).
       reported: the examples that were logged as skipped.
     """
 
@@ -80,7 +78,6 @@ class BatchReader:
     balance: Balance | None = None
     repeats: int = 1
     growth: Growth | None = None
-    in_bucket: bool = False
     cache: str | None = None
     reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
@@ -117,7 +114,6 @@ class BatchReader:
         """A reader of `source` with the augmentation of `split`, for a model's `preprocess`."""
         for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
-        fields["in_bucket"] = "://" in split.source
         return cls(source, split.preprocess(preprocess), **fields)
 
     def in_uint8(self) -> "BatchReader":
@@ -126,6 +122,12 @@ class BatchReader:
             return self
         preprocess = dataclasses.replace(self.preprocess, resize_dtype="uint8")
         return dataclasses.replace(self, preprocess=preprocess)
+
+    def fetched(self, threads: int) -> Fetched | None:
+        """What reads examples many at a time, before they are decoded, if they are in a bucket."""
+        if not getattr(self.source, "in_bucket", False):
+            return None
+        return Fetched(self.source, min(_FETCHES * threads, AT_ONCE), self.cache)
 
     def at(self, step: int) -> "BatchReader":
         """The reader of the batch of a step, for images of its size."""
@@ -314,14 +316,15 @@ class _Step:
     threads: int
     stop: int
     workers: int = 0
+    fetched: Fetched | None = None
 
     def __call__(self, step: int) -> Batch:
         positions, places, first = self._places(int(step))
         indices = self.indices(self.read, places)
         fetched = None
-        if self.read.in_bucket:
+        if self.fetched is not None:
             stride = max(self.workers, 1)
-            fetched = self._fetched.rows(int(step), stride, self.stop, self._indices)
+            fetched = self.fetched.rows(int(step), stride, self.stop, self._indices)
         batch = self.read.at(int(step))(positions, indices, self.threads, fetched)
         # Counted once: each epoch of the order has every example once.
         length = _length(self.read.source, int(places.max(initial=0)) + 1)
@@ -336,10 +339,9 @@ class _Step:
     def _indices(self, step: int) -> np.ndarray:
         return self.indices(self.read, self._places(step)[1])
 
-    @functools.cached_property
-    def _fetched(self) -> Fetched:
-        storage.keep(self.read.cache)
-        return Fetched(self.read.source, min(_FETCHES * self.threads, AT_ONCE))
+    def close(self) -> None:
+        if self.fetched is not None:
+            self.fetched.close()
 
 
 def _train_indices(read: BatchReader, positions: np.ndarray) -> np.ndarray:
@@ -378,8 +380,9 @@ def train_batches(
     """
     read = dataclasses.replace(read.in_uint8(), replace=True)
     threads = threads_of(workers, threads)
-    step = _Step(read, _train_indices, batch_size, rows, threads, stop_step, workers)
-    return read_ahead(step, range(start_step, stop_step), workers)
+    fetched = read.fetched(threads)
+    step = _Step(read, _train_indices, batch_size, rows, threads, stop_step, workers, fetched)
+    return read_ahead(step, range(start_step, stop_step), workers, step.close)
 
 
 def eval_batches(
@@ -391,5 +394,8 @@ def eval_batches(
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns every example once, in order, the last batch padded, to be used in a `with`."""
     stop = -(-len(read.source) // batch_size)
-    step = _Step(read, _eval_indices, batch_size, rows, threads_of(0, threads), stop)
-    return read_ahead(step, range(stop), 0)
+    threads = threads_of(0, threads)
+    step = _Step(
+        read, _eval_indices, batch_size, rows, threads, stop, fetched=read.fetched(threads)
+    )
+    return read_ahead(step, range(stop), 0, step.close)

@@ -15,6 +15,7 @@ import hashlib
 import io
 import logging
 import os
+import posixpath
 import re
 import stat
 import threading
@@ -38,6 +39,8 @@ _MANY = 64 * 2**20  # bytes of a piece of a whole file; of larger ones the copyi
 _START = 32  # bytes that tell the kind of a file
 _SCHEME = re.compile(r"\w+://")
 _CACHE: Cache | None = None
+_LISTINGS: dict[str, dict[str, Listed]] = {}
+_LOCK, _LOCKS = threading.Lock(), {}
 
 
 def is_url(path: str) -> bool:
@@ -145,15 +148,27 @@ def files(path: str) -> dict[str, int]:
         return {}
 
 
-def matches(pattern: str) -> list[str]:
-    """The paths that a pattern with *, ? or [...] matches, sorted; of a URL, in its last part."""
+def matches(pattern: str, recursive: bool = False) -> list[str]:
+    """The paths that a pattern with *, ? or [...] matches, sorted; of a URL, in its last part.
+
+    Hidden names match only patterns that begin with a full stop.
+
+    Args:
+      recursive: whether ** is any depth, on a disk.
+
+    Raises:
+      UserError: a pattern of folders, or of any depth, in a bucket.
+    """
     if not is_url(pattern):
-        return sorted(glob.glob(pattern, recursive=True))
+        return sorted(glob.glob(pattern, recursive=recursive))
     folder, _, name = pattern.rpartition("/")
-    if glob.has_magic(folder):
+    if glob.has_magic(folder) or "**" in name:
         raise UserError(f"{pattern}: in a bucket, a pattern is of names in one folder")
-    listed = _listed(folder)
-    return [f"{folder}/{each}" for each in sorted(listed) if fnmatch.fnmatchcase(each, name)]
+    return [
+        f"{folder}/{each}"
+        for each in sorted(_listed(folder))
+        if fnmatch.fnmatchcase(each, name) and each.startswith(".") <= name.startswith(".")
+    ]
 
 
 def list_ahead(folders: Sequence[str]) -> None:
@@ -302,10 +317,39 @@ class _Ranges(io.RawIOBase):
         return count
 
 
-@functools.cache
+def listings() -> dict[str, dict[str, Listed]]:
+    """What this process has listed, for worker processes, which are to read the same versions."""
+    return _LISTINGS
+
+
+def know(listed: dict[str, dict[str, Listed]]) -> None:
+    """Takes over what another process has listed."""
+    for folder, found in listed.items():
+        _LISTINGS.setdefault(folder, found)
+
+
+def forget() -> None:
+    """Lists anew, and connects anew, whatever is read next."""
+    _LISTINGS.clear()
+    for known in (_bucket, _start):
+        known.cache_clear()
+
+
 def _listed(folder: str) -> dict[str, Listed]:
-    bucket, inside = _place(check(folder, whole=True))
-    return _bucket(bucket).folder(inside)
+    folder = check(_clean(folder), whole=True)
+    if folder not in _LISTINGS:
+        with _LOCK:
+            lock = _LOCKS.setdefault(folder, threading.Lock())
+        with lock:  # of several threads, one lists
+            if folder not in _LISTINGS:
+                bucket, inside = _place(folder)
+                _LISTINGS[folder] = _bucket(bucket).folder(inside)
+    return _LISTINGS[folder]
+
+
+def _clean(path: str) -> str:
+    scheme, _, rest = path.partition("://")
+    return f"{scheme}://{posixpath.normpath(rest)}"
 
 
 @functools.cache
@@ -320,13 +364,13 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 
 def _place(path: str) -> tuple[str, str]:
     """The URL of a bucket, and a name in it."""
-    scheme, _, rest = path.partition("://")
+    scheme, _, rest = _clean(path).partition("://")
     bucket, _, name = rest.partition("/")
     return f"{scheme}://{bucket}", name
 
 
 def _find(path: str) -> Listed | None:
-    folder, _, name = path.rpartition("/")
+    folder, _, name = _clean(path).rpartition("/")
     return _listed(folder).get(name)
 
 

@@ -24,8 +24,10 @@ SHOWN = (
 class Progress:
     """Shows the states of a sweep's points; `results`, in the folder `root`, is updated outside."""
 
-    def __init__(self, root: epath.Path, results: Mapping[str, Any]):
-        self._root, self._results = root, results
+    def __init__(
+        self, root: epath.Path, results: Mapping[str, Any], logs: epath.Path | None = None
+    ):
+        self._root, self._results, self._logs = root, results, logs or root
         self._live = sys.stdout.isatty()
         self._lines = 0
         self._began: dict[str, float] = {}
@@ -64,7 +66,7 @@ class Progress:
         return f"{change.name}: {sentences[change.state]}"
 
     def _last_words(self, name: str) -> str:
-        lines = [line for line in _tail(self._root / f"{name}.log").splitlines() if line.strip()]
+        lines = [line for line in _tail(self._logs / f"{name}.log").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or ["it said nothing"])[-1]
 

@@ -125,8 +125,9 @@ def _run(
             known = (f"{glob.escape(name)}*" for name in names)
             check_own(root, (*known, "slurm", "report.*", "*.log", "*.out", "*.err"), "this sweep")
         make_folder(root, "--workdir")
-        make_folder(logs or root, "--record")
         stack.enter_context(lock(root))
+        if logs is not None:
+            _take(epath.Path(logs), place, stack)
         results = {
             point.name: Result(point.name, point.config, point.overrides, point.after)
             for point in sweep.points
@@ -139,7 +140,7 @@ def _run(
             if name not in outlived:
                 _wait_until_free(root / name)
         _write(root, sweep.spec, results.values())
-        progress = stack.enter_context(Progress(root, results))
+        progress = stack.enter_context(Progress(root, results, logs and epath.Path(logs)))
         changes = launcher.run([jobs[name] for name in unfinished])
         for change in stack.enter_context(contextlib.closing(changes)):
             if change is not None:
@@ -154,6 +155,23 @@ def _run(
                 _write(root, sweep.spec, results.values())
             progress.show(change)
         return list(results.values())
+
+
+def _take(folder: epath.Path, place: str, stack: contextlib.ExitStack) -> None:
+    """Locks the folder of scripts and logs of a sweep that runs elsewhere, and keeps its name.
+
+    Raises:
+      UserError: it is another sweep's, or in use.
+    """
+    from vit_jax.checkpoints.store import lock
+
+    make_folder(folder, "--record")
+    stack.enter_context(lock(folder))
+    name = folder / "sweep.txt"
+    if name.exists() and name.read_text() != place:
+        raise UserError(f"{folder} has the scripts and logs of {name.read_text()}: name another")
+    check_own(folder, ("sweep.txt", "slurm", "*.log") if name.exists() else (), "this sweep")
+    write_atomically(name, place)
 
 
 def failures(results: Sequence[Result]) -> str | None:

@@ -1,6 +1,7 @@
 """The sources `tar:` and `zip:`: images in archives (ImageNet's, WebDataset's), read in place."""
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -53,6 +54,10 @@ class TarSource:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def in_bucket(self) -> bool:
+        return self.files.in_bucket
 
     @property
     def multi_label(self) -> bool:
@@ -216,13 +221,23 @@ def unlabelled(path: str) -> TarSource:
 
 def tar_splits(path: str) -> tuple[str, ...]:
     """The splits of an archive: folders named like splits, and "all"."""
+    files = _expand(label_option(path, ORIGINS)[0])
+    in_bucket = any(map(storage.is_url, files))
+    found = map(_kept_splits if in_bucket else _splits_in, files)
+    return (*sorted({split for one in found for split in one}), WHOLE)
+
+
+def _kept_splits(path: str) -> list[str]:
+    return json.loads(storage.text(path, "splits.json", lambda: json.dumps(_splits_in(path))))
+
+
+def _splits_in(path: str) -> list[str]:
     found = set()
-    for one in _expand(label_option(path, ORIGINS)[0]):
-        for member in members(one):
-            *folders, _ = member.path.split("/")
-            if out_of_the_way(member.path) is None:
-                found.update([folder for folder in folders if split_kind(folder)][:1])
-    return (*sorted(found), WHOLE)
+    for member in members(path):
+        *folders, _ = member.path.split("/")
+        if out_of_the_way(member.path) is None:
+            found.update([folder for folder in folders if split_kind(folder)][:1])
+    return sorted(found)
 
 
 def _class_folders(

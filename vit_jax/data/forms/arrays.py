@@ -107,6 +107,8 @@ def arrays(path: str, split: str) -> ArraySource:
             contents = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"the source arrays:{path}: there is no such file") from None
+    except UserError:
+        raise
     except (
         *(ValueError, OSError, EOFError, MemoryError, RuntimeError),
         *(zipfile.BadZipFile, zlib.error),

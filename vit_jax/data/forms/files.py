@@ -115,6 +115,10 @@ class FolderSource:
     fingerprint: str
     passed_over: PassedOver = dataclasses.field(default_factory=PassedOver)
 
+    @property
+    def in_bucket(self) -> bool:
+        return storage.is_url(self.root)
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -268,7 +268,7 @@ def _in_order(path: str, labels: list[str], names: Sequence[str]) -> list[str]:
 def _development_kit(path: str) -> list[str]:
     """The WordNet ids of ImageNet-1k's validation images, in the order of their names."""
     try:
-        with tarfile.open(path) as kit:
+        with tarfile.open(storage.local(path)) as kit:
             files = {os.path.basename(m.name): m for m in kit if m.isreg()}
             meta = scipy.io.loadmat(
                 io.BytesIO(kit.extractfile(files["meta.mat"]).read()), squeeze_me=True

@@ -48,6 +48,10 @@ class TableSource:
     fingerprint: str
     multi_label: bool = False
 
+    @property
+    def in_bucket(self) -> bool:
+        return storage.is_url(self.root)
+
     def __len__(self) -> int:
         return len(self.ends)
 

@@ -30,6 +30,11 @@ class OpenFiles:
     def __setstate__(self, paths):
         self.__init__(paths)
 
+    @property
+    def in_bucket(self) -> bool:
+        """Whether a file is in a bucket."""
+        return any(map(storage.is_url, self.paths))
+
     def _ranged(self, which: int) -> bool:
         """Whether a file is read by ranges, from a bucket."""
         if which not in self._ranges:

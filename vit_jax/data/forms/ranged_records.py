@@ -71,6 +71,8 @@ class RangedRecords:
             np.cumsum(counts, dtype=np.int64),
         )
 
+    in_bucket = True
+
     def __len__(self) -> int:
         return int(self.ends[-1])
 
@@ -98,12 +100,21 @@ def _index(path: str) -> tuple[Int64[np.ndarray, " chunks"], Int64[np.ndarray, "
 def _footer(path: str) -> tuple[Int64[np.ndarray, " chunks"], Int64[np.ndarray, " chunks"]]:
     end = storage.size(path)
     last = max(end - _BLOCK, 0)
-    where = _fields(_records(storage.read(path, last, end - last), last, path)[0])
-    if where.get(2) != _MAGIC or not 0 < where.get(1, 0) <= last:
-        raise _no_array_record(path)
-    offset = where[1]
-    _, *chunks = _records(storage.read(path, offset, last - offset), offset, path)
-    found = [_fields(each) for each in chunks]
+    tail = storage.read(path, last, end - last)
+    try:
+        where = _fields(_records(tail, last, path)[0])
+        offset = where.get(1, 0)
+        if where.get(2) != _MAGIC or not 0 < offset <= last:
+            raise ValueError("no postscript")
+        chunks = _records(storage.read(path, offset, last - offset), offset, path)[1:]
+        found = [_fields(each) for each in chunks]
+    except UserError:
+        raise
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"{path} is no whole ArrayRecord file, or one that is not read from a bucket "
+            "(transposed, or compressed by snappy): prepare it again, or copy it to a disk"
+        ) from error
     starts = [each.get(1, 0) for each in found]
     counts = [each.get(3, 0) for each in found]
     return np.array([*starts, offset], np.int64), np.cumsum([0, *counts], dtype=np.int64)
@@ -117,7 +128,11 @@ class _Chunk(NamedTuple):
 
 
 def _records(raw: bytes, offset: int, path: str) -> list[bytes]:
-    """The records of the chunk that begins `raw`, which is at `offset` of the file."""
+    """The records of the chunk that begins `raw`, which is at `offset` of the file.
+
+    Raises:
+      ValueError: it is damaged, or of a kind that is not read.
+    """
     try:
         chunk = _chunk(raw, offset)
         if chunk.kind != ord("r"):
@@ -126,11 +141,11 @@ def _records(raw: bytes, offset: int, path: str) -> list[bytes]:
         length, at = _varint(chunk.data, at)
         sizes = _decompressed(codec, chunk.data[at : at + length])
         values = memoryview(_decompressed(codec, chunk.data[at + length :]))
-    except (IndexError, ValueError, struct.error, pyarrow.ArrowException, OSError) as error:
-        raise _no_array_record(path) from error
+    except (IndexError, struct.error, pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged at byte {offset}") from error
     ends = np.cumsum([0, *_varints(sizes)])
     if len(ends) != chunk.count + 1 or ends[-1] != len(values) or chunk.decoded != len(values):
-        raise _no_array_record(path)
+        raise ValueError(f"{path} is damaged at byte {offset}")
     return [bytes(values[a:b]) for a, b in itertools.pairwise(ends)]
 
 
@@ -199,10 +214,3 @@ def _fields(message: bytes) -> dict[int, int]:
         else:
             at += 4
     return found
-
-
-def _no_array_record(path: str) -> UserError:
-    return UserError(
-        f"{path} is no whole ArrayRecord file, or one that is not read from a bucket (transposed, "
-        "or compressed by snappy): prepare it again, or copy it to a disk"
-    )

@@ -54,6 +54,11 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def in_bucket(self) -> bool:
+        records = self.records.records if isinstance(self.records, _Share) else self.records
+        return getattr(records, "in_bucket", False)
+
     def kept_content(self) -> UInt64[np.ndarray, " n"] | None:
         """The saved hash of each image (see `contents.content`); None if missing or outdated."""
         if self.kept is None:
@@ -63,6 +68,8 @@ class RecordSource:
         whole = self.records if share is None else share.records
         try:
             hashes = np.load(storage.local(path), allow_pickle=False)
+        except UserError:
+            raise
         except (OSError, ValueError, EOFError):
             return None
         if hashes.dtype != np.uint64 or hashes.shape != (len(whole),):

@@ -89,6 +89,8 @@ def prepared(where: str, name: str, path: str | None = None) -> Any:
             f"{where}: TFDS finds no prepared data set of that name; prepare it with tfds, set "
             "TFDS_DATA_DIR, or give its folder"
         ) from None
+    except UserError:
+        raise
     except (ValueError, OSError, KeyError, json_format.ParseError) as error:
         raise UserError(f"{where} cannot be opened: {error}") from None
 
@@ -100,7 +102,7 @@ def _builder(path: str) -> Any:
     if not storage.is_url(path):
         return tensorflow_datasets.builder_from_directory(path)
     # TFDS reads what describes the data from disks alone.
-    folder = storage.kept(f"{path}/{_INFO}", "").parent
+    folder = storage.kept(f"{path}/{_INFO}", _INFO).parent
     for name in storage.files(path):
         if name.endswith((".json", ".txt")):
             storage.write_kept(folder / name, [storage.read(f"{path}/{name}")])
@@ -219,6 +221,10 @@ class TfRecords:
                 f"says {expected}: prepare it again"
             )
         return cls(OpenFiles(paths), which, begins, sizes)
+
+    @property
+    def in_bucket(self) -> bool:
+        return self.files.in_bucket
 
     def __len__(self) -> int:
         return len(self.which)
