@@ -23,7 +23,7 @@ BELOW = {
     "lease": {"errors", "objects"},
     "buckets": {"errors", "extras", "writing", "distributed", "lease", "objects"},
     "models": {"errors", "compiler"},
-    "data": {"errors", "writing", "extras"},
+    "data": {"errors", "writing", "extras", "objects", "lease", "buckets"},
     "checkpoints": {
         *("errors", "writing", "extras", "distributed", "buckets", "objects", "compiler"),
         *("models", "data"),

@@ -73,6 +73,30 @@ class Objects:
         with _explained(f"{self.url}/{name}"):
             self._store.write(name, content).result()
 
+    def delete(self, start: str) -> None:
+        """Deletes all objects whose names start so, relative to the URL."""
+        import tensorstore
+
+        span = tensorstore.KvStore.KeyRange(
+            start.encode(), f"{start[:-1]}{chr(ord(start[-1]) + 1)}"
+        )
+        with _explained(f"{self.url}/{start}"):
+            self._store.delete_range(span).result()
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of all objects, relative to the URL."""
+        import fsspec
+
+        with _explained(self.url):
+            files, path = fsspec.core.url_to_fs(self.url)
+            found = files.find(path, detail=True)
+        inside = f"{path}/"
+        return {
+            name.removeprefix(inside): entry["size"]
+            for name, entry in found.items()
+            if name.startswith(inside)
+        }
+
 
 def driver(url: str) -> dict[str, Any]:
     """tensorstore's spec of a folder: of gs://, s3:// and, for tests, file://."""
