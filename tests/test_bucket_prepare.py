@@ -177,7 +177,7 @@ def test_a_shard_taken_over_meanwhile_is_left_to_its_owner(
     assert made == ["00000", "00001", "00002", "00000"]
     last = re.sub(r"process \d+", "process 1", caplog.text)
     assert ".array_record-00000-of-00003.lease was taken over by process 1 on gone" in last
-    assert "waiting for the last shards, 1, which others make: process 1 on gone since" in last
+    assert "waiting for the last shards, 1, made by process 1 on gone since" in last
     assert "is silent and loses it" in last
     monkeypatch.setattr(shards, "write_shard", write)
     prepare(pets, str(tmp_path / "disk"), shard_examples=4)

@@ -288,6 +288,26 @@ def test_a_run_that_slept_writes_nothing_once_another_has_its_folder(folder, tmp
     assert objects.read(".lease")[0] == stolen  # nor does it give back what it has not
 
 
+def test_a_push_renews_the_lease_once_unless_it_takes_long(folder, tmp_path, monkeypatch):
+    with Lease(folder, stale=1e6) as lease:
+        copy, beats = Copy(folder, str(tmp_path / "copy"), "id", lease), []
+        (tmp_path / "copy").mkdir()
+        write, clock = Objects.write, [0.0]
+
+        def counted(self, name, *args):
+            beats.append(name)
+            clock[0] += 1e5 if name == "c" else 0.0
+            return write(self, name, *args)
+
+        monkeypatch.setattr(Objects, "write", counted)
+        # As in a machine that was suspended, where the one clock stands still.
+        monkeypatch.setattr("vit_jax.lease._clocks", lambda: (0.0, clock[0]))
+        for name in "abcd":
+            (tmp_path / "copy" / name).write_text(name)
+        copy.push()
+        assert beats == [".lease", "a", "b", "c", ".lease", "d"]
+
+
 def test_a_write_whose_answer_was_lost_is_not_taken_for_another_ones(folder):
     objects = Objects(folder)
     made = objects.write("a", b"one", Objects.MISSING)

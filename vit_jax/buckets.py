@@ -215,6 +215,7 @@ class Copy:
         if self.lease is None:
             return
         with self._lock:
+            within = 0.0
             for name in self._files():
                 try:
                     content = self._path(name).read_bytes()
@@ -225,7 +226,8 @@ class Copy:
                 digest, generation = self._sent.get(name, (b"", Objects.MISSING))
                 if digest == (now := _digest(content)):
                     continue
-                self.lease.confirm()
+                self.lease.confirm(within)
+                within = self.lease.stale / 12
                 tried = self._tried.setdefault(name, set())
                 tried.add(now)
                 made = self._objects.write(name, content, generation)

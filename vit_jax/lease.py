@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -43,6 +44,7 @@ class Lease:
         self._generation = Objects.MISSING
         self._seen: tuple[bytes, float] | None = None  # the generation of another's, since when
         self._content: bytes | None = None
+        self._renewed = (-math.inf, -math.inf)
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -108,20 +110,31 @@ class Lease:
         with contextlib.suppress(UserError):
             self._write(self._generation, released=True)
 
-    def confirm(self) -> None:
-        """Renews the lease.
+    def confirm(self, within: float = 0.0) -> None:
+        """Renews the lease, unless that was done in the last `within` seconds.
+
+        Nobody can take it for `stale` seconds after: to pass over that is as safe as to renew it.
 
         Raises:
           Taken: another process has it.
           Unreachable: the store does not answer.
         """
         with self._lock:
+            now = _clocks()
+            # The larger one, as the first stands still in a suspended machine.
+            if (
+                max(after - before for after, before in zip(now, self._renewed, strict=True))
+                < within
+            ):
+                return
             if self._write(self._generation):
+                self._renewed = now
                 return
             # Of a beat that seemed to fail, the store may have got all but sent the answer.
             self._content, generation = self._objects.read(self._name)
             if _owner(self._content).get("id") != self.id or not self._write(generation):
                 raise self._taken()
+            self._renewed = now
 
     def _write(self, generation: bytes, **more: Any) -> bool:
         # The time makes each beat another content, so that no retry is taken for another's write.
@@ -153,6 +166,10 @@ class Lease:
             f"{self._objects.url} is in use by {_who(self._content)}: wait for it to end, or name "
             "another --workdir"
         )
+
+
+def _clocks() -> tuple[float, float]:
+    return time.monotonic(), time.time()
 
 
 def _process() -> dict[str, Any]:

@@ -191,7 +191,7 @@ class Bucket:
                 shard = self._make(file, lease, make, generation)
                 self._found["here"] += 1
                 return {file: shard}
-        self._wait(len(files))
+        self._wait(files)
         return {}
 
     def _metadata(self, file: str) -> str:
@@ -265,16 +265,17 @@ class Bucket:
         except Taken:
             logger.warning("%s/%s was taken over by %s", self.name, name, lease.owner)
 
-    def _wait(self, count: int) -> None:
-        owners = sorted({lease.owner for lease in self._leases.values() if lease.owner})
-        waiting = f"waiting for the last shards, {count}, which others make: {', '.join(owners)}"
+    def _wait(self, files: Sequence[str]) -> None:
+        leases = [self._leases.get(self._lease(file)) for file in files]
+        owners = sorted({lease.owner for lease in leases if lease and lease.owner})
+        waiting = f"waiting for the last shards, {len(files)}, made by {', '.join(owners)}"
         if owners and self._waiting != waiting:
             self._waiting = waiting
             logger.info("%s", waiting)
         time.sleep(STALE / 30)
 
     def progress(self) -> str:
-        return f"by others: {self._found['others']} shards" if self._found else ""
+        return f"shards by others: {self._found['others']}" if self._found else ""
 
     def finish(self, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Has one process write the metadata of the split; returns what INFO says."""
