@@ -16,10 +16,9 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 
-
 EXPIRED = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>ExpiredToken</Code><Message>The provided '
-    b"token has expired.</Message><Token-0>token</Token-0><RequestId>1</RequestId></Error>"
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>ExpiredToken</Code>'
+    b"<Message>The provided token has expired.</Message><RequestId>1</RequestId></Error>"
 )
 
 
@@ -35,6 +34,7 @@ class Faults:
       most: how many requests may fail.
       latency: seconds that each request waits.
       count: how many failed, by kind.
+      requests: how many came.
     """
 
     share: float = 0.0
@@ -43,6 +43,7 @@ class Faults:
     latency: float = 0.0
     count: dict[int | str, int] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    requests: int = 0
 
     def __post_init__(self):
         self._random = random.Random(self.seed)
@@ -127,12 +128,20 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 2**16  # header and body in one packet, else the other side's answer is awaited
+        disable_nagle_algorithm = True
 
         def log_message(self, *_):
             pass
 
+        def handle_expect_100(self):
+            told = super().handle_expect_100()
+            self.wfile.flush()  # or both sides wait
+            return told
+
         def serve(self) -> None:
             body = self._body()
+            faults.requests += 1
             kind = faults.draw()
             if kind == "lost" and "upload_id=" in self.path:
                 kind = (
@@ -215,8 +224,11 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
                 with contextlib.suppress(OSError):
                     self.wfile.write(content)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 1024  # with 5, connections wait a second
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -3,23 +3,110 @@
 import contextlib
 import errno
 import functools
+import importlib.util
+import logging
 import os
-from collections.abc import Iterator
-from typing import Any
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from vit_jax.errors import Unreachable, UserError
+from vit_jax.extras import install
 
+_NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package for listing, extra
+AT_ONCE = 512  # requests of a process
 RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}  # 100 s in all
 # tensorstore's codes, as texts of its errors.
 _AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "CURL")
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
+# Of a token that has expired: what Google says, and Amazon, whose answer to HEAD says only 400.
+_EXPIRED = {
+    "gs": re.compile(r"Invalid Credentials|http_response_code='401'"),
+    "s3": re.compile(
+        r"ExpiredToken|token has expired|^Unknown \[http_response_code='400'\]|Bad Request$"
+    ),
+}
+_OLD_LOGIN = (  # errors of clients, whose login lets them have no new token
+    *("RefreshError", "TokenRetrievalError", "CredentialRetrievalError"),
+    *("SSOTokenLoadError", "UnauthorizedSSOTokenError"),
+)
+PAUSE = 1.0  # seconds before a request is tried with a new token
 # What fsspec's clients raise: errors of these packages, or of the system with these numbers.
 _NETWORK = ("aiohttp", "botocore", "requests", "urllib3")
 _BUSY = (errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 _LOGIN = {
     "gs": "`gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "`aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "s3": "`aws sso login` or `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL of an object store."""
+    return "://" in os.fspath(path)
+
+
+def cache() -> Path:
+    """Where copies of what is elsewhere are kept: $VIT_JAX_CACHE, or ~/.cache/vit_jax."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("VIT_JAX_CACHE") or f"{caches}/vit_jax").expanduser()
+
+
+def check(url: str | os.PathLike, whole: bool = False) -> str:
+    """Returns a URL of a folder in a bucket without a slash at its end.
+
+    Args:
+      whole: whether it may be a bucket itself.
+
+    Raises:
+      UserError: another scheme, no bucket, a part that a folder cannot be named, or the package
+        for it is not installed.
+    """
+    url = os.fspath(url).rstrip("/")
+    scheme, _, rest = url.partition("://")
+    if scheme not in _NEEDS:
+        raise UserError(f"{url}: expected gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder")
+    parts = rest.split("/")
+    if len(parts) < 2 - whole or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"{url}: expected {scheme}://BUCKET/FOLDER")
+    package, extra = _NEEDS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{url} needs {package}: {install(extra)}")
+    _prepare_fsspec(scheme)
+    return url
+
+
+@functools.cache
+def _prepare_fsspec(scheme: str) -> None:
+    """Has fsspec list anew each time, as a run's folder changes under its feet, and log in anew."""
+    from etils.epath import gpath
+    from fsspec.config import conf
+
+    # With TensorFlow installed, epath would use its file systems, which know neither.
+    os.environ.setdefault("EPATH_USE_TF", "0")
+    if hasattr(gpath._is_tf_installed, "cache_clear"):
+        gpath._is_tf_installed.cache_clear()
+
+    conf.setdefault(scheme, {})["use_listings_cache"] = False
+    if scheme == "s3":
+        from s3fs import core
+
+        if hasattr(core, "set_custom_error_handler"):  # as gcsfs does by itself
+            core.set_custom_error_handler(functools.partial(_is_expired, "s3://"))
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs at length, it raises
+
+
+class Entry(NamedTuple):
+    """What a folder has under a name.
+
+    Attributes:
+      size: in bytes; None is a folder.
+      generation: the store's name of this version, as `Objects` has it.
+    """
+
+    size: int | None
+    generation: bytes = b""
 
 
 class Objects:
@@ -39,30 +126,72 @@ class Objects:
         import tensorstore
 
         with _explained(self.url):
-            context = tensorstore.Context(
-                {"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES}
-            )
+            stores, limit = ("gcs", "s3"), {"limit": AT_ONCE}
+            retries = {f"{store}_request_retries": RETRIES for store in stores}
+            concurrency = {f"{store}_request_concurrency": limit for store in stores}
+            context = tensorstore.Context({**retries, **concurrency})
             return tensorstore.KvStore.open(driver(self.url), context=context).result()
 
-    def names(self, before: str = "", after: str = "") -> list[str]:
-        """Names of all objects, relative to the URL, sorted; of those from `after` to `before`."""
+    def _ask(self, name: str, request: Callable[[Any], Any]) -> Any:
+        """The store's answer; if a token has expired, that to another try with a new login."""
+        with _explained(f"{self.url}/{name}"):
+            try:
+                return request(self._store).result()
+            except Exception as error:
+                if not _is_expired(self.url, error):
+                    raise
+            time.sleep(PAUSE)
+            self.__dict__.pop("_store", None)  # with the credentials that it had read
+            return request(self._store).result()
+
+    def names(self, inside: str = "") -> list[str]:
+        """Names of all objects, or of those in a folder, relative to the URL, sorted."""
+        if self.url.startswith("gs://"):  # tensorstore takes 401 and 403 for empty lists
+            import fsspec
+
+            files, path = fsspec.core.url_to_fs(f"{self.url}/{inside}".rstrip("/"))
+            with _explained(self.url):
+                found = [f"{name}".removeprefix(f"{path}/") for name in files.find(path)]
+            return sorted(f"{inside}/{name}" if inside else name for name in found)
         import tensorstore
 
-        span = tensorstore.KvStore.KeyRange(after.encode(), before.encode())
-        with _explained(self.url):
-            found = self._store.list(span).result()
-        return sorted(name.decode() for name in found)
+        ends = (f"{inside}/", f"{inside}0") if inside else ("", "")
+        span = tensorstore.KvStore.KeyRange(*(end.encode() for end in ends))
+        return sorted(name.decode() for name in self._ask(inside, lambda store: store.list(span)))
 
     def read(self, name: str) -> tuple[bytes | None, bytes]:
         """The content of an object, None if there is none, and its generation."""
-        with _explained(f"{self.url}/{name}"):
-            found = self._store.read(name).result()
+        found = self._ask(name, lambda store: store.read(name))
         return (found.value if found.state == "value" else None), found.stamp.generation
+
+    def read_range(self, name: str, at: int, size: int) -> tuple[bytes | None, bytes]:
+        """The bytes `at` to `at + size` of an object that has them; else as `read`."""
+        found = self._ask(name, lambda store: store.read(name, byte_range=slice(at, at + size)))
+        return (found.value if found.state == "value" else None), found.stamp.generation
+
+    def folder(self, inside: str = "") -> dict[str, Entry]:
+        """The files and folders in a folder, by name; empty if there is no such folder."""
+        import fsspec
+
+        url = f"{self.url}/{inside}".rstrip("/")
+        scheme, _, path = url.partition("://")
+        with _explained(url):
+            try:
+                found = fsspec.filesystem(scheme).ls(path, detail=True)
+            except FileNotFoundError:
+                return {}
+        entries = {each["name"].rstrip("/").rpartition("/")[2]: each for each in found}
+        # A file of that name, and the object that some tools make for the folder, are not in it.
+        return {
+            name: Entry(None) if each["type"] == "directory" else _entry(each)
+            for name, each in entries.items()
+            if each["name"].startswith(f"{path}/") and each["name"] != f"{path}/"
+        }
 
     def write(self, name: str, content: bytes, generation: bytes) -> bytes | None:
         """Writes an object if it still has this generation; returns the new one, or None."""
-        with _explained(f"{self.url}/{name}"):
-            made = self._store.write(name, content, if_equal=generation).result().generation
+        made = self._ask(name, lambda store: store.write(name, content, if_equal=generation))
+        made = made.generation
         if made:
             return made
         there, now = self.read(name)  # a retry finds what the first attempt wrote
@@ -70,8 +199,7 @@ class Objects:
 
     def replace(self, name: str, content: bytes) -> None:
         """Writes an object, whatever was there."""
-        with _explained(f"{self.url}/{name}"):
-            self._store.write(name, content).result()
+        self._ask(name, lambda store: store.write(name, content))
 
     def delete(self, start: str) -> None:
         """Deletes all objects whose names start so, relative to the URL."""
@@ -80,33 +208,26 @@ class Objects:
         span = tensorstore.KvStore.KeyRange(
             start.encode(), f"{start[:-1]}{chr(ord(start[-1]) + 1)}"
         )
-        with _explained(f"{self.url}/{start}"):
-            self._store.delete_range(span).result()
+        self._ask(start, lambda store: store.delete_range(span))
 
-    def sizes(self) -> dict[str, int]:
-        """Name -> bytes of all objects, relative to the URL."""
-        import fsspec
 
-        with _explained(self.url):
-            files, path = fsspec.core.url_to_fs(self.url)
-            found = files.find(path, detail=True)
-        inside = f"{path}/"
-        return {
-            name.removeprefix(inside): entry["size"]
-            for name, entry in found.items()
-            if name.startswith(inside)
-        }
+def _entry(found: dict[str, Any]) -> Entry:
+    """A file that fsspec lists; its generation as tensorstore writes it."""
+    if "generation" in found:
+        return Entry(found["size"], b"\0" + int(found["generation"]).to_bytes(8, "little"))
+    return Entry(found["size"], b"\0" + str(found["ETag"]).encode())
 
 
 def driver(url: str) -> dict[str, Any]:
     """tensorstore's spec of a folder: of gs://, s3:// and, for tests, file://."""
     scheme, _, rest = url.partition("://")
     bucket, _, path = rest.partition("/")
+    path = path and f"{path}/"
     if scheme == "file":
         return {"driver": "file", "path": f"{rest}/"}
     if scheme == "gs":
-        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{path}/"}
+        return {"driver": "gcs", "bucket": bucket, "path": path}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
@@ -129,16 +250,27 @@ def _explained(url: str) -> Iterator[None]:
         raise explained(url, error) or error from error
 
 
+def _is_expired(url: str, error: BaseException) -> bool:
+    """Whether a store says that it does not know the token any more."""
+    signs = _EXPIRED.get(url.partition("://")[0])
+    return type(error).__name__ in _OLD_LOGIN or bool(signs and signs.search(str(error)))
+
+
 def explained(url: str, error: BaseException) -> UserError | None:
     """What an error of a store's client means for the user; None if it is of another kind."""
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):  # with the same codes
         return None
-    text = " ".join(str(error).split())
+    text = re.sub(r" \[http_response_body='.*?'\]", "", " ".join(str(error).split()))
     brief = text if len(text) < 200 else f"{text[:200]} ..."
     kind = type(error).__name__
     scheme = url.partition("://")[0]
     code = str(getattr(error, "code", None) or getattr(error, "status", None) or "")
-    credentials = ("DefaultCredentialsError", "RefreshError", "NoCredentialsError")
+    if _is_expired(url, error):
+        return UserError(
+            f"{url}: the login has expired ({brief}). What was saved is whole: log in with "
+            f"{_LOGIN.get(scheme)}, and start the same command again"
+        )
+    credentials = ("DefaultCredentialsError", "NoCredentialsError")
     refused = kind in credentials or any(sign in text for sign in _REFUSED)
     if refused or code in ("401", "403") or isinstance(error, PermissionError):
         return UserError(f"{url}: access is refused ({brief}). Log in with {_LOGIN.get(scheme)}")

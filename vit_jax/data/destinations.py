@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from vit_jax.buckets import is_bucket
 from vit_jax.data import shards
 from vit_jax.data.forms.records import CONTENT, INFO
 from vit_jax.errors import UserError
 from vit_jax.lease import STALE, Lease, Taken
-from vit_jax.objects import Objects
+from vit_jax.objects import Objects, is_bucket
 from vit_jax.writing import check_names, check_own, check_text, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -168,7 +167,7 @@ class Bucket:
     def next(
         self, files: Sequence[str], make: Callable[[str], dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
-        names = set(self._objects.names(f"{self._work}0", f"{self._work}/"))
+        names = set(self._objects.names(self._work))
         damaged: set[str] = set()
         if info := self.info():  # after the listing, as what that lists is deleted after INFO
             found = {shard["file"]: shard for shard in info["shards"] if shard["file"] in files}
@@ -211,10 +210,10 @@ class Bucket:
             return {}, set()
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             contents = list(pool.map(lambda f: self._objects.read(self._metadata(f))[0], files))
-        sizes, found = self._objects.sizes(), {}
+        there, found = self._objects.folder(), {}
         for file, content in zip(files, contents, strict=True):
             shard = self._parsed(content)
-            if shard and sizes.get(file) == shard["bytes"]:
+            if shard and file in there and there[file].size == shard["bytes"]:
                 found[file] = shard
         return found, set(files) - set(found)
 

@@ -4,13 +4,13 @@ import bisect
 import dataclasses
 import functools
 import glob
-import io
 import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
+from vit_jax.data import storage
 from vit_jax.data.forms.archives import TarSource, unlabelled
 from vit_jax.data.forms.files import (
     WHOLE,
@@ -22,7 +22,7 @@ from vit_jax.data.forms.files import (
     judged,
 )
 from vit_jax.data.forms.listed import TableSource
-from vit_jax.data.forms.open_files import open_file
+from vit_jax.data.forms.open_files import is_compressed
 from vit_jax.data.sources import SOURCES, Source, open_source, splits_of, understood
 from vit_jax.errors import UserError, check_refused
 
@@ -171,7 +171,7 @@ class _Finder:
 
     def _one(self, argument: str) -> None:
         path, kind = os.path.expanduser(argument), argument.partition(":")[0]
-        if os.path.exists(path):
+        if storage.exists(path):
             if argument in SOURCES:
                 raise UserError(
                     f"{argument!r} is a file or folder here, and a data source: write "
@@ -190,7 +190,7 @@ class _Finder:
 
     def _there(self, path: str) -> None:
         spec = understood(path)
-        if spec.startswith(_ARCHIVES) and os.path.isfile(path):
+        if spec.startswith(_ARCHIVES) and storage.is_file(path):
             self._archive(path)
         elif spec.startswith("folder:"):
             self._folder(path)
@@ -200,11 +200,11 @@ class _Finder:
             self._files.append(path)
 
     def _pattern(self, pattern: str) -> None:
-        matches = sorted(glob.glob(pattern, recursive=True))
+        matches = storage.matches(pattern)
         if not matches:
             raise UserError(f"no file matches {pattern!r}")
         for path in matches:
-            if os.path.isdir(path):
+            if storage.is_folder(path):
                 if "**" not in pattern:  # which matches the files in the folder as well
                     self._folder(path, alone=False)
             elif understood(path).startswith(_ARCHIVES):
@@ -228,8 +228,7 @@ class _Finder:
         if not len(source):
             raise UserError(f"{path} has no image in it" + _beside(source.passed_over))
         self._close_files()
-        plain = isinstance(open_file(path), io.FileIO)
-        self._parts.append(_Part(source, _names(source, path), in_order=not plain))
+        self._parts.append(_Part(source, _names(source, path), in_order=is_compressed(path)))
         self._passed.update(source.passed_over)
 
     def _source(self, spec: str) -> None:
