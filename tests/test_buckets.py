@@ -378,7 +378,7 @@ def test_a_url_that_is_none_is_refused(url, told, capsys):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(objects.importlib.util, "find_spec", lambda name: None)
     for scheme, needs in {"gs": "gcsfs", "s3": "s3fs"}.items():
         with pytest.raises(
             UserError, match=rf"needs {needs}: .*\[{'gcs' if scheme == 'gs' else 's3'}\]"
