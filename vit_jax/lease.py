@@ -121,11 +121,8 @@ class Lease:
         """
         with self._lock:
             now = _clocks()
-            # The larger one, as the first stands still in a suspended machine.
-            if (
-                max(after - before for after, before in zip(now, self._renewed, strict=True))
-                < within
-            ):
+            past = [after - before for after, before in zip(now, self._renewed, strict=True)]
+            if max(past) < within:  # one of the clocks stands still in a suspended machine
                 return
             if self._write(self._generation):
                 self._renewed = now
