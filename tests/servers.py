@@ -16,6 +16,11 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 
+EXPIRED = (
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>ExpiredToken</Code>'
+    b"<Message>The provided token has expired.</Message><RequestId>1</RequestId></Error>"
+)
+
 
 @dataclasses.dataclass
 class Faults:
@@ -23,8 +28,10 @@ class Faults:
 
     Attributes:
       share: of the requests, those that fail.
-      kinds: status codes, "reset" (the connection is cut), and "lost" (the store has done it, and
-        the answer does not come).
+      kinds: status codes, of which 401 is Google's for a token that has expired, "expired" (that
+        is Amazon's), "reset" (the connection is cut), and "lost" (the store has done it, and the
+        answer does not come).
+      most: how many requests may fail.
       latency: seconds that each request waits.
       count: how many failed, by kind.
       requests: how many came.
@@ -32,6 +39,7 @@ class Faults:
 
     share: float = 0.0
     kinds: tuple[int | str, ...] = (429, 500, 503, "reset", "lost")
+    most: float = float("inf")
     latency: float = 0.0
     count: dict[int | str, int] = dataclasses.field(default_factory=dict)
     seed: int = 0
@@ -41,8 +49,9 @@ class Faults:
         self._random = random.Random(self.seed)
 
     def draw(self) -> int | str | None:
-        if self._random.random() >= self.share:
+        if self._random.random() >= self.share or self.most < 1:
             return None
+        self.most -= 1
         kind = self._random.choice(self.kinds)
         self.count[kind] = self.count.get(kind, 0) + 1
         return kind
@@ -144,8 +153,14 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
                 self.connection.close()
                 self.close_connection = True
                 return
+            if kind == "expired":
+                self._answer(400, [("Content-Type", "application/xml")], EXPIRED)
+                return
             if isinstance(kind, int):
-                self._answer(kind, [], b'{"error": {"code": %d, "message": "by order"}}' % kind)
+                said = "Invalid Credentials" if kind == 401 else "by order"
+                answer = {"error": {"code": kind, "message": said}}
+                kind_of = ("Content-Type", "application/json; charset=UTF-8")
+                self._answer(kind, [kind_of], json.dumps(answer).encode())
                 return
             wanted = re.search(r"[?&]ifGenerationMatch=(\d+)", self.path)
             if wanted and self.command == "POST" and "uploadType=media" in self.path:

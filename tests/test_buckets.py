@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import servers
 from conftest import DIGITS, ROOT, TINY, fails
+from etils import epath
 from flax import nnx
 from processes import SIGKILL, Command, address
 
@@ -221,6 +222,54 @@ def test_a_store_that_does_not_answer_is_a_sentence_and_exit_code_75(store, monk
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
+def test_a_token_that_expired_is_fetched_anew_once(store, monkeypatch):
+    """By both clients; if that does not help, a sentence says so, and no list is empty for it."""
+    monkeypatch.setattr(objects, "PAUSE", 0.0)
+    url, faults = f"{store}://runs/token", FAULTS[store]
+    monkeypatch.setattr(faults, "kinds", ("expired",) if store == "s3" else (401,))
+    there = Objects(buckets.check(url))
+    there.replace("a", b"1")
+    generation = there.read("a")[1]
+    path = epath.Path(url) / "a"
+    for ask, answer in (
+        (lambda: there.read("a")[0], b"1"),
+        (lambda: there.write("a", b"2", generation) is None, False),
+        (there.names, ["a"]),
+        (path.read_text, "2"),
+    ):
+        monkeypatch.setattr(faults, "most", 1)
+        faults.share = 1.0
+        assert ask() == answer and faults.most == 0
+    monkeypatch.setattr(faults, "most", 1e9)
+    asked = [lambda: there.read("a"), lambda: there.write("a", b"3", generation)]
+    for ask in asked + [there.names] * (store == "s3"):  # gcsfs tries for half a minute
+        with pytest.raises(UserError, match=r"the login has expired .* log in with `(gcloud|aws) "):
+            ask()
+    monkeypatch.setattr(faults, "kinds", (403,))
+    with pytest.raises(UserError, match="access is refused"):
+        there.names()
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_run_whose_login_expires_goes_on_after_another(store, tiny_run, tmp_path, monkeypatch):
+    """It ends with a sentence and exit code 2, as starting again alone does not help."""
+    url, faults = f"{store}://runs/expired", FAULTS[store]
+    monkeypatch.setattr(faults, "kinds", ("expired",))
+    monkeypatch.setattr(faults, "latency", 0.01)
+    argv = ["train", f"--config={DIGITS}", f"--workdir={url}", *TINY]
+    command = Command(tmp_path, argv, **servers_of(store))
+    while Objects(url).read("checkpoints/4/checksums.json")[0] is None:
+        time.sleep(0.05)
+    faults.share = 1.0
+    told = command.finish(2)[1]
+    assert "the login has expired (" in told and "and start the same command again" in told
+    assert "Traceback" not in told
+    faults.share, faults.latency = 0.0, 0.0
+    run_training(load_config(DIGITS, TINY), url)
+    assert_equal_to_a_disk(url, tiny_run[0])
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
 def test_a_folder_in_use_is_refused(store, capsys):
     """Who beats is seen to live; who is silent loses it, and who is gone at once."""
     url = f"{store}://runs/held"
@@ -307,6 +356,26 @@ def test_a_run_that_slept_writes_nothing_once_another_has_its_folder(folder, tmp
     assert objects.read(".lease")[0] == stolen  # nor does it give back what it has not
 
 
+def test_a_push_renews_the_lease_once_unless_it_takes_long(folder, tmp_path, monkeypatch):
+    with Lease(folder, stale=1e6) as lease:
+        copy, beats = Copy(folder, str(tmp_path / "copy"), "id", lease), []
+        (tmp_path / "copy").mkdir()
+        write, clock = Objects.write, [0.0]
+
+        def counted(self, name, *args):
+            beats.append(name)
+            clock[0] += 1e5 if name == "c" else 0.0
+            return write(self, name, *args)
+
+        monkeypatch.setattr(Objects, "write", counted)
+        # As in a machine that was suspended, where the one clock stands still.
+        monkeypatch.setattr("vit_jax.lease._clocks", lambda: (0.0, clock[0]))
+        for name in "abcd":
+            (tmp_path / "copy" / name).write_text(name)
+        copy.push()
+        assert beats == [".lease", "a", "b", "c", ".lease", "d"]
+
+
 def test_a_write_whose_answer_was_lost_is_not_taken_for_another_ones(folder):
     objects = Objects(folder)
     made = objects.write("a", b"one", Objects.MISSING)
@@ -328,7 +397,7 @@ def test_a_url_that_is_none_is_refused(url, told, capsys):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(objects.importlib.util, "find_spec", lambda name: None)
     for scheme, needs in {"gs": "gcsfs", "s3": "s3fs"}.items():
         with pytest.raises(
             UserError, match=rf"needs {needs}: .*\[{'gcs' if scheme == 'gs' else 's3'}\]"
@@ -344,6 +413,11 @@ def test_what_a_store_says_is_told_with_what_to_do():
     assert "gcloud auth application-default login" in str(login) and login.code == 2
     keys = objects.explained("s3://b/run", ValueError("PERMISSION_DENIED: 403"))
     assert "aws configure" in str(keys)
+    for head in (
+        "Unknown [http_response_code='400'] [http_response_body='x']",
+        "[Errno 22] Bad Request",
+    ):
+        assert "the login has expired" in str(objects.explained("s3://b/run", ValueError(head)))
     busy = objects.explained("gs://b/run", ValueError("UNAVAILABLE: HTTP response code: 503"))
     assert isinstance(busy, Unreachable) and busy.code == 75
     assert "no such bucket" in str(objects.explained("gs://b/run", ValueError("NOT_FOUND: x")))

@@ -23,7 +23,7 @@ BELOW = {
     "lease": {"errors", "objects"},
     "buckets": {"errors", "writing", "distributed", "lease", "objects"},
     "models": {"errors", "compiler"},
-    "data": {"errors", "writing", "extras", "objects"},
+    "data": {"errors", "writing", "extras", "objects", "lease"},
     "checkpoints": {
         *("errors", "writing", "extras", "distributed", "buckets", "objects", "compiler"),
         *("models", "data"),

@@ -148,6 +148,8 @@ def inspect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     """Converts a folder, archives or any image source to shards with random access."""
+    if "://" in args.dst:  # temporary files to remove, and leases to give back
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     from vit_jax.data.prepare import Conversion, prepare
 
     options = ("split", "part", "labels", "classes", "examples", "shard_examples", "threads")

@@ -134,7 +134,7 @@ class Copy:
           inside: a folder in it, which alone is looked at.
         """
         start = f"{inside}/" if inside else ""
-        there = self._objects.names(after=start, before=f"{inside}0" if inside else "")
+        there = self._objects.names(inside)
         names = [name for name in there if not _SKIPPED.search(name)]
         for name in names:
             path = self._path(name)
@@ -162,6 +162,7 @@ class Copy:
         if self.lease is None:
             return
         with self._lock:
+            within = 0.0
             for name in self._files():
                 try:
                     content = self._path(name).read_bytes()
@@ -172,7 +173,8 @@ class Copy:
                 digest, generation = self._sent.get(name, (b"", Objects.MISSING))
                 if digest == (now := _digest(content)):
                     continue
-                self.lease.confirm()
+                self.lease.confirm(within)
+                within = self.lease.stale / 12
                 tried = self._tried.setdefault(name, set())
                 tried.add(now)
                 made = self._objects.write(name, content, generation)

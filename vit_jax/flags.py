@@ -324,7 +324,9 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "src", type=path, help="a folder, a tar, tars such as 'a-*.tar', or a source"
     )
-    command.add_argument("dst", type=path, help="a folder, read by the source records:DST")
+    command.add_argument(
+        "dst", type=path, help="a folder, also in a bucket, read by the source records:DST"
+    )
     for name, kind, default, what in (
         ("split", str, "train", "what to call the split (default train)"),
         ("part", str, None, "which part of SRC it is, such as train or all[:90%%]"),

@@ -6,7 +6,9 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +21,24 @@ RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}  # 1
 # tensorstore's codes, as texts of its errors.
 _AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "CURL")
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
+# Of a token that has expired: what Google says, and Amazon, whose answer to HEAD says only 400.
+_EXPIRED = {
+    "gs": re.compile(r"Invalid Credentials|http_response_code='401'"),
+    "s3": re.compile(
+        r"ExpiredToken|token has expired|^Unknown \[http_response_code='400'\]|Bad Request$"
+    ),
+}
+_OLD_LOGIN = (  # errors of clients, whose login lets them have no new token
+    *("RefreshError", "TokenRetrievalError", "CredentialRetrievalError"),
+    *("SSOTokenLoadError", "UnauthorizedSSOTokenError"),
+)
+PAUSE = 1.0  # seconds before a request is tried with a new token
 # What fsspec's clients raise: errors of these packages, or of the system with these numbers.
 _NETWORK = ("aiohttp", "botocore", "requests", "urllib3")
 _BUSY = (errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 _LOGIN = {
     "gs": "`gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "`aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "s3": "`aws sso login` or `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
 
 
@@ -59,13 +73,13 @@ def check(url: str | os.PathLike, whole: bool = False) -> str:
     package, extra = _NEEDS[scheme]
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{url} needs {package}: {install(extra)}")
-    _prepare_fsspec()
+    _prepare_fsspec(scheme)
     return url
 
 
 @functools.cache
-def _prepare_fsspec() -> None:
-    """Has fsspec ask the store at each listing: a run's folder changes under its feet."""
+def _prepare_fsspec(scheme: str) -> None:
+    """Has fsspec list anew each time, as a run's folder changes under its feet, and log in anew."""
     from etils.epath import gpath
     from fsspec.config import conf
 
@@ -74,10 +88,13 @@ def _prepare_fsspec() -> None:
     if hasattr(gpath._is_tf_installed, "cache_clear"):
         gpath._is_tf_installed.cache_clear()
 
-    for scheme in _NEEDS:
-        conf.setdefault(scheme, {})["use_listings_cache"] = False
-    if "STORAGE_EMULATOR_HOST" in os.environ:  # at each call, gcsfs misses Google's credentials
-        logging.getLogger("gcsfs").setLevel(logging.ERROR)
+    conf.setdefault(scheme, {})["use_listings_cache"] = False
+    if scheme == "s3":
+        from s3fs import core
+
+        if hasattr(core, "set_custom_error_handler"):  # as gcsfs does by itself
+            core.set_custom_error_handler(functools.partial(_is_expired, "s3://"))
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs at length, it raises
 
 
 class Entry(NamedTuple):
@@ -123,30 +140,44 @@ class Objects:
         with _explained(self.url):
             return fsspec.filesystem(self.url.partition("://")[0])
 
-    def names(self, before: str = "", after: str = "") -> list[str]:
-        """Names of all objects, relative to the URL, sorted; of those from `after` to `before`."""
+    def _ask(self, name: str, request: Callable[[Any], Any]) -> Any:
+        """The store's answer; if a token has expired, that to another try with a new login."""
+        with _explained(f"{self.url}/{name}"):
+            try:
+                return request(self._store).result()
+            except Exception as error:
+                if not _is_expired(self.url, error):
+                    raise
+            time.sleep(PAUSE)
+            self.__dict__.pop("_store", None)  # with the credentials that it had read
+            return request(self._store).result()
+
+    def names(self, inside: str = "") -> list[str]:
+        """Names of all objects, or of those in a folder, relative to the URL, sorted."""
+        if self.url.startswith("gs://"):  # tensorstore takes 401 and 403 for empty lists
+            path = f"{self.url}/{inside}".rstrip("/").partition("://")[2]
+            with _explained(self.url):
+                found = [f"{name}".removeprefix(f"{path}/") for name in self._files.find(path)]
+            return sorted(f"{inside}/{name}" if inside else name for name in found)
         import tensorstore
 
-        span = tensorstore.KvStore.KeyRange(after.encode(), before.encode())
-        with _explained(self.url):
-            found = self._store.list(span).result()
-        return sorted(name.decode() for name in found)
+        ends = (f"{inside}/", f"{inside}0") if inside else ("", "")
+        span = tensorstore.KvStore.KeyRange(*(end.encode() for end in ends))
+        return sorted(name.decode() for name in self._ask(inside, lambda store: store.list(span)))
 
     def read(self, name: str) -> tuple[bytes | None, bytes]:
         """The content of an object, None if there is none, and its generation."""
-        with _explained(f"{self.url}/{name}"):
-            found = self._store.read(name).result()
+        found = self._ask(name, lambda store: store.read(name))
         return (found.value if found.state == "value" else None), found.stamp.generation
 
     def read_range(self, name: str, at: int, size: int) -> tuple[bytes | None, bytes]:
         """The bytes `at` to `at + size` of an object, None if it has not all; else as `read`."""
-        with _explained(f"{self.url}/{name}"):
-            try:
-                found = self._store.read(name, byte_range=slice(at, at + size)).result()
-            except ValueError as error:
-                if "OUT_OF_RANGE" in str(error):
-                    return None, b""
-                raise
+        try:
+            found = self._ask(name, lambda store: store.read(name, byte_range=slice(at, at + size)))
+        except ValueError as error:
+            if "OUT_OF_RANGE" in str(error):
+                return None, b""
+            raise
         return (found.value if found.state == "value" else None), found.stamp.generation
 
     def folder(self, inside: str = "") -> dict[str, Entry]:
@@ -168,8 +199,8 @@ class Objects:
 
     def write(self, name: str, content: bytes, generation: bytes) -> bytes | None:
         """Writes an object if it still has this generation; returns the new one, or None."""
-        with _explained(f"{self.url}/{name}"):
-            made = self._store.write(name, content, if_equal=generation).result().generation
+        made = self._ask(name, lambda store: store.write(name, content, if_equal=generation))
+        made = made.generation
         if made:
             return made
         there, now = self.read(name)  # a retry finds what the first attempt wrote
@@ -177,8 +208,16 @@ class Objects:
 
     def replace(self, name: str, content: bytes) -> None:
         """Writes an object, whatever was there."""
-        with _explained(f"{self.url}/{name}"):
-            self._store.write(name, content).result()
+        self._ask(name, lambda store: store.write(name, content))
+
+    def delete(self, start: str) -> None:
+        """Deletes all objects whose names start so, relative to the URL."""
+        import tensorstore
+
+        span = tensorstore.KvStore.KeyRange(
+            start.encode(), f"{start[:-1]}{chr(ord(start[-1]) + 1)}"
+        )
+        self._ask(start, lambda store: store.delete_range(span))
 
 
 def _entry(found: dict[str, Any]) -> Entry:
@@ -220,16 +259,27 @@ def _explained(url: str) -> Iterator[None]:
         raise explained(url, error) or error from error
 
 
+def _is_expired(url: str, error: BaseException) -> bool:
+    """Whether a store says that it does not know the token any more."""
+    signs = _EXPIRED.get(url.partition("://")[0])
+    return type(error).__name__ in _OLD_LOGIN or bool(signs and signs.search(str(error)))
+
+
 def explained(url: str, error: BaseException) -> UserError | None:
     """What an error of a store's client means for the user; None if it is of another kind."""
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):  # with the same codes
         return None
-    text = " ".join(str(error).split())
+    text = re.sub(r" \[http_response_body='.*?'\]", "", " ".join(str(error).split()))
     brief = text if len(text) < 200 else f"{text[:200]} ..."
     kind = type(error).__name__
     scheme = url.partition("://")[0]
     code = str(getattr(error, "code", None) or getattr(error, "status", None) or "")
-    credentials = ("DefaultCredentialsError", "RefreshError", "NoCredentialsError")
+    if _is_expired(url, error):
+        return UserError(
+            f"{url}: the login has expired ({brief}). What was saved is whole: log in with "
+            f"{_LOGIN.get(scheme)}, and start the same command again"
+        )
+    credentials = ("DefaultCredentialsError", "NoCredentialsError")
     refused = kind in credentials or any(sign in text for sign in _REFUSED)
     if refused or code in ("401", "403") or isinstance(error, PermissionError):
         return UserError(f"{url}: access is refused ({brief}). Log in with {_LOGIN.get(scheme)}")

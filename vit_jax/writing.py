@@ -90,10 +90,16 @@ def check_own(path: str | os.PathLike, own: Iterable[str], what: str) -> None:
       own: patterns of the names that may be there; hidden files always may.
       what: what would be written there, such as "a run".
     """
-    if not os.path.isdir(path):
-        return
+    if os.path.isdir(path):
+        check_names(path, os.listdir(path), own, what)
+
+
+def check_names(
+    path: str | os.PathLike, there: Iterable[str], own: Iterable[str], what: str
+) -> None:
+    """As `check_own`, of a folder that holds these names."""
     own = tuple(own)
-    there = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    there = sorted(name for name in there if not name.startswith("."))
     foreign = [name for name in there if not any(fnmatch.fnmatchcase(name, each) for each in own)]
     if foreign:
         more = f" and {len(foreign) - 1} more" if foreign[1:] else ""

@@ -124,9 +124,10 @@ class Store:
                 if step < kept[0] and (self._best is None or step != self._best[0]):
                     # checksums.json goes first, so that a kill during the deletion leaves an
                     # incomplete checkpoint, not a damaged one.
-                    if committed:
-                        (self.directory / str(step) / _CHECKSUMS).unlink()
-                    (self.directory / str(step)).rmtree()
+                    with contextlib.suppress(FileNotFoundError):  # by a try without an answer
+                        if committed:
+                            (self.directory / str(step) / _CHECKSUMS).unlink(missing_ok=True)
+                        (self.directory / str(step)).rmtree()
 
     def keep_best(self, step: int | None, values: dict[str, float]) -> None:
         """Keeps the checkpoint of a step beside the last ones, as the best one; None keeps none.

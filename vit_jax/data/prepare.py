@@ -1,18 +1,16 @@
 """Converts folders, archives and any other source to ArrayRecord shards.
 
 Each shard is written to a temporary file, renamed, and its metadata saved: a killed run resumes at
-the first shard without metadata.
+the first shard without metadata. In a bucket, several processes share one conversion.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -20,17 +18,18 @@ import tqdm
 
 from vit_jax.data import shards, storage
 from vit_jax.data.classes import with_labels
-from vit_jax.data.contents import content, image_hash, shared
+from vit_jax.data.contents import Hashes, content, image_hash, shared
+from vit_jax.data.destinations import Bucket, Disk, opened
 from vit_jax.data.forms.archives import TarSource, open_tar
 from vit_jax.data.forms.class_lists import read_classes
 from vit_jax.data.forms.files import WHOLE, PassedOver
 from vit_jax.data.forms.open_files import is_compressed
-from vit_jax.data.forms.records import RecordSource, records
+from vit_jax.data.forms.records import records
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.data.transforms import resize
 from vit_jax.errors import UserError
-from vit_jax.writing import check_own, check_text, make_folder
+from vit_jax.objects import check, is_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,8 @@ def prepare(
     Args:
       src: a folder, a tar or zip (or a pattern for several; a tar may be compressed by gzip,
         bzip2, xz or Zstandard), or a source such as "fractals:classes=1000".
-      dst: a folder. If it has other splits already, this one gets the same classes.
+      dst: a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. If it has other splits already, this
+        one gets the same classes. Several processes may convert the same to a bucket.
       split: the name of the split in `dst`.
       part: the split of `src` to read. Default: `split` if `src` is a source or a folder that has
         it, else all.
@@ -108,6 +108,7 @@ def prepare(
     Raises:
       UserError: the source cannot be opened, its classes do not match, no image can be read, or
         `dst` has this split with other settings or another split of the same images.
+      Unreachable: the store does not answer.
     """
     if not re.fullmatch(r"\w+", split):
         raise UserError(f"split {split!r}: a name of letters, digits and _ was expected")
@@ -118,6 +119,7 @@ def prepare(
     }.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    dst = check(dst) if is_bucket(dst) else dst
     source, sequential = _open(src, part, split, labels)
     if getattr(source, "masks", False):
         raise UserError(f"{src} has masks for labels, which records do not hold")
@@ -125,61 +127,69 @@ def prepare(
     if total is None:
         raise UserError(f"{src} is endless: say how many --examples to take")
     total = min(total, total if examples is None else examples)
-    check_text(dst)
-    check_own(dst, shards.FILES, "prepared data")
-    make_folder(dst)
-    names = _class_names(dst, classes, source.label_names)
     passed = getattr(source, "passed_over", PassedOver())
-    source = _with_labels(src, dst, source, names)
-    plan = {
-        "source": src,
-        "source_fingerprint": source.fingerprint,
-        "examples": total,
-        "shard_examples": shard_examples,
-        "label_names": list(names),
-        **dataclasses.asdict(conversion),
-        "upright": True,
-    }
-    with _locked(dst):
-        done = shards.read_json(shards.info_path(dst, split))
-        work = os.path.join(dst, f".unfinished_{split}")
-        begun = done["plan"] if done else shards.read_json(os.path.join(work, "plan.json"))
-        if begun and "upright" not in begun:  # of a version that turned images only with `exif`
-            begun["upright"] = begun.get("short_side") is None or begun.get("exif", False)
-        changed = [key for key in plan if begun and begun.get(key) != plan[key] and key != "source"]
-        if changed:
-            raise UserError(
-                f"{dst} holds split {split!r} made otherwise ({', '.join(changed)} differ): delete "
-                "it, or choose another folder"
-            )
+    with opened(dst, split) as place:
+        names = _class_names(place.here, dst, classes, source.label_names)
+        source = _with_labels(src, dst, source, names)
+        plan = {
+            "source": src,
+            "source_fingerprint": source.fingerprint,
+            "examples": total,
+            "shard_examples": shard_examples,
+            "label_names": list(names),
+            **dataclasses.asdict(conversion),
+            "upright": True,
+        }
+        done = place.info()
+        _check_plan(place, split, plan, done["plan"] if done else place.plan())
         if done:
             return done
-        _refuse_again(dst, split, plan, part, source)
-        os.makedirs(work, exist_ok=True)
-        shards.write_json(os.path.join(work, "plan.json"), plan)
-        starts = range(0, total, shard_examples)
-        finished = []
+        _refuse_again(place.here, dst, split, plan, part, source)
+        begun = place.begin(plan)
+        _check_plan(place, split, plan, begun)
+        count = -(-total // shard_examples)
+        jobs = {
+            f"{shards.NAME}-{split}.array_record-{number:05d}-of-{count:05d}": range(
+                number * shard_examples, min((number + 1) * shard_examples, total)
+            )
+            for number in range(count)
+        }
+        finished: dict[str, dict[str, Any]] = {}
         with (
             concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
             tqdm.tqdm(total=total, unit="image", desc=split, disable=None) as bar,
         ):
-            for number, start in enumerate(starts):
-                indices = range(start, min(start + shard_examples, total))
-                file = f"{shards.NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
-                metadata = os.path.join(work, f"{file}.json")
-                shard = shards.read_json(metadata)
-                if shard is None or shards.file_size(os.path.join(dst, file)) != shard["bytes"]:
-                    images = shards.converted_images(source, indices, conversion, pool, sequential)
-                    shard = shards.write_shard(os.path.join(dst, file), images, bar)
-                    shards.write_json(metadata, shard)
-                else:
-                    bar.update(len(indices))
-                finished.append(shard)
-        shards.write_passed_over(dst, split, passed)
-        info = shards.write_info(dst, split, plan, finished)
-        shutil.rmtree(work)
-        _say_shared(dst, split)
+
+            def make(file: str) -> dict[str, Any]:
+                images = shards.converted_images(source, jobs[file], conversion, pool, sequential)
+                return shards.write_shard(os.path.join(place.here, file), images, bar)
+
+            while missing := [file for file in jobs if file not in finished]:
+                finished |= place.next(missing, make)
+                bar.n = sum(len(jobs[file]) for file in finished)
+                bar.set_postfix_str(place.progress())
+
+        def write() -> dict[str, Any]:
+            shards.write_passed_over(place.here, split, passed, place.name)
+            return shards.write_info(place.here, split, begun, [finished[file] for file in jobs])
+
+        info = place.finish(write)
+        _say_shared(place, split)
         return info
+
+
+def _check_plan(
+    place: Disk | Bucket, split: str, plan: dict[str, Any], begun: dict[str, Any] | None
+) -> None:
+    """Raises a UserError if a split was begun with other settings than those of `plan`."""
+    if begun and "upright" not in begun:  # of a version that turned images only with `exif`
+        begun["upright"] = begun.get("short_side") is None or begun.get("exif", False)
+    changed = [key for key in plan if begun and begun.get(key) != plan[key] and key != "source"]
+    if changed:
+        raise UserError(
+            f"{place.name} holds split {split!r} made otherwise ({', '.join(changed)} differ): "
+            "delete it, or choose another folder"
+        )
 
 
 def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[Source, bool]:
@@ -207,10 +217,11 @@ def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[S
     return source, compressed
 
 
-def _class_names(dst: str, classes: str | None, found: Sequence[str]) -> tuple[str, ...]:
-    """The class names: of the file `classes`, of the other splits in `dst`, or as found."""
-    others = list(shards.finished_splits(dst).values())
-    names = tuple(others[0]["plan"]["label_names"]) if others else tuple(found)
+def _class_names(here: str, dst: str, classes: str | None, found: Sequence[str]) -> tuple[str, ...]:
+    """The class names: of the file `classes`, of the other splits in `here`, or as found."""
+    others = [info["plan"] for info in shards.finished_splits(here).values()]
+    others = others or list(shards.begun_splits(here).values())
+    names = tuple(others[0]["label_names"]) if others else tuple(found)
     if classes is None:
         return names
     given = read_classes(classes, found)
@@ -235,21 +246,19 @@ def _with_labels(src: str, dst: str, source: Source, names: tuple[str, ...]) -> 
 
 
 def _refuse_again(
-    dst: str, split: str, plan: dict[str, Any], part: str | None, source: Source
+    here: str, dst: str, split: str, plan: dict[str, Any], part: str | None, source: Source
 ) -> None:
     """Raises a UserError if another split of `dst`, finished or not, has the same images."""
-    finished = shards.finished_splits(dst, but=split)
+    finished = shards.finished_splits(here, but=split)
     plans = {name: (info["plan"], "") for name, info in finished.items()}
-    for folder in sorted(n for n in os.listdir(dst) if n.startswith(".unfinished_")):
-        begun = shards.read_json(os.path.join(dst, folder, "plan.json"))
-        name = folder.removeprefix(".unfinished_")
-        if begun and name not in (split, *plans):
-            plans[name] = begun, f", begun (if it is not meant, delete {dst}/{folder})"
+    for name, begun in shards.begun_splits(here, but=split).items():
+        note = f", begun (if it is not meant, delete {dst}/{shards.WORK.format(split=name)})"
+        plans.setdefault(name, (begun, note))
     base = (part or WHOLE).partition("[")[0]
     for name, (other, note) in plans.items():
         if other.get("source_fingerprint") != plan["source_fingerprint"]:
             continue
-        if not note and _only_alike(source, other, records(dst, name).kept_content()):
+        if not note and _only_alike(source, other, shards.kept_content(here, name)):
             continue
         raise UserError(
             f"{plan['source']} as split {split!r} is the same images as split {name!r} of "
@@ -271,37 +280,30 @@ def _only_alike(source: Source, plan: dict[str, Any], known: Any) -> bool:
     return bool(found) and not np.isin(np.array(sorted(found), np.uint64), known).any()
 
 
-def _say_shared(dst: str, split: str) -> None:
-    """Warns if images of a new split are in other splits of `dst` too."""
-    for name in shards.finished_splits(dst, but=split):
+def _say_shared(place: Disk | Bucket, split: str) -> None:
+    """Warns if images of a new split are in other splits of the destination too."""
+    for name in shards.finished_splits(place.here, but=split):
         try:
-            found = _shared(records(dst, name), records(dst, split))
-        except UserError as error:  # the other split is damaged, not this one
-            found = str(error)
-        if isinstance(found, str):
-            logger.warning("splits %r and %r of %s were not compared: %s", split, name, dst, found)
-        elif found:
+            first, second = (_hashes(place, each) for each in (name, split))
+        except UserError as error:  # a split is damaged or large
+            logger.warning(
+                "splits %r and %r of %s were not compared: %s", split, name, place.name, error
+            )
+            continue
+        if found := len(shared(first, second)[1]):
             logger.warning(
                 "%s images of split %r of %s are in split %r too: delete one of the two, "
                 "and prepare it from another --part",
-                *(f"{found:,}", split, dst, name),
+                *(f"{found:,}", split, place.name, name),
             )
 
 
-def _shared(a: RecordSource, b: RecordSource) -> int | str:
-    """The number of images of `b` that are in `a` too, or why they were not compared."""
-    for each in (a, b):
-        if each.kept_content() is None and len(each) > _MOST_READ:
-            return f"{each.where} has no hashes of its {len(each):,} images"
-    return len(shared(content(a), content(b))[1])
-
-
-@contextlib.contextmanager
-def _locked(dst: str) -> Iterator[None]:
-    """Locks the folder against a second `prepare`; the lock ends with the process."""
-    with open(os.path.join(dst, ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another prepare is writing to {dst}") from None
-        yield
+def _hashes(place: Disk | Bucket, split: str) -> Hashes:
+    """The hash of each image of a split, read from its records only if they are at hand."""
+    if (kept := shards.kept_content(place.here, split)) is not None:
+        return kept
+    source = records(place.here, split) if isinstance(place, Disk) else None
+    count = shards.finished_splits(place.here)[split]["examples"]
+    if source is None or count > _MOST_READ:
+        raise UserError(f"records:{place.name} {split} has no hashes of its {count:,} images")
+    return content(source)

@@ -34,6 +34,7 @@ FILES = (
     *(f"{NAME}-*.array_record-*", "vit_jax_*", "content_*", "features.json", "label.labels.txt"),
     *("dataset_info.json", "bad_images_*.jsonl", "passed_over_*.jsonl", "lost+found"),
 )
+WORK = ".unfinished_{split}"  # the folder of what only an unfinished split needs
 _LEFT_FREE = 256 * 2**20  # bytes of disk
 
 
@@ -41,6 +42,25 @@ def finished_splits(dst: str, but: str | None = None) -> dict[str, dict[str, Any
     """Split -> what its file INFO says, for each split that is finished, except `but`."""
     infos = {name: read_json(info_path(dst, name)) for name in record_splits(dst)}
     return {name: info for name, info in infos.items() if info and name != but}
+
+
+def begun_splits(dst: str, but: str | None = None) -> dict[str, dict[str, Any]]:
+    """Split -> its plan, for each split that was begun, except `but`."""
+    start = WORK.format(split="")
+    names = [name.removeprefix(start) for name in sorted(os.listdir(dst)) if start in name]
+    plans = {n: read_json(os.path.join(dst, WORK.format(split=n), "plan.json")) for n in names}
+    return {name: plan for name, plan in plans.items() if plan and name != but}
+
+
+def kept_content(dst: str, split: str) -> UInt64[np.ndarray, " n"] | None:
+    """The saved hash of each image of a finished split; None if missing or outdated."""
+    try:
+        hashes = np.load(os.path.join(dst, CONTENT.format(split=split)), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    expected = (read_json(info_path(dst, split)) or {}).get("content")
+    whole = hashes.dtype == np.uint64 and content_digest(hashes) == expected
+    return hashes if whole else None
 
 
 def info_path(dst: str, split: str) -> str:
@@ -173,15 +193,15 @@ def write_info(
     return info
 
 
-def write_passed_over(dst: str, split: str, passed: PassedOver) -> None:
-    """Writes the list of files that were skipped, and logs how many."""
+def write_passed_over(dst: str, split: str, passed: PassedOver, shown: str) -> None:
+    """Writes the list of files that were skipped, and logs how many; `shown` names the folder."""
     if passed:
         path = os.path.join(dst, f"passed_over_{split}.jsonl")
         lines = [{"name": name, "why": why} for name, why in passed.files]
         if len(passed) > len(lines):
             lines.append({"more": len(passed) - len(lines)})
         write_atomically(path, "".join(json.dumps(each) + "\n" for each in lines))
-        logger.info("%s, listed in %s", passed, path)
+        logger.info("%s, listed in %s/%s", passed, shown, os.path.basename(path))
 
 
 def _tfds_info(splits: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

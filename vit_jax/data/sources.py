@@ -34,8 +34,8 @@ class Source(Protocol):
 
     Optional attributes: with `multi_label` True, images have any number of labels, and `label` is
     a tuple of ints. With `masks` True, there is a class for each pixel: images are pixels, not
-    files, and `label` is int32 [h w]. With `in_bucket` True, many examples are read at once, each of
-    which takes its time. `passed_over` is a `files.PassedOver`: the files skipped.
+    files, and `label` is int32 [h w]. With `in_bucket` True, many examples are read at once, as
+    each takes its time. `passed_over` is a `files.PassedOver`: the files skipped.
     """
 
     label_names: tuple[str, ...]
