@@ -27,6 +27,8 @@ WHAT = {
     "learned2d_added": "learned, 2D, added",
     "sincos2d": "sine-cosine, 2D",
     "relative": "relative",
+    "rope": "rotary",
+    "rope_rescaled": "rotary, rescaled in training",
 }
 WHERE = {"input": "input", "layers": "each layer its own", "layers_shared": "each layer the same"}
 
@@ -35,12 +37,15 @@ def tell(points):
     """Is every kind better than none, and is one better than the paper's default?"""
 
     def key(point):
-        return point.overrides["model.position"], point.overrides["model.position_at"]
+        what = point.overrides["model.position"]
+        what += "_rescaled" if "model.rotary.rescale" in point.overrides else ""
+        return what, point.overrides["model.position_at"]
 
     few, val = means(points, key), means(points, key, "val/accuracy")
     names = {}
     for what, where in few:
-        at = "" if what in ("none", "relative", "sincos2d") else f", {WHERE[where]}"
+        alone = ("none", "relative", "sincos2d", "rope", "rope_rescaled")
+        at = "" if what in alone else f", {WHERE[where]}"
         names[what, where] = WHAT[what] + at
     rows = [
         (WHAT[what], WHERE[where], few[what, where], val[what, where], PAPER.get((what, where), ""))

@@ -162,7 +162,6 @@ def test_images_that_do_not_fit(shape, says):
         (dict(position_at="layers"), "model.position_at 'layers' is not"),
         (dict(patch_dropout=0.5), "model.patch_dropout 0.5 is not"),
         (dict(resnet=(1,), resnet_width=32, patch_size=1), r"model.resnet \(1,\) is not"),
-        (dict(attention="cudnn"), "model.attention 'cudnn' is not"),
         (dict(native_resize="cubic"), "model.native_resize is 'cubic'"),
         (dict(max_patches=0), "model.max_patches is 0; expected an integer from 1 up"),
     ],

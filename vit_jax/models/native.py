@@ -53,6 +53,11 @@ class Sizes:
         return jnp.arange(self.config.max_patches) < self.grid.prod(axis=1)[:, None]
 
     @property
+    def counts(self) -> Int[Array, " b"]:
+        """The number of tokens of each image, without padding."""
+        return self.config.num_prefix_tokens + self.grid.prod(axis=1)
+
+    @property
     def bias(self) -> Float[Array, "b 1 1 n"]:
         """What hides padding from attention, added to its logits: 0 or minus infinity."""
         bias = jnp.where(self.real, 0.0, -jnp.inf)[:, None, None]

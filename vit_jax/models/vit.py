@@ -271,9 +271,10 @@ class ViT(nnx.Module):
         if hasattr(self, "relative_bias"):
             logits_bias = self.relative_bias()
 
-        length, extra = x.shape[1], 0  # cuDNN takes even numbers of tokens
-        if attention.backend_of(self.config) == "cudnn":
+        length, extra, counts = x.shape[1], 0, None
+        if attention.backend_of(self.config) == "cudnn":  # which takes even numbers of tokens
             extra = attention.even(length) - length
+            counts = None if sizes is None else sizes.counts
 
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
@@ -302,6 +303,7 @@ class ViT(nnx.Module):
                 length=length,
                 rotation=rotation,
                 logits_bias=logits_bias,
+                counts=counts,
             )
             inner("tokens", lambda: x[:, :length])
             return x, inner.values
