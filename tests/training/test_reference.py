@@ -17,7 +17,17 @@ from vit_jax.training.evaluation.evaluators import EVALUATORS
 LEAVES = [leaf for section in reference.sections() for leaf in section.leaves]
 # Texts that may be anything; all others have a list of choices.
 FREE = ("source", "split", "classes", "init_from", "wandb_project", "variant")
-FREE += ("targets", "freeze", "match", "class_weights", "best", "metric", "teacher")
+FREE += (
+    "only",
+    "ignore",
+    "targets",
+    "freeze",
+    "match",
+    "class_weights",
+    "best",
+    "metric",
+    "teacher",
+)
 
 
 def test_every_key_is_explained_and_nothing_else():
@@ -29,7 +39,9 @@ def test_every_key_is_explained_and_nothing_else():
         assert bool(leaf.choices) == (leaf.kind.startswith("text") and not free), leaf
     for kind in {*sections(Config), ViTConfig, *EVALUATORS.values()}:
         names = {field.name for field in dataclasses.fields(kind)}
-        names |= {"model.variant", "model.head", "model.position_resize"}
+        names |= {
+            f"model.{name}" for name in ("variant", "head", "position_resize", "only", "ignore")
+        }
         assert set(reference.meanings(kind)) <= names, kind
 
 
