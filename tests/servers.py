@@ -27,6 +27,7 @@ class Faults:
         the answer does not come).
       latency: seconds that each request waits.
       count: how many failed, by kind.
+      requests: how many came.
     """
 
     share: float = 0.0
@@ -34,6 +35,7 @@ class Faults:
     latency: float = 0.0
     count: dict[int | str, int] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    requests: int = 0
 
     def __post_init__(self):
         self._random = random.Random(self.seed)
@@ -117,12 +119,15 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 2**16  # header and body in one packet, else the other side's answer is awaited
+        disable_nagle_algorithm = True
 
         def log_message(self, *_):
             pass
 
         def serve(self) -> None:
             body = self._body()
+            faults.requests += 1
             kind = faults.draw()
             if kind == "lost" and "upload_id=" in self.path:
                 kind = (
@@ -199,8 +204,11 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
                 with contextlib.suppress(OSError):
                     self.wfile.write(content)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 1024  # with 5, connections wait a second
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -8,10 +8,7 @@ that a process which slept and lost it cannot write any more.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import importlib.util
-import logging
 import os
 import re
 import tempfile
@@ -21,20 +18,13 @@ from pathlib import Path
 
 from vit_jax import distributed
 from vit_jax.errors import UserError
-from vit_jax.extras import install
 from vit_jax.lease import Lease, held
-from vit_jax.objects import Objects
+from vit_jax.objects import Objects, cache, check, is_bucket
 from vit_jax.writing import replacing
 
-_NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package for listing, extra
 # What no copy has: checkpoints, hidden and temporary files, and what Weights & Biases sends itself.
 _SKIPPED = re.compile(r"(^|/)(checkpoints/|wandb/|\.)|/$|\.tmp$")
 _ATTACHED: dict[str, "Copy"] = {}  # local folder -> the copy in it
-
-
-def is_bucket(path: str | os.PathLike) -> bool:
-    """Whether a path is a URL of an object store."""
-    return "://" in os.fspath(path)
 
 
 def attached(folder: str | os.PathLike) -> "Copy | None":
@@ -113,49 +103,6 @@ def local(path: str | os.PathLike) -> str:
         raise UserError(f"there is nothing at {url}")
     _ATTACHED[copy.folder] = copy
     return copy.folder + step
-
-
-def cache() -> Path:
-    """Where copies of what is elsewhere are kept: $VIT_JAX_CACHE, or ~/.cache/vit_jax."""
-    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
-
-
-def check(url: str | os.PathLike) -> str:
-    """Returns a URL of a folder in a bucket without a slash at its end.
-
-    Raises:
-      UserError: another scheme, no bucket, a part that a folder cannot be named, or the package
-        for it is not installed.
-    """
-    url = os.fspath(url).rstrip("/")
-    scheme, _, rest = url.partition("://")
-    if scheme not in _NEEDS:
-        raise UserError(f"{url}: expected gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder")
-    parts = rest.split("/")
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
-        raise UserError(f"{url}: expected {scheme}://BUCKET/FOLDER")
-    package, extra = _NEEDS[scheme]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{url} needs {package}: {install(extra)}")
-    _prepare_fsspec()
-    return url
-
-
-@functools.cache
-def _prepare_fsspec() -> None:
-    """Has fsspec ask the store at each listing: a run's folder changes under its feet."""
-    from etils.epath import gpath
-    from fsspec.config import conf
-
-    # With TensorFlow installed, epath would use its file systems, which know neither.
-    os.environ.setdefault("EPATH_USE_TF", "0")
-    if hasattr(gpath._is_tf_installed, "cache_clear"):
-        gpath._is_tf_installed.cache_clear()
-
-    for scheme in _NEEDS:
-        conf.setdefault(scheme, {})["use_listings_cache"] = False
-    if "STORAGE_EMULATOR_HOST" in os.environ:  # at each call, gcsfs misses Google's credentials
-        logging.getLogger("gcsfs").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass

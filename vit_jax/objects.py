@@ -3,12 +3,18 @@
 import contextlib
 import errno
 import functools
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from vit_jax.errors import Unreachable, UserError
+from vit_jax.extras import install
 
+_NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package for listing, extra
+AT_ONCE = 512  # requests of a process
 RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "16s"}  # 100 s in all
 # tensorstore's codes, as texts of its errors.
 _AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "CURL")
@@ -20,6 +26,70 @@ _LOGIN = {
     "gs": "`gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "`aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL of an object store."""
+    return "://" in os.fspath(path)
+
+
+def cache() -> Path:
+    """Where copies of what is elsewhere are kept: $VIT_JAX_CACHE, or ~/.cache/vit_jax."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("VIT_JAX_CACHE") or f"{caches}/vit_jax").expanduser()
+
+
+def check(url: str | os.PathLike, whole: bool = False) -> str:
+    """Returns a URL of a folder in a bucket without a slash at its end.
+
+    Args:
+      whole: whether it may be a bucket itself.
+
+    Raises:
+      UserError: another scheme, no bucket, a part that a folder cannot be named, or the package
+        for it is not installed.
+    """
+    url = os.fspath(url).rstrip("/")
+    scheme, _, rest = url.partition("://")
+    if scheme not in _NEEDS:
+        raise UserError(f"{url}: expected gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder")
+    parts = rest.split("/")
+    if len(parts) < 2 - whole or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"{url}: expected {scheme}://BUCKET/FOLDER")
+    package, extra = _NEEDS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{url} needs {package}: {install(extra)}")
+    _prepare_fsspec()
+    return url
+
+
+@functools.cache
+def _prepare_fsspec() -> None:
+    """Has fsspec ask the store at each listing: a run's folder changes under its feet."""
+    from etils.epath import gpath
+    from fsspec.config import conf
+
+    # With TensorFlow installed, epath would use its file systems, which know neither.
+    os.environ.setdefault("EPATH_USE_TF", "0")
+    if hasattr(gpath._is_tf_installed, "cache_clear"):
+        gpath._is_tf_installed.cache_clear()
+
+    for scheme in _NEEDS:
+        conf.setdefault(scheme, {})["use_listings_cache"] = False
+    if "STORAGE_EMULATOR_HOST" in os.environ:  # at each call, gcsfs misses Google's credentials
+        logging.getLogger("gcsfs").setLevel(logging.ERROR)
+
+
+class Entry(NamedTuple):
+    """What a folder has under a name.
+
+    Attributes:
+      size: in bytes; None is a folder.
+      generation: the store's name of this version, as `Objects` has it.
+    """
+
+    size: int | None
+    generation: bytes = b""
 
 
 class Objects:
@@ -39,9 +109,10 @@ class Objects:
         import tensorstore
 
         with _explained(self.url):
-            context = tensorstore.Context(
-                {"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES}
-            )
+            stores, limit = ("gcs", "s3"), {"limit": AT_ONCE}
+            retries = {f"{store}_request_retries": RETRIES for store in stores}
+            concurrency = {f"{store}_request_concurrency": limit for store in stores}
+            context = tensorstore.Context({**retries, **concurrency})
             return tensorstore.KvStore.open(driver(self.url), context=context).result()
 
     def names(self, before: str = "", after: str = "") -> list[str]:
@@ -59,6 +130,31 @@ class Objects:
             found = self._store.read(name).result()
         return (found.value if found.state == "value" else None), found.stamp.generation
 
+    def read_range(self, name: str, at: int, size: int) -> tuple[bytes | None, bytes]:
+        """The bytes `at` to `at + size` of an object that has them; else as `read`."""
+        with _explained(f"{self.url}/{name}"):
+            found = self._store.read(name, byte_range=slice(at, at + size)).result()
+        return (found.value if found.state == "value" else None), found.stamp.generation
+
+    def folder(self, inside: str = "") -> dict[str, Entry]:
+        """The files and folders in a folder, by name; empty if there is no such folder."""
+        import fsspec
+
+        url = f"{self.url}/{inside}".rstrip("/")
+        scheme, _, path = url.partition("://")
+        with _explained(url):
+            try:
+                found = fsspec.filesystem(scheme).ls(path, detail=True)
+            except FileNotFoundError:
+                return {}
+        entries = {each["name"].rstrip("/").rpartition("/")[2]: each for each in found}
+        # A file of that name, and the object that some tools make for the folder, are not in it.
+        return {
+            name: Entry(None) if each["type"] == "directory" else _entry(each)
+            for name, each in entries.items()
+            if each["name"].startswith(f"{path}/") and each["name"] != f"{path}/"
+        }
+
     def write(self, name: str, content: bytes, generation: bytes) -> bytes | None:
         """Writes an object if it still has this generation; returns the new one, or None."""
         with _explained(f"{self.url}/{name}"):
@@ -74,15 +170,23 @@ class Objects:
             self._store.write(name, content).result()
 
 
+def _entry(found: dict[str, Any]) -> Entry:
+    """A file that fsspec lists; its generation as tensorstore writes it."""
+    if "generation" in found:
+        return Entry(found["size"], b"\0" + int(found["generation"]).to_bytes(8, "little"))
+    return Entry(found["size"], b"\0" + str(found["ETag"]).encode())
+
+
 def driver(url: str) -> dict[str, Any]:
     """tensorstore's spec of a folder: of gs://, s3:// and, for tests, file://."""
     scheme, _, rest = url.partition("://")
     bucket, _, path = rest.partition("/")
+    path = path and f"{path}/"
     if scheme == "file":
         return {"driver": "file", "path": f"{rest}/"}
     if scheme == "gs":
-        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{path}/"}
+        return {"driver": "gcs", "bucket": bucket, "path": path}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:

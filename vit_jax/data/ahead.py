@@ -1,5 +1,6 @@
 """Reads batches ahead of the training, on threads or in worker processes."""
 
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 
@@ -19,6 +21,45 @@ def threads_of(workers: int, threads: int | None) -> int:
     else:  # macOS
         cores = os.cpu_count() or 1
     return 1 if workers else threads or cores
+
+
+class Fetched:
+    """Reads the examples of coming batches on many threads, as a bucket answers late.
+
+    Args:
+      source: anything with `source[index]`.
+      threads: at once; each waits for one answer.
+    """
+
+    def __init__(self, source: Any, threads: int):
+        self._source, self._threads = source, threads
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "fetch")
+        self._lock = threading.Lock()
+        self._begun: dict[int, list[concurrent.futures.Future | None]] = {}
+
+    def rows(
+        self, step: int, stride: int, stop: int, indices: Callable[[int], np.ndarray]
+    ) -> Callable[[int], Any]:
+        """Returns what reads a row of the batch of a step; those of the next steps are begun.
+
+        Args:
+          stride: from one step that this process reads to its next.
+          indices: the examples of a step's batch; -1 is none.
+        """
+        with self._lock:
+            begun = sum(map(len, self._begun.values()))
+            for each in range(step, stop, stride):
+                if each not in self._begun:
+                    if each > step and begun > 2 * self._threads:
+                        break
+                    examples = indices(each)
+                    begun += len(examples)
+                    self._begun[each] = [
+                        None if i < 0 else self._pool.submit(self._source.__getitem__, int(i))
+                        for i in examples
+                    ]
+            futures = self._begun.pop(step)
+        return lambda row: futures[row].result()
 
 
 def read_ahead(

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 from vit_jax.data.augment import RandAugment, RandomErasing
+from vit_jax.data.cache import parse
 from vit_jax.data.policies import ColorJitter, ThreeAugment
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
 from vit_jax.errors import UserError, nearest
@@ -144,6 +145,9 @@ class DataConfig:
       threads: threads that read ahead; None is one for each core that this process may use.
       on_corrupt: what an image that cannot be read does: "stop" the run, or "skip": the next one
         of the source takes its place in training, and none in evaluation.
+      cache: where what is read from buckets is kept, and how much of it, such as
+        "/tmp/images,100GB": pieces of files with checksums, shared by processes and runs. None
+        reads anew in each epoch.
       same_images: whether what is measured may be what is trained on.
     """
 
@@ -154,6 +158,7 @@ class DataConfig:
     threads: int | None = None
     on_corrupt: str = "stop"
     same_images: bool = False
+    cache: str | None = None
 
     def __post_init__(self):
         if self.workers < 0 or (self.threads is not None and self.threads < 1):
@@ -165,6 +170,8 @@ class DataConfig:
             raise UserError(
                 f"data.on_corrupt is {self.on_corrupt!r}; {nearest(self.on_corrupt, ON_CORRUPT)}"
             )
+        if self.cache is not None:
+            parse(self.cache)
         for name, split in {"val": self.val, "test": self.test}.items():
             if split and (key := split.first_for_training()):
                 raise UserError(f"data.{name} is evaluated as it is: {key} is for data.train")

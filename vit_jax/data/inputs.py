@@ -4,7 +4,6 @@ import bisect
 import dataclasses
 import functools
 import glob
-import io
 import itertools
 import os
 import sys
@@ -22,7 +21,7 @@ from vit_jax.data.forms.files import (
     judged,
 )
 from vit_jax.data.forms.listed import TableSource
-from vit_jax.data.forms.open_files import open_file
+from vit_jax.data.forms.open_files import is_compressed
 from vit_jax.data.sources import SOURCES, Source, open_source, splits_of, understood
 from vit_jax.errors import UserError, check_refused
 
@@ -228,8 +227,7 @@ class _Finder:
         if not len(source):
             raise UserError(f"{path} has no image in it" + _beside(source.passed_over))
         self._close_files()
-        plain = isinstance(open_file(path), io.FileIO)
-        self._parts.append(_Part(source, _names(source, path), in_order=not plain))
+        self._parts.append(_Part(source, _names(source, path), in_order=is_compressed(path)))
         self._passed.update(source.passed_over)
 
     def _source(self, spec: str) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vit_jax.data.ahead import read_ahead, threads_of
+from vit_jax.data import storage
+from vit_jax.data.ahead import Fetched, read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
 from vit_jax.data.images import BadImage, decode_box
@@ -33,10 +34,12 @@ from vit_jax.data.transforms import (
     flip,
 )
 from vit_jax.errors import UserError
+from vit_jax.objects import AT_ONCE
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+_FETCHES = 64  # examples at once from a bucket, for each thread that decodes
 _MOST_SKIPPED = 100  # in a row, which is then an error
 HOST_KEYS = ("index", "corrupt")  # of a batch, not copied to the device
 
@@ -53,6 +56,8 @@ class BatchReader:
       balance: the order of training examples; None for all of them once an epoch.
       growth: the size of the images of each training step; None is that of `preprocess`.
       repeats: how often each training example comes in a batch (see `order.repeated`).
+      in_bucket: whether examples are fetched many at a time, before they are decoded.
+      cache: where what is fetched is kept (see `DataConfig`).
       reported: the examples that were logged as skipped.
     """
 
@@ -75,6 +80,8 @@ class BatchReader:
     balance: Balance | None = None
     repeats: int = 1
     growth: Growth | None = None
+    in_bucket: bool = False
+    cache: str | None = None
     reported: set[int] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
@@ -110,6 +117,7 @@ class BatchReader:
         """A reader of `source` with the augmentation of `split`, for a model's `preprocess`."""
         for name in AUGMENTATIONS:
             fields[name] = getattr(split, name)
+        fields["in_bucket"] = "://" in split.source
         return cls(source, split.preprocess(preprocess), **fields)
 
     def in_uint8(self) -> "BatchReader":
@@ -127,10 +135,19 @@ class BatchReader:
         preprocess = dataclasses.replace(self.preprocess, image_size=size)
         return dataclasses.replace(self, preprocess=preprocess, growth=None)
 
-    def __call__(self, positions: np.ndarray, indices: np.ndarray, threads: int = 1) -> Batch:
+    def __call__(
+        self,
+        positions: np.ndarray,
+        indices: np.ndarray,
+        threads: int = 1,
+        fetched: Callable[[int], Any] | None = None,
+    ) -> Batch:
         """Reads the examples `indices`, at `positions` in the stream.
 
         An index of -1 is padding: a black image with mask False.
+
+        Args:
+          fetched: returns the example of a row that is read already, or raises what reading it did.
 
         Returns:
           {image: uint8 [b h w c] (for models of images of any shape, patches [b n p], and grid:
@@ -165,7 +182,7 @@ class BatchReader:
 
         def work():
             while (row := next(rows)) < b:
-                self._fill(batch, row, int(positions[row]))
+                self._fill(batch, row, int(positions[row]), fetched)
 
         if threads == 1:
             work()
@@ -179,11 +196,13 @@ class BatchReader:
     def _masks(self) -> bool:
         return getattr(self.source, "masks", False)
 
-    def _fill(self, batch: Batch, row: int, position: int) -> None:
+    def _fill(
+        self, batch: Batch, row: int, position: int, fetched: Callable[[int], Any] | None
+    ) -> None:
         """Reads one row of a batch."""
         image = None
         if batch["mask"][row]:
-            image, label, random = self._read(batch, row, position)
+            image, label, random = self._read(batch, row, position, fetched)
         if image is None:
             batch["image"][row] = 0
             return
@@ -206,14 +225,14 @@ class BatchReader:
             batch["label"][row] = label
 
     def _read(
-        self, batch: Batch, row: int, position: int
+        self, batch: Batch, row: int, position: int, fetched: Callable[[int], Any] | None
     ) -> tuple[Pixels | Pixels5 | None, int | tuple[int, ...] | Mask, np.random.Generator | None]:
         """An example's image at the model's size (None: masked), label, and random generator."""
         for _ in range(_MOST_SKIPPED):
             index = int(batch["index"][row])
             name = f"example {index}"
             try:
-                example = self.source[index]
+                example = self.source[index] if fetched is None else fetched(row)
                 name, label = example.get("name", name), example["label"]
                 if self._masks:
                     self._check_mask(name, example["image"], label)
@@ -238,7 +257,7 @@ class BatchReader:
                 if index not in self.reported:
                     self.reported.add(index)
                     logger.warning("skipped %s: %s", name, error)
-            batch["corrupt"][row] = True
+            batch["corrupt"][row], fetched = True, None
             if not self.replace:
                 batch["mask"][row] = False
                 return None, 0, None
@@ -293,16 +312,34 @@ class _Step:
     batch_size: int
     rows: slice | np.ndarray  # of the global batch, for this process
     threads: int
+    stop: int
+    workers: int = 0
 
     def __call__(self, step: int) -> Batch:
-        rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
-        positions = rows + int(step) * self.batch_size
-        places, first = repeated(positions, self.batch_size, self.read.repeats)
-        batch = self.read.at(int(step))(positions, self.indices(self.read, places), self.threads)
+        positions, places, first = self._places(int(step))
+        indices = self.indices(self.read, places)
+        fetched = None
+        if self.read.in_bucket:
+            stride = max(self.workers, 1)
+            fetched = self._fetched.rows(int(step), stride, self.stop, self._indices)
+        batch = self.read.at(int(step))(positions, indices, self.threads, fetched)
         # Counted once: each epoch of the order has every example once.
         length = _length(self.read.source, int(places.max(initial=0)) + 1)
         batch["corrupt"] &= first & (places < length)
         return batch
+
+    def _places(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = np.arange(self.batch_size, dtype=np.int64)[self.rows]
+        positions = rows + step * self.batch_size
+        return positions, *repeated(positions, self.batch_size, self.read.repeats)
+
+    def _indices(self, step: int) -> np.ndarray:
+        return self.indices(self.read, self._places(step)[1])
+
+    @functools.cached_property
+    def _fetched(self) -> Fetched:
+        storage.keep(self.read.cache)
+        return Fetched(self.read.source, min(_FETCHES * self.threads, AT_ONCE))
 
 
 def _train_indices(read: BatchReader, positions: np.ndarray) -> np.ndarray:
@@ -340,7 +377,8 @@ def train_batches(
       workers: processes that read ahead; 0 reads ahead on `threads` threads of this process.
     """
     read = dataclasses.replace(read.in_uint8(), replace=True)
-    step = _Step(read, _train_indices, batch_size, rows, threads_of(workers, threads))
+    threads = threads_of(workers, threads)
+    step = _Step(read, _train_indices, batch_size, rows, threads, stop_step, workers)
     return read_ahead(step, range(start_step, stop_step), workers)
 
 
@@ -352,5 +390,6 @@ def eval_batches(
     threads: int | None = None,
 ) -> contextlib.closing[Iterator[Batch]]:
     """Returns every example once, in order, the last batch padded, to be used in a `with`."""
-    step = _Step(read, _eval_indices, batch_size, rows, threads_of(0, threads))
-    return read_ahead(step, range(-(-len(read.source) // batch_size)), 0)
+    stop = -(-len(read.source) // batch_size)
+    step = _Step(read, _eval_indices, batch_size, rows, threads_of(0, threads), stop)
+    return read_ahead(step, range(stop), 0)

@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import io
 import logging
 import os
 import re
@@ -19,13 +18,13 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from vit_jax.data import shards
+from vit_jax.data import shards, storage
 from vit_jax.data.classes import with_labels
 from vit_jax.data.contents import content, image_hash, shared
 from vit_jax.data.forms.archives import TarSource, open_tar
 from vit_jax.data.forms.class_lists import read_classes
 from vit_jax.data.forms.files import WHOLE, PassedOver
-from vit_jax.data.forms.open_files import open_file
+from vit_jax.data.forms.open_files import is_compressed
 from vit_jax.data.forms.records import RecordSource, records
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.sources import SOURCES, Source, open_source
@@ -186,8 +185,8 @@ def prepare(
 def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[Source, bool]:
     """Opens `src`. Also returns whether it can only be read in order, as a compressed tar."""
     kind, _, argument = src.partition(":")
-    if os.path.isdir(path := src.removesuffix(",label=folder")):
-        here = os.path.isdir(os.path.join(path, split))
+    if storage.is_folder(path := src.removesuffix(",label=folder")):
+        here = storage.is_folder(os.path.join(path, split))
         source = open_source(f"folder:{src}", part or (split if here else WHOLE))
         if not (part or here):
             logger.info("%s has no folder %r: all of it is taken", path, split)
@@ -204,9 +203,7 @@ def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[S
         source = open_source(src, part or split)
     if labels and not isinstance(source, TarSource):
         raise UserError("--labels is for tar archives, whose folders do not say the classes")
-    compressed = isinstance(source, TarSource) and not all(
-        isinstance(open_file(path), io.FileIO) for path in source.files.paths
-    )
+    compressed = isinstance(source, TarSource) and any(map(is_compressed, source.files.paths))
     return source, compressed
 
 

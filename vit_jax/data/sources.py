@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from vit_jax.data import storage
 from vit_jax.data.forms.archives import tar, tar_splits
 from vit_jax.data.forms.arrays import arrays, digits
 from vit_jax.data.forms.custom import python, python_splits
@@ -77,9 +78,9 @@ def open_source(spec: str, split: str = "train") -> Source:
     if (
         name not in SOURCES
         and ":" not in spec.partition(os.sep)[0]
-        and (os.sep in spec or os.path.exists(spec))
+        and (os.sep in spec or storage.exists(spec))
     ):
-        there = "give its kind, as in folder:PATH" if os.path.exists(spec) else "it is not there"
+        there = "give its kind, as in folder:PATH" if storage.exists(spec) else "it is not there"
         raise UserError(f"data source {spec!r}: a path alone names no source ({there})")
     if name not in SOURCES:
         folder = "" if ":" in spec else " (a folder is folder:PATH)"
@@ -109,7 +110,7 @@ def located(spec: str) -> str:
 
 def _array_splits(path: str) -> list[str]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(storage.local(path), allow_pickle=False) as file:
             return [name.removesuffix("_images") for name in file.files if name.endswith("_images")]
     except (ValueError, EOFError, zipfile.BadZipFile):
         return []  # opening it raises the error
@@ -118,7 +119,7 @@ def _array_splits(path: str) -> list[str]:
 def _tfds_splits(argument: str) -> list[str]:
     name = argument.partition(",label=")[0]
     path = name.rstrip("/")
-    found = prepared(f"tfds:{argument}", name, path if os.path.isdir(path) else None)
+    found = prepared(f"tfds:{argument}", name, path if storage.is_folder(path) else None)
     return list(found.info.splits)
 
 
@@ -169,11 +170,11 @@ def understood(spec: str) -> str:
     for kind, endings in _ENDINGS.items():
         if path.lower().endswith(endings):
             return f"{kind}:{spec}"
-    if not os.path.isdir(spec):
+    if not storage.is_folder(spec):
         return spec
     if record_splits(spec):
         return f"records:{spec}"
-    return f"{'tfds' if os.path.isfile(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
+    return f"{'tfds' if storage.is_file(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
 
 
 def open_splits(spec: str, split: str | None = None) -> dict[str, Source | UserError]:

@@ -26,7 +26,7 @@ SIDES = ("model.image_size", "model.patch_size")  # (h, w), or one number, which
 # Fields that may change when a run is resumed; all others decide what it computes.
 RESUMABLE = (
     "mesh",
-    *(f"data.{name}" for name in ("workers", "threads", "on_corrupt", "same_images")),
+    *(f"data.{name}" for name in ("workers", "threads", "cache", "on_corrupt", "same_images")),
 )
 RESUMABLE += ("log", "eval", "checkpoint", "stop")
 

@@ -15,7 +15,7 @@ from etils import epath
 from vit_jax.data import classes, contents, describe
 from vit_jax.data.config import Split
 from vit_jax.data.sources import Source, located, open_source
-from vit_jax.errors import UserError
+from vit_jax.errors import Unreachable, UserError
 from vit_jax.training.config import Config
 from vit_jax.writing import write_atomically
 
@@ -71,6 +71,8 @@ class DataSets:
             try:
                 source = open_source(place, split.split)
                 break
+            except Unreachable:
+                raise
             except UserError as error:
                 problem = problem or error
         if source is None:

@@ -120,6 +120,7 @@ class Plan:
             balance=Balance.of(source, share) if (share := config.data.train.balance) else None,
             repeats=config.data.train.repeats,
             growth=self.growth,
+            cache=config.data.cache,
         )
 
     @property

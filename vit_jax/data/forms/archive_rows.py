@@ -2,14 +2,25 @@
 
 import array
 import collections
+import concurrent.futures
+import functools
+import hashlib
+import json
 import os
+from collections.abc import Sequence
+from typing import Any
 
+from vit_jax.data import storage
 from vit_jax.data.forms.files import WHOLE, PassedOver, parse_split, percentile
 from vit_jax.data.forms.layout import TEXTS, out_of_the_way, unknown_format
 from vit_jax.data.forms.members import Member, members
-from vit_jax.data.forms.origins import BESIDE, Beside, Said
+from vit_jax.data.forms.origins import BESIDE, Beside, Said, Wrong
 from vit_jax.data.images import SUFFIXES, sniff
 from vit_jax.errors import UserError
+
+_AT_ONCE = 32  # archives of a bucket
+_FORMAT = 1  # of what is kept of an archive
+_COLUMNS = ("names", "places", "inners")
 
 
 class Rows:
@@ -56,14 +67,70 @@ class Rows:
         self.lost |= other.lost
         self.other_keys = self.other_keys or other.other_keys
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as `of_json` takes it."""
+        return {
+            **{key: getattr(self, key) for key in _COLUMNS},
+            "said": {kind: [_said_to(one) for one in self.said[kind]] for kind in BESIDE},
+            "numbers": {key: column.tolist() for key, column in self.numbers.items()},
+            "holes": list(self.holes.items()),
+            "above": sorted(self.above),
+            "lost": sorted(self.lost),
+            "other_keys": self.other_keys,
+        }
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any], archive: int) -> "Rows":
+        """The rows of archive number `archive`."""
+        rows = cls()
+        for key in _COLUMNS:
+            setattr(rows, key, found[key])
+        rows.said = {kind: [_said_of(one) for one in found["said"][kind]] for kind in BESIDE}
+        rows.numbers = {key: array.array("q", found["numbers"][key]) for key in rows.numbers}
+        rows.numbers["archive"] = array.array("q", [archive] * len(rows.names))
+        rows.holes = {row: tuple(map(tuple, holes)) for row, holes in found["holes"]}
+        rows.above, rows.lost = set(found["above"]), set(found["lost"])
+        rows.other_keys = tuple(found["other_keys"])
+        return rows
+
     def hint(self) -> str:
         """For messages: the keys of a .json without a label."""
         keys = ", ".join(self.other_keys[:8])
         return f" (a .json beside them has {keys}: ,label=json.KEY reads one)" if keys else ""
 
 
-def scan(path: str, number: int, split: str, key: str, passed: PassedOver) -> Rows:
-    """Reads an archive's table of contents: the images of a split, and the files beside them."""
+def scan_all(files: Sequence[str], split: str, key: str, passed: PassedOver) -> Rows:
+    """Reads the tables of contents of archives: the images of a split, and the files beside them.
+
+    Those in buckets are read at once, and what was found is kept (see `storage.kept`).
+    """
+    rows = Rows()
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        several = pool.map if any(map(storage.is_url, files)) else map
+        scan_one = functools.partial(_scan_kept, split=split, key=key)
+        for found, skipped in several(scan_one, files, range(len(files))):
+            rows.extend(found)
+            passed.update(skipped)
+    return rows
+
+
+def _scan_kept(path: str, number: int, split: str, key: str) -> tuple[Rows, PassedOver]:
+    passed = PassedOver()
+    if not storage.is_url(path):
+        return _scan(path, number, split, key, passed), passed
+    name = hashlib.sha256(f"{_FORMAT} {split} {key}".encode()).hexdigest()[:16]
+
+    def content() -> str:
+        skipped = PassedOver()
+        rows = _scan(path, number, split, key, skipped)
+        return json.dumps([rows.to_json(), skipped.files, skipped.counts])
+
+    found, files, counts = json.loads(storage.text(path, f"{name}.json", content))
+    passed.files, passed.counts = [tuple(each) for each in files], collections.Counter(counts)
+    return Rows.of_json(found, number), passed
+
+
+def _scan(path: str, number: int, split: str, key: str, passed: PassedOver) -> Rows:
     rows, beside, paths = Rows(), Beside(key), []
     folder_name, low, high = parse_split(split)
     for member in members(path):
@@ -96,6 +163,16 @@ def scan(path: str, number: int, split: str, key: str, passed: PassedOver) -> Ro
         column.extend(beside.of(kind, paths))
     rows.other_keys = beside.other_keys
     return rows
+
+
+def _said_to(said: Said) -> Any:
+    return {"wrong": said} if isinstance(said, Wrong) else said
+
+
+def _said_of(found: Any) -> Said:
+    if isinstance(found, dict):
+        return Wrong(found["wrong"])
+    return tuple(found) if isinstance(found, list) else found
 
 
 def _below(path: str, folder_name: str) -> tuple[str, str] | None:

@@ -1,8 +1,6 @@
 """The sources `tar:` and `zip:`: images in archives (ImageNet's, WebDataset's), read in place."""
 
 import dataclasses
-import glob
-import io
 import logging
 import os
 import re
@@ -14,12 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vit_jax.data.forms.archive_rows import Rows, scan
+from vit_jax.data import storage
+from vit_jax.data.forms.archive_rows import scan_all
 from vit_jax.data.forms.files import WHOLE, Packed, PassedOver, class_name, fingerprint_of, tell
 from vit_jax.data.forms.label_files import read_labels
 from vit_jax.data.forms.layout import check_class_folders, label_option, out_of_the_way, split_kind
 from vit_jax.data.forms.members import is_zip, members
-from vit_jax.data.forms.open_files import OpenFiles, open_file
+from vit_jax.data.forms.open_files import OpenFiles, is_compressed
 from vit_jax.data.forms.origins import BESIDE, ORIGINS, Said, choose
 from vit_jax.data.images import BadImage
 from vit_jax.errors import UserError
@@ -96,7 +95,7 @@ def tar(path: str, split: str) -> TarSource:
       UserError: no such file, no archive, a compressed tar, or no image in it.
     """
     for file in _expand(label_option(path, ORIGINS)[0]):
-        if not isinstance(open_file(file), io.FileIO):
+        if is_compressed(file):
             raise UserError(
                 f"tar:{file} is compressed, so that no image can be read without all before it: "
                 "`vit-jax prepare` makes shards of it"
@@ -128,9 +127,8 @@ def open_tar(path: str, split: str = WHOLE, labels: str | None = None) -> TarSou
     path, wanted = label_option(path, ORIGINS)
     wanted, _, key = (wanted or "").partition(".")
     files = OpenFiles(_expand(path))
-    rows, passed = Rows(), PassedOver()
-    for number, one in enumerate(files.paths):
-        rows.extend(scan(one, number, split, key or "label", passed))
+    passed = PassedOver()
+    rows = scan_all(files.paths, split, key or "label", passed)
     names = rows.names
     if not names:
         raise UserError(
@@ -197,8 +195,8 @@ def unlabelled(path: str) -> TarSource:
     Raises:
       UserError: no archive, or a damaged one.
     """
-    rows, passed = Rows(), PassedOver()
-    rows.extend(scan(path, 0, WHOLE, "label", passed))
+    passed = PassedOver()
+    rows = scan_all([path], WHOLE, "label", passed)
     columns = {name: np.array(column, np.int64) for name, column in rows.numbers.items()}
     return TarSource(
         OpenFiles([path]),
@@ -272,8 +270,8 @@ def _expand(path: str) -> list[str]:
         before, low, high, after = braces.groups()
         paths = [f"{before}{i:0{len(low)}d}{after}" for i in range(int(low), int(high) + 1)]
     else:
-        paths = [path] if os.path.exists(path) else sorted(glob.glob(path))
-    missing = [one for one in paths if not os.path.isfile(one)]
+        paths = [path] if storage.exists(path) else storage.matches(path)
+    missing = [one for one in paths if not storage.is_file(one)]
     if missing or not paths:
         raise UserError(f"tar:{path}: there is no file {(missing or [path])[0]!r}")
     return paths

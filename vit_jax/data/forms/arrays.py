@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from vit_jax.data import storage
 from vit_jax.data.forms.files import parse_split, percentile
 from vit_jax.errors import UserError, check_refused, nearest
 from vit_jax.extras import install
@@ -100,9 +101,9 @@ def arrays(path: str, split: str) -> ArraySource:
     """
     part, (split, low, high) = split, parse_split(split)
     try:
-        with zipfile.ZipFile(path):  # np.load does not check this
+        with zipfile.ZipFile(storage.local(path)):  # np.load does not check this
             pass
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(storage.local(path), allow_pickle=False) as file:
             contents = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"the source arrays:{path}: there is no such file") from None

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import re
-import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from vit_jax.data import storage
 from vit_jax.data.forms.layout import (
     TEXTS,
     check_class_folders,
@@ -126,8 +126,7 @@ def file_example(root: str, file: str, label: int | tuple[int, ...]) -> dict[str
     """An example of a file below `root`. UserError: the file cannot be read."""
     path = os.path.join(root, file)
     try:
-        with open(path, "rb") as opened:
-            data = opened.read()
+        data = storage.read(path)
     except OSError as error:
         check_refused(error, path)
         raise UserError(
@@ -155,8 +154,8 @@ def folder(path: str, split: str) -> FolderSource:
     path, label = label_option(path, ("folder",))
     name, low, high = parse_split(split)
     root = path if name == WHOLE else os.path.join(path, name)
-    if not os.path.isdir(root):
-        here = _classes(path) if os.path.isdir(path) else None
+    if not storage.is_folder(root):
+        here = _classes(path) if storage.is_folder(path) else None
         if here is None:
             raise UserError(f"folder:{path}: there is no such folder")
         raise UserError(
@@ -166,6 +165,7 @@ def folder(path: str, split: str) -> FolderSource:
     classes = _classes(root)
     if not classes:
         raise _no_folders(path, root)
+    storage.list_ahead([os.path.join(root, one) for one in classes.values()])
     passed = _beside_classes(root)
     names, sizes, labels, every, empty = [], [], [], [], {}
     for label_number, one in enumerate(classes):
@@ -246,8 +246,8 @@ def class_name(name: str) -> str:
 
 def _classes(root: str) -> dict[str, str]:
     """Class name -> folder, sorted."""
-    with os.scandir(root) as entries:
-        folders = sorted(e.name for e in entries if _is_dir(e) and not _no_folder(e.name))
+    entries = storage.scan(root)
+    folders = [e.name for e in entries if _is_dir(e) and not _no_folder(e.name)]
     found: dict[str, str] = {}
     for name in folders:
         if (other := found.setdefault(class_name(name), name)) != name:
@@ -255,7 +255,7 @@ def _classes(root: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _is_dir(entry: os.DirEntry) -> bool:
+def _is_dir(entry: os.DirEntry | storage.Entry) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -270,13 +270,12 @@ def _no_folder(name: str) -> str | None:
 def _beside_classes(root: str) -> PassedOver:
     """The files outside of class folders, and the folders that are skipped."""
     passed = PassedOver()
-    with os.scandir(root) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not _is_dir(entry):
-                _, why = judged(entry.path)
-                passed.add(entry.name, why or _LOOSE)
-            elif why := _no_folder(entry.name):
-                passed.add(f"{entry.name}/", why)
+    for entry in storage.scan(root):
+        if not _is_dir(entry):
+            _, why = judged(entry.path)
+            passed.add(entry.name, why or _LOOSE)
+        elif why := _no_folder(entry.name):
+            passed.add(f"{entry.name}/", why)
     return passed
 
 
@@ -287,8 +286,7 @@ def image_files(root: str, start: str, passed: PassedOver) -> Iterator[tuple[str
     while waiting:
         here = waiting.pop()
         try:
-            with os.scandir(os.path.join(root, here)) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name)
+            entries = storage.scan(os.path.join(root, here))
         except OSError as error:
             check_refused(error, error.filename)
             raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from None
@@ -314,26 +312,27 @@ def judged(path: str) -> tuple[int, str | None]:
     if name.startswith("."):
         return 0, "hidden"
     try:
-        found = os.stat(path)
+        size = storage.plain_size(path)
     except OSError:
         return 0, "a link to nothing"
-    if not stat.S_ISREG(found.st_mode):
+    if size is None:
         return 0, "no plain file"
     if is_image(name):
-        return found.st_size, None
-    if not found.st_size:
+        return size, None
+    if not size:
         return 0, "empty"
     if name.lower().endswith(TEXTS):
         return 0, unknown_format(name)
     try:
-        with open(path, "rb", buffering=0) as file:
-            start = file.read(32)
+        start = storage.start(path, 32)
     except OSError as error:
         return 0, f"not to be opened ({error.strerror})"
-    return found.st_size, None if sniff(start) else unknown_format(name)
+    return size, None if sniff(start) else unknown_format(name)
 
 
-def _inode(path: str) -> tuple[int, int]:
+def _inode(path: str) -> tuple[int, int] | str:
+    if storage.is_url(path):  # which has no links
+        return path
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino
 

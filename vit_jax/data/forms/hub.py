@@ -110,6 +110,10 @@ def hub_splits(argument: str) -> tuple[str, ...]:
 def _open(argument: str) -> tuple[str, dict[str, list[str]], dict[str, Any], dict[str, str]]:
     """Returns the folder, split -> Parquet files, the features in README.md, and the options."""
     name, given = options(argument, OPTIONS)
+    if "://" in name:
+        raise UserError(
+            f"hf-data:{name}: Parquet files are read from disks: copy the folder to one"
+        )
     root = name if os.path.isdir(name) else _fetch(name)
     card = _card(root)
     every = _configs(root, card) or _configs_by_name(root)

@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 from jaxtyping import UInt8
 
+from vit_jax.data import storage
 from vit_jax.data.forms.arrays import ArraySource
 from vit_jax.data.forms.files import parse_split, percentile
 from vit_jax.data.forms.open_files import open_file
@@ -80,13 +81,13 @@ def idx_splits(path: str) -> tuple[str, ...]:
 def _pairs(path: str) -> tuple[str, dict[str, _Pair]]:
     """The prefix of the only set in a folder, and split -> files."""
     root, wanted = os.path.expanduser(path), None
-    if not os.path.isdir(root):
+    if not storage.is_folder(root):
         root, wanted = os.path.split(root)
         wanted = wanted.rstrip("-")
-    if not os.path.isdir(root or "."):
+    if not storage.is_folder(root or "."):
         raise UserError(f"idx:{path}: there is no such folder")
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for name in sorted(os.listdir(root or ".")):
+    for name in storage.names(root or "."):
         if match := _FILE.fullmatch(name):
             split = "train" if match["split"] == "train" else "test"
             kinds = found.setdefault(match["prefix"], {}).setdefault(split, {})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import scipy.io
 import scipy.io.matlab
 
+from vit_jax.data import storage
 from vit_jax.data.forms.cells import Table, is_word, read_table
 from vit_jax.data.forms.label_columns import LABEL_COLUMNS, label_column
 from vit_jax.data.forms.layout import options
@@ -63,7 +64,7 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
             "ILSVRC2012_devkit_t12.tar.gz itself"
         )
     file, given = options(path, ("image", "label"))
-    if not os.path.exists(file):
+    if not storage.exists(file):
         raise UserError(f"there is no file of labels {file!r}")
     table, images = _label_table(file, names, given)
     if images is None:

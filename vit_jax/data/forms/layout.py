@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 
+from vit_jax.data import storage
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def label_option(where: str, known: Collection[str]) -> tuple[str, str | None]:
       UserError: another option, or another value.
     """
     match = re.fullmatch(r"(.*),(\w+)=(.*)", where)
-    if not match or os.path.exists(where):  # names may have commas
+    if not match or storage.exists(where):  # names may have commas
         return where, None
     path, name, value = match.groups()
     if name != "label":
@@ -207,7 +208,7 @@ def options(argument: str, known: Collection[str]) -> tuple[str, dict[str, str]]
     """
     path, found = argument, {}
     while match := re.fullmatch(r"(.+),(\w+)=([^,]*)", path, re.DOTALL):
-        if os.path.exists(os.path.expanduser(path)):
+        if storage.exists(os.path.expanduser(path)):
             break
         path, name, value = match.groups()
         if name not in known:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from vit_jax.data import storage
 from vit_jax.data.forms.cells import Table, read_table
 from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.data.forms.files import (
@@ -261,13 +262,8 @@ class _Folders:
 
     def _list(self, folder: str) -> tuple[dict[str, int], dict[str, list[str]]]:
         if folder not in self._listed:
-            files: dict[str, int] = {}
+            files = storage.files(os.path.join(self.root, folder))
             stems = collections.defaultdict(list)
-            try:
-                with os.scandir(os.path.join(self.root, folder)) as entries:
-                    files = {e.name: e.stat().st_size for e in entries if e.is_file()}
-            except OSError:
-                pass
             for name in sorted(files):
                 if is_image(name):
                     stems[os.path.splitext(name)[0]].append(name)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from vit_jax.data import storage
 from vit_jax.data.forms.layout import out_of_the_way
 from vit_jax.data.forms.open_files import open_file
 from vit_jax.data.images import sniff
@@ -70,8 +71,7 @@ class Member(NamedTuple):
 
 def is_zip(path: str) -> bool:
     """Whether a file is a zip, by its first bytes."""
-    with open(path, "rb") as file:
-        return file.read(4) in _ZIP
+    return storage.start(path, 4) in _ZIP
 
 
 def members(path: str) -> Iterator[Member]:
@@ -94,8 +94,7 @@ def members(path: str) -> Iterator[Member]:
 
 
 def _members(path: str) -> Iterator[Member]:
-    with open(path, "rb") as file:
-        start = file.read(32)
+    start = storage.start(path, 32)
     for magic, what in _FOREIGN.items():
         if start.startswith(magic):
             raise UserError(f"{path} is {what}; tar, tar.gz, .bz2, .xz, .zst and zip are read")
@@ -198,7 +197,11 @@ def _read_tar(archive: tarfile.TarFile, member: tarfile.TarInfo, n: int) -> byte
 
 
 def _zip_members(path: str) -> Iterator[Member]:
-    with zipfile.ZipFile(path) as archive, open(path, "rb", buffering=0) as raw:
+    with (
+        storage.opened(path) as file,
+        storage.opened(path) as headers,
+        zipfile.ZipFile(file) as archive,
+    ):
         for info in archive.infolist():
             name = _zip_name(info)
             if name.endswith("/"):
@@ -217,15 +220,16 @@ def _zip_members(path: str) -> Iterator[Member]:
                 yield Member(name, "", link=link)
                 continue
             yield Member(
-                *(name, "", _data_offset(raw, info), info.file_size, read),
+                *(name, "", _data_offset(headers, info), info.file_size, read),
                 deflated=info.compress_size if info.compress_type else -1,
                 crc=info.CRC,
             )
 
 
-def _data_offset(raw: io.FileIO, info: zipfile.ZipInfo) -> int:
+def _data_offset(raw: io.BufferedIOBase, info: zipfile.ZipInfo) -> int:
     """The offset of a file's bytes, behind its local header."""
-    header = os.pread(raw.fileno(), 30, info.header_offset)
+    raw.seek(info.header_offset)
+    header = raw.read(30)
     if header[:4] != b"PK\x03\x04" or len(header) < 30:
         raise zipfile.BadZipFile(f"no header at byte {info.header_offset}")
     return info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))

@@ -8,9 +8,10 @@ import lzma
 import os
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from vit_jax.data import storage
 from vit_jax.errors import UserError
 
 
@@ -19,6 +20,7 @@ class OpenFiles:
 
     def __init__(self, paths: Iterable[str]):
         self.paths = tuple(paths)
+        self._ranges: dict[int, bool] = {}
         self._lock = threading.Lock()
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
@@ -28,12 +30,21 @@ class OpenFiles:
     def __setstate__(self, paths):
         self.__init__(paths)
 
+    def _ranged(self, which: int) -> bool:
+        """Whether a file is read by ranges, from a bucket."""
+        if which not in self._ranges:
+            path = self.paths[which]
+            self._ranges[which] = storage.is_url(path) and not is_compressed(path)
+        return self._ranges[which]
+
     def read(self, which: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes at `offset` of file number `which`, decompressed if need be.
 
         Raises:
           UserError: the file cannot be read, or is too short.
         """
+        if self._ranged(which):
+            return storage.read(self.paths[which], offset, size)
         try:
             with self._lock:
                 if which not in self._open:
@@ -104,10 +115,17 @@ _DECOMPRESSORS = {
 
 
 def open_file(path: str) -> Any:
-    """Opens a file, decompressed if need be; a plain file is an unbuffered io.FileIO."""
-    with open(path, "rb") as file:
-        start = file.read(5)
-    for magic, opener in _DECOMPRESSORS.items():
-        if start.startswith(magic):
-            return opener(path)
-    return open(path, "rb", buffering=0)
+    """Opens a file, decompressed if need be; a plain file of a disk is an unbuffered io.FileIO."""
+    if (opener := _decompressor(path)) is not None:
+        return opener(storage.local(path))
+    return storage.opened(path) if storage.is_url(path) else open(path, "rb", buffering=0)
+
+
+def is_compressed(path: str) -> bool:
+    """Whether a file is compressed, so that it has to be read from its start."""
+    return _decompressor(path) is not None
+
+
+def _decompressor(path: str) -> Callable[[str], Any] | None:
+    start = storage.start(path, 5)
+    return next((found for magic, found in _DECOMPRESSORS.items() if start.startswith(magic)), None)

@@ -9,14 +9,16 @@ import os
 import re
 import resource
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt64
 
+from vit_jax.data import storage
 from vit_jax.data.forms.examples import feature_values, parse_example
 from vit_jax.data.forms.files import parse_split
+from vit_jax.data.forms.ranged_records import RangedRecords
 from vit_jax.data.images import BadImage
 from vit_jax.errors import UserError, check_refused, nearest
 
@@ -60,7 +62,7 @@ class RecordSource:
         share = self.records if isinstance(self.records, _Share) else None
         whole = self.records if share is None else share.records
         try:
-            hashes = np.load(path, allow_pickle=False)
+            hashes = np.load(storage.local(path), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
         if hashes.dtype != np.uint64 or hashes.shape != (len(whole),):
@@ -120,13 +122,27 @@ def digest(identity: tuple[Any, ...]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """The part of a shard to read, with the fields of array_record's FileInstruction."""
 
     filename: str
     skip: int
     take: int
     examples_in_shard: int
+
+
+def array_records(parts: Sequence[Any]) -> Records:
+    """The records of parts of ArrayRecord files, each with the fields of `Part`, in order.
+
+    Raises:
+      UserError: a file in a bucket is no ArrayRecord file, or of a kind that is not read there.
+    """
+    if any(storage.is_url(part.filename) for part in parts):
+        return RangedRecords.of(parts)
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    allow_open_files()
+    return ArrayRecordDataSource(parts)
 
 
 INFO = "vit_jax_{split}.json"  # metadata of a split, written last
@@ -142,17 +158,14 @@ def records(path: str, split: str) -> RecordSource:
     Raises:
       UserError: no such folder or split, or one that is unfinished or has changed.
     """
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
     where = f"records:{path}"
     name, low, high = parse_split(split)
     try:
-        with open(os.path.join(path, INFO.format(split=name))) as file:
-            info = json.load(file)
+        info = json.loads(storage.read(os.path.join(path, INFO.format(split=name))))
         shards, label_names = info["shards"], tuple(info["label_names"])
         fingerprint = info["fingerprint"]
         for shard in shards:
-            found = os.path.getsize(os.path.join(path, shard["file"]))
+            found = storage.size(os.path.join(path, shard["file"]))
             if found != shard["bytes"]:
                 raise UserError(
                     f"{where}: {shard['file']} has {found} bytes, not {shard['bytes']}: it changed "
@@ -175,11 +188,8 @@ def records(path: str, split: str) -> RecordSource:
     start, stop = (round(percent * total / 100) for percent in (low, high))
     if start == stop:
         raise UserError(f"{where} has no example in split {split!r}")
-    allow_open_files()
     files = (os.path.join(path, shard["file"]) for shard in shards)
-    reader: Records = ArrayRecordDataSource(
-        [_Part(file, 0, n, n) for file, n in zip(files, counts, strict=True)]
-    )
+    reader = array_records([Part(file, 0, n, n) for file, n in zip(files, counts, strict=True)])
     if (low, high) != (0, 100):
         reader = _Share(reader, start, stop)
         fingerprint = digest((fingerprint, start, stop, "mixed"))
@@ -192,7 +202,7 @@ def records(path: str, split: str) -> RecordSource:
 def record_splits(path: str) -> list[str]:
     """The splits that `prepare` wrote into a folder."""
     start, end = INFO.split("{split}")
-    here = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    here = storage.names(path) if storage.is_folder(path) else []
     return [n[len(start) : -len(end)] for n in here if n.startswith(start) and n.endswith(end)]
 
 

@@ -5,8 +5,6 @@ ArrayRecord files have an index; for TFRecord files, one is made once and cached
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import logging
 import os
 import re
 import struct
@@ -16,12 +14,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from vit_jax.data import storage
 from vit_jax.data.forms.open_files import OpenFiles
-from vit_jax.data.forms.records import Records, RecordSource, allow_open_files, digest
+from vit_jax.data.forms.records import (
+    Records,
+    RecordSource,
+    allow_open_files,
+    array_records,
+    digest,
+)
 from vit_jax.errors import UserError, nearest
-from vit_jax.writing import replacing
 
-logger = logging.getLogger(__name__)
+_INFO = "dataset_info.json"
 
 
 def tfds(argument: str, split: str) -> RecordSource:
@@ -39,14 +43,14 @@ def tfds(argument: str, split: str) -> RecordSource:
     """
     where, chosen = f"tfds:{argument}", None
     option = re.fullmatch(r"(.*),(\w+)=(.*)", argument)
-    if option and not os.path.isdir(os.path.expanduser(argument)):  # names may have commas
+    if option and not storage.is_folder(os.path.expanduser(argument)):  # names may have commas
         argument, name, chosen = option.groups()
         if name != "label":
             raise UserError(f"{where} has no option {name!r}; {nearest(name, ['label'])}")
     path = os.path.expanduser(argument.rstrip("/"))
-    if path.startswith(("/", ".")) and not os.path.isdir(path):
+    if (path.startswith(("/", ".")) or storage.is_url(path)) and not storage.is_folder(path):
         raise UserError(f"{where}: there is no such folder")
-    builder = prepared(where, argument, path if os.path.isdir(path) else None)
+    builder = prepared(where, argument, path if storage.is_folder(path) else None)
     keys = _feature_keys(where, builder.info, chosen)
     names, multi_label = class_names(where, builder.info, keys[1])
     records, identity = split_records(where, builder, split)
@@ -65,15 +69,15 @@ def prepared(where: str, name: str, path: str | None = None) -> Any:
     from tensorflow_datasets.core import read_only_builder
 
     try:
-        if path and os.path.isfile(os.path.join(path, "dataset_info.json")):
-            return tensorflow_datasets.builder_from_directory(path)
+        if path and storage.is_file(os.path.join(path, _INFO)):
+            return _builder(path)
         if path:
-            versions = [
-                found for found in os.listdir(path) if re.fullmatch(r"\d+\.\d+\.\d+", found)
-            ]
+            versions = [n for n in storage.names(path) if re.fullmatch(r"\d+\.\d+\.\d+", n)]
             if versions:  # it is NAME or NAME/CONFIG
                 newest = max(versions, key=lambda found: [int(n) for n in found.split(".")])
-                return tensorflow_datasets.builder_from_directory(os.path.join(path, newest))
+                return _builder(os.path.join(path, newest))
+            if storage.is_url(path):
+                raise UserError(f"{where}: there is no {_INFO} in it, nor in folders of versions")
             parent, name = os.path.split(os.path.abspath(path))
             return read_only_builder.builder_from_files(name, data_dir=parent)
         folder = os.environ.get("TFDS_DATA_DIR")  # TFDS reads it only when imported
@@ -87,6 +91,22 @@ def prepared(where: str, name: str, path: str | None = None) -> Any:
         ) from None
     except (ValueError, OSError, KeyError, json_format.ParseError) as error:
         raise UserError(f"{where} cannot be opened: {error}") from None
+
+
+def _builder(path: str) -> Any:
+    """TFDS's builder of the data set in a folder; its files keep the folder's name, or URL."""
+    import tensorflow_datasets
+
+    if not storage.is_url(path):
+        return tensorflow_datasets.builder_from_directory(path)
+    # TFDS reads what describes the data from disks alone.
+    folder = storage.kept(f"{path}/{_INFO}", "").parent
+    for name in storage.files(path):
+        if name.endswith((".json", ".txt")):
+            storage.write_kept(folder / name, storage.read(f"{path}/{name}"))
+    builder = tensorflow_datasets.builder_from_directory(folder)
+    builder.bucket = path
+    return builder
 
 
 def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[Any, ...]]:
@@ -112,15 +132,22 @@ def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[
             f"{where} is in {form}, which TFDS does not read whole by index: prepare it again with "
             "file_format='array_record'"
         )
-    missing = [f.filename for f in files if not os.path.isfile(f.filename)]
+    if bucket := getattr(builder, "bucket", None):
+        files = [
+            dataclasses.replace(f, filename=f"{bucket}/{os.path.basename(f.filename)}")
+            for f in files
+        ]
+    missing = [f.filename for f in files if not storage.is_file(f.filename)]
     if missing:
         raise UserError(f"{where}: {missing[0]} is not there: prepare the data set again")
     allow_open_files()
     parts = [(os.path.basename(f.filename), f.skip, f.take) for f in files]
-    sizes = [os.path.getsize(f.filename) for f in files]
+    sizes = [storage.size(f.filename) for f in files]
     identity = (info.full_name, parts, sizes)
     if form == "tfrecord":
         return TfRecords.of(files, chosen.num_examples), identity
+    if bucket:
+        return array_records(files), identity
     method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
     return builder.as_data_source(split, deserialize_method=method), identity
 
@@ -211,33 +238,16 @@ def record_starts(path: str) -> Int64[np.ndarray, " n_plus_1"]:
 
     Cached in the user's cache folder.
     """
-    stat = os.stat(path)
-    known = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = hashlib.sha256(os.fsencode(known)).hexdigest()[:32] + ".npy"
-    cached = os.path.join(cache, "vit_jax", "tfrecord", name)
-    try:
-        starts = np.load(cached, allow_pickle=False)
-        if starts.dtype == np.int64 and starts.ndim == 1 and starts[-1] == stat.st_size:
-            return starts
-    except (OSError, ValueError, EOFError, IndexError):
-        pass
-    starts = np.fromiter(_scan(path, stat.st_size), np.int64)
-    try:
-        with replacing(cached, f"{cached}.{os.getpid()}") as temporary:
-            with open(temporary, "wb") as file:
-                np.save(file, starts)
-    except (OSError, UserError) as error:
-        logger.warning("the index of %s is not kept: %s", path, error)
-    return starts
+    return storage.index(path, "tfrecord", lambda: np.fromiter(_scan(path), np.int64))
 
 
-def _scan(path: str, size: int) -> Iterator[int]:
-    at = 0
-    with open(path, "rb", buffering=0) as file:
+def _scan(path: str) -> Iterator[int]:
+    at, size = 0, storage.size(path)
+    with storage.opened(path) as file:
         while at < size:
             yield at
-            header = os.pread(file.fileno(), 8, at)
+            file.seek(at)
+            header = file.read(8)
             length = struct.unpack("<Q", header)[0] if len(header) == 8 else size
             at += _AROUND + length
     if at != size:

@@ -102,7 +102,9 @@ class Evaluation:
                         several = how_several(named, source, split, evaluator, config, card)
                         self._several[name] = several
                     crops = config.eval.crops if ours else 1  # features are of the centre
-                    options = dict(on_corrupt=config.data.on_corrupt, crops=crops)
+                    options = dict(
+                        on_corrupt=config.data.on_corrupt, crops=crops, cache=config.data.cache
+                    )
                     read = BatchReader.of(source, split, card.preprocess, **options)
                     if crops > 1 and not read.preprocess.cuts:
                         key = named if named.startswith("data.") else f"{named}.test"
