@@ -25,6 +25,7 @@ RATES = {"": 2e-3, "_low": 7e-4}  # by the ending of a point's name
 # Table 6's models on JFT-300M.
 LARGE = "B/32 B/16 L/32 L/16 H/14 R50x1 R50x2 R101x1 R152x1 R152x2 R200x3 R50+B/32 R50+B/16 "
 LARGE = [*(LARGE + "R50+L/32 R50+L/16").split()]
+SCALES = ("smoke", "laptop", "paper")
 
 
 def sweep(scale="laptop"):
@@ -37,8 +38,6 @@ def sweep(scale="laptop"):
             tune = f"configs/finetune.py:{model},imagenet"
             yield {"name": f"{name}_imagenet", "config": tune, "init_from": f"@{name}"}
         return
-    if scale not in ("smoke", "laptop"):
-        raise ValueError(f"scale {scale!r}: expected smoke, laptop or paper")
     axes = {"family": SIZES, "size": range(3), "seed": [0, 1], "rate": RATES}
     smoke = {}
     if scale == "smoke":

@@ -4,14 +4,18 @@ from vit_jax.launch.sweep import product
 
 config = "configs/evidence.py"
 FAMILIES = ("vit", "resnet", "hybrid")
-SIZES = (500, 2000, 8000)
+SHARES = {600: "train[:1%]", 3600: "train[:6%]", 15_000: "train[:25%]", 54_000: "train[:90%]"}
+SEEDS = (0, 1, 2, 3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the pilot, which decided BEST on `val`
+BEST = {"vit": 2e-3, "resnet": 2e-3, "hybrid": 2e-3}
 # At the paper's scale: JFT-300M and random parts of it (Figure 4), B/32, R50x1 and their hybrid.
 JFT = {"9M": "train[:3%]", "30M": "train[:10%]", "90M": "train[:30%]", "300M": "train[:99%]"}
 LARGE = ("B/32", "R50x1", "R50+B/32")
+SCALES = ("smoke", "pilot", "laptop", "paper")
 
 
 def sweep(scale="laptop"):
-    """Yields the pre-training runs, and behind each the fine-tuning run that starts from it."""
+    """Yields each family with each number of images and seed; `pilot` with each learning rate."""
     if scale == "paper":
         for point in product({"model": LARGE, "images": JFT}):
             name = f"{point['model'].replace('/', '_')}_{point['images']}"
@@ -21,26 +25,18 @@ def sweep(scale="laptop"):
             tune = f"configs/finetune.py:{point['model']},imagenet"
             yield {"name": f"{name}_imagenet", "config": tune, "init_from": f"@{name}"}
         return
-    if scale not in ("smoke", "laptop"):
-        raise ValueError(f"scale {scale!r}: expected smoke, laptop or paper")
-    axes = {"family": FAMILIES, "images": SIZES, "seed": [0, 1]}
-    smoke = {}
+    axes = {"family": FAMILIES, "images": SHARES, "rate": [None], "seed": SEEDS}
+    if scale == "pilot":
+        axes |= {"images": [15_000], "rate": RATES, "seed": [0]}
     if scale == "smoke":
-        axes, smoke = {"family": ["resnet"], "images": [500], "seed": [0]}, {"total_examples": 64}
+        axes |= {"family": ["resnet"], "images": [600], "seed": [0]}
     for point in product(axes):
-        family, images, seed = point.values()
-        name = f"{family}_{images}_{seed}"
+        family, images, rate, seed = point.values()
         yield {
-            "name": name,
-            "config": f"configs/evidence.py:fractals,{family}",
-            "data.train.split": f"train{images}",
+            "name": f"{family}_{images}_{seed}" + (f"_{rate:g}" if rate else ""),
+            "config": f"configs/evidence.py:garments,{family}",
+            "data.train.split": SHARES[images],
+            "optim.lr": rate or BEST[family],
             "seed": seed,
-            **smoke,
-        }
-        yield {
-            "name": f"{name}_digits",
-            "config": "configs/evidence.py:digits",
-            "init_from": f"@{name}",
-            "seed": seed,
-            **smoke,
+            **({"total_examples": 64} if scale == "smoke" else {}),
         }

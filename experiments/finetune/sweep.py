@@ -42,12 +42,11 @@ SETS = {
     },
     "cells": {"model.image_size": 70, **CELLS},
 }
+SCALES = ("smoke", "laptop")
 
 
 def sweep(scale="laptop"):
     """Yields each way, on each set of images, with each seed."""
-    if scale not in ("laptop", "smoke"):
-        raise ValueError(f"scale {scale!r}: expected laptop or smoke")
     few = {"total_steps": 2} if scale == "smoke" else {}
     for seed in (0,) if few else (0, 1, 2):
         for name in SETS:

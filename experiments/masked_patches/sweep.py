@@ -17,6 +17,7 @@ LARGE = {
     "pixels": "configs/masked.py:B/16,jft,pixels,fewshot,records:shards/jft",
     "labels": "configs/pretrain.py:B/16,jft,fewshot,records:shards/jft",
 }
+SCALES = ("smoke", "laptop", "paper")
 
 
 def sweep(scale="laptop"):
@@ -28,8 +29,6 @@ def sweep(scale="laptop"):
             yield {"name": f"{target}_imagenet", **tune}
         yield {"name": "scratch_imagenet", "config": "configs/pretrain.py:B/16,imagenet"}
         return
-    if scale not in ("smoke", "laptop"):
-        raise ValueError(f"scale {scale!r}: expected smoke, laptop or paper")
     axes, smoke = {"target": TARGETS, "seed": [0, 1]}, {}
     if scale == "smoke":
         axes, smoke = {"target": ["small"], "seed": [0]}, {"total_examples": 64}

@@ -32,8 +32,6 @@ SCALES = {
 
 def sweep(scale="laptop"):
     """Yields each position embedding with each seed."""
-    if scale not in SCALES:
-        raise ValueError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
     positions, seeds, common = SCALES[scale]
     for what, where in positions:
         for seed in product({"seed": seeds}):

@@ -9,6 +9,7 @@ config = "configs/finetune.py:B/16,cifar100,dev"
 SMALL = (0.001, 0.003, 0.01, 0.03)
 LEARNING_RATES = {"imagenet": (0.003, 0.01, 0.03, 0.06), "cifar10": SMALL, "cifar100": SMALL}
 LEARNING_RATES |= {"pets": SMALL, "flowers": SMALL}
+SCALES = ("laptop", "pod")
 
 
 def sweep(scale="laptop"):

@@ -8,6 +8,7 @@ LARGE = {
     "labels": "configs/pretrain.py:B/16,imagenet21k",
     "masked": "configs/masked.py:B/16,imagenet21k",
 }
+SCALES = ("smoke", "laptop", "paper")
 
 
 def sweep(scale="laptop"):
@@ -16,8 +17,6 @@ def sweep(scale="laptop"):
         for name, pretrain in LARGE.items():
             yield {"name": f"{name}_0", "config": pretrain}
         return
-    if scale not in ("smoke", "laptop"):
-        raise ValueError(f"scale {scale!r}: expected smoke, laptop or paper")
     axes, smoke = {"name": OBJECTIVES, "seed": [0, 1]}, {}
     if scale == "smoke":
         axes, smoke = {"name": ["labels"], "seed": [0]}, {"total_examples": 64}

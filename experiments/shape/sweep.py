@@ -29,12 +29,11 @@ LARGE_AXES = {
     ],
 }
 PRETRAIN = "configs/pretrain.py:B/32,jft,fewshot,records:shards/jft"
+SCALES = ("smoke", "laptop", "paper")
 
 
 def sweep(scale="laptop"):
     """Yields each shape once, whichever axes it is on, with each seed; the name says its shape."""
-    if scale not in ("smoke", "laptop", "paper"):
-        raise ValueError(f"scale {scale!r}: expected smoke, laptop or paper")
     base, axes, seeds, common = BASE, AXES, [0, 1], {"optim.lr": 1e-3}
     if scale == "paper":
         base, axes, seeds = LARGE | {"model.patch_size": (32, 32)}, LARGE_AXES, [0]

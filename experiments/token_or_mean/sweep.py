@@ -14,8 +14,6 @@ SCALES = {
 
 def sweep(scale="laptop"):
     """Yields both poolings with each learning rate and seed."""
-    if scale not in SCALES:
-        raise ValueError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
     rates, seeds, common = SCALES[scale]
     for point in product({"model.pool": ["token", "gap"], "optim.lr": rates, "seed": seeds}):
         yield point | common

@@ -20,6 +20,7 @@ from vit_jax.data.cache import Cache
 from vit_jax.data.config import DataConfig, Split
 from vit_jax.data.forms.ranged_records import RangedRecords
 from vit_jax.data.forms.records import Part, array_records
+from vit_jax.data.inputs import find_images
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source, splits_of
@@ -182,6 +183,14 @@ def test_every_example_is_evaluated_once(bucket):
     with eval_batches(read, 7) as found:
         indices = np.concatenate([batch["index"] for batch in found])
     assert sorted(indices[indices >= 0]) == list(range(len(PETS)))
+
+
+def test_images_are_found_in_a_bucket(bucket, data):
+    arguments = ["folder/val", "folder/train/a/*.jpg", "pets.zip", "folder/train/b/3.jpg"]
+    ours = find_images(*(f"{bucket}/{each}" for each in arguments))
+    theirs = find_images(*(f"{data}/{each}" for each in arguments))
+    assert list(ours) == list(theirs) and len(ours) == 18 + 9 + 18 + 1
+    assert list(ours.names)[-1] == f"{bucket}/folder/train/b/3.jpg"
 
 
 def test_what_is_known_of_an_archive_is_kept(bucket):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
+from vit_jax.data import storage
 from vit_jax.data.forms.archives import TarSource, unlabelled
 from vit_jax.data.forms.files import (
     WHOLE,
@@ -170,7 +171,7 @@ class _Finder:
 
     def _one(self, argument: str) -> None:
         path, kind = os.path.expanduser(argument), argument.partition(":")[0]
-        if os.path.exists(path):
+        if storage.exists(path):
             if argument in SOURCES:
                 raise UserError(
                     f"{argument!r} is a file or folder here, and a data source: write "
@@ -189,7 +190,7 @@ class _Finder:
 
     def _there(self, path: str) -> None:
         spec = understood(path)
-        if spec.startswith(_ARCHIVES) and os.path.isfile(path):
+        if spec.startswith(_ARCHIVES) and storage.is_file(path):
             self._archive(path)
         elif spec.startswith("folder:"):
             self._folder(path)
@@ -199,11 +200,11 @@ class _Finder:
             self._files.append(path)
 
     def _pattern(self, pattern: str) -> None:
-        matches = sorted(glob.glob(pattern, recursive=True))
+        matches = storage.matches(pattern)
         if not matches:
             raise UserError(f"no file matches {pattern!r}")
         for path in matches:
-            if os.path.isdir(path):
+            if storage.is_folder(path):
                 if "**" not in pattern:  # which matches the files in the folder as well
                     self._folder(path, alone=False)
             elif understood(path).startswith(_ARCHIVES):

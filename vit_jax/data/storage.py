@@ -148,7 +148,7 @@ def files(path: str) -> dict[str, int]:
 def matches(pattern: str) -> list[str]:
     """The paths that a pattern with *, ? or [...] matches, sorted; of a URL, in its last part."""
     if not is_url(pattern):
-        return sorted(glob.glob(pattern))
+        return sorted(glob.glob(pattern, recursive=True))
     folder, _, name = pattern.rpartition("/")
     if glob.has_magic(folder):
         raise UserError(f"{pattern}: in a bucket, a pattern is of names in one folder")

@@ -8,7 +8,8 @@
 
 A point is a dict of config overrides. It may also have a `name` (by default made from the overrides
 that differ between points), its own `config`, and `after`: the name of a point, or several, that
-must finish first. A value "@NAME" is the run folder of that point, and implies `after`.
+must finish first. A value "@NAME" is the run folder of that point, and implies `after`. If the file
+has SCALES, only these can be asked for.
 """
 
 import dataclasses
@@ -106,6 +107,9 @@ def _read_file(spec: str, path: str, scale: str) -> tuple[Any, list[Any]]:
     function = getattr(module, "sweep", None)
     if not callable(function):
         raise UserError(f"{path} is no sweep file: it has no function sweep")
+    scales = getattr(module, "SCALES", None)
+    if scale and scales is not None and scale not in scales:
+        raise UserError(f"{spec} has no scale {scale!r}; {nearest(scale, scales)}")
     try:
         return getattr(module, "config", None), list(function(scale) if scale else function())
     except (ValueError, TypeError) as error:
