@@ -125,6 +125,11 @@ def _proxy(port: int, faults: Faults) -> Iterator[int]:
         def log_message(self, *_):
             pass
 
+        def handle_expect_100(self) -> bool:
+            going_on = super().handle_expect_100()
+            self.wfile.flush()  # or the body never comes
+            return going_on
+
         def serve(self) -> None:
             body = self._body()
             faults.requests += 1

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import servers
-from conftest import DIGITS, TINY, fails
+from conftest import DIGITS, ROOT, TINY, fails
 from flax import nnx
 from processes import SIGKILL, Command, address
 
@@ -380,8 +380,36 @@ def test_a_sweep_by_slurm_needs_a_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
     path = tmp_path / "sweep.py"
     path.write_text(f"config = {DIGITS!r}\ndef sweep():\n    yield {{'name': 'a'}}\n")
-    with pytest.raises(UserError, match="on a disk that all nodes share, not in gs://b/sweep"):
-        run_sweep(load_sweep(str(path)), "gs://b/sweep", Slurm())
+    for workdir, record in (("gs://b/sweep", None), (tmp_path, "record")):
+        with pytest.raises(UserError, match=r"with a bucket, and only then, .* --record=DIR"):
+            run_sweep(load_sweep(str(path)), workdir, Slurm(record=record))
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_sweep_by_slurm_in_a_bucket_has_its_logs_on_a_disk(store, tmp_path, monkeypatch):
+    """Slurm is a program that only looks like it, and so is the training."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "fake").mkdir()
+    for name in ("sbatch", "squeue", "scontrol", "scancel", "srun"):
+        file = tmp_path / "bin" / name
+        fake = (ROOT / "tests" / "launch" / "fake_slurm.py").read_text()
+        file.write_text(f"#!{sys.executable} -IS\n{fake}")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "fake"))
+    path, url, record = tmp_path / "sweep.py", f"{store}://runs/slurm", tmp_path / "record"
+    path.write_text(f"config = {DIGITS!r}\ndef sweep():\n    yield {{'name': 'a'}}\n")
+
+    def command(config, workdir, flags):
+        code = f"from vit_jax.objects import Objects; o = Objects({workdir!r});"
+        code += """o.replace("metrics.jsonl", b'{"step": 3}\\n'); print("it ran")"""
+        return [sys.executable, "-c", code]
+
+    launcher = Slurm(poll=0.1, record=str(record))
+    (found,) = run_sweep(load_sweep(str(path)), url, launcher, command=command)
+    assert (found.state, found.metrics) == ("finished", {"step": 3})
+    assert "it ran" in (record / "a.log").read_text() and (record / "slurm" / "a.sh").exists()
+    assert set(Objects(url).names()) >= {"sweep.json", "a/metrics.jsonl"}
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)

@@ -71,15 +71,17 @@ def run_sweep(
     check_text(workdir)
     if buckets.is_bucket(workdir):
         buckets.check(workdir)
-        if hasattr(launcher, "sbatch"):  # whose jobs write logs where the sweep has its record
-            raise UserError(
-                f"a sweep by Slurm has its record and logs on a disk that all nodes share, not in "
-                f"{os.fspath(workdir)}: name such a --workdir, or run its points one by one with "
-                "their own in the bucket (--launcher=print shows the commands)"
-            )
+    record = getattr(launcher, "record", None)
+    if hasattr(launcher, "record") and buckets.is_bucket(workdir) != (record is not None):
+        raise UserError(
+            f"--record is {record}, and --workdir {os.fspath(workdir)}: with a bucket, and only "
+            "then, jobs need a folder on a disk that all nodes share, for their scripts and logs: "
+            "--record=DIR"
+        )
     if buckets.is_bucket(workdir) and not launcher.dry:
         with buckets.working(workdir) as folder:
-            return _run(sweep, epath.Path(folder), buckets.check(workdir), launcher, command)
+            place = buckets.check(workdir)
+            return _run(sweep, epath.Path(folder), place, launcher, command, record)
     place = os.fspath(workdir) if buckets.is_bucket(workdir) else os.path.abspath(workdir)
     return _run(sweep, epath.Path(place), place.rstrip("/"), launcher, command)
 
@@ -90,8 +92,12 @@ def _run(
     place: str,
     launcher: Launcher,
     command: Callable[[str, str, Sequence[str]], list[str]],
+    logs: str | None = None,
 ) -> list[Result]:
-    """Runs a sweep with its record and logs in `root`; the points' runs are in `place`."""
+    """Runs a sweep with its record in `root`; the points' runs are in `place`.
+
+    The logs are in the folder `logs`, or else in `root`.
+    """
     from vit_jax.checkpoints.store import lock
     from vit_jax.training.metrics import last_values
 
@@ -106,7 +112,7 @@ def _run(
                     point.flags(lambda name: f"{place}/{name}"),
                 )
             ),
-            str(root / f"{point.name}.log"),
+            os.path.join(os.path.abspath(logs or root), f"{point.name}.log"),
             point.after,
         )
         for point in sweep.points
@@ -116,9 +122,10 @@ def _run(
         return []
     with contextlib.ExitStack() as stack:
         if not (root / RECORD).exists():
-            logs = (f"{glob.escape(name)}*" for name in names)
-            check_own(root, (*logs, "slurm", "report.*", "*.log", "*.out", "*.err"), "this sweep")
+            known = (f"{glob.escape(name)}*" for name in names)
+            check_own(root, (*known, "slurm", "report.*", "*.log", "*.out", "*.err"), "this sweep")
         make_folder(root, "--workdir")
+        make_folder(logs or root, "--record")
         stack.enter_context(lock(root))
         results = {
             point.name: Result(point.name, point.config, point.overrides, point.after)

@@ -55,6 +55,9 @@ class Slurm:
     gpus_per_node: str | None = option(None, "[KIND:]N", "such as 8 or a100:4")
     cpus_per_task: int | None = option(None, "N", "cores of a process")
     time: str | None = option(None, "LIMIT", "as 8:00:00; a run that is longer is queued again")
+    record: str | None = option(
+        None, "DIR", "with a --workdir in a bucket: a shared folder for the jobs' scripts and logs"
+    )
     sbatch: str = option("", "OPTIONS", 'more of sbatch: --sbatch="--account=x --mem=8G"')
     poll: float = 10.0
     patience: float = 30.0

@@ -146,7 +146,7 @@ def split_records(where: str, builder: Any, split: str) -> tuple[Records, tuple[
     identity = (info.full_name, parts, sizes)
     if form == "tfrecord":
         return TfRecords.of(files, chosen.num_examples), identity
-    if bucket:
+    if any(storage.is_url(f.filename) for f in files):
         return array_records(files), identity
     method = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
     return builder.as_data_source(split, deserialize_method=method), identity
