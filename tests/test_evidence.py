@@ -133,6 +133,18 @@ def test_positions_agree_if_all_are_better_than_none_and_alike(none, sincos, agr
     assert told("positions", values, overrides).agrees.startswith(agrees)
 
 
+def test_rotary_positions_are_told_apart():
+    values = {"none_0": 0.1, "learned_0": 0.2, "rope_0": 0.3, "rope_1": 0.25}
+
+    def overrides(key):
+        rescaled = {"model.rotary.rescale": 2.0} if key == "rope_1" else {}
+        return {"model.position": key.split("_")[0], "model.position_at": "input"} | rescaled
+
+    rows = told("positions", values, overrides).table.splitlines()
+    assert [row for row in rows if "rotary | input | 30.0%" in row]
+    assert [row for row in rows if "rotary, rescaled in training | input | 25.0%" in row]
+
+
 @pytest.mark.parametrize(
     "gap, agrees", [((0.3, 0.2), "yes"), ((0.1, 0.3), "as good"), ((0.1, 0.1), "no")]
 )

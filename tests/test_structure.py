@@ -133,8 +133,9 @@ def test_every_field_of_a_model_can_be_set_by_a_flag():
     from vit_jax.training.config_file import load_config
 
     examples = {str: ("x", "x"), int: ("7", 7), float: ("0.5", 0.5), bool: ("true", True)}
-    examples |= {tuple: ("(8, 8)", (8, 8))}
+    examples |= {tuple: ("(8, 8)", (8, 8)), tuple[str, ...]: ("a.*,b", ("a.*", "b"))}
     flat = {name: kind for name, kind in MODEL_KEYS.items() if name not in SECTIONS}
     flags = [f"--config.model.{name}={examples[kind][0]}" for name, kind in flat.items()]
+    flags.append("--config.init_from=x")  # of which some are
     model = load_config(str(ROOT / "configs" / "digits.py"), flags).model
     assert model == {name: examples[kind][1] for name, kind in flat.items()}

@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from vit_jax.training.config_file import load_config
 
     files = dict(pictures=args.pictures, predictions=args.predictions)
-    files["max_patches"] = args.max_patches
+    files |= dict(max_patches=args.max_patches, only=args.only, ignore=args.ignore)
     if args.workdir and not args.config and not args.model:
         results, lines = run_evaluation(args.workdir, None, overrides, **files)
     elif args.model and args.config and not args.workdir:
@@ -88,7 +88,8 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
     from vit_jax.training.evaluation.predict import load_local
     from vit_jax.training.evaluation.predict_output import predict_to
 
-    load = functools.partial(load_local, args.model, args.max_patches)
+    how = dict(max_patches=args.max_patches, only=args.only, ignore=args.ignore)
+    load = functools.partial(load_local, args.model, **how)
     options = dict(topk=args.topk or 5, batch_size=args.batch_size, threads=args.threads)
     return 0 if predict_to(args.out, inputs, load, what, **options) else INCOMPLETE
 

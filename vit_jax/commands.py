@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Float32
 
 from vit_jax import buckets, distributed
+from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.load import Loaded
 from vit_jax.data.config import ON_CORRUPT
 from vit_jax.data.inputs import Inputs
@@ -82,6 +83,8 @@ def evaluate(
     pictures: epath.PathLike | None = None,
     predictions: epath.PathLike | None = None,
     max_patches: int | None = None,
+    only: Patterns = (),
+    ignore: Patterns = (),
     **overrides: Any,
 ) -> dict[str, int | float]:
     """Evaluates a run on its own data, or any model on the splits of a config.
@@ -92,7 +95,7 @@ def evaluate(
       pictures: a folder for a confusion matrix, a reliability diagram and a page of the worst
         mistakes of each split; needs the extra `plot`.
       predictions: FILE.csv or FILE.jsonl for a row an image.
-      max_patches: with `config`, as in `load`.
+      max_patches, only, ignore: with `config`, as in `load`.
       **overrides: as for `train`. For a run on its own data only new places of the same data, and
         what may change on resuming: `**{"data.val.source": "folder:/new/pets"}`.
 
@@ -106,7 +109,8 @@ def evaluate(
     with console.shown():
         given = None if config is None else _config(config, overrides)
         flags = as_flags(overrides) if config is None else []
-        return run_evaluation(model, given, flags, pictures, predictions, max_patches)[0]
+        how = dict(max_patches=max_patches, only=only, ignore=ignore)
+        return run_evaluation(model, given, flags, pictures, predictions, **how)[0]
 
 
 def run_evaluation(
@@ -116,6 +120,8 @@ def run_evaluation(
     pictures: epath.PathLike | None = None,
     predictions: epath.PathLike | None = None,
     max_patches: int | None = None,
+    only: Patterns = (),
+    ignore: Patterns = (),
 ) -> tuple[dict[str, int | float], list[str]]:
     """Evaluates as `evaluate` does; also returns the lines that sum it up, for process 0."""
     needed_by = "--pictures" if pictures else "--predictions" if predictions else ""
@@ -131,11 +137,17 @@ def run_evaluation(
             f"--max-patches={max_patches}: a run is evaluated on its own images as it was trained: "
             "name --model and --config for another size"
         )
+    chosen = {name: each for name, each in {"only": only, "ignore": ignore}.items() if each}
+    if config is None and chosen:
+        raise UserError(
+            f"--{min(chosen)}: a run folder is of one model, whose keys are all read: leave it out"
+        )
     if config is None:
         model = buckets.local(model)
         results = evaluation.evaluate_own(model, overrides, kept, needed_by)
     else:
-        results = evaluation.evaluate_run(model, config, None, kept, needed_by, max_patches)
+        how = dict(max_patches=max_patches, **chosen)
+        results = evaluation.evaluate_run(model, config, None, kept, needed_by, **how)
     found = assess.assess(kept)
     lines = console.evaluated(buckets.shown(model), results)
     results = results | {

@@ -65,6 +65,15 @@ def fields(pairs: list[str]) -> dict[str, object]:
     return found
 
 
+def add_chosen(command: argparse.ArgumentParser) -> None:
+    """Flags that choose the keys of a weight file."""
+    for flag, what in {
+        "--only": "keys to read, of a file that holds more than one model, such as 'model_ema.*'",
+        "--ignore": "keys to leave out, such as 'text_model.*'",
+    }.items():
+        command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)
+
+
 class Command(argparse.ArgumentParser):
     """A parser that accepts flags anywhere among images, and raises UserErrors.
 
@@ -177,6 +186,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         "--predictions", type=path, metavar="FILE", help="a row an image, FILE.csv or FILE.jsonl"
     )
     command.add_argument("--max-patches", type=number(1), help=_MAX_PATCHES)
+    add_chosen(command)
     command.add_argument("--json", action="store_true", help="print the results as a line of JSON")
     add_hosts(command)
     command.set_defaults(function=functions["evaluate"], takes_overrides=True)
@@ -199,6 +209,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         ("max-patches", number(1), _MAX_PATCHES),
     ):
         command.add_argument(f"--{name}", type=kind, help=what)
+    add_chosen(command)
     for name, what in {"features": "the head's inputs", "dense": "features of patches"}.items():
         command.add_argument(f"--{name}", action="store_true", help=f"write {what}, not classes")
     command.set_defaults(function=functions["predict"], takes_overrides=False)
@@ -210,10 +221,6 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         dest="known",
         help="a field of the config that the file does not say, such as gelu=tanh or num_heads=8",
     )
-    chosen = {
-        "--only": "keys to read, of a file that holds more than one model, such as 'model_ema.*'",
-        "--ignore": "keys to leave out, such as 'text_model.*'",
-    }
     command = commands.add_parser("convert", help=functions["convert"].__doc__)
     command.add_argument("src", type=path, help="whatever vit_jax.load reads")
     command.add_argument(
@@ -233,8 +240,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument("--adapter", metavar="FILE", help="of format lora, to merge into SRC")
     command.add_argument("--license", metavar="NAME", help="of hf:OWNER/NAME, such as apache-2.0")
     command.add_argument("--set", **fields)
-    for flag, what in chosen.items():
-        command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)
+    add_chosen(command)
     command.set_defaults(function=functions["convert"], takes_overrides=False)
 
     command = commands.add_parser("inspect", help=functions["inspect"].__doc__)
@@ -249,8 +255,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         help="draw filters and positions there, and attention",
     )
     command.add_argument("--set", **fields)
-    for flag, what in chosen.items():
-        command.add_argument(flag, metavar="PATTERN", action="append", default=[], help=what)
+    add_chosen(command)
     command.set_defaults(function=functions["inspect"], takes_overrides=False)
 
     command = commands.add_parser(

@@ -75,8 +75,10 @@ def small(name: str) -> torch.nn.Module:
     h, w = (side, side) if isinstance(side, int) else side
     last: Exception | None = None
     for sizes in SMALL:
-        # NaFlex models are not of one size, and their config.json does not say any.
-        given = () if name.startswith("naflexvit") else (dict(img_size=(2 * h, 3 * w)),)
+        # NaFlex models are not of one size, but of that of their table.
+        given = (dict(img_size=(2 * h, 3 * w)),)
+        if name.startswith("naflexvit"):
+            given = (dict(pos_embed_grid_size=(4, 4)),)
         for size in (*given, {}):
             try:
                 model = timm.create_model(name, **sizes, **size)

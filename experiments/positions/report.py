@@ -4,6 +4,9 @@ other between 64.0 and 64.3%, so that which one hardly matters.
 
 Here a ViT of 4 layers (16 patches, width 64) is pre-trained on 40,000 images of 100 classes of
 fractals (`configs/evidence.py`), and measured by five-shot linear accuracy on 100 other classes.
+
+Rotary positions, as they are and rescaled in training as DINOv3's (arXiv 2508.10104), are points of
+the sweep as well; they have not been run for the table below.
 """
 
 from reporting import Told, dots, means, table
@@ -27,6 +30,8 @@ WHAT = {
     "learned2d_added": "learned, 2D, added",
     "sincos2d": "sine-cosine, 2D",
     "relative": "relative",
+    "rope": "rotary",
+    "rope_rescaled": "rotary, rescaled in training",
 }
 WHERE = {"input": "input", "layers": "each layer its own", "layers_shared": "each layer the same"}
 
@@ -35,12 +40,15 @@ def tell(points):
     """Is every kind better than none, and is one better than the paper's default?"""
 
     def key(point):
-        return point.overrides["model.position"], point.overrides["model.position_at"]
+        what = point.overrides["model.position"]
+        what += "_rescaled" if "model.rotary.rescale" in point.overrides else ""
+        return what, point.overrides["model.position_at"]
 
     few, val = means(points, key), means(points, key, "val/accuracy")
     names = {}
     for what, where in few:
-        at = "" if what in ("none", "relative", "sincos2d") else f", {WHERE[where]}"
+        alone = ("none", "relative", "sincos2d", "rope", "rope_rescaled")
+        at = "" if what in alone else f", {WHERE[where]}"
         names[what, where] = WHAT[what] + at
     rows = [
         (WHAT[what], WHERE[where], few[what, where], val[what, where], PAPER.get((what, where), ""))

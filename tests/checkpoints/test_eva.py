@@ -1,5 +1,6 @@
 """Weights under the names of timm's eva.py and of transformers' DINOv3, written down from both."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -222,6 +223,19 @@ def test_dinov3_of_transformers(start, gated, tmp_path):
     processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert processor["image_processor_type"] == "DINOv3ViTImageProcessor"
     assert vit_jax.load(str(tmp_path / "out")).preprocess.resize_dtype == "float32"
+
+
+@pytest.mark.parametrize("format", ["timm", "hf"])
+def test_what_only_training_does_to_places_is_not_in_the_files_of_others(format, tmp_path):
+    fields = dict(position="rope", registers=4, layer_scale=1e-5, layernorm_eps=1e-5, gelu="erf")
+    fields |= dict(key_bias=False, width=D, num_heads=HEADS, mlp_dim=MLP, depth=1, image_size=32)
+    model = vit_jax.create("S/16", **fields, num_classes=0, rotary=Rotary(rescale=2.0, shift=0.5))
+    vit_jax.save(model, str(tmp_path / "out"), format=format)
+    assert vit_jax.load(str(tmp_path / "out")).config == model.config  # our own metadata is beside
+    arrays = load_file(tmp_path / "out" / "model.safetensors")
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    bare = vit_jax.load(put(tmp_path / "bare", arrays, told)).config
+    assert dataclasses.replace(model.config, rotary=Rotary()) == bare
 
 
 def test_what_others_cannot_hold_is_refused(tmp_path):

@@ -5,9 +5,10 @@ import json
 
 import dialects
 import numpy as np
+import PIL.Image
 import pytest
 import resnet_dialects
-from conftest import fails
+from conftest import fails, write_config
 
 import vit_jax
 from vit_jax.__main__ import main
@@ -143,6 +144,59 @@ def test_on_the_command_line(tmp_path, capsys):
     run = tmp_path / "run"
     open_model(out).card.write(run)
     assert "run folder, of one model" in fails(capsys, "inspect", run, "--only=a*")
+
+
+def test_evaluate_and_predict_choose_a_model(tmp_path, capsys):
+    """Of two, one says the first class and the other the last."""
+    both = {}
+    for index, before in enumerate(("first.", "last.")):
+        arrays = {name: value.copy() for name, value in HF.arrays.items()}
+        arrays["classifier.bias"][:] = 0
+        arrays["classifier.bias"][-index] = 1e4
+        both |= below(before, arrays)
+    path, image = put(tmp_path / "in", HF, both), tmp_path / "x.png"
+    PIL.Image.new("RGB", (8, 8)).save(image)
+    assert "holds 2 models: choose one by only='first.*'" in fails(
+        capsys, "predict", f"--model={path}", image
+    )
+    for chosen, label in {"--only=last.*": "eel", "--ignore=last.*": "ant"}.items():
+        assert main(["predict", f"--model={path}", str(image), "--topk=1", chosen]) == 0
+        assert json.loads(capsys.readouterr().out)["labels"] == [[label, 1.0]]
+    argv = ["evaluate", f"--model={path}", f"--config={arrays_config(tmp_path)}", "--json"]
+    for chosen, right in {"--only=first.*": 4, "--ignore=first.*": 1}.items():
+        assert main([*argv, chosen]) == 0
+        assert json.loads(capsys.readouterr().out)["val/accuracy"] == right / 8
+    said = fails(capsys, "evaluate", f"--workdir={path}", "--only=first.*")
+    assert "--only: a run folder is of one model" in said
+
+
+def arrays_config(folder, more=""):
+    """A config with eight black images, of which four are of the first class, one of the last."""
+    labels = np.array([0, 0, 0, 0, 1, 2, 3, 4], np.int32)
+    np.savez(folder / "x.npz", val_images=np.zeros((8, 8, 8, 3), np.uint8), val_labels=labels)
+    split = f"dict(source='arrays:{folder}/x.npz', split='val', classes='in_order')"
+    return write_config(
+        folder / "c.py",
+        f"batch_size=8, data=dict(val={split}, train={split}, same_images=True), {more}",
+    )
+
+
+def test_init_from_chooses_a_model(tmp_path, capsys, untrained):
+    other = {name: value + 1 for name, value in HF.arrays.items()}
+    path = put(tmp_path / "in", HF, below("online.", HF.arrays) | below("mean.", other))
+    optim = "optim=dict(name='sgd', lr=0.1), total_steps=1, model=dict(head='keep')"
+    argv = ["train", f"--config={arrays_config(tmp_path, optim)}", f"--workdir={tmp_path}/run"]
+    start = f"--config.init_from={path}"
+    assert "init_from, these are model.only and model.ignore" in fails(capsys, *argv, start)
+    assert main([*argv, start, "--config.model.only=mean.*", "--json"]) == 0
+    trained = open_model(tmp_path / "run")
+    for name, value in HF.params().items():
+        np.testing.assert_array_equal(trained.read(name), value + 1, err_msg=name)
+    capsys.readouterr()
+    said = fails(capsys, *argv, start, "--config.model.only=online.*")
+    assert "holds a run of another config (model.only: ['mean.*'] -> ['online.*'])" in said
+    said = fails(capsys, *argv, "--config.model.ignore=mean.*")
+    assert "model.ignore chooses keys of init_from, which is not set" in said
 
 
 # -- Shards --------------------------------------------------------------------------------------

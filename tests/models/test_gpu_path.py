@@ -1,19 +1,25 @@
 """What is traced for GPUs is the same function: run here in float32, beside what a CPU is given."""
 
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import fake_mesh
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as fused
 from tiny_models import as_float32, random_images, random_params
 
 from vit_jax import compiler
-from vit_jax.models import attention, elementwise, layers
+from vit_jax.models import attention, elementwise, layers, native
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.layers import folded
 from vit_jax.models.lora import Lora
+from vit_jax.models.native import Patches
+from vit_jax.models.rotary import Rotary
 from vit_jax.models.vit import ViT
 
 GPU = fake_mesh("gpu")
@@ -78,6 +84,74 @@ def test_folded_blocks_have_norms_that_do_nothing(bias):
         np.testing.assert_array_equal(found[norm]["bias"], 0)
     if not bias:  # there is nowhere to move what it adds
         np.testing.assert_array_equal(found["norm1"]["bias"], blocks["norm1"]["bias"])
+
+
+LOWERED = {
+    "rope": (True, dict(position="rope", registers=1)),
+    "moved": (True, dict(position="rope", rotary=Rotary(rescale=2.0), patch_dropout=0.5)),
+    "learned rope": (True, dict(rotary=Rotary("index", learned=True, layout="pairs"))),
+    "native rope": (True, dict(position="rope", max_patches=6)),
+    "native": (True, dict(pool="gap", max_patches=5)),
+    "a bias": (False, dict(position="relative_bias")),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_what_auto_lowers_to_for_gpus(name, monkeypatch):
+    """cuDNN's kernel, there and back, wherever nothing is added to the logits; there is no GPU."""
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 92800)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
+    monkeypatch.setattr(attention, "_cudnn_works", lambda *_: True)
+    taken, fields = LOWERED[name]
+    config = ViTConfig(**SIZES | fields, dtype="bfloat16", scan=True)
+    graphdef, shapes = structure(config)
+    images = jax.ShapeDtypeStruct((3, 8, 8, 3), jnp.float32)
+    if config.max_patches is not None:
+        grid = jax.ShapeDtypeStruct((3, 2), jnp.int32)
+        images = Patches(jax.ShapeDtypeStruct((3, config.max_patches, 48), jnp.float32), grid)
+
+    def loss(params, images):
+        return nnx.merge(graphdef, params)(images, key=jax.random.key(0)).sum()
+
+    program = jax.jit(compiler.traced_for(GPU, jax.grad(loss))).trace(shapes, images)
+    calls = Counter(
+        re.findall(r"__cudnn[\w$]+", program.lower(lowering_platforms=("cuda",)).as_text())
+    )
+    wanted = {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
+    assert calls == (wanted if taken else {})
+
+
+@pytest.mark.parametrize("fields", [dict(registers=1), dict(pool="gap", position="rope")], ids=str)
+def test_cudnn_is_told_how_many_tokens_of_each_image_are_real(fields, monkeypatch):
+    """In its place what masks as it is documented; padded queries get zeros."""
+    config = ViTConfig(attention="xla", max_patches=5, **SIZES | fields)
+    rng = np.random.default_rng(1)
+    packed = native.packed(
+        [rng.normal(size=(h, w, 3)) for h, w in ((8, 8), (4, 20), (4, 4))], config
+    )
+
+    def lengths_only(q, k, v, bias, *, implementation, query_seq_lengths, key_value_seq_lengths):
+        assert bias is None and implementation == "cudnn" and q.shape[1] % 2 == 0
+        asked.append(implementation)
+        real = (
+            jnp.arange(q.shape[1]) < jnp.minimum(query_seq_lengths, key_value_seq_lengths)[:, None]
+        )
+        y = attention.attend(q, k, v, jnp.where(real, 0.0, -jnp.inf)[:, None, None])
+        return jnp.where(real[..., None, None], y, 0.0)
+
+    def outputs(model, _):
+        logits, captured = model(packed, capture="attention")
+        counts = config.num_prefix_tokens + packed.grid.prod(axis=1)
+        queries = np.arange(config.num_tokens) < counts[:, None]  # padding asks something else
+        weights = captured["attention"] * queries[:, None, :, None]
+        return jnp.concatenate([logits.ravel(), weights.ravel()])
+
+    wanted, asked = computed(config, outputs), []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lengths_only)
+    for module in (layers, attention):
+        monkeypatch.setattr(module, "backend_of", lambda config: "cudnn")
+    assert_alike(computed(config, outputs, GPU), wanted, 2e-5)
+    assert asked
 
 
 def normalised_in_float64(x, epsilon, above):

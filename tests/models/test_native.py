@@ -72,6 +72,17 @@ def test_a_padded_batch_is_as_each_image_alone(fields):
     assert relative_error(called(config, params, packed), wanted) < 2e-6
 
 
+def test_training_moves_all_images_by_the_same_draw():
+    rotary = Rotary(shift=0.5, jitter=1.5, rescale=2.0)
+    config, key = ViTConfig(**TINY, position="rope", rotary=rotary), jax.random.key(3)
+    params = as_float32(random_params(config))
+    wanted = np.concatenate([alone(params, config, image, key=key) for image in images()])
+    found = called(config, params, native.packed(images(), config), key=key)
+    assert relative_error(found, wanted) < 2e-6
+    still = called(config, params, native.packed(images(), config))
+    assert relative_error(still, wanted) > 1e-2
+
+
 def test_what_other_devices_are_given_computes_the_same():
     config = ViTConfig(**TINY, pool="map", registers=1)
     params, packed = as_float32(random_params(config)), native.packed(images(), config)
@@ -151,7 +162,6 @@ def test_images_that_do_not_fit(shape, says):
         (dict(position_at="layers"), "model.position_at 'layers' is not"),
         (dict(patch_dropout=0.5), "model.patch_dropout 0.5 is not"),
         (dict(resnet=(1,), resnet_width=32, patch_size=1), r"model.resnet \(1,\) is not"),
-        (dict(attention="cudnn"), "model.attention 'cudnn' is not"),
         (dict(native_resize="cubic"), "model.native_resize is 'cubic'"),
         (dict(max_patches=0), "model.max_patches is 0; expected an integer from 1 up"),
     ],

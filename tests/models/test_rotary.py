@@ -22,10 +22,11 @@ MIXED = Rotary("index", base=10.0, axes="xy", layout="pairs", learned=True)
 PE = Rotary("index", base=10_000.0, reference=(4, 4), offset=1.0, axes="xy", layout="pairs")
 
 
-def angles(rotary, row, column, grid, head_dim, learned):
+def angles(rotary, row, column, grid, head_dim, learned, moved=lambda y, x: (y, x)):
     """The angles of a patch's pairs, one by one; `learned` are a head's frequencies, if any."""
     if rotary.coordinates == "centred":
-        y, x = (2 * np.pi * ((2 * i + 1) / n - 1) for i, n in ((row, grid[0]), (column, grid[1])))
+        y, x = moved(*((2 * i + 1) / n - 1 for i, n in ((row, grid[0]), (column, grid[1]))))
+        y, x = 2 * np.pi * y, 2 * np.pi * x
     else:
         h, w = rotary.reference or grid
         y, x = (row + rotary.offset) * h / grid[0], (column + rotary.offset) * w / grid[1]
@@ -51,7 +52,7 @@ def normalised(x, p, eps=1e-6):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
 
 
-def attention(x, p, config):
+def attention(x, p, config, *moved):
     """Weights [heads n n] and output of a block's attention, for normalised tokens x [n d]."""
     kernel, bias = p["qkv"]["kernel"], p["qkv"].get("bias")
     if bias is not None and len(bias) == 2:
@@ -63,7 +64,8 @@ def attention(x, p, config):
         )
         for patch in range(grid[0] * grid[1]):
             learned = p["rotary_freqs"][:, head] if "rotary_freqs" in p else None
-            turns = angles(config.rotary, *divmod(patch, grid[1]), grid, config.head_dim, learned)
+            place = divmod(patch, grid[1])
+            turns = angles(config.rotary, *place, grid, config.head_dim, learned, *moved)
             for part in (q, k):
                 part[prefix + patch] = rotated(part[prefix + patch], turns, config.rotary.layout)
         weights = np.exp(q @ k.T / np.sqrt(config.head_dim))
@@ -76,8 +78,8 @@ def attention(x, p, config):
     return np.stack(found), y @ p["out"]["kernel"].reshape(y.shape[-1], -1) + p["out"]["bias"]
 
 
-def block(x, p, config):
-    weights, y = attention(normalised(x, p["norm1"]), p["attention"], config)
+def block(x, p, config, *moved):
+    weights, y = attention(normalised(x, p["norm1"]), p["attention"], config, *moved)
     x = x + y
     gate, y = np.split(normalised(x, p["norm2"]) @ p["mlp"]["fc1"]["kernel"], 2, axis=-1)
     gate_bias, bias = np.split(p["mlp"]["fc1"]["bias"], 2)
@@ -110,6 +112,78 @@ def test_blocks_are_those_written_out(name):
             weights, x = block(x, own, config)
             assert relative_error(found["attention"][layer, i], weights) < 1e-5
             assert relative_error(found["tokens"][layer, i], x) < 1e-5
+
+
+def move_of(rotary, key):
+    """A draw of DINOv3's augmentation of places (arXiv 2508.10104), written out, by a key."""
+    draws = [
+        2 * np.float64(jax.random.uniform(each, shape)) - 1
+        for each, shape in zip(jax.random.split(key, 3), ((2,), (2,), ()), strict=True)
+    ]  # in [-1, 1)
+    shift = np.zeros(2) if rotary.shift is None else rotary.shift * draws[0]
+    jitter, rescale = (
+        np.ones(2) if most is None else most**draw
+        for most, draw in zip((rotary.jitter, rotary.rescale), draws[1:], strict=True)
+    )
+    return lambda *place: (np.array(place) + shift) * jitter * rescale
+
+
+MOVED = {
+    "all": dict(shift=0.25, jitter=1.5, rescale=2.0),
+    "one": dict(rescale=2.0),
+    "learned": dict(shift=0.5, jitter=2.0, learned=True, layout="pairs"),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_training_moves_the_patches_of_all_images_by_one_draw(name):
+    """Scanned, looped over and rematerialised; the tokens before them have no place."""
+    rotary = Rotary(**MOVED[name])
+    config = ViTConfig(
+        **TINY, depth=2, mlp="swiglu", position="rope", rotary=rotary, registers=1, scan=True
+    )
+    params, images, found = random_params(config), random_images(config), {}
+    for seed in (0, 1):
+        key = jax.random.key(seed)
+        capture = dict(key=key, capture=("patches", "tokens", "attention"))
+        logits, found[seed] = run(config, params, images, **capture)
+        moved = move_of(rotary, jax.random.fold_in(jax.random.split(key)[0], 2))
+        for i in range(2):
+            x = np.asarray(found[seed]["patches"][i], np.float64)
+            x = np.concatenate([params["cls_token"][0], params["registers"][0], x])
+            for layer in range(2):
+                own = jax.tree.map(lambda leaf: leaf[layer], params["blocks"])  # noqa: B023
+                weights, x = block(x, own, config, moved)
+                assert relative_error(found[seed]["attention"][layer, i], weights) < 1e-5
+                assert relative_error(found[seed]["tokens"][layer, i], x) < 1e-5
+    assert np.abs(found[0]["attention"] - found[1]["attention"]).max() > 0.02
+    for change in (dict(scan=False), dict(remat="full")):
+        again = run(dataclasses.replace(config, **change), params, images, key=key)
+        assert relative_error(again, np.asarray(logits)) < 1e-6
+    # Without a key nothing moves.
+    still = dataclasses.replace(config, rotary=rotary.plain)
+    assert not rotary.plain.augments
+    wanted = np.asarray(run(still, params, images))
+    assert relative_error(run(config, params, images), wanted) < 1e-6
+
+
+def test_places_are_moved_as_far_as_said_and_no_further():
+    rotary, places = Rotary(shift=0.5, jitter=1.5, rescale=3.0), np.zeros((3, 2))
+    places[1:] = 2 * np.pi * np.array([[-1, -1], [1, 1]])
+    keys = jax.random.split(jax.random.key(0), 2000)
+    found = np.asarray(jax.vmap(lambda key: rotary.augmented(places, 1, key))(keys))
+    assert (found[:, 0] == 0).all()  # a prefix token
+    first, last = found[:, 1] / (2 * np.pi), found[:, 2] / (2 * np.pi)
+    scale, shift = (last - first) / 2, (last + first) / (last - first)  # [draws 2]
+    for value, most in ((shift, 0.5), (np.log(scale), np.log(4.5))):
+        assert 0.9 * most < value.max() <= most + 1e-5 and -most - 1e-5 <= value.min() < -0.9 * most
+        np.testing.assert_allclose(value.mean(0), 0, atol=0.1 * most)
+    apart = np.log(scale[:, 0] / scale[:, 1])  # of two jitters; the rescaling is the same
+    assert 1.8 * np.log(1.5) < np.abs(apart).max() <= 2 * np.log(1.5) + 1e-5
+    # Log-uniform: uniform numbers of a variance of a third of their square.
+    assert scale[:, 0].size * 0.45 < (scale[:, 0] < 1).sum() < scale[:, 0].size * 0.55
+    wanted = (np.log(1.5) ** 2 + np.log(3.0) ** 2) / 3
+    np.testing.assert_allclose(np.log(scale).var(0), wanted, rtol=0.1)
 
 
 def test_scan_and_loop_and_remat_compute_the_same():
@@ -200,6 +274,10 @@ def test_what_does_not_go_together_is_refused(fields, message):
         (dict(base=1.0), "base is 1.0; expected a number above 1"),
         (dict(reference=(16, 16)), "reference is for coordinates 'index'"),
         (dict(coordinates="index", reference=(16, 0)), "expected a grid"),
+        (dict(rescale=0.5), "rescale is 0.5; expected a number from 1 up, or None"),
+        (dict(shift=-0.5), "shift is -0.5; expected a number from 0 up"),
+        (dict(jitter=float("inf")), "jitter is inf; expected"),
+        (dict(coordinates="index", rescale=2.0), "rescale is for coordinates 'centred'"),
     ],
     ids=str,
 )

@@ -212,13 +212,19 @@ def truth_of_naflex(model):
     factorized = embeds.pos_embed_type == "factorized"
     method = "bilinear" if factorized else embeds.pos_embed_interp_mode
     method += "_antialias" if embeds.pos_embed_antialias and not factorized else ""
-    assert not (embeds.pos_embed_align_corners or embeds.pos_embed_use_grid_sample)
+    assert not embeds.pos_embed_use_grid_sample
+    if embeds.pos_embed_align_corners:
+        assert method == "bilinear"
+        method = "zoom"
     return {
         "num_heads": block.attn.num_heads,
         "layernorm_eps": block.norm1.eps,
         "gelu": {"GELU": "erf", "GELUTanh": "tanh"}[type(block.mlp.act).__name__],
-        "pool": {"avg": "gap", "map": "map"}[model.global_pool],
+        "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": model.num_reg_tokens,
+        "final_norm": not all(
+            isinstance(n, torch.nn.Identity) for n in (model.norm, model.fc_norm)
+        ),
         "has_class_token": embeds.cls_token is not None,
         "num_prefix_tokens": model.num_prefix_tokens,
         "patch_size": tuple(embeds.patch_size),

@@ -1,7 +1,12 @@
 """Models of timm's vision_transformer.py that are no plain ViTs: AIMv2, InternViT, RADIO, ..."""
 
+import re
+
 import pytest
+import safetensors.torch
 import timm
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 import vit_jax
 from parity.references import (
@@ -11,6 +16,7 @@ from parity.references import (
     assert_written_for_others,
     expected_of,
     load,
+    randomise,
     same_tensors,
     truth_of_timm,
 )
@@ -90,3 +96,28 @@ def test_written_for_others(name, folders, tmp_path):
     assert_written_for_others(vit, CASES[name].writes, tmp_path)
     vit_jax.save(vit, tmp_path / "ours.safetensors", format="vit_jax")
     assert_same_models(load(tmp_path / "ours.safetensors"), vit)
+
+
+@pytest.mark.parametrize("chunks", [None, 2])
+@pytest.mark.parametrize("start", ["small_patch14_reg4", "small_patch14", "giant_patch14_reg4"])
+def test_dinov2s_own_release(start, chunks, tmp_path, record):
+    """Random weights under the release's names, which timm converts to its own, and we read."""
+    name = f"vit_{start}_dinov2"
+    model = timm.create_model(name, embed_dim=192, num_heads=3, depth=3, img_size=56)
+    own, gated = {"mask_token": torch.zeros(1, 192)}, "giant" in name
+    for key, value in randomise(model).state_dict().items():
+        if gated:
+            key = key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+        if key == "pos_embed" and "reg4" in name:  # the release's has a row of the class token
+            value = torch.cat([torch.randn(1, 1, 192) * 0.02, value], dim=1)
+        if chunks and key.startswith("blocks."):
+            key = f"blocks.{int(key.split('.')[1]) // chunks}.{key.removeprefix('blocks.')}"
+        own[key.replace("reg_token", "register_tokens")] = value.contiguous()
+    safetensors.torch.save_file(own, tmp_path / "release.safetensors")
+    whole = {re.sub(r"blocks\.\d+\.(?=\d)", "blocks.", key): own[key] for key in own}
+    model.load_state_dict(checkpoint_filter_fn(dict(whole), model))
+    vit = load(tmp_path / "release.safetensors")
+    assert "pool" not in vit.report.assumed
+    worst = agree(vit, expected_of(model, vit))
+    what = f"{start}, {'chunks' if chunks else 'whole'}"
+    record("DINOv2's own release", f"timm {timm.__version__} conversion", what, worst)

@@ -4,18 +4,22 @@ import dataclasses
 import functools
 import json
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 import timm
 import torch
 import transformers as hf
+from flax import nnx
 
 import vit_jax
 from parity.references import (
     agree,
     assert_same_models,
+    error,
     load,
+    pixels,
     randomise,
     same_tensors,
     save,
@@ -24,6 +28,7 @@ from parity.references import (
 from parity.timm_cases import CASES as TIMM
 from parity.timm_cases import model_of as timm_model_of
 from vit_jax.errors import UserError
+from vit_jax.models.create import structure
 from vit_jax.models.rotary import Rotary
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
@@ -441,6 +446,56 @@ def test_another_image_size(name, size, folders, record):
     always = {} if name.startswith(by_itself) else {"interpolate_pos_encoding": True}
     worst = agree(vit, expected_of(case, model_of(name), vit.config, **always))
     record(case.family, case.reference, "resized", worst)
+
+
+def test_training_moves_places_as_theirs_does(tmp_path, record, monkeypatch):
+    """The whole DINOv3 as it trains, and timm's table of positions, with the same draws."""
+    moves = dict(shift=0.3, jitter=1.5, rescale=2.0)
+    theirs_of = {f"pos_embed_{name}": most for name, most in moves.items()}
+    model = randomise(hf.DINOv3ViTModel(dinov3_config(**theirs_of)))
+    model.save_pretrained(tmp_path)
+    vit, draws = load(tmp_path), np.random.default_rng(0).random(5).astype(np.float32)
+    config = dataclasses.replace(vit.config, rotary=dataclasses.replace(vit.config.rotary, **moves))
+
+    def drawing(fill):
+        """What draws the same numbers of [0, 1) in turn, here and there."""
+        left = list(draws)
+        taken = lambda count: np.float32([left.pop(0) for _ in range(count)])  # noqa: E731
+        return lambda shape, low, high: fill(low + (high - low) * taken(int(np.prod(shape))), shape)
+
+    ours_draw = drawing(lambda values, shape: values.reshape(shape))
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda key, shape, minval, maxval: ours_draw(shape, minval, maxval)
+    )
+    graphdef, images = structure(config)[0], pixels(config)
+    with jax.default_matmul_precision("highest"):
+        found = nnx.merge(graphdef, nnx.state(vit.model))(images, key=jax.random.key(0))
+
+    def theirs_draws():
+        draw = drawing(lambda values, shape: torch.from_numpy(values.reshape(shape)))
+        monkeypatch.setattr(
+            torch.Tensor, "uniform_", lambda x, low, high: x.copy_(draw(x.shape, low, high))
+        )
+
+    theirs_draws()
+    with torch.no_grad():
+        wanted = model.train()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    worst = error(found, wanted.pooler_output.numpy())
+    assert worst < 2e-5
+    record("DINOv3", "transformers DINOv3ViTModel", "places moved in training", worst)
+    assert error(found, vit.model(images)) > 1e-3  # which are not moved
+
+    theirs_draws()
+    rope = timm.layers.RotaryEmbeddingDinoV3(
+        8, **{f"{name}_coords": most for name, most in moves.items()}
+    )
+    sines, cosines = (
+        rope.train().get_embed([4, 4]).numpy().reshape(16, 2, 2, 4)[:, :, 0].swapaxes(0, 1)
+    )
+    ours_draw = drawing(lambda values, shape: values.reshape(shape))
+    places = config.rotary.augmented(config.rotary.places((4, 4), 0), 0, jax.random.key(0))
+    table = config.rotary.turns(places, 8, np)
+    np.testing.assert_allclose(table, np.concatenate([cosines, sines], axis=-1), atol=3e-6)
 
 
 def test_another_gate_is_refused(tmp_path):

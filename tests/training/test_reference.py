@@ -18,6 +18,7 @@ LEAVES = [leaf for section in reference.sections() for leaf in section.leaves]
 # Texts that may be anything; all others have a list of choices.
 FREE = ("source", "split", "classes", "cache", "init_from", "wandb_project", "variant")
 FREE += ("targets", "freeze", "match", "class_weights", "best", "metric", "teacher")
+FREE += ("only", "ignore")
 
 
 def test_every_key_is_explained_and_nothing_else():
@@ -29,7 +30,9 @@ def test_every_key_is_explained_and_nothing_else():
         assert bool(leaf.choices) == (leaf.kind.startswith("text") and not free), leaf
     for kind in {*sections(Config), ViTConfig, *EVALUATORS.values()}:
         names = {field.name for field in dataclasses.fields(kind)}
-        names |= {"model.variant", "model.head", "model.position_resize"}
+        names |= {
+            f"model.{name}" for name in ("variant", "head", "position_resize", "only", "ignore")
+        }
         assert set(reference.meanings(kind)) <= names, kind
 
 

@@ -21,6 +21,7 @@ from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import create, structure
+from vit_jax.models.rotary import Rotary
 from vit_jax.training import sharding
 from vit_jax.training.evaluation.steps import make_eval_step
 from vit_jax.training.objectives import Augment, sigmoid, softmax, to_targets
@@ -207,7 +208,8 @@ def test_the_steps_above_are_clipped():
 
 
 def test_randomness_is_a_function_of_seed_and_step():
-    config = dataclasses.replace(CONFIG, dropout=0.3, drop_path=0.2)
+    rope = dict(rotary=Rotary(shift=0.5, rescale=4.0))
+    config = dataclasses.replace(CONFIG, dropout=0.3, drop_path=0.2, **rope)
     abstract, step = stepper(mesh_of(), config, donate=(), seed=7)
     state = start(abstract, config)
     rows = {name: jnp.asarray(values) for name, values in batch(0).items() if name != "index"}

@@ -94,7 +94,9 @@ def _check_outside(folder: str | None, source: str) -> None:
 
 def _card(config: Config, train: Source) -> ModelCard:
     """The card of the model that a config would train."""
-    init = None if config.init_from is None else open_model(config.init_from)
+    init = None
+    if config.init_from is not None:
+        init = open_model(config.init_from, **config.init_keys)
     return make_plan(config, TrainingData.of(train), init).card
 
 

@@ -296,7 +296,9 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
 
     Without its data, a run is planned with model.num_classes classes.
     """
-    init = None if config.init_from is None else open_model(config.init_from)
+    init = None
+    if config.init_from is not None:
+        init = open_model(config.init_from, **config.init_keys)
     teacher = open_teacher(config.distill, open_model)
     try:
         source = open_source(config.data.train.source, config.data.train.split)

@@ -43,8 +43,11 @@ TIMM_EVA = frozenset(
 TIMM_NAFLEX = frozenset(
     """
     naflexvit_base_patch16_gap naflexvit_base_patch16_map naflexvit_base_patch16_par_gap
-    naflexvit_base_patch16_parfac_gap naflexvit_base_patch16_siglip
-    naflexvit_so150m2_patch16_reg1_gap naflexvit_so400m_patch16_siglip
+    naflexvit_base_patch16_parfac_gap naflexvit_base_patch16_radio_v3
+    naflexvit_base_patch16_siglip naflexvit_giant_patch16_radio_v3
+    naflexvit_huge_patch16_radio_v3 naflexvit_huge_patch16_radio_v4
+    naflexvit_large_patch16_radio_v3 naflexvit_so150m2_patch16_reg1_gap
+    naflexvit_so400m_patch16_radio_v4 naflexvit_so400m_patch16_siglip
     """.split()
 )
 TIMM = (

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float32
 
-from vit_jax.checkpoints import architectures, families, tables_parallel
+from vit_jax.checkpoints import architectures, families, tables_dinov2, tables_parallel
 from vit_jax.checkpoints.card import family_of, typed_config
 from vit_jax.checkpoints.files import Weights, open_weights
 from vit_jax.checkpoints.infer import infer
@@ -166,7 +166,7 @@ def interpret(
         if architecture is None and weights.config.get("architecture"):  # its name says more
             _named(weights, "timm", None)
         raise
-    dialect = told_apart(weights, dialect, prefix)
+    dialect = tables_dinov2.told_apart(weights, told_apart(weights, dialect, prefix))
     weights, grid = flattened(weights)
     if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
         raise UserError(

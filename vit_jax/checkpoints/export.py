@@ -330,6 +330,7 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
     told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
+    told = ("final_norm",) if dialect is TIMM_NAFLEX else told
     if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
         told = ("pool_prefix", "final_norm", "norm_after_branch")
         told += ("pool_heads",) if dialect is TIMM_EVA else ()

@@ -195,7 +195,7 @@ def position_resize(dialect: str, vit: ModelConfig) -> str:
         return "geometric" if dialect == "timm" else "bilinear"
     if method := getattr(vit, "native_resize", None):
         return method
-    if dialect == "hf" and isinstance(vit, ViTConfig):
+    if dialect in ("hf", "dinov2") and isinstance(vit, ViTConfig):
         return "bicubic_antialias" if vit.registers else "bicubic"
     return "bicubic_antialias" if dialect == "timm" else "zoom"
 
@@ -217,6 +217,8 @@ def default_heads(width: int, mlp: str, rotary: bool = False) -> int | None:
 
 def default_gelu_eps(dialect: str, fields: Mapping[str, Any]) -> tuple[str, float]:
     """Default activation and LayerNorm epsilon of a code base's models, given the known fields."""
+    if dialect == "dinov2":
+        return "erf", 1e-6
     if dialect == "timm":
         # Also BEiT-3.
         clip = fields.get("pre_norm") or fields.get("patch_norm") or fields.get("attention_norm")

@@ -11,7 +11,10 @@ from vit_jax.models.config import ViTConfig, pair
 from vit_jax.models.posembed import ASPECT
 
 # Patterns of timm's names, and the fields of their models.
+_RADIO = dict(pool="token", final_norm=False)
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"naflexvit_(base|huge)_\w+_radio_v3", _RADIO | dict(native_resize="zoom_aspect")),
+    (r"naflexvit_\w+_radio_v\d", _RADIO | dict(native_resize="bilinear_aspect")),
     (r"naflexvit_\w+_siglip", dict(pool="map", gelu="tanh", native_resize="bilinear_antialias")),
     (r"naflexvit_\w+_map", dict(pool="map", native_resize="bicubic_antialias")),
     (r"naflexvit_\w+_par_gap", dict(pool="gap", native_resize="bicubic_antialias_aspect")),
@@ -43,8 +46,8 @@ def said(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if factorized == "factorized":
         how = ("bilinear", False, False)
     else:
-        usual = "bicubic" if "_parfac_" in name else method.split("_")[0]
-        defaults = (usual, True, False)
+        usual = "bicubic_antialias" if "_parfac_" in name else method
+        defaults = next(key for key, each in _METHODS.items() if each == usual)
         how = tuple(settings.get(key, value) for key, value in zip(_RESIZE, defaults, strict=True))
     if how not in _METHODS:
         told = ", ".join(f"{key}={value!r}" for key, value in zip(_RESIZE, how, strict=True))
@@ -158,6 +161,7 @@ def timm_args(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
         "qkv_bias": vit.qkv_bias,
         "init_values": vit.layer_scale,
         "pre_norm": vit.pre_norm,
+        "final_norm": vit.final_norm,
         "act_layer": {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}[vit.gelu],
         "pos_embed": kinds[vit.position],
         "pos_embed_grid_size": list(vit.grid),

@@ -20,6 +20,7 @@ _HEADS = {
     "aimv2_1b": 16,
     "aimv2_3b": 24,
     "vit_giant_patch16_radio": 24,
+    "naflexvit_giant_patch16_radio": 24,
     "test_vit3": 3,
     "test_vit4": 3,
     "test_vit": 2,

@@ -18,6 +18,7 @@ from vit_jax.checkpoints.tables import (
     TIMM,
     TIMM_PARALLEL,
 )
+from vit_jax.checkpoints.tables_dinov2 import DINOV2
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
 from vit_jax.checkpoints.tables_naflex import NAFLEX, TIMM_NAFLEX
@@ -55,7 +56,7 @@ def infer(
     fields["width"] = width = axis("patch_embed/kernel", "d")
     fc1, fc2 = (axis("blocks/mlp/fc1/kernel", "o"), axis("blocks/mlp/fc2/kernel", "i"))
     fields["mlp_dim"] = fc2
-    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, HF_AIMV2, HF_SAPIENS2, FLAX_DINOV2)
+    swiglu = (TIMM, TIMM_EVA, HF_DINOV2, HF_DINOV3, HF_AIMV2, HF_SAPIENS2, FLAX_DINOV2, DINOV2)
     gated = dialect in swiglu and fc1 == 2 * fc2
     fields["mlp"] = "swiglu" if gated else "gelu"
     first = found["blocks/mlp/fc1/kernel"]
@@ -321,7 +322,8 @@ def _positions(weights, dialect, found, fields, given, file_size, axis, assumed)
         + (fields.get("distillation", "none") != "none")
         + fields.get("registers", 0)
     )
-    usual = {"big_vision": 0, "hf": prefix - fields.get("registers", 0)}.get(dialect.name, prefix)
+    without = prefix - fields.get("registers", 0)
+    usual = {"big_vision": 0, "hf": without, "dinov2": without}.get(dialect.name, prefix)
     possible = range(prefix + 1)
     if given.get("position_prefix") is not None:
         usual = given["position_prefix"]

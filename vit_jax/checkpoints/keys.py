@@ -133,18 +133,21 @@ def _before(dialect: Dialect, key: str) -> Iterator[str]:
 
 def several(weights: Weights) -> UserError:
     """The error for a file with other keys beside a model's: how each model in it is chosen."""
-    found = wrappers(weights.shapes)
+    found, where = (
+        wrappers(weights.shapes),
+        "; for init_from, these are model.only and model.ignore",
+    )
     names = ", ".join(f"only={f'{before}*'!r} ({found[before]})" for before in found if before)
     if "" in found:
         ignored = " and ".join(f"ignore={f'{before}*'!r}" for before in found if before)
         return UserError(
             f"{weights.path} holds {len(found)} models: {ignored} leaves the one without a prefix, "
-            f"and another is chosen by {names}"
+            f"and another is chosen by {names}{where}"
         )
     if len(found) > 1:
-        return UserError(f"{weights.path} holds {len(found)} models: choose one by {names}")
+        return UserError(f"{weights.path} holds {len(found)} models: choose one by {names}{where}")
     other = next(key for key in weights.shapes if not key.startswith(tuple(found)))
     return UserError(
         f"{weights.path} holds other keys than its model's, such as {other}: choose the model by "
-        f"{names}"
+        f"{names}{where}"
     )

@@ -246,9 +246,12 @@ def _open_run(workdir: epath.Path, wanted: int | str | None, **known: Any) -> Op
     )
 
 
-def open_together(path: epath.PathLike) -> Opened:
-    """`open_model` on every process of a run; raises unless all find the same (collective)."""
-    opened = distributed.each("open", lambda: open_model(path))
+def open_together(path: epath.PathLike, **chosen: Patterns) -> Opened:
+    """`open_model` on every process of a run; raises unless all find the same (collective).
+
+    `chosen` are its `only` and `ignore`.
+    """
+    opened = distributed.each("open", lambda: open_model(path, **chosen))
     steps = distributed.gather("opened", f"{opened.step} of {shapes_of(opened.card.config)}")
     if len(set(steps)) > 1:
         raise UserError(

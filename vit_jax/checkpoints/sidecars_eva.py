@@ -32,9 +32,14 @@ def is_eva(vit: ViTConfig) -> bool:
     return vit.rotary is not None or not vit.key_bias or parts
 
 
+def _rotary(vit: ViTConfig) -> Rotary | None:
+    """Rotary positions as they are after training."""
+    return None if vit.rotary is None else vit.rotary.plain
+
+
 def is_sapiens2(vit: ViTConfig) -> bool:
     """Whether a model has the blocks of Sapiens 2, with any sizes."""
-    dinov3 = vit.rotary == families_eva.DINOV3 and vit.position == "rope"
+    dinov3 = _rotary(vit) == families_eva.DINOV3 and vit.position == "rope"
     return dinov3 and vit.norm == "rmsnorm" and vit.final_norm and vit.key_bias
 
 
@@ -49,7 +54,7 @@ def timm_eva(vit: ViTConfig) -> tuple[str, float] | None:
         fits = vit.rotary is None and vit.final_norm and not (vit.qkv_bias and vit.key_bias)
         return ("eva02_enormous_patch14_clip_224", 1e-6) if fits else None
     fits = (True, False) if not vit.qkv_bias else (vit.key_bias,)
-    found = (_ARCHITECTURES.get((vit.rotary, bias, vit.final_norm)) for bias in fits)
+    found = (_ARCHITECTURES.get((_rotary(vit), bias, vit.final_norm)) for bias in fits)
     return next(filter(None, found), None)
 
 
@@ -57,7 +62,7 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     """Yields config fields (with values) that no model of eva.py has."""
     found = timm_eva(vit)
     if found is None:
-        other = (vit.rotary, not vit.key_bias, vit.final_norm) in _ARCHITECTURES
+        other = (_rotary(vit), not vit.key_bias, vit.final_norm) in _ARCHITECTURES
         field = "key_bias" if other else "rotary"
         if vit.norm != "layernorm" or vit.norm_after_branch:
             field = "norm" if vit.norm != "layernorm" else "norm_after_branch"
@@ -151,6 +156,6 @@ def hf_config(vit: ViTConfig) -> dict[str, Any]:
 def is_dinov3(vit: ViTConfig) -> bool:
     """Whether a model rotates as DINOv3, with any base."""
     rotary = vit.rotary
-    return rotary is not None and rotary == dataclasses.replace(
+    return rotary is not None and rotary.plain == dataclasses.replace(
         families_eva.DINOV3, base=rotary.base
     )

@@ -63,9 +63,9 @@ def attention_backend(
 
     cuDNN takes half precision and head dimensions that are multiples of 8. Whether it works on the
     target device is tested once, by compiling a small gradient. With a bias on the logits (relative
-    positions, images at their native size), `auto` is always XLA, as cuDNN limits the sizes and
-    gradients of a bias. cuDNN's gradients cannot be differentiated again: second derivatives need
-    XLA.
+    positions), `auto` is always XLA, as cuDNN limits the sizes and gradients of a bias; padding of
+    images at their native size is no bias to it. cuDNN's gradients cannot be differentiated again:
+    second derivatives need XLA.
     """
     if wanted != "auto":
         return wanted
@@ -90,13 +90,15 @@ def _cudnn_works(device: Any, dtype: str, head_dim: int, tokens: int) -> bool:
     return True
 
 
-def padding(q: Float[Array, "b n h k"], length: int) -> dict[str, Int[Array, " b"]]:
+def padding(
+    q: Float[Array, "b n h k"], length: int | Int[Array, " b"]
+) -> dict[str, Int[Array, " b"]]:
     """Length arguments for `jax.nn.dot_product_attention` if only the first `length` tokens count.
 
-    The lengths are the same for each image. They formally depend on q, so that they have its batch
+    One length of all images, or one of each. They formally depend on q, so that they have its batch
     axes under `jax.vmap`, which JAX 0.10 needs.
     """
-    if length == q.shape[1]:
+    if isinstance(length, int) and length == q.shape[1]:
         return {}
     lengths = jnp.where(q[:, 0, 0, 0] > 0, jnp.int32(length), jnp.int32(length))
     return dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)

@@ -304,8 +304,7 @@ class ViTConfig:
     @property
     def biases_logits(self) -> bool:
         """Whether something adds to attention logits, which cuDNN's kernel is not given."""
-        parts = self.relative_bias, self.max_patches
-        return self.position == "relative" or any(part is not None for part in parts)
+        return self.position == "relative" or self.relative_bias is not None
 
     @property
     def num_patches(self) -> int:
@@ -482,7 +481,6 @@ def _check_native(config: ViTConfig) -> None:
         "resnet": (None,),
         "patch_dropout": (0,),
         "patch_outputs": (0,),
-        "attention": ("auto", "xla"),
         "relative_bias": (None,),
         "differential": (False,),
     }

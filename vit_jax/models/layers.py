@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from vit_jax.compiler import target
 from vit_jax.errors import UserError
@@ -132,13 +132,14 @@ class Attention(nnx.Module):
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
         index: int | float | Float[Array, ""] = 0,
-        logits_bias: Float[Array, "#b #h #m n"] | None = None,
+        logits_bias: Float[Array, "#b #h #m l"] | None = None,
+        counts: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b m d"]:
         """Attends from x, or from `query` if given, to x, or only to its first `length` tokens.
 
         `rotation` is the table of rotary positions, for all images or for each; with learned
         frequencies, the tokens' places [n 2]. `index` is the block's; `logits_bias` is added to
-        the logits.
+        the logits. cuDNN is given `counts` in its place: how many tokens of each image are real.
         """
         dtype, length = jnp.dtype(self.config.dtype), length or x.shape[1]
         with jax.named_scope("qkv"):
@@ -158,18 +159,17 @@ class Attention(nnx.Module):
             embeddings = self.rel_embed[...].astype(dtype)
             logits_bias = positions.relative_logits(q, embeddings, self.config.num_prefix_tokens)
         if captures is not None:
-            real = (q[:, :length], k[:, :length])
-            captures("attention", lambda: attention_weights(*real, logits_bias))
+            both = (q[:, :length], k[:, :length])
+            captures("attention", lambda: attention_weights(*both, logits_bias))
         # cuDNN does not train with a single query.
         backend = backend_of(self.config) if query is None else "xla"
         with jax.named_scope("attend"):
             if backend == "xla" and target() != "tpu":  # which knows JAX's own, and fuses it
                 y = attend(q, k, v, logits_bias)
             else:
-                padded = padding(q, length) if query is None else {}
-                y = jax.nn.dot_product_attention(
-                    q, k, v, logits_bias, implementation=backend, **padded
-                )
+                bias, real = (logits_bias, length) if counts is None else (None, counts)
+                padded = padding(q, real) if query is None else {}
+                y = jax.nn.dot_product_attention(q, k, v, bias, implementation=backend, **padded)
         if self.config.attention_norm:
             y = self.norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
         with jax.named_scope("attention_out"):
@@ -301,12 +301,14 @@ class Block(nnx.Module):
         captures: Captures | None = None,
         length: int | None = None,
         rotation: Float[Array, "*b n c"] | None = None,
-        logits_bias: Float[Array, "#b #h #m n"] | None = None,
+        logits_bias: Float[Array, "#b #h #m l"] | None = None,
+        counts: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Runs the block on tokens, or, with `length`, attending only to the first `length`.
 
         `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path. `rotation`
-        is the table of rotary positions, and `logits_bias` is added to the logits of attention.
+        is the table of rotary positions. `logits_bias` is added to the logits of attention, where
+        cuDNN is given `counts`.
         """
         attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
         after = self.config.norm_after_branch
@@ -322,7 +324,8 @@ class Block(nnx.Module):
 
         scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
         index = depth_fraction * (self.config.depth - 1)
-        given = dict(length=length, rotation=rotation, index=index, logits_bias=logits_bias)
+        given = dict(length=length, rotation=rotation, index=index)
+        given |= dict(logits_bias=logits_bias, counts=counts)
         y = self.attention(x if after else self.norm1(x), captures, **given)
         if self.config.parallel:
             y = y + self.mlp(self.norm1(x), hidden_key)

@@ -53,13 +53,18 @@ class Sizes:
         return jnp.arange(self.config.max_patches) < self.grid.prod(axis=1)[:, None]
 
     @property
+    def counts(self) -> Int[Array, " b"]:
+        """The number of tokens of each image, without padding."""
+        return self.config.num_prefix_tokens + self.grid.prod(axis=1)
+
+    @property
     def bias(self) -> Float[Array, "b 1 1 n"]:
         """What hides padding from attention, added to its logits: 0 or minus infinity."""
         bias = jnp.where(self.real, 0.0, -jnp.inf)[:, None, None]
         return jnp.pad(bias, [(0, 0)] * 3 + [(self.config.num_prefix_tokens, 0)])
 
     @property
-    def places(self) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+    def _indices(self) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
         """The row and the column of each patch; padding has some of its image's."""
         h, w = self.grid[:, :1], self.grid[:, 1:]
         index = jnp.arange(self.config.max_patches)
@@ -74,7 +79,7 @@ class Sizes:
         `owner` has the tables, of the grid `config.grid`, which are resized to each image's grid
         by `config.native_resize` (see `posembed.resize`).
         """
-        config, (y, x) = self.config, self.places
+        config, (y, x) = self.config, self._indices
         tables = {name: getattr(owner, name)[...] for name in table_shapes(config)}
         rows, b = config.num_position_prefix, len(self.grid)
         prefix = jnp.zeros((0, config.width))
@@ -108,23 +113,22 @@ class Sizes:
         if method.endswith(ASPECT):
             same = (self.grid == jnp.asarray(self.config.grid)).all(axis=1, keepdims=True)
             new = jnp.where(same, new, new.max(axis=1, keepdims=True))
-        method, (gh, gw), (y, x) = method.removesuffix(ASPECT), self.config.grid, self.places
+        method, (gh, gw), (y, x) = method.removesuffix(ASPECT), self.config.grid, self._indices
         return (
             sample_weights(y, gh, new[:, :1], method, jnp),
             sample_weights(x, gw, new[:, 1:], method, jnp),
         )
 
-    def rotation(self) -> Float[Array, "b n c"]:
-        """The table of rotary positions of each image's tokens (see `ViT.rotation`)."""
-        config, rotary = self.config, self.config.rotary
-        counts = self.grid.astype(jnp.float32)
+    @property
+    def places(self) -> Float[Array, "b n 2"]:
+        """The places of each image's tokens that rotary positions are of; 0 before the patches."""
+        rotary, counts = self.config.rotary, self.grid.astype(jnp.float32)
         y, x = (
-            rotary.place(place, counts[:, axis, None], axis)
-            for axis, place in enumerate(self.places)
+            rotary.place(index, counts[:, axis, None], axis)
+            for axis, index in enumerate(self._indices)
         )
         places = jnp.stack((y, x) if rotary.axes == "yx" else (x, y), axis=-1)
-        places = jnp.pad(places, [(0, 0), (config.num_prefix_tokens, 0), (0, 0)])
-        return places if rotary.learned else rotary.turns(places, config.head_dim, jnp)
+        return jnp.pad(places, [(0, 0), (self.config.num_prefix_tokens, 0), (0, 0)])
 
 
 def opened(images: Any, config: ViTConfig) -> tuple[Any, Sizes | None]:

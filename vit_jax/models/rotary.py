@@ -20,6 +20,8 @@ CHOICES = {
     "axes": ("yx", "xy"),
     "layout": ("halves", "pairs"),
 }
+# What training does to the places of patches, in this order, and the least of each, which is none.
+AUGMENTS = {"shift": 0, "jitter": 1, "rescale": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Rotary:
       learned: whether each head of each layer learns its frequencies, two for each pair of
         channels, so that angles mix both axes (RoPE-Mixed, arXiv 2403.13298); `base` is then that
         of the initial ones, along directions drawn at random.
+      shift: the most that training moves `centred` places along each axis, in halves of an image;
+        None is not.
+      jitter: the most that training then stretches or shrinks each axis, a factor; None is not.
+      rescale: the most that training then stretches or shrinks both axes alike, a factor, 2 in
+        DINOv3; None is not.
 
     Raises:
       UserError: a choice that does not exist, or a number out of range.
@@ -55,6 +62,9 @@ class Rotary:
     axes: str = "yx"
     layout: str = "halves"
     learned: bool = False
+    shift: float | None = None
+    jitter: float | None = None
+    rescale: float | None = None
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -69,6 +79,19 @@ class Rotary:
         grid = self.reference
         if grid is not None and not all(side > 0 for side in grid):
             raise UserError(f"model.rotary.reference is {grid!r}; expected a grid (h, w)")
+        for name, least in AUGMENTS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not least <= value < math.inf:
+                raise UserError(
+                    f"model.rotary.{name} is {value!r}; expected a number from {least} up, or None"
+                )
+            if self.coordinates != "centred":
+                raise UserError(
+                    f"model.rotary.{name} is for coordinates 'centred', which are between -1 and 1 "
+                    f"of every image, not {self.coordinates!r}: leave it out"
+                )
         if self.coordinates == "centred" and (grid is not None or self.offset):
             name = "offset" if grid is None else "reference"
             raise UserError(
@@ -80,8 +103,21 @@ class Rotary:
         scaled = "" if self.reference is None else " of a grid of {}x{}".format(*self.reference)
         offset = f" from {self.offset:g}" if self.offset else ""
         places = f"{self.coordinates}{offset}{scaled}"
-        learned = ", learned" if self.learned else ""
-        return f"rotary, {places}, {self.axes}, base {self.base:g}, {self.layout}{learned}"
+        more = ", learned" if self.learned else ""
+        for name in AUGMENTS:
+            value = getattr(self, name)
+            more += "" if value is None else f", {name} {value:g} in training"
+        return f"rotary, {places}, {self.axes}, base {self.base:g}, {self.layout}{more}"
+
+    @property
+    def augments(self) -> bool:
+        """Whether training moves places."""
+        return any(getattr(self, name) is not None for name in AUGMENTS)
+
+    @property
+    def plain(self) -> "Rotary":
+        """The same positions without what only training does to them."""
+        return dataclasses.replace(self, **dict.fromkeys(AUGMENTS))
 
     def places(self, grid: tuple[int, int], prefix: int) -> Float[np.ndarray, "n 2"]:
         """The place of each token along both axes, [prefix + gh * gw, 2]; 0 before the patches."""
@@ -100,17 +136,30 @@ class Rotary:
         scale = 1 if self.reference is None else self.reference[axis] / count
         return (index + self.offset) * scale
 
-    def table(
-        self, grid: tuple[int, int], head_dim: int, prefix: int
-    ) -> Float[np.ndarray, "n {head_dim}"]:
-        """Cosines and sines of the angles of each token: [prefix + gh * gw, head_dim], float32.
+    def augmented(
+        self, places: Float[Array | np.ndarray, "*b n 2"], prefix: int, key: Key[Array, ""]
+    ) -> Float[Array, "*b n 2"]:
+        """Places as training has them: shifted, then jittered, then rescaled (arXiv 2508.10104).
 
-        The first half of the channels are cosines. Those of the `prefix` tokens are 1 and 0.
+        One draw moves the patches of all images; the `prefix` tokens before them have no place.
+        Factors are log-uniform between 1 / most and most.
         """
-        return self.turns(self.places(grid, prefix), head_dim, np).astype(np.float32)
+        keys = jax.random.split(key, 3)
+        moved = jnp.asarray(places[..., prefix:, :], jnp.float32)
+        if self.shift is not None:
+            most = 2 * math.pi * self.shift
+            moved += jax.random.uniform(keys[0], (2,), minval=-most, maxval=most)
+        for most, drawn, shape in ((self.jitter, keys[1], (2,)), (self.rescale, keys[2], ())):
+            if most is not None:
+                most = math.log(most)
+                moved *= jnp.exp(jax.random.uniform(drawn, shape, minval=-most, maxval=most))
+        return jnp.concatenate([jnp.asarray(places[..., :prefix, :], jnp.float32), moved], axis=-2)
 
     def turns(self, places: Any, head_dim: int, xp: Any) -> Any:
-        """The same table of places [... n 2]; NumPy and JAX arrays alike (`xp` is the module)."""
+        """Cosines and sines of the angles of places [... n 2]: the table [... n head_dim].
+
+        The first half of the channels are cosines. NumPy and JAX arrays alike (`xp` is the module).
+        """
         frequencies = self.base ** (-np.arange(head_dim // 4) / (head_dim // 4))
         angles = places[..., None] * frequencies
         angles = angles.reshape(*places.shape[:-1], head_dim // 2)  # [... n, axes * quarter]
@@ -133,7 +182,7 @@ class Rotary:
 def mixed(
     places: Float[Array | np.ndarray, "*b n 2"], frequencies: Float[Array, "2 h half"]
 ) -> Float[Array, "*b n h k"]:
-    """The table of a layer with learned frequencies, for each head (see `Rotary.table`)."""
+    """The table of a layer with learned frequencies, for each head (see `Rotary.turns`)."""
     angles = jnp.einsum(
         "...na,ahf->...nhf", places, frequencies, precision=jax.lax.Precision.HIGHEST
     )

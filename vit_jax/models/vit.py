@@ -197,19 +197,21 @@ class ViT(nnx.Module):
     ) -> Float[Array, "*b n c"] | None:
         """The table of rotary positions of all tokens; with patch dropout, of each image of x.
 
-        Where layers learn frequencies, these are the places that they are multiplied by.
-
-        Patch dropout with the same key keeps the same patches of it as of the tokens.
+        Where layers learn frequencies, these are the places that they are multiplied by. With a
+        key, places are moved as `config.rotary` says, by one draw for all images, and patch dropout
+        keeps the same patches of them as of the tokens.
         """
-        config, prefix = self.config, self.config.num_prefix_tokens
-        if config.rotary is None:
+        config, rotary, prefix = self.config, self.config.rotary, self.config.num_prefix_tokens
+        if rotary is None:
             return None
-        if sizes is not None:
-            return sizes.rotation()
-        if config.rotary.learned:
-            table = jnp.asarray(config.rotary.places(config.grid, prefix), jnp.float32)
-        else:
-            table = jnp.asarray(config.rotary.table(config.grid, config.head_dim, prefix))
+        places = rotary.places(config.grid, prefix) if sizes is None else sizes.places
+        if key is not None and rotary.augments:
+            places = rotary.augmented(places, prefix, jax.random.fold_in(key, 2))
+        if rotary.learned:
+            table = jnp.asarray(places, jnp.float32)
+        else:  # of what is known when compiling, in float64
+            xp = np if isinstance(places, np.ndarray) else jnp
+            table = jnp.asarray(rotary.turns(places, config.head_dim, xp), jnp.float32)
         if key is None or config.patch_dropout == 0:
             return table
         table = jnp.broadcast_to(table, (x.shape[0], *table.shape))
@@ -269,9 +271,10 @@ class ViT(nnx.Module):
         if hasattr(self, "relative_bias"):
             logits_bias = self.relative_bias()
 
-        length, extra = x.shape[1], 0  # cuDNN takes even numbers of tokens
-        if attention.backend_of(self.config) == "cudnn":
+        length, extra, counts = x.shape[1], 0, None
+        if attention.backend_of(self.config) == "cudnn":  # which takes even numbers of tokens
             extra = attention.even(length) - length
+            counts = None if sizes is None else sizes.counts
 
         def pad(x):  # [... n d]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
@@ -300,6 +303,7 @@ class ViT(nnx.Module):
                 length=length,
                 rotation=rotation,
                 logits_bias=logits_bias,
+                counts=counts,
             )
             inner("tokens", lambda: x[:, :length])
             return x, inner.values

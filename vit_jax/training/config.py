@@ -38,8 +38,12 @@ def not_none(kind: Any) -> Any:
     return kind
 
 
-# Keys of the `model` section; the compute dtype is in `precision`. Dataclasses are sections.
-MODEL_KEYS = {"variant": str, "head": str, "position_resize": str} | {
+# Keys of the `model` section; the compute dtype is in `precision`. Dataclasses are sections. Those
+# of `CHOSEN` are arguments of `load`.
+CHOSEN = ("only", "ignore")
+MODEL_KEYS: dict[str, Any] = {"variant": str, "head": str, "position_resize": str}
+MODEL_KEYS |= dict.fromkeys(CHOSEN, tuple[str, ...])
+MODEL_KEYS |= {
     field.name: tuple
     if field.name in ("image_size", "patch_size", "resnet")
     else not_none(field.type)
@@ -136,12 +140,16 @@ class Config:
     Attributes:
       batch_size: images in a batch, over all devices and micro-batches.
       model: the model: `variant`, any field of its ViTConfig or ResNetConfig, and for fine-tuning
-        `head` and `position_resize`. With `init_from`, fields missing here are the checkpoint's.
+        `head`, `position_resize`, `only` and `ignore`. With `init_from`, fields missing here are
+        the checkpoint's.
       model.variant: name of its sizes, such as B/16, R50+B/16 or R50x1 (see models/variants.py).
       model.head: with init_from, a `fresh` head, or `keep` the checkpoint's if the classes agree.
         None keeps it if that is a run folder of ours with the same head, objective and classes.
       model.position_resize: with init_from, how the position embedding is resized to another grid;
         None is the checkpoint's own method, `zoom` for the paper's (see models/posembed.py).
+      model.only: with init_from, patterns of the keys to read of a file that holds more than one
+        model, such as `model_ema.*`; * is any text.
+      model.ignore: with init_from, patterns of keys to leave out, such as `text_model.*`.
       seed: seed of initialisation, order and augmentation.
       total_steps: length of the run in steps.
       total_epochs: length of the run in passes over the training images.
@@ -199,6 +207,12 @@ class Config:
         for name in self.model:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
+        for name in self.init_keys:
+            if self.init_from is None:
+                raise UserError(
+                    f"model.{name} chooses keys of init_from, which is not set: set it, or leave "
+                    f"model.{name} out"
+                )
 
         if self.stop.patience and self.stop.metric is None and self.checkpoint.best is None:
             raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
@@ -248,6 +262,11 @@ class Config:
                     f"eval.evaluators.{name} classifies, but a model of objective {self.objective} "
                     "has no classes: use fewshot, knn or probe, which read features"
                 )
+
+    @property
+    def init_keys(self) -> dict[str, Any]:
+        """Which keys of `init_from` are read, as arguments of `load`."""
+        return {name: self.model[name] for name in CHOSEN if self.model.get(name)}
 
     @property
     def classifies(self) -> bool:

@@ -13,7 +13,7 @@ from vit_jax.models.posembed import RESIZE_METHODS
 from vit_jax.models.resnet import STYLES
 from vit_jax.models.variants import variant, variant_fields, variant_kind
 from vit_jax.training import masking, native
-from vit_jax.training.config import Config
+from vit_jax.training.config import CHOSEN, Config
 
 
 def model_config(
@@ -28,7 +28,7 @@ def model_config(
         ResNet that differs from the one in `base`, or is missing there, or adapters (LoRA) of a
         model that is not there or is a ResNet.
     """
-    fields = dict(config.model)
+    fields = {name: value for name, value in config.model.items() if name not in CHOSEN}
     name = fields.pop("variant", None)
     method, head = fields.pop("position_resize", None), fields.pop("head", "fresh")
     for key, value, known in (

@@ -160,7 +160,9 @@ def plan_run(
     """
     data = TrainingData.of(source)
     if resume_step is None:
-        init = None if config.init_from is None else open_together(config.init_from)
+        init = None
+        if config.init_from is not None:
+            init = open_together(config.init_from, **config.init_keys)
         return make_plan(config, data, init, open_teacher(config.distill, open_together))
     begun = read_config(workdir)
     named, config = config.distill, _with_recorded_teacher(begun, config)

@@ -25,7 +25,7 @@ from vit_jax.models.posembed import NATIVE_METHODS, RESIZE_METHODS
 from vit_jax.models.variants import variant_fields, variant_kind
 from vit_jax.recipes import recipes
 from vit_jax.training import distill, optim
-from vit_jax.training.config import MODEL_KEYS, SIDES, Config, not_none
+from vit_jax.training.config import CHOSEN, MODEL_KEYS, SIDES, Config, not_none
 from vit_jax.training.config_file import apply, given_by_flags, run_config_file
 from vit_jax.training.evaluation.evaluators import EVALUATORS, SEVERAL, Evaluator
 
@@ -57,7 +57,7 @@ _DEFAULTS = dict.fromkeys(
     "the variant's",
 )
 _DEFAULTS |= {"num_classes": "the data's", "patch_outputs": "the objective's"}
-_NO_FIELDS = {"variant": "None", "head": "None", "position_resize": "None"}
+_NO_FIELDS = dict.fromkeys(("variant", "head", "position_resize", *CHOSEN), "None")
 _TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text"}
 
 
@@ -158,7 +158,7 @@ def _model_leaves(texts: dict[str, str]) -> Iterator[Leaf]:
         default = {**_NO_FIELDS, **_DEFAULTS}.get(name) or str(vit[name])
         if name not in _DEFAULTS and resnet.get(name, vit.get(name)) != vit.get(name):
             default += f", of a ResNet {resnet[name]}"
-        text = "whole numbers" if kind is tuple else _TYPES[kind]
+        text = "whole numbers" if kind is tuple else _kind(kind)
         text = "whole number, or (h, w)" if f"model.{name}" in SIDES else text
         meaning = texts[f"model.{name}"] if name in _NO_FIELDS else fields[name]
         only = "" if name in {*resnet, *_NO_FIELDS} else "ViT"

@@ -9,6 +9,7 @@ from etils import epath
 
 from vit_jax import distributed
 from vit_jax.checkpoints.fit import native_card, place
+from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.opened import open_together
 from vit_jax.errors import UserError
 from vit_jax.training.config import Config, differences, read_config
@@ -62,6 +63,7 @@ def evaluate_run(
     kept: dict[str, Predictions] | None = None,
     needed_by: str = "",
     max_patches: int | None = None,
+    **chosen: Patterns,
 ) -> dict[str, int | float]:
     """Evaluates any model that `load` takes on the splits of `config`: {"val/accuracy": ..., ...}.
 
@@ -70,6 +72,7 @@ def evaluate_run(
       kept: where the predictions of each split are put, by its name (see `Evaluation`).
       needed_by: the flag that needs predictions, if any does.
       max_patches: as in `load`.
+      chosen: `only` and `ignore`, as in `load`.
 
     Raises:
       UserError: no model there, no split to evaluate, classes that do not agree, or no classes
@@ -77,7 +80,7 @@ def evaluate_run(
     """
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1))
     distributed.meet()
-    opened = open_together(path)
+    opened = open_together(path, **chosen)
     if max_patches is not None:
         opened = dataclasses.replace(opened, card=native_card(opened.card, max_patches))
     evaluation = distributed.each(

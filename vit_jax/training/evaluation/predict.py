@@ -51,12 +51,15 @@ def local_mesh() -> Mesh:
     return make_mesh(MeshConfig(), jax.local_devices())
 
 
-def load_local(model: epath.PathLike | Loaded, max_patches: int | None = None) -> Loaded:
-    """Loads a model onto all devices of this process, unless it is loaded already."""
+def load_local(model: epath.PathLike | Loaded, **how: Any) -> Loaded:
+    """Loads a model onto all devices of this process, unless it is loaded already.
+
+    `how` are arguments of `load`.
+    """
     if isinstance(model, Loaded):
         return model
     shardings = functools.partial(placement, mesh=local_mesh())
-    return load(model, shardings=shardings, max_patches=max_patches)
+    return load(model, shardings=shardings, **how)
 
 
 def default_batch_size(image_size: tuple[int, ...], mesh: Mesh) -> int:
