@@ -50,7 +50,7 @@ class Cache:
     def __init__(self, folder: Path, limit: int, where: str):
         self.folder, self.limit, self.where = folder, limit, where
         self._lock = threading.Lock()
-        self._total: int | None = None
+        self._total = self._count()
         self._counting = False
         self._added, self._full_since = 0, -_TOUCHED
 
@@ -65,10 +65,10 @@ class Cache:
         folder /= NAME  # what else the user has there is not touched
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            return cls(folder, limit, where)
         except OSError as error:
             check_refused(error, folder)
             raise UserError(f"data.cache: {folder} cannot be used: {error.strerror}") from None
-        return cls(folder, limit, where)
 
     def get(self, key: str) -> bytes | None:
         """What is kept under a key; None if nothing is, or it is damaged."""
@@ -109,9 +109,9 @@ class Cache:
         with self._lock:
             if self._counting or time.monotonic() - self._full_since < _TOUCHED:
                 return False
-            full = self._total is not None and self._total + count > self.limit
-            self._counting = full or self._total is None or self._added > self.limit // 100
-        if self._counting:  # while the other threads go on without adding anything
+            full = self._total + count > self.limit
+            self._counting = mine = full or self._added > self.limit // 100
+        if mine:  # while the other threads go on without adding anything
             try:
                 total = self._count()
                 if total + count > self.limit:

@@ -111,10 +111,7 @@ def _footer(path: str) -> tuple[Int64[np.ndarray, " chunks"], Int64[np.ndarray, 
     except UserError:
         raise
     except (ValueError, IndexError) as error:
-        raise UserError(
-            f"{path} is no whole ArrayRecord file, or one that is not read from a bucket "
-            "(transposed, or compressed by snappy): prepare it again, or copy it to a disk"
-        ) from error
+        raise UserError(f"{path} is no whole ArrayRecord file: prepare it again") from error
     starts = [each.get(1, 0) for each in found]
     counts = [each.get(3, 0) for each in found]
     return np.array([*starts, offset], np.int64), np.cumsum([0, *counts], dtype=np.int64)
@@ -131,13 +128,19 @@ def _records(raw: bytes, offset: int, path: str) -> list[bytes]:
     """The records of the chunk that begins `raw`, which is at `offset` of the file.
 
     Raises:
-      ValueError: it is damaged, or of a kind that is not read.
+      ValueError: it is damaged.
+      UserError: it is of a kind that is not read.
     """
     try:
         chunk = _chunk(raw, offset)
-        if chunk.kind != ord("r"):
-            raise ValueError("transposed")
         codec, at = chunk.data[0], 1
+        if chunk.kind == ord("t") or codec == ord("s"):
+            raise UserError(
+                f"{path} has records that are transposed, or compressed by snappy, which are not "
+                "read from a bucket: copy it to a disk, or write it with zstd"
+            )
+        if chunk.kind != ord("r"):
+            raise ValueError("no records")
         length, at = _varint(chunk.data, at)
         sizes = _decompressed(codec, chunk.data[at : at + length])
         values = memoryview(_decompressed(codec, chunk.data[at + length :]))
