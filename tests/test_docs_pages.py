@@ -7,6 +7,7 @@ here are parsed, and their configs loaded.
 """
 
 import pathlib
+import platform
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
+import servers
 from conftest import ROOT
 from pages import DOCS, check_command, commands, fences, joined
 
@@ -94,10 +96,27 @@ def here(things, tmp_path, monkeypatch, untrained):
     return tmp_path
 
 
+@pytest.fixture
+def cloud(monkeypatch):
+    """A store with the bucket of a page; its server's wheel has a program for x86 alone."""
+    if platform.machine() != "x86_64":
+        pytest.skip("no server of Google's protocol for this machine")
+    with servers.google(bucket="my-bucket") as found:
+        for name, value in found.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("VIT_JAX_CACHE", "cache")
+        yield
+    import gcsfs
+
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_runs_from_its_first_command_to_its_last(name, here, monkeypatch):
+def test_a_page_runs_from_its_first_command_to_its_last(name, here, monkeypatch, request):
     if name == "pretrain":
         monkeypatch.setattr(plots, "write_curves", WRITE_CURVES)
+    if name == "buckets":
+        request.getfixturevalue("cloud")
     names = {"__name__": "__main__"}
     for fence in fences(PAGES[name].read_text()):
         where = f"{name}.md: {fence.text[:60]}"
@@ -139,7 +158,7 @@ def test_most_of_each_page_is_run_or_says_what_it_needs():
         for fence in fences(page.read_text()):
             if fence.language in ("bash", "python"):
                 (marked if fence.needs else run).setdefault(name, []).append(fence)
-    assert set(run) == set(PAGES) - {"tpu_pod", "several_hosts", "speed", "buckets"}
+    assert set(run) == set(PAGES) - {"tpu_pod", "several_hosts", "speed"}
     assert {fence.needs.split(",")[0] for each in marked.values() for fence in each} == {
         *("a network", "a cloud", "a cluster", "ImageNet", "the TPU's compiler"),
         *("XLA's compiler for GPUs", "seconds", "minutes", "make train", "two terminals"),
