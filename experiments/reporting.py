@@ -77,6 +77,59 @@ def means(
     return {value: Mean(tuple(values)) for value, values in found.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What one kind of run is better by than another, seed by seed, with a 95% interval."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the mean, by Student's t; without bounds for a single seed."""
+        from scipy import stats
+
+        n = len(self.values)
+        if n < 2:
+            return -math.inf, math.inf
+        half = stats.t.ppf(0.975, n - 1) * statistics.stdev(self.values) / math.sqrt(n)
+        return self.mean - half, self.mean + half
+
+    def decides(self, least: float) -> str:
+        """Whether it is there, given the smallest mean that would be agreement.
+
+        "yes" if the mean is at least that and the interval above 0; "no" if the interval is below
+        the smallest; else "undecided".
+        """
+        low, high = self.interval
+        if low > 0 and self.mean >= least:
+            return "yes"
+        return "no" if high < least else "undecided"
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.mean:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def by_seed(
+    points: Iterable[Point], key: Callable[[Point], Hashable], metric: str
+) -> dict[Any, dict[int, float]]:
+    """A metric of each seed, for each value of `key`."""
+    found: dict[Hashable, dict[int, float]] = {}
+    for point in points:
+        if key(point) is not None and metric in point.metrics:
+            found.setdefault(key(point), {})[point.overrides["seed"]] = point.metrics[metric]
+    return found
+
+
+def less(a: dict[int, float], b: dict[int, float]) -> Difference:
+    """a - b of the seeds that both have."""
+    return Difference(tuple(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())))
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

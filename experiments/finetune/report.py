@@ -16,6 +16,7 @@ from reporting import Told, dots, means, table
 
 TITLE = "Fine-tuning on few real images"
 CLAIM = "Sections 4.2 and 4.3: pre-trained ViTs do well on few images; from scratch they do not"
+DATA = ("dinov2", "elpv", "fashion_mnist")  # of experiments/packages.py
 COMMANDS = """```
 python experiments/packages.py
 python experiments/evidence.py NAME --jobs=1
