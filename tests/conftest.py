@@ -113,6 +113,7 @@ def tiny_run(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = shared.with_suffix(".json")
         if not result.exists():
+            shutil.rmtree(shared, ignore_errors=True)  # of a worker that failed
             result.write_text(json.dumps(train(load_config(DIGITS, TINY), shared)))
     shutil.copytree(shared, own)
     return own, json.loads(result.read_text())
@@ -178,7 +179,8 @@ def compiled_once(monkeypatch):
     make_program, known = loop.make_program, {}
 
     def make(plan, mesh, phase):
-        key = repr(phase)
+        teacher = plan.teacher and dataclasses.replace(plan.teacher, opened=None)
+        key = repr((phase, plan.config, plan.card, teacher))
         if key not in known:
             known[key] = make_program(plan, mesh, phase)
         return known[key]

@@ -14,7 +14,7 @@ from test_buckets import FAULTS, STORES, servers_of, store, stores  # noqa: F401
 
 from vit_jax import objects
 from vit_jax.data import destinations, shards
-from vit_jax.data.prepare import prepare
+from vit_jax.data.prepare import Conversion, prepare
 from vit_jax.errors import UserError
 from vit_jax.lease import Lease
 from vit_jax.objects import Objects
@@ -102,12 +102,13 @@ def test_a_killed_conversion_goes_on(store, pets, tmp_path, monkeypatch):
         "import os\n"
         "from vit_jax.__main__ import main\n"
         "from vit_jax.objects import Objects\n"
-        "replace = Objects.replace\n"
-        "def replace_and_die(self, name, content):\n"
-        "    replace(self, name, content)\n"
-        "    if '-00002-' in name:\n"
+        "write = Objects.write\n"
+        "def write_and_die(self, name, content, generation):\n"
+        "    made = write(self, name, content, generation)\n"
+        "    if name.startswith('images-') and '-00002-' in name:\n"
         "        os.kill(os.getpid(), 9)\n"
-        "Objects.replace = replace_and_die\n"
+        "    return made\n"
+        "Objects.write = write_and_die\n"
         f"main(['prepare', {pets!r}, {url!r}, '--shard-examples=3'])\n"
     )
     Command(tmp_path, [], text=text, **servers_of(store)).finish(-SIGKILL)
@@ -181,6 +182,44 @@ def test_a_shard_taken_over_meanwhile_is_left_to_its_owner(
     assert "is silent and loses it" in last
     monkeypatch.setattr(shards, "write_shard", write)
     prepare(pets, str(tmp_path / "disk"), shard_examples=4)
+    assert kept(url) == on_disk(tmp_path / "disk")
+
+
+@ON_S3
+def test_who_does_not_write_the_end_tells_the_same(store, pets, monkeypatch):
+    """Of a second split; another process was quicker with the metadata."""
+    url = f"{store}://runs/data/second"
+    prepare(pets, url, split="val", part="val")
+    finish, told = destinations.Bucket.finish, []
+
+    def finish_later(self, write):
+        monkeypatch.setattr(destinations.Bucket, "finish", finish)
+        told.append(prepare(pets, url))
+        return finish(self, write)
+
+    monkeypatch.setattr(destinations.Bucket, "finish", finish_later)
+    assert prepare(pets, url) == told[0]
+    splits = json.loads(Objects(url).read("dataset_info.json")[0])["splits"]
+    assert sorted(split["name"] for split in splits) == ["train", "val"]
+
+
+@ON_S3
+def test_who_slept_through_another_conversion_does_no_harm(store, pets, tmp_path, monkeypatch):
+    """The folder was emptied, and filled with other settings."""
+    url, write = f"{store}://runs/data/slept", shards.write_shard
+
+    def write_late(path, *args):
+        monkeypatch.setattr(shards, "write_shard", write)
+        shard = write(path, *args)
+        for name in {name[:1] for name in Objects(url).names()}:
+            Objects(url).delete(name)
+        prepare(pets, url, conversion=Conversion(short_side=4))
+        return shard
+
+    monkeypatch.setattr(shards, "write_shard", write_late)
+    with pytest.raises(UserError, match="was deleted, or is made with other settings by now"):
+        prepare(pets, url)
+    prepare(pets, str(tmp_path / "disk"), conversion=Conversion(short_side=4))
     assert kept(url) == on_disk(tmp_path / "disk")
 
 

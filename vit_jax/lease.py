@@ -159,6 +159,8 @@ class Lease:
         return True
 
     def _taken(self) -> "Taken":
+        if self._content is None:
+            return Taken(f"{self._objects.url}/{self._name} was deleted by somebody else")
         return Taken(
             f"{self._objects.url} is in use by {_who(self._content)}: wait for it to end, or name "
             "another --workdir"

@@ -23,12 +23,18 @@ from vit_jax.data import shards
 from vit_jax.data.forms.records import CONTENT, INFO
 from vit_jax.errors import UserError
 from vit_jax.lease import STALE, Lease, Taken
-from vit_jax.objects import Objects, is_bucket
+from vit_jax.objects import Entry, Objects, is_bucket
 from vit_jax.writing import check_names, check_own, check_text, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 _LARGEST = 5 * 2**30  # bytes that S3 takes at once
+
+
+def _digest(plan: dict[str, Any]) -> str:
+    """A digest of all of a plan but where the source is, which differs between machines."""
+    same = {key: plan[key] for key in sorted(plan) if key != "source"}
+    return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -111,8 +117,12 @@ class Disk:
     def finish(self, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Writes the metadata of the split; returns what INFO says."""
         info = write()
-        shutil.rmtree(self._work)
+        self.clean()
         return info
+
+    def clean(self) -> None:
+        """Deletes what only an unfinished split needs."""
+        shutil.rmtree(self._work, ignore_errors=True)
 
 
 class Bucket:
@@ -160,16 +170,33 @@ class Bucket:
         content = json.dumps(plan, indent=1).encode()
         if self._objects.write(f"{self._work}/plan.json", content, Objects.MISSING) is None:
             plan = self.plan() or plan  # another process was first
-        same = {key: plan[key] for key in sorted(plan) if key != "source"}
-        self._digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+        self._digest = _digest(plan)
         return plan
+
+    def _state(self) -> dict[str, Any] | None:
+        """What INFO says; None while the split is unfinished.
+
+        Raises:
+          UserError: it is made with other settings by now, or was deleted.
+        """
+        for _ in range(2):  # the plan is deleted after INFO is written
+            info = self.info()
+            plan = info["plan"] if info else self.plan()
+            if plan is not None:
+                break
+        if plan is None or _digest(plan) != self._digest:
+            raise UserError(
+                f"{self.name}: split {self._split!r} was deleted, or is made with other settings "
+                "by now: see what is there, and start again"
+            )
+        return info
 
     def next(
         self, files: Sequence[str], make: Callable[[str], dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
         names = set(self._objects.names(self._work))
         damaged: set[str] = set()
-        if info := self.info():  # after the listing, as what that lists is deleted after INFO
+        if info := self._state():  # after the listing, as what that lists is deleted after INFO
             found = {shard["file"]: shard for shard in info["shards"] if shard["file"] in files}
         else:
             known = [file for file in files if self._metadata(file) in names]
@@ -185,7 +212,7 @@ class Bucket:
                 if lease is None:
                     continue
                 content, generation = self._objects.read(self._metadata(file))
-                if self.info() or (self._parsed(content) and file not in damaged):
+                if self._state() or (self._parsed(content) and file not in damaged):
                     return {}  # by now
                 shard = self._make(file, lease, make, generation)
                 self._found["here"] += 1
@@ -226,6 +253,7 @@ class Bucket:
     ) -> dict[str, Any]:
         """Makes a shard and sends it, then its metadata, if the lease is still our own."""
         path = os.path.join(self.here, file)
+        before = self._version(file)
         try:
             shard = make(file)
             if self.name.startswith("s3://") and shard["bytes"] > _LARGEST:
@@ -235,7 +263,7 @@ class Bucket:
                 )
             lease.confirm()
             with open(path, "rb") as whole:
-                self._objects.replace(file, whole.read())
+                self._write(file, whole.read(), before)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -252,6 +280,20 @@ class Bucket:
             raise UserError(f"{self.name}/{self._metadata(file)} was changed by somebody else")
         return shard
 
+    def _version(self, name: str) -> bytes:
+        """The generation of an object."""
+        found = self._objects.folder().get(name)
+        return Objects.MISSING if found is None else found.generation
+
+    def _write(self, name: str, content: bytes, generation: bytes) -> None:
+        """Writes an object if nobody has since its generation was looked at.
+
+        Raises:
+          Taken: somebody has, while this process slept.
+        """
+        if self._objects.write(name, content, generation) is None:
+            raise Taken(f"{self.name}/{name} was written by another process meanwhile")
+
     @contextlib.contextmanager
     def _held(self, name: str) -> Iterator[Lease | None]:
         """Takes a lease if it is free; one that is lost meanwhile ends the body, with a line."""
@@ -261,8 +303,9 @@ class Bucket:
                 if mine:
                     del self._leases[name]
                 yield lease if mine else None
-        except Taken:
-            logger.warning("%s/%s was taken over by %s", self.name, name, lease.owner)
+        except Taken as error:
+            lost = f"{self.name}/{name} was taken over by {lease.owner}"
+            logger.warning("%s", lost if lease.owner else error)
 
     def _wait(self, files: Sequence[str]) -> None:
         leases = [self._leases.get(self._lease(file)) for file in files]
@@ -278,13 +321,14 @@ class Bucket:
 
     def finish(self, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Has one process write the metadata of the split; returns what INFO says."""
-        while (info := self.info()) is None:
+        while (info := self._state()) is None:
             with self._held(".lease") as lease:
                 if lease is None:
                     time.sleep(STALE / 30)
-                elif self.info() is None:
+                elif self._state() is None:
+                    there = self._objects.folder()
                     self._fetch()
-                    self._send(write(), lease)
+                    self._send(write(), lease, there)
         if self._found:
             logger.info(
                 "%s: of %d shards, %d were made here, %d by others meanwhile, %d were there",
@@ -292,10 +336,11 @@ class Bucket:
                 *(len(info["shards"]), self._found["here"]),
                 *(self._found["others"], self._found["there"]),
             )
+        self._fetch()  # what another process has written
         self.clean()
         return info
 
-    def _send(self, info: dict[str, Any], lease: Lease) -> None:
+    def _send(self, info: dict[str, Any], lease: Lease, there: dict[str, Entry]) -> None:
         """Sends what was written to `here`, INFO last, unless there is one."""
         for name, other in shards.finished_splits(self.here, but=self._split).items():
             if other["plan"]["label_names"] != info["label_names"]:
@@ -313,11 +358,7 @@ class Bucket:
             with open(path, "rb") as file:
                 content = file.read()
             lease.confirm()
-            if name == last:
-                self._objects.write(name, content, Objects.MISSING)
-            else:
-                self._objects.replace(name, content)
+            self._write(name, content, there[name].generation if name in there else Objects.MISSING)
 
     def clean(self) -> None:
-        """Deletes what only an unfinished split needs."""
         self._objects.delete(f"{self._work}/")

@@ -129,7 +129,7 @@ def prepare(
     total = min(total, total if examples is None else examples)
     passed = getattr(source, "passed_over", PassedOver())
     with opened(dst, split) as place:
-        names = _class_names(place.here, dst, classes, source.label_names)
+        names = _class_names(place, classes, source.label_names)
         source = _with_labels(src, dst, source, names)
         plan = {
             "source": src,
@@ -143,6 +143,7 @@ def prepare(
         done = place.info()
         _check_plan(place, split, plan, done["plan"] if done else place.plan())
         if done:
+            place.clean()  # a kill may have left it
             return done
         _refuse_again(place.here, dst, split, plan, part, source)
         begun = place.begin(plan)
@@ -171,7 +172,9 @@ def prepare(
 
         def write() -> dict[str, Any]:
             shards.write_passed_over(place.here, split, passed, place.name)
-            return shards.write_info(place.here, split, begun, [finished[file] for file in jobs])
+            return shards.write_info(
+                place.here, split, begun, [dict(finished[file]) for file in jobs]
+            )
 
         info = place.finish(write)
         _say_shared(place, split)
@@ -217,16 +220,21 @@ def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[S
     return source, compressed
 
 
-def _class_names(here: str, dst: str, classes: str | None, found: Sequence[str]) -> tuple[str, ...]:
-    """The class names: of the file `classes`, of the other splits in `here`, or as found."""
-    others = [info["plan"] for info in shards.finished_splits(here).values()]
-    others = others or list(shards.begun_splits(here).values())
+def _class_names(
+    place: Disk | Bucket, classes: str | None, found: Sequence[str]
+) -> tuple[str, ...]:
+    """The class names: of the file `classes`, of the destination's other splits, or as found."""
+    others = [info["plan"] for info in shards.finished_splits(place.here).values()]
+    if not others and isinstance(place, Bucket):  # where others may be at work
+        for name, begun in shards.begun_splits(place.here).items():
+            logger.info("classes are those of split %r of %s, which is begun", name, place.name)
+            others = [begun]
     names = tuple(others[0]["label_names"]) if others else tuple(found)
     if classes is None:
         return names
     given = read_classes(classes, found)
     if others and given != names:
-        raise UserError(f"{classes} names other classes than the splits that {dst} holds")
+        raise UserError(f"{classes} names other classes than the splits that {place.name} holds")
     return given
 
 
@@ -303,7 +311,7 @@ def _hashes(place: Disk | Bucket, split: str) -> Hashes:
     if (kept := shards.kept_content(place.here, split)) is not None:
         return kept
     source = records(place.here, split) if isinstance(place, Disk) else None
-    count = shards.finished_splits(place.here)[split]["examples"]
+    count = shards.finished_splits(place.here).get(split, {}).get("examples", 0)
     if source is None or count > _MOST_READ:
         raise UserError(f"records:{place.name} {split} has no hashes of its {count:,} images")
     return content(source)
