@@ -87,7 +87,10 @@ def google(faults: Faults | None = None, bucket: str = "runs") -> Iterator[dict[
         host.getresponse().read()
         host.request("POST", "/storage/v1/b", json.dumps({"name": bucket}))
         assert host.getresponse().status == 200
-        yield {"TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url}
+        try:
+            yield {"TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url}
+        finally:
+            _forget()
 
 
 @contextlib.contextmanager
@@ -99,12 +102,25 @@ def amazon(faults: Faults | None = None) -> Iterator[dict[str, str]]:
         host = http.client.HTTPConnection("127.0.0.1", port)
         host.request("PUT", "/runs", headers={"Host": f"127.0.0.1:{port}"})
         assert host.getresponse().status == 200
-        yield {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{front}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        try:
+            yield {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{front}",
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    """Drops clients that know a server by its address."""
+    import fsspec
+
+    for scheme in ("gs", "s3"):
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    if (storage := sys.modules.get("vit_jax.data.storage")) is not None:
+        storage.forget()
 
 
 @contextlib.contextmanager

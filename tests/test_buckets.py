@@ -72,9 +72,6 @@ def stores():
             for name, value in found.items():
                 patch.setenv(name, value)
             yield
-    import gcsfs
-
-    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 @pytest.fixture

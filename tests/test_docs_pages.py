@@ -106,9 +106,6 @@ def cloud(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("VIT_JAX_CACHE", "cache")
         yield
-    import gcsfs
-
-    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -74,9 +74,6 @@ def bucket(request, data):
         for path in filter(Path.is_file, data.rglob("*")):
             Objects(url).replace(path.relative_to(data).as_posix(), path.read_bytes())
         yield url
-    import gcsfs
-
-    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 @pytest.fixture(autouse=True)
