@@ -17,9 +17,9 @@ with a FAMILY to train on them from scratch. FAMILY is `vit` (16 patches of 6 x 
 (that ViT on the root of the ResNet, 9 or 16 patches).
 
 Hardware and hours: two CPU cores, half a minute, garments a minute. Expected: of 15,000 garments
-85 to 87%, and ten-shot linear accuracy on handwritten digits (`others/10shot`) 33 to 45%; held-out
-fractals 25 to 30% of 100 classes; five-shot linear accuracy on 100 other classes (`others/5shot`), the
-paper's measure of what was learnt (section 4.1), about 20%; digits 90 to 95%.
+85 to 89%, and ten-shot linear accuracy on handwritten digits (`others/10shot`) 33 to 45%; held-out
+fractals 25 to 30% of 100 classes; five-shot linear accuracy on 100 other classes
+(`others/5shot`), the paper's measure of what was learnt (section 4.1), about 20%; digits 90 to 95%.
 
 What is known to matter: the number of steps; batches of 32 learn more of the same images than 128
 do. The images are written once, by experiments/evidence.py, since making one costs as much as a
