@@ -27,6 +27,9 @@ seeds: $(VENV)/.train
 evidence: $(VENV)/.train
 	$(BIN)/python experiments/evidence.py
 
+# Compiled modules are kept, as hundreds of processes import them.
+test test-parity: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow"
 
