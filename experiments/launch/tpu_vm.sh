@@ -12,9 +12,9 @@ NAME=${NAME:-vit-l16}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
-# A bucket for run folders, and an NFS share that the hosts can reach (Filestore) with the data.
+# Buckets, which all hosts reach.
 RUNS=${RUNS:-gs://my-bucket/runs}
-NFS=${NFS:-10.0.0.2:/runs}
+DATA=${DATA:-gs://my-bucket/imagenet}
 
 on_all_hosts() {
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
@@ -30,9 +30,7 @@ case "${1:-}" in
     gcloud compute tpus tpu-vm scp /tmp/vit_jax.tar.gz "$NAME": --zone="$ZONE" --worker=all
     on_all_hosts "
       set -e
-      sudo apt-get update && sudo apt-get install -y nfs-common python3.11-venv
-      sudo mkdir -p /shared
-      mountpoint -q /shared || sudo mount -t nfs $NFS /shared
+      sudo apt-get update && sudo apt-get install -y python3.11-venv
       mkdir -p vit_jax && tar -xzf vit_jax.tar.gz -C vit_jax && cd vit_jax
       python3.11 -m venv .venv
       .venv/bin/python -m pip install --constraint constraints.txt '.[tpu,gcs,plot,tensorboard]'"
@@ -42,8 +40,9 @@ case "${1:-}" in
     on_all_hosts "
       cd vit_jax && PATH=\$PWD/.venv/bin:\$PATH
       nohup python -m vit_jax train \
-        --config=configs/pretrain.py:L/16,imagenet,records:/shared/imagenet \
+        --config=configs/pretrain.py:L/16,imagenet,records:$DATA \
         --workdir=$RUNS/pretrain_l16 \
+        --config.data.cache=/tmp/images,80GB \
         --config.precision=bfloat16 \
         --config.mesh.fsdp=16 \
         --config.checkpoint.every=500 \
