@@ -142,7 +142,7 @@ def check(words):
     """Parses a command, reads its config and returns both."""
     args, rest = make_parser(COMMANDS).parse_known_args(words)
     assert all(flag.startswith("--config.") for flag in rest), rest
-    config = load_config(str(ROOT / args.config), rest)
+    config = load_config(f"{ROOT}/{args.config}", rest)
     config.check_trains()
     return args, config
 
