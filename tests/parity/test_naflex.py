@@ -40,6 +40,8 @@ CASES = {
         dict(num_classes=0, pos_embed_grid_size=(4, 6)),
     ),
     "radio": ("C-RADIO v3 NaFlex", "naflexvit_base_patch16_radio_v3", dict(num_classes=0)),
+    "radio_large": ("C-RADIO v3 L NaFlex", "naflexvit_large_patch16_radio_v3", dict(num_classes=0)),
+    "radio_huge": ("C-RADIO v3 H NaFlex", "naflexvit_huge_patch16_radio_v3", dict(num_classes=0)),
     "radio_v4": ("C-RADIO v4 NaFlex", "naflexvit_so400m_patch16_radio_v4", dict(num_classes=0)),
     "siglip": ("SigLIP 2 NaFlex", "naflexvit_so400m_patch16_siglip", dict(num_classes=0)),
 }
