@@ -53,7 +53,7 @@ BELOW = {
     },
     "launch": {
         *("errors", "writing", "distributed", "buckets", "models", "data", "checkpoints"),
-        "training",
+        *("training", "recipes"),
     },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

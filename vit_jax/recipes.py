@@ -7,9 +7,11 @@ They are run as files and never imported as modules.
 import ast
 import dataclasses
 import functools
+import importlib.util
 import logging
 import os
 import shlex
+import types
 from pathlib import Path
 
 from vit_jax.errors import UserError, nearest
@@ -34,6 +36,17 @@ class Recipe:
     summary: str
     argument: str
     default: str
+
+
+def run_file(path: str) -> types.ModuleType:
+    """Runs a file of Python as it is now; returns it as a module.
+
+    Python's own cache takes two versions of one second and one length for the same.
+    """
+    spec = importlib.util.spec_from_file_location("file", path)
+    module = importlib.util.module_from_spec(spec)
+    exec(spec.loader.source_to_code(spec.loader.get_data(path), path), module.__dict__)
+    return module
 
 
 def folder() -> Path:

@@ -14,7 +14,6 @@ has SCALES, only these can be asked for.
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.recipes import run_file
 
 RECORD = "sweep.json"  # beside the run folders; see run.py
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
@@ -99,9 +99,8 @@ def _read_file(spec: str, path: str, scale: str) -> tuple[Any, list[Any]]:
     """Returns the file's `config` and what its function yields."""
     if not os.path.isfile(path) or not path.endswith(".py"):
         raise UserError(f"there is no sweep file {path!r} ({spec}); expected FILE.py or FILE:SCALE")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("s", path))
     try:
-        module.__spec__.loader.exec_module(module)
+        module = run_file(path)
     except Exception as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     function = getattr(module, "sweep", None)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ import ml_collections
 from vit_jax.data.config import is_possible
 from vit_jax.errors import UserError, nearest, outermost
 from vit_jax.models.config import pair
-from vit_jax.recipes import find
+from vit_jax.recipes import find, run_file
 from vit_jax.training.config import DURATIONS, SIDES, Config, not_none, typed_keys, unpack
 
 logger = logging.getLogger(__name__)
@@ -174,9 +173,8 @@ def _item(text: str) -> int | float | str:
 def run_config_file(spec: str) -> dict[str, Any]:
     """What a config file returns, as nested dicts."""
     path, argument = find(spec)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("c", path))
     with _importable(os.path.dirname(os.path.abspath(path))):
-        module.__spec__.loader.exec_module(module)
+        module = run_file(path)
         if not hasattr(module, "get_config"):
             raise UserError(f"{path} is no config file: it has no function get_config")
         try:
