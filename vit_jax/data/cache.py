@@ -38,6 +38,11 @@ def parse(where: str) -> tuple[Path, int]:
     return Path(match[1]).expanduser(), int(float(match[2]) * _UNITS[match[3]])
 
 
+def checksum(content: bytes) -> bytes:
+    """The four bytes that are kept before a content."""
+    return zlib.crc32(content).to_bytes(4, "little")
+
+
 class Cache:
     """Pieces of files, each with a checksum, in a folder of their own of at most `limit` bytes.
 
@@ -81,7 +86,7 @@ class Cache:
                 os.utime(path)
         except OSError:
             return None
-        if int.from_bytes(content[:4], "little") == zlib.crc32(content[4:]):
+        if content[:4] == checksum(content[4:]):
             return content[4:]
         logger.warning("%s is damaged, and read anew", path)
         return None
@@ -94,7 +99,7 @@ class Cache:
             if not self._has_room(count):
                 return
             path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
+            temporary.write_bytes(checksum(content) + content)
             os.replace(temporary, path)
         except OSError as error:
             with contextlib.suppress(OSError):

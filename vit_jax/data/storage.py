@@ -19,14 +19,13 @@ import posixpath
 import re
 import stat
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data.cache import Cache
+from vit_jax.data.cache import Cache, checksum
 from vit_jax.errors import UserError
 from vit_jax.objects import Entry as Listed
 from vit_jax.objects import Objects, cache, check
@@ -263,19 +262,15 @@ def text(path: str, name: str, make: Callable[[], str]) -> str:
 def _made_once(path: str, name: str, make: Callable[[], bytes]) -> bytes:
     where = kept(path, name)
     with contextlib.suppress(OSError):
-        checksum, content = (known := where.read_bytes())[:4], known[4:]
-        if checksum == _checksum(content):
+        found, content = (known := where.read_bytes())[:4], known[4:]
+        if found == checksum(content):
             return content
     content = make()
     try:
-        write_kept(where, [_checksum(content), content])
+        write_kept(where, [checksum(content), content])
     except (OSError, UserError) as error:
         logger.warning("the index of %s is not kept: %s", path, error)
     return content
-
-
-def _checksum(content: bytes) -> bytes:
-    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def kept(path: str, name: str) -> Path:
