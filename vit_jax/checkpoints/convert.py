@@ -167,7 +167,7 @@ def interpret(
             _named(weights, "timm", None)
         raise
     dialect = tables_dinov2.told_apart(weights, told_apart(weights, dialect, prefix))
-    weights, grid = flattened(weights)
+    weights, grid = flattened(weights, dialect, prefix)
     if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
         raise UserError(
             f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "

@@ -43,7 +43,13 @@ from vit_jax.checkpoints.tables import (
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
-from vit_jax.checkpoints.tables_naflex import HF_SIGLIP2, NAFLEX, TIMM_NAFLEX, on_grid
+from vit_jax.checkpoints.tables_naflex import (
+    BIG_VISION_NAFLEX,
+    HF_SIGLIP2,
+    NAFLEX,
+    TIMM_NAFLEX,
+    on_grid,
+)
 from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
@@ -54,6 +60,7 @@ from vit_jax.models.lora import merged
 from vit_jax.models.resnet import STYLES
 from vit_jax.writing import check_own, write_atomically
 
+_FLAX = (GOOGLE, BIG_VISION, BIG_VISION_NAFLEX)
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
 ADAPTER = "lora"  # not a format of whole models
 # Endings of files: a path with one of them is not a folder.
@@ -105,7 +112,8 @@ def choose(format: str, config: ModelConfig) -> Dialect:
     timm = TIMM if config.native_resize is None else TIMM_NAFLEX
     timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else timm
     timm = TIMM_PARALLEL if config.parallel else timm
-    return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
+    big_vision = BIG_VISION_NAFLEX if families_naflex.is_big_vision(config) else BIG_VISION
+    return {"google": GOOGLE, "big_vision": big_vision, "timm": timm}[format]
 
 
 def to_names(
@@ -142,8 +150,8 @@ def to_names(
         else:
             arrays |= zip(row.keys(prefix), row.write(value), strict=True)
     arrays = tables_parallel.joined(arrays) if dialect is TIMM_PARALLEL else arrays
-    if dialect is TIMM_NAFLEX:
-        arrays = on_grid(arrays, config.grid)
+    if dialect in NAFLEX:
+        arrays = on_grid(arrays, config.grid, dialect, prefix)
     _read_back(arrays, config, dialect)
     return arrays, config, notes
 
@@ -156,7 +164,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["resnet"] = (None,)
     elif config.resnet is not None and dialect.name != "vit_jax":
         allowed["resnet_style"] = tuple(name for name, style in STYLES.items() if not style.preact)
-    if dialect in (GOOGLE, BIG_VISION):
+    if dialect in _FLAX:
         allowed |= {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["pool"] = ("token", "gap") if dialect is GOOGLE else ("token", "gap", "map")
     elif dialect in (TIMM, TIMM_EVA) and config.relative_bias is not None:
@@ -211,7 +219,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         if dialect not in (TIMM, TIMM_PARALLEL, TIMM_EVA):
             allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
         if (dialect.name == "hf" and dialect not in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2)) or (
-            dialect in (GOOGLE, BIG_VISION)
+            dialect in _FLAX
         ):
             allowed |= {"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,)}
             allowed |= {"mlp_scale": (True,), "proj_bias": (True,)}
