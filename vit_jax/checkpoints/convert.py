@@ -263,7 +263,7 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
         depth = None
         if row.per_block:
             depth = depths.get(prefix + row.theirs[0].split("{}")[0], 0)
-            depth = min(max(depth - row.first, 0), len(weights.shapes))
+            depth = min(max(depth - row.first, 0) * row.branches, len(weights.shapes))
         one = row.keys(prefix)
         whole = all(key in weights.shapes for key in one)
         every = (row.keys(prefix, i) for i in range(depth or 0)) if row.per_block else (one,)

@@ -38,6 +38,7 @@ from vit_jax.checkpoints.tables import (
     RESNET_TIMM,
     RESNET_V1,
     TIMM,
+    TIMM_BESIDE,
     TIMM_PARALLEL,
     native,
 )
@@ -61,6 +62,8 @@ from vit_jax.models.resnet import STYLES
 from vit_jax.writing import check_own, write_atomically
 
 _FLAX = (GOOGLE, BIG_VISION, BIG_VISION_NAFLEX)
+_VISION_TRANSFORMER = (TIMM, TIMM_PARALLEL, TIMM_BESIDE)  # timm's file of that name
+_RESPELT = (GOOGLE, TIMM, TIMM_BESIDE, HF_VIT, HF_DINOV2, HF_SIGLIP)  # which have no sincos2d
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
 ADAPTER = "lora"  # not a format of whole models
 # Endings of files: a path with one of them is not a folder.
@@ -111,6 +114,7 @@ def choose(format: str, config: ModelConfig) -> Dialect:
     eva, biased = sidecars_eva.is_eva(config), config.relative_bias is not None
     timm = TIMM if config.native_resize is None else TIMM_NAFLEX
     timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else timm
+    timm = TIMM_BESIDE if config.branches > 1 else timm
     timm = TIMM_PARALLEL if config.parallel else timm
     big_vision = BIG_VISION_NAFLEX if families_naflex.is_big_vision(config) else BIG_VISION
     return {"google": GOOGLE, "big_vision": big_vision, "timm": timm}[format]
@@ -171,7 +175,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         yield from sidecars_relative.cannot(config)
     elif dialect is HF_BEIT:
         yield from sidecars_relative.hf_cannot(config)
-    elif dialect in (TIMM, TIMM_PARALLEL):
+    elif dialect in _VISION_TRANSFORMER:
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
         yield from sidecars_timm.cannot(config)
@@ -204,6 +208,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["mlp"] = ("gelu",)
     if dialect.name != "vit_jax":
         allowed["position_at"] = ("input",)
+        allowed["branches"] = (2 if dialect is TIMM_BESIDE else 1,)
         if dialect not in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
             allowed["rotary"] = (None,)
             allowed["key_bias"] = (True, dialect is not HF_BEIT)
@@ -276,7 +281,7 @@ def _respell(
     """
     done: list[str] = []
     factorized = dialect is TIMM_NAFLEX and config.position == "learned2d_added"
-    if config.position == "sincos2d" and dialect in (GOOGLE, TIMM, HF_VIT, HF_DINOV2, HF_SIGLIP):
+    if config.position == "sincos2d" and dialect in _RESPELT:
         table = posembed.sincos2d(config.grid, config.width)
         config = dataclasses.replace(config, position="learned", position_prefix=0)
         params["pos_embed"] = table
@@ -331,15 +336,15 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     settings |= {
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
-    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX):
+    if dialect in (*_VISION_TRANSFORMER, TIMM_EVA, TIMM_NAFLEX):
         settings |= {"pool": config.pool, "norm_after_branch": config.norm_after_branch}
     if dialect in NAFLEX:
         settings |= {name: getattr(config, name) for name in ("native_resize", "patch_size")}
-    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
+    if dialect in (*_VISION_TRANSFORMER, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
     told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
     told = ("final_norm",) if dialect is TIMM_NAFLEX else told
-    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+    if dialect in (*_VISION_TRANSFORMER, TIMM_EVA):
         told = ("pool_prefix", "final_norm", "norm_after_branch")
         told += ("pool_heads",) if dialect is TIMM_EVA else ()
     settings |= {name: getattr(config, name) for name in told}

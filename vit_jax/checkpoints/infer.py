@@ -16,6 +16,7 @@ from vit_jax.checkpoints.tables import (
     HF_SIGLIP,
     RESNET_PAPER,
     TIMM,
+    TIMM_BESIDE,
     TIMM_PARALLEL,
 )
 from vit_jax.checkpoints.tables_dinov2 import DINOV2
@@ -118,7 +119,8 @@ def infer(
         "blocks/attention/qkv/bias": dialect
         not in (GOOGLE, BIG_VISION, BIG_VISION_NAFLEX, HF_SIGLIP, FLAX_CLIP),
         "pos_embed": rotary
-        or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX, HF_BEIT),
+        or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_BESIDE)
+        or dialect in (TIMM_EVA, TIMM_NAFLEX, HF_BEIT),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)

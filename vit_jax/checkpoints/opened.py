@@ -182,6 +182,7 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     parts = {
         "norms behind the branches": config.norm_after_branch,
         "attention and MLP parallel": config.parallel,
+        f"{config.branches} on the same tokens": config.branches > 1,
         f"{norm} of queries and keys ({config.qk_norm})": config.qk_norm != "none",
         "differential attention": config.differential,
     }

@@ -94,6 +94,8 @@ class ViTConfig:
         before them (Swin v2's res-post-norm, arXiv 2111.09883; EVA-02's enormous CLIP).
       parallel: whether attention and MLP of a block read the same normalised tokens, and their sum
         is one branch (ViT-22B, arXiv 2302.05442).
+      branches: how many blocks run on the same tokens, to which they add their attentions, and then
+        their MLPs (arXiv 2203.09795): a depth of 36 with 2 is timm's 18x2.
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
       mlp_scale: whether the branch of the MLP has such a scale, too; in Sapiens 2 it has not.
       patch_norm: whether a norm is between the patch embedding and the positions (AIMv2).
@@ -158,6 +160,7 @@ class ViTConfig:
     layernorm_eps: float = 1e-6
     norm_after_branch: bool = False
     parallel: bool = False
+    branches: int = 1
     layer_scale: float | None = None
     mlp_scale: bool = True
     patch_norm: bool = False
@@ -190,7 +193,7 @@ class ViTConfig:
         if self.resnet is not None:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
-        smallest |= dict(registers=0, patch_outputs=0)
+        smallest |= dict(registers=0, patch_outputs=0, branches=1)
         for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches"):
             if getattr(self, name) is not None:
                 smallest[name] = 1
@@ -237,6 +240,7 @@ class ViTConfig:
                 f"{self.position!r} goes with 'input' alone"
             )
         _check_native(self)
+        _check_branches(self)
         _check_relative_bias(self)
         if self.biases_logits and self.attention == "cudnn":
             name = "position 'relative'" if self.relative_bias is None else "relative_bias"
@@ -466,6 +470,22 @@ def _check_differential(config: ViTConfig) -> None:
         what = "model.rotary" if config.rotary is not None else "model.attention_norm"
         what = "heads of an odd number of channels" if config.head_dim % 2 else what
         raise UserError(f"model.differential does not go with {what}: change one of them")
+
+
+def _check_branches(config: ViTConfig) -> None:
+    """Raises a UserError for what has no place in blocks that run on the same tokens."""
+    if config.depth % config.branches:
+        raise UserError(
+            f"model.depth {config.depth} does not divide into layers of {config.branches} blocks "
+            "(model.branches): change one of them"
+        )
+    without = {"position_at": config.position_at != "input", "differential": config.differential}
+    for name, there in without.items():
+        if there and config.branches > 1:
+            raise UserError(
+                f"model.branches does not go with model.{name} {getattr(config, name)!r}: change "
+                "one of them"
+            )
 
 
 def _check_native(config: ViTConfig) -> None:

@@ -83,7 +83,8 @@ class ViT(nnx.Module):
           capture: names of intermediates to return with the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b p], and `pre_logits` [b r], the head's input, which is
-            `pooled` without a representation_size.
+            `pooled` without a representation_size. With `branches`, blocks that run on the same
+            tokens are one of the depth, and have the heads of all.
           corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: the sharding on a mesh (see training/sharding.py).
           frozen: the number of first blocks of which no gradient is computed.
@@ -265,7 +266,8 @@ class ViT(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
-        depth, at = self.config.depth, self.config.position_at
+        at, beside = self.config.position_at, self.config.branches
+        depth = self.config.depth // beside
         shared = self.positions() if at == "layers_shared" else None
         logits_bias = None if sizes is None else sizes.bias
         if hasattr(self, "relative_bias"):
@@ -290,12 +292,16 @@ class ViT(nnx.Module):
         folded = functools.partial(layers.folded, norms=not other)
 
         def body(x, params, index):
-            params = folded(params) if fold and not fold_before else params
-            block, inner = nnx.merge(graphdef, params), Captures(captures.names)
+            each = [params]
+            if beside > 1:
+                each = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(beside)]
+            each = map(folded, each) if fold and not fold_before else each
+            blocks, inner = [nnx.merge(graphdef, own) for own in each], Captures(captures.names)
             if at != "input":
-                added = positions.composed(block, self.config) if shared is None else shared
+                added = positions.composed(blocks[0], self.config) if shared is None else shared
                 x = x + pad(added.astype(x.dtype))
-            x = block(
+            x = layers.run_blocks(
+                blocks,
                 x,
                 depth_fraction=index / max(depth - 1, 1),
                 key=None if key is None else jax.random.fold_in(key, index),
@@ -311,8 +317,12 @@ class ViT(nnx.Module):
         stacked = nnx.to_pure_dict(stacked)
         if fold and fold_before:
             stacked = jax.vmap(folded)(stacked)
+        if beside > 1:  # blocks that run on the same tokens are one layer
+            stacked = jax.tree.map(
+                lambda leaf: leaf.reshape(depth, beside, *leaf.shape[1:]), stacked
+            )
         x, captured = run_block(
-            body, pad(x), stacked, self.config, layout, depth=depth, frozen=frozen
+            body, pad(x), stacked, self.config, layout, depth=depth, frozen=frozen // beside
         )
         captures.values.update(captured)
         return x[:, :length]

@@ -65,7 +65,7 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
     layout = make_layout(mesh, model.dtype)
     graphdef, shapes = structure(model)
     learning = trainable(optim.freeze, shapes)
-    factors = rates(optim, shapes)
+    factors = rates(optim, shapes, getattr(model, "branches", 1))
     factors = factors and tuple(learning.select(tree) for tree in factors)
     optimizer = make_optimizer(optim, schedule, whole=layout is None, rates=factors)
     optimizer = learning.optimizer(optimizer)
