@@ -89,6 +89,7 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         augment=config.augment,
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
+        ema_warmup=config.optim.ema_warmup,
         seed=config.seed,
         layout=layout,
         trainable=learning,

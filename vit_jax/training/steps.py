@@ -165,6 +165,7 @@ def make_train_step(
     augment: objectives.Augment,
     accumulate: int = 1,
     ema: float | None = None,
+    ema_warmup: bool = False,
     seed: int = 0,
     layout: Layout | None = None,
     trainable: Trainable | None = None,
@@ -230,7 +231,9 @@ def make_train_step(
             learned = optax.apply_updates(learned, updates)
             params, average = learning.combine(state.params, learned), state.ema
             if ema is not None:  # what is frozen is its own average, without rounding
-                moved = optax.incremental_update(learned, learning.select(average), 1 - ema)
+                t = state.step
+                decay = jnp.minimum(ema, (1 + t) / (10 + t)) if ema_warmup else ema
+                moved = optax.incremental_update(learned, learning.select(average), 1 - decay)
                 average = learning.combine(average, moved)
             metrics = {
                 "loss": loss,
