@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 
 import numpy as np
@@ -22,7 +23,21 @@ def few_images(tmp_path_factory):
     """A folder to work in that has the images of configs/evidence.py, very few of them."""
     folder = tmp_path_factory.mktemp("evidence")
     evidence.make_data(folder / "runs" / "evidence", shrink=100)
+    for name in ("fashion_mnist", "mnist"):
+        write_idx(folder / "data" / name)
     return folder
+
+
+def write_idx(folder, train=3000, test=500):
+    """Fashion-MNIST's and MNIST's format: noise, with as many of each of ten classes."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("t10k", test)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = random.integers(0, 256, (count, 28, 28), np.uint8)
+        for file, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
+            (folder / f"{split}-{file}-ubyte").write_bytes(header + array.tobytes())
 
 
 HERE = [name for name in evidence.EXPERIMENTS if name != "finetune"]  # whose weights are fetched
@@ -36,7 +51,7 @@ def test_an_experiment_runs_from_its_points_to_its_page(
     if name != "positions":
         request.getfixturevalue("untrained")
     if name in ("token_or_mean", "data_size", "compute", "shape"):  # which look at numbers alone
-        values = dict.fromkeys(("accuracy", "loss", "5shot"), 0.5)
+        values = dict.fromkeys(("accuracy", "loss", "5shot", "10shot"), 0.5)
         monkeypatch.setattr(
             Evaluation,
             "measure",
