@@ -8,7 +8,6 @@ are enough for, not measured.
 config = "configs/evidence.py"
 # What is learnt from few images, and what from before. These digits are MNIST's.
 STARTS = {"digits": ("scratch", "fractals", "garments"), "garments": ("scratch", "fractals")}
-SOURCES = {"digits": "idx:data/mnist", "garments": "idx:data/fashion_mnist"}
 SIDES = (32, 48)  # pixels: 4 x 4 and 6 x 6 patches
 WIDE = {"model.width": 256, "model.depth": 6, "model.mlp_dim": 512}
 RATES = {"scratch": 2e-3, "fractals": 1e-3, "garments": 1e-3}
@@ -47,28 +46,19 @@ def sweep(scale="laptop"):
                     **before,
                 }
         for data, start in [(data, start) for data, each in starts.items() for start in each]:
-            own = wide if start == "scratch" else {}
+            own = {"init_from": f"@{start}_{seed}"} if start != "scratch" else wide
+            family = ",vit" if start == "scratch" else ""
             for side in sides:
                 for ending, rate in rates[start].items():
-                    point = _few(data, start, side, seed) | own | {"optim.lr": rate} | after
-                    yield point | {"name": f"{data}_{start}_{side}_{seed}{ending}"}
-
-
-def _few(data, start, side, seed):
-    """A run on 2% of the training images, of which there are 1,200, that ends with a test."""
-    scratch = start == "scratch"
-    return {
-        "config": f"configs/evidence.py:digits{',vit' if scratch else ''}",
-        "data.train.source": SOURCES[data],
-        "data.train.split": "train[:2%]",
-        "data.val.source": SOURCES[data],
-        "data.val.split": "train[90%:]",
-        "data.test.source": SOURCES[data],
-        "total_examples": 24_000,
-        "seed": seed,
-        **(_sides(side) if scratch else {"model.image_size": (side, side)}),
-        **({} if scratch else {"init_from": f"@{start}_{seed}"}),
-    }
+                    yield {
+                        "name": f"{data}_{start}_{side}_{seed}{ending}",
+                        "config": f"configs/evidence.py:few_{data}{family}",
+                        "model.image_size": (side, side),
+                        "seed": seed,
+                        "optim.lr": rate,
+                        **own,
+                        **after,
+                    }
 
 
 def _sides(side):
