@@ -19,7 +19,7 @@ LARGE = {
     "pixels": "configs/masked.py:B/16,jft,pixels,fewshot,records:shards/jft",
     "labels": "configs/pretrain.py:B/16,jft,fewshot,records:shards/jft",
 }
-RATES = {"": 1e-3, "scratch": 2e-3}  # of fine-tuning, from experiments/transfer
+RATES = {"": 4e-3, "scratch": 2e-3}  # of fine-tuning, from experiments/transfer
 WIDE = {"model.width": 256, "model.depth": 6, "model.mlp_dim": 512}
 SCALES = ("smoke", "laptop", "gpu", "paper")
 
@@ -33,7 +33,7 @@ def sweep(scale="laptop"):
             yield {"name": f"{target}_imagenet", **tune}
         yield {"name": "scratch_imagenet", "config": "configs/pretrain.py:B/16,imagenet"}
         return
-    targets, seeds, before, after, wide = TARGETS, range(4), {}, {}, {}
+    targets, seeds, before, after, wide = TARGETS, range(3), {}, {}, {}
     if scale == "smoke":
         targets, seeds = {"small": TARGETS["small"]}, [0]
         before = after = {"total_examples": 64}

@@ -8,7 +8,8 @@ fine-tuned for 20 passes on 2% of what they then are tested on: 1,200 handwritte
 as many garments; at 32 x 32 pixels and at 48 x 48, where the grid of 4 x 4 positions is
 interpolated to 6 x 6. Beside them the same model from scratch, at both resolutions. Each start has
 its own learning rate, the best of four on held-out digits with a seed of its own
-(`sweep.py:pilot`): PILOT.
+(`sweep.py:pilot`): at 0.0005, 0.001, 0.002 and 0.004 from scratch 74.3, 85.9, 88.6 and 86.9%, from
+fractals 74.1, 86.7, 91.0 and 92.3%, from garments 84.5, 90.2, 92.6 and 93.3%.
 
 What counts was written before the runs, by test accuracy on all 10,000 test images, seed by seed,
 with 95% intervals of Student's t:

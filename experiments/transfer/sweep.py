@@ -10,7 +10,7 @@ config = "configs/evidence.py"
 STARTS = {"digits": ("scratch", "fractals", "garments"), "garments": ("scratch", "fractals")}
 SIDES = (32, 48)  # pixels: 4 x 4 and 6 x 6 patches
 WIDE = {"model.width": 256, "model.depth": 6, "model.mlp_dim": 512}
-RATES = {"scratch": 2e-3, "fractals": 1e-3, "garments": 1e-3}
+RATES = {"scratch": 2e-3, "fractals": 4e-3, "garments": 4e-3}
 TRIED = (5e-4, 1e-3, 2e-3, 4e-3)
 SCALES = ("smoke", "pilot", "laptop", "gpu", "paper")
 
@@ -24,7 +24,7 @@ def sweep(scale="laptop"):
                 tune = {"config": f"configs/finetune.py:L/16,{data},{side}"}
                 yield {"name": f"{data}_{side}", "init_from": "@imagenet21k", **tune}
         return
-    starts, sides, seeds, before, after, wide = STARTS, SIDES, range(4), {}, {}, {}
+    starts, sides, seeds, before, after, wide = STARTS, SIDES, range(3), {}, {}, {}
     rates = {start: {"": rate} for start, rate in RATES.items()}
     if scale == "smoke":
         starts, sides, seeds = {"digits": ("garments",)}, SIDES[1:], [0]
