@@ -67,7 +67,8 @@ def _vit_macs(vit: ViTConfig, n: int) -> int:
         macs += d * d + n * d * 2 * d + 2 * n * d + d * d + pool_mlp
     pooled = d * (2 if vit.pool == "token_gap" else 1)
     hidden = vit.representation_size
-    macs += (pooled * hidden if hidden else 0) + (hidden or pooled) * vit.num_classes
+    heads = patches if vit.pool == "none" else 1
+    macs += (pooled * hidden if hidden else 0) + heads * (hidden or pooled) * vit.num_classes
     if vit.patch_outputs:  # masked patch prediction: at the corrupted patches alone
         macs += num_corrupted(patches) * d * vit.patch_outputs
     return macs + (d * vit.num_classes if vit.distillation == "head" else 0)

@@ -1,6 +1,7 @@
 """`ModelCard`, the metadata saved with weights, and `Report`, how a model was loaded."""
 
 import dataclasses
+import functools
 import html
 import json
 from collections.abc import Callable, Mapping
@@ -28,17 +29,21 @@ class Objective:
       probabilities: logits [k], float64 -> the probability of each of the k classes; None if the
         model has no classes, as in masked patch prediction.
       multi_label: whether each class is a question of its own, so that an image may have several.
+      masks: whether each pixel has a class, and each patch logits.
     """
 
     probabilities: Callable[[np.ndarray], np.ndarray] | None = None
     multi_label: bool = False
+    masks: bool = False
 
 
-# By name. Their losses are in training/objectives.py, and of patches in training/masking.py.
+# By name. Their losses are in training/objectives.py, of masks in training/segmentation.py, and of
+# corrupted patches in training/masking.py.
 OBJECTIVES = {
     "softmax": Objective(scipy.special.softmax),
     "sigmoid": Objective(scipy.special.expit, multi_label=True),
     "distill": Objective(scipy.special.softmax),
+    "segmentation": Objective(functools.partial(scipy.special.softmax, axis=-1), masks=True),
     "masked_colour": Objective(),
     "masked_small": Objective(),
     "masked_pixels": Objective(),

@@ -12,7 +12,7 @@ from vit_jax.models.relative import RelativeBias
 from vit_jax.models.rotary import Rotary
 
 CHOICES = {
-    "pool": ("token", "gap", "map", "token_gap"),
+    "pool": ("token", "gap", "map", "token_gap", "none"),
     "distillation": ("none", "token", "head"),
     "position": (
         *("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "relative_bias"),
@@ -60,7 +60,8 @@ class ViTConfig:
       num_heads: attention heads, which divide `width`.
       num_classes: outputs of the head; 0 is a model that outputs the pooled representation.
       pool: what the head reads: the class token, the mean of the patch tokens (`gap`), an attention
-        pooling head over them (`map`), or the first two concatenated (`token_gap`, DINOv2's).
+        pooling head over them (`map`), the first two concatenated (`token_gap`, DINOv2's), or each
+        patch token by itself (`none`), for outputs [b gh gw num_classes], as in segmentation.
       class_token: whether there is a class token; None is where `pool` reads it.
       distillation: DeiT's distillation token: `token`, or `head` with a head of its own, averaged
         with the other.
@@ -267,7 +268,16 @@ class ViTConfig:
             raise UserError(
                 "model.key_bias is false, and so is model.qkv_bias: set only the latter"
             )
-        whole = {"position": self.biases_logits, "position_at": self.position_at != "input"}
+        if self.pool == "none" and self.representation_size:
+            raise UserError(
+                "model.pool 'none' has a linear head on the patches, and no representation_size: "
+                "set model.representation_size to None"
+            )
+        whole = {
+            "pool": self.pool == "none",
+            "position": self.biases_logits,
+            "position_at": self.position_at != "input",
+        }
         for name, needed in (whole | {"patch_outputs": self.patch_outputs > 0}).items():
             if needed and self.patch_dropout:
                 what = f"{name} {getattr(self, name)!r}"
@@ -483,6 +493,7 @@ def _check_native(config: ViTConfig) -> None:
         "patch_outputs": (0,),
         "relative_bias": (None,),
         "differential": (False,),
+        "pool": ("token", "gap", "map", "token_gap"),
     }
     for name, values in possible.items():
         if config.max_patches is not None and getattr(config, name) not in values:

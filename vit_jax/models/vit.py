@@ -73,7 +73,7 @@ class ViT(nnx.Module):
         layout: Layout | None = None,
         frozen: int = 0,
     ) -> Float[Array, "b *k"] | tuple[Float[Array, "b *k"], dict[str, Any]]:
-        """Classifies images, or predicts corrupted patches.
+        """Classifies images or, with pool `none`, their patches, or predicts corrupted patches.
 
         Args:
           images: normalised as the model's preprocessing says, of exactly `config.image_size`;
@@ -83,15 +83,15 @@ class ViT(nnx.Module):
           capture: names of intermediates to return with the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b p], and `pre_logits` [b r], the head's input, which is
-            `pooled` without a representation_size.
+            `pooled` without a representation_size. With pool `none` both are [b gh gw d].
           corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: the sharding on a mesh (see training/sharding.py).
           frozen: the number of first blocks of which no gradient is computed.
 
         Returns:
-          Logits [b num_classes] in float32 (the representation, where num_classes is 0), or the
-          predictions for corrupted patches [b m patch_outputs]; with `capture`, also a dict of the
-          named arrays.
+          Logits [b num_classes] in float32 (the representation, where num_classes is 0), with pool
+          `none` of each patch [b gh gw num_classes], or the predictions for corrupted patches
+          [b m patch_outputs]; with `capture`, also a dict of the named arrays.
 
         Raises:
           UserError: the images have another size or number of channels.
@@ -219,12 +219,15 @@ class ViT(nnx.Module):
 
     def pooled(
         self, x: Float[Array, "b n d"], sizes: native.Sizes | None = None
-    ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
+    ) -> tuple[Float[Array, "b *p"], Float[Array, "b d"] | None]:
         """The head's input (the class token in Eq. 4), and that of `head_dist`, if there is one."""
         config = self.config
         x_dist = x[:, 1] if config.distillation == "head" else None
         if config.pool == "token":
             return x[:, 0], x_dist
+        if config.pool == "none":  # each patch, at its place
+            x = x[:, config.num_prefix_tokens :]
+            return x.reshape(x.shape[0], *config.grid, x.shape[-1]), None
         if config.pool == "map":
             first = 0 if config.pool_prefix else config.num_prefix_tokens
             bias = None if sizes is None else sizes.bias[..., first:]

@@ -156,8 +156,8 @@ class Config:
       total_examples: length of the run in images.
       init_from: weights to start from: anything that `vit_jax.load` reads, such as a run folder.
       objective: the loss: `softmax`, `sigmoid` for images with several labels, `distill` to learn
-        from another model (section `distill`), or masked patch prediction of the mean colour, of
-        4x4 pixels or of all pixels of a patch.
+        from another model (section `distill`), `segmentation` for masks, the class of each pixel,
+        or masked patch prediction of the mean colour, of 4x4 pixels or of all pixels of a patch.
       precision: dtype of the computation; parameters are always float32.
     """
 
@@ -217,6 +217,13 @@ class Config:
         if self.stop.patience and self.stop.metric is None and self.checkpoint.best is None:
             raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
         self.distill.check(self.objective, self.augment)
+        if self.segments:
+            self._check_segmentation()
+        elif self.augment.dice:
+            raise UserError(
+                f"augment.dice is for masks, which objective {self.objective} does not learn: set "
+                "--config.objective=segmentation, or leave it out"
+            )
         if not self.classifies:
             self._check_masked()
         elif (name := self.eval.views) and not self._evaluates_classes():
@@ -242,6 +249,19 @@ class Config:
             raise UserError(
                 f"data.train.repeats is {repeats}, as large as batch_size: mixup and cutmix would "
                 "mix an image with itself"
+            )
+
+    def _check_segmentation(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self.augment, name):
+                raise UserError(
+                    f"augment.{name} mixes the labels of whole images, and objective segmentation "
+                    "has masks: set it to 0"
+                )
+        if name := self.eval.views:
+            raise UserError(
+                f"eval.{name} averages what a model says of whole images, and objective "
+                "segmentation tells the class of each pixel: leave it out"
             )
 
     def _check_masked(self) -> None:
@@ -272,6 +292,11 @@ class Config:
     def classifies(self) -> bool:
         """Whether the objective is about classes; masked patch prediction reads no labels."""
         return OBJECTIVES[self.objective].probabilities is not None
+
+    @property
+    def segments(self) -> bool:
+        """Whether the objective is about the class of each pixel."""
+        return OBJECTIVES[self.objective].masks
 
     def check_trains(self) -> None:
         """Raises a UserError for a config that can only evaluate."""

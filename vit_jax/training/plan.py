@@ -32,6 +32,7 @@ from vit_jax.training.distill import Teacher, open_teacher
 from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
 from vit_jax.training.objectives import class_weights
 from vit_jax.training.phases import Phase, make_phases
+from vit_jax.training.segmentation import IGNORED, MOST_CLASSES
 from vit_jax.training.trainable import check_learns
 
 logger = logging.getLogger(__name__)
@@ -293,10 +294,18 @@ def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tupl
 def _check_labels(config: Config, data: TrainingData) -> None:
     """Raises a UserError if the objective cannot use the data's kind of labels."""
     name = f"data.train.source {config.data.train.source}"
-    if data.masks:
+    if data.masks != config.segments:
         raise UserError(
-            f"{name} has masks for labels, and models learn labels of whole images: masks go with "
-            "the evaluator type segmentation"
+            f"{name} has masks for labels, and objective {config.objective} learns those of whole "
+            "images: set --config.objective=segmentation"
+            if data.masks
+            else f"{name} has no masks, which objective segmentation learns: name a source with "
+            "masks, such as scenes:digits, or leave the objective out"
+        )
+    if data.masks and len(data.labels) > MOST_CLASSES:
+        raise UserError(
+            f"{name} has {len(data.labels):,} classes, and masks tell at most {MOST_CLASSES} apart "
+            f"({IGNORED} is what does not count): merge some by data.train.classes"
         )
     if data.multi_label and config.classifies and not OBJECTIVES[config.objective].multi_label:
         raise UserError(

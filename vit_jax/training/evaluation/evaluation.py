@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.card import OBJECTIVES, ModelCard
 from vit_jax.compiler import compiler_options
 from vit_jax.data.config import Split
 from vit_jax.data.pipeline import BatchReader, eval_batches
@@ -19,8 +19,9 @@ from vit_jax.models.create import structure
 from vit_jax.training import native
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.evaluation import multilabel
+from vit_jax.training.evaluation import masks, multilabel
 from vit_jax.training.evaluation.evaluators import Classification, Evaluator
+from vit_jax.training.evaluation.masks import make_mask_eval_step
 from vit_jax.training.evaluation.predictions import Gathered, Predictions
 from vit_jax.training.evaluation.probes import Features
 from vit_jax.training.evaluation.segmentation import Dense
@@ -77,6 +78,13 @@ class Evaluation:
                 f"not predict: its objective is {card.objective}. Name a run of the former, or "
                 f"set objective to {card.objective}"
             )
+        ours = any(isinstance(each, Classification) for each in self._evaluators.values())
+        if ours and config.segments != OBJECTIVES[card.objective].masks:
+            raise UserError(
+                f"objective {config.objective} is of the classes of "
+                f"{'pixels' if config.segments else 'whole images'}, and this model's objective is "
+                f"{card.objective}: name another model, or set objective to {card.objective}"
+            )
         # By evaluator and split: the classes of a split depend on the evaluator.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
         self._several: dict[str, str | None] = {}
@@ -94,7 +102,8 @@ class Evaluation:
                 labels = card.labels if ours else None
                 names = split_names(where, evaluator, splits)
                 for named, split in zip(names, splits, strict=True):
-                    source = open_split(data, named, split, evaluator.reads_masks)
+                    reads_masks = evaluator.reads_masks or (ours and config.segments)
+                    source = open_split(data, named, split, reads_masks)
                     if labels is None:
                         labels = data.labels(named, split)
                     if matched:
@@ -123,7 +132,10 @@ class Evaluation:
         options = dict(objective=config.objective, layout=layout)
         asked = compiler_options(mesh, deterministic=config.mesh.deterministic)
         whole = NamedSharding(mesh, PartitionSpec())
-        if masked:
+        if config.segments:
+            step = make_mask_eval_step(graphdef, card.preprocess, layout=layout)
+            self._mask_step = jax.jit(step, out_shardings=whole, compiler_options=asked)
+        elif masked:
             step = make_masked_eval_step(graphdef, card.preprocess, seed=config.seed, **options)
             self._eval_step = jax.jit(step, compiler_options=asked)
         else:
@@ -156,9 +168,9 @@ class Evaluation:
 
     @property
     def classifies(self) -> bool:
-        """Whether any of them tells classes of images."""
+        """Whether any of them tells classes of whole images."""
         ours = (isinstance(each, Classification) for each in self._evaluators.values())
-        return self._config.classifies and any(ours)
+        return self._config.classifies and not self._config.segments and any(ours)
 
     def during(self) -> dict[str, tuple[str, ...] | None]:
         """What is measured during the run, not only at its end: name -> its metrics.
@@ -170,6 +182,7 @@ class Evaluation:
             every = self._config.eval.every if evaluator.every is None else evaluator.every
             if every:
                 known = ("accuracy", "top5", "loss") if self._config.classifies else None
+                known = None if self._config.segments else known  # as classes have their own
                 if self._several.get(name) == "each":
                     known = (*known, "mAP", "micro_f1", "macro_f1")
                 found[name] = known if isinstance(evaluator, Classification) else None
@@ -201,13 +214,15 @@ class Evaluation:
         For masked patch prediction, returns its loss and accuracy, with the same corruption of each
         example at every evaluation.
 
+        For segmentation, returns the metrics of `masks.metrics`, in which each pixel counts once.
+
         Padding is masked; the sums of all batches are added on the host, and divided last. Images
         that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
         """
-        read, corrupt = self._reads[name, split], 0
+        read, corrupt, segments = self._reads[name, split], 0, self._config.segments
         several = self._several.get(name)
         each = several == "each"
-        rows = each or (self._kept is not None and self._config.classifies)
+        rows = each or (self._kept is not None and self.classifies)
 
         def results(batches):
             nonlocal corrupt
@@ -215,14 +230,18 @@ class Evaluation:
                 if read.on_corrupt == "skip":
                     corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
                 on_device = self._to_devices(batch)
-                if rows:
+                if segments:
+                    yield self._mask_step(params, on_device)
+                elif rows:
                     yield self._row_steps[each](params, on_device)
                 else:
                     yield self._eval_step(params, on_device, number * self._batch_size)
 
         gathered = Gathered(len(read.source), several, self._config.objective)
         with self._batches(read) as batches:
-            if rows:
+            if segments:
+                confusion, loss = masks.added(fetched(results(batches)))
+            elif rows:
                 sums = []
                 for number, values in enumerate(fetched(results(batches))):
                     known = [values.pop(column) for column in ("logits", "label", "mask")]
@@ -230,6 +249,11 @@ class Evaluation:
                     sums.append(values)
             else:
                 sums = jax.device_get(list(results(batches)))
+        if segments:
+            if not confusion.any():
+                raise UserError(f"{split.source} {split.split}: no pixel has a class to compare")
+            means = masks.metrics(confusion, loss, read.source.label_names)
+            return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
         totals = {
             name: np.sum([values[name] for values in sums], axis=0, dtype=np.float64)
             for name in sums[0]

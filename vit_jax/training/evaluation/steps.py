@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError
 from vit_jax.models.create import Model
 from vit_jax.models.native import Patches
 from vit_jax.models.vit import Layout
@@ -159,9 +160,18 @@ def features_of(
     dense: bool,
     layout: Layout | None = None,
 ) -> Float32[Array, "b *d"]:
-    """The head's input [b d], or the dense features [b gh gw d]."""
+    """The head's input [b d], or the dense features [b gh gw d].
+
+    Raises:
+      UserError: the head's input is wanted of a model that pools nothing.
+    """
     if dense:
         features = model.dense(inputs, layout=layout)
+    elif getattr(model.config, "pool", None) == "none":
+        raise UserError(
+            "the model has no features of whole images, as its head reads each patch by itself "
+            "(model.pool 'none'): ask for dense features"
+        )
     else:
         features = model(inputs, capture="pre_logits", layout=layout)[1]["pre_logits"]
     return features.astype(jnp.float32)
