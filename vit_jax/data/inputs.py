@@ -23,6 +23,7 @@ from vit_jax.data.forms.files import (
 )
 from vit_jax.data.forms.listed import TableSource
 from vit_jax.data.forms.open_files import is_compressed
+from vit_jax.data.forms.pairs import PairSource
 from vit_jax.data.sources import SOURCES, Source, open_source, splits_of, understood
 from vit_jax.errors import UserError, check_refused
 from vit_jax.objects import check
@@ -253,7 +254,7 @@ class _Finder:
 
 def _names(source: Source, where: str) -> Callable[[int], str]:
     """What to call the images of a source: paths where it has them, else WHERE/NUMBER."""
-    if isinstance(source, (FolderSource, TableSource)):
+    if isinstance(source, (FolderSource, PairSource, TableSource)):
         return lambda i: os.path.join(source.root, source.names[i])
     if isinstance(source, TarSource):
         paths = source.files.paths
