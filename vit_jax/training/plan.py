@@ -296,8 +296,8 @@ def _check_labels(config: Config, data: TrainingData) -> None:
     name = f"data.train.source {config.data.train.source}"
     if data.masks != config.segments:
         raise UserError(
-            f"{name} has masks for labels, and objective {config.objective} learns those of whole "
-            "images: set --config.objective=segmentation"
+            f"{name} has masks for labels, which objective {config.objective} does not learn: set "
+            "--config.objective=segmentation"
             if data.masks
             else f"{name} has no masks, which objective segmentation learns: name a source with "
             "masks, such as scenes:digits, or leave the objective out"

@@ -220,8 +220,8 @@ def make_train_step(
     the state, where images are smaller (see growth.py).
 
     The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
-    none for pixels; for several labels see `class_loss`; of masks, pixel_accuracy), grad_norm (of what learns, before
-    clipping), param_norm (of all, after the update) and lr.
+    none for pixels; for several labels see `class_loss`; of masks, pixel_accuracy), grad_norm (of
+    what learns, before clipping), param_norm (of all, after the update) and lr.
     """
     learning = trainable or Trainable()
     options = dict(layout=layout, frozen=learning.blocks)

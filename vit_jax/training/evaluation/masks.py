@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32, Int64, Integer
+from jaxtyping import Array, Float, Int, Int64, Integer
 
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
