@@ -33,8 +33,9 @@ class Source(Protocol):
     without `__len__` is endless. Sources are pickled for worker processes, so they must be small.
 
     Optional attributes: with `multi_label` True, images have any number of labels, and `label` is
-    a tuple of ints. With `masks` True, there is a class for each pixel: images are pixels, not
-    files, and `label` is int32 [h w]. With `in_bucket` True, many examples are read at once, as
+    a tuple of ints. With `masks` True, there is a class for each pixel: `label` is uint8 [h w],
+    255 for none; `mask_size(i)` is its (h, w) without decoding it, and `palette` may have the
+    colours (r, g, b) of classes. With `in_bucket` True, many examples are read at once, as
     each takes its time. `passed_over` is a `files.PassedOver`: the files skipped.
     """
 

@@ -289,7 +289,8 @@ class Evaluation:
 
         An example takes 4 bytes a number: 0.6 MB for ViT-B/16 at 224 pixels.
         """
-        return Dense(*self._run(params, name, split, dense=True))
+        x, y = self._run(params, name, split, dense=True)
+        return Dense(x, y.astype(np.int32))
 
     def _run(
         self, params: Any, name: str, split: Split, *, dense: bool
