@@ -83,8 +83,8 @@ def title(folders: Sequence[str]) -> str:
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:
-    """The metric to compare runs by: val/mAP, val/accuracy or val/miou, else another of val, else one of an
-    evaluator, else train/loss."""
+    """The metric to compare runs by: val/mAP, val/accuracy or val/miou, else another of val, else
+    one of an evaluator, else train/loss."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     names = [name for name in names if not name.endswith("_std")]
     val = [name for name in names if name.startswith("val/")]
