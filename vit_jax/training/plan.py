@@ -19,6 +19,7 @@ from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
 from vit_jax.data.contents import labels_of
+from vit_jax.data.masks import MOST
 from vit_jax.data.order import Balance, Growth
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
@@ -32,7 +33,6 @@ from vit_jax.training.distill import Teacher, open_teacher
 from vit_jax.training.model import check_adapted, check_sizes, model_config, same_head
 from vit_jax.training.objectives import class_weights
 from vit_jax.training.phases import Phase, make_phases
-from vit_jax.training.segmentation import IGNORED, MOST_CLASSES
 from vit_jax.training.trainable import check_learns
 
 logger = logging.getLogger(__name__)
@@ -296,16 +296,16 @@ def _check_labels(config: Config, data: TrainingData) -> None:
     name = f"data.train.source {config.data.train.source}"
     if data.masks != config.segments:
         raise UserError(
-            f"{name} has masks for labels, and objective {config.objective} learns those of whole "
-            "images: set --config.objective=segmentation"
+            f"{name} has masks for labels, which objective {config.objective} does not learn: set "
+            "--config.objective=segmentation"
             if data.masks
             else f"{name} has no masks, which objective segmentation learns: name a source with "
             "masks, such as scenes:digits, or leave the objective out"
         )
-    if data.masks and len(data.labels) > MOST_CLASSES:
+    if data.masks and len(data.labels) > MOST:
         raise UserError(
-            f"{name} has {len(data.labels):,} classes, and masks tell at most {MOST_CLASSES} apart "
-            f"({IGNORED} is what does not count): merge some by data.train.classes"
+            f"{name} has {len(data.labels):,} classes, and masks tell at most {MOST} apart: merge "
+            "some by data.train.classes"
         )
     if data.multi_label and config.classifies and not OBJECTIVES[config.objective].multi_label:
         raise UserError(
@@ -353,9 +353,14 @@ def _labels(
 
 
 def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> Preprocess:
-    """The model's preprocessing; the same in evaluation and in `predict`."""
+    """The model's preprocessing; the same in evaluation and in `predict`.
+
+    For segmentation the whole image is seen, upright as masks are drawn.
+    """
     preprocess = base.preprocess if base else Preprocess(model.image_size, model.in_channels)
     preprocess = fitted_preprocess(preprocess, model)
+    if config.segments:
+        preprocess = dataclasses.replace(preprocess, aspect="squash", crop=1.0, exif=True)
     evaluated = config.data.val or config.data.test or config.data.train
     return evaluated.preprocess(preprocess)
 

@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from vit_jax.data.masks import IGNORED
 from vit_jax.models.dense import stretched
 from vit_jax.training import objectives
-
-IGNORED = 255  # in a mask: no class is known there
-MOST_CLASSES = 255  # which leaves this number
 
 
 def counted(masks: Integer[Array, "b h w"]) -> Float[Array, " b"]:

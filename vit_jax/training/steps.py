@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer, Key, Shaped
 
 from vit_jax.checkpoints.card import OBJECTIVES
+from vit_jax.data.masks import IGNORED
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.create import Model, merged
 from vit_jax.models.native import Patches
@@ -133,7 +134,7 @@ def mask_loss(
 
 def masks(batch: Batch) -> Integer[Array, "b h w"]:
     """The masks of a batch, in which padding does not count."""
-    return jnp.where(batch["mask"][:, None, None], batch["label"], segmentation.IGNORED)
+    return jnp.where(batch["mask"][:, None, None], batch["label"], IGNORED)
 
 
 def weight_of(batch: Batch, objective: str) -> Float[Array, ""]:
@@ -220,8 +221,8 @@ def make_train_step(
     the state, where images are smaller (see growth.py).
 
     The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
-    none for pixels; for several labels see `class_loss`; of masks, pixel_accuracy), grad_norm (of what learns, before
-    clipping), param_norm (of all, after the update) and lr.
+    none for pixels; for several labels see `class_loss`; of masks, pixel_accuracy), grad_norm (of
+    what learns, before clipping), param_norm (of all, after the update) and lr.
     """
     learning = trainable or Trainable()
     options = dict(layout=layout, frozen=learning.blocks)

@@ -88,7 +88,7 @@ class Evaluation:
         # By evaluator and split: the classes of a split depend on the evaluator.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
         self._several: dict[str, str | None] = {}
-        known: dict[tuple[Split, tuple[str, ...], int], BatchReader] = {}
+        known: dict[tuple[Any, ...], BatchReader] = {}
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
             matched = not (ours and masked)  # labels that nothing reads need not be the model's
@@ -114,6 +114,7 @@ class Evaluation:
                     options = dict(
                         on_corrupt=config.data.on_corrupt, crops=crops, cache=config.data.cache
                     )
+                    options["whole_masks"] = ours and config.segments
                     read = BatchReader.of(source, split, card.preprocess, **options)
                     if crops > 1 and not read.preprocess.cuts:
                         key = named if named.startswith("data.") else f"{named}.test"
@@ -123,7 +124,7 @@ class Evaluation:
                             f"--config.{key}.crop, such as 0.875 (for a run, with --model and "
                             "--config, as its own stays)"
                         )
-                    key = split, source.label_names, crops
+                    key = split, source.label_names, crops, read.whole_masks
                     self._reads[name, split] = known.setdefault(key, read)
                 if len(names) > 1:
                     data.check(names, config)

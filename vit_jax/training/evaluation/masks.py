@@ -9,15 +9,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int64, Integer
 
+from vit_jax.data.masks import IGNORED
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.create import merged
 from vit_jax.models.dense import across, down
 from vit_jax.models.stack import Layout
-from vit_jax.training.segmentation import IGNORED
 from vit_jax.training.steps import Batch, images, masks
 
-_ROWS = 128  # of pixels whose logits are there at a time
+_ROWS = 64  # of pixels whose logits are there at a time
 # The metrics of each evaluation; and iou/NAME, of the classes that are true or predicted anywhere.
 METRICS = ("miou", "pixel_accuracy", "loss")
 
