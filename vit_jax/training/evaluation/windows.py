@@ -1,7 +1,7 @@
-"""Sliding windows: the logits of pixels of images larger than the model's, from overlapping windows.
+"""Sliding windows: the logits of the pixels of large images, from windows of the model's size.
 
-As the `slide` mode of mmsegmentation: logits, not probabilities, are averaged where windows overlap,
-and the last window of a row or column ends with the image.
+As the `slide` mode of mmsegmentation: logits, not probabilities, are averaged where windows
+overlap, and the last window of a row or column ends with the image.
 """
 
 from collections.abc import Callable
