@@ -6,7 +6,7 @@ from made import refused
 from test_scenes import Masks, changed
 
 from vit_jax.data.config import Split
-from vit_jax.data.joint import common_size, rounded_up
+from vit_jax.data.joint import common_size, mask_sizes, rounded_up
 from vit_jax.data.pipeline import BatchReader, eval_batches, train_batches
 from vit_jax.data.policies import ColorJitter
 from vit_jax.data.transforms import InceptionCrop, Preprocess, resize, resize_mask
@@ -120,7 +120,7 @@ def test_whole_masks_keep_their_size():
     assert [rounded_up(n) for n in (1, 32, 33, 48, 49, 96, 97, 1000, 1024, 1025)] == [
         *(32, 32, 64, 64, 64, 96, 128, 1024, 1024, 1536),
     ]
-    assert common_size(source, np.array([-1])) == (32, 32)
+    assert common_size(mask_sizes(source, np.array([-1]))) == (32, 32)
 
 
 def test_what_does_not_move_with_a_mask_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import shutil
 
 import jax
@@ -18,6 +19,8 @@ import vit_jax
 from vit_jax.analysis.preflight import open_plan
 from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import open_model, read_model
+from vit_jax.data.config import Split
+from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -27,7 +30,7 @@ from vit_jax.models.create import structure
 from vit_jax.models.dense import stretched
 from vit_jax.training import segmentation
 from vit_jax.training.config_file import load_config
-from vit_jax.training.evaluation import masks
+from vit_jax.training.evaluation import masks, windows
 from vit_jax.training.evaluation.evaluate import evaluate_run
 from vit_jax.training.loop import train
 from vit_jax.training.model import model_config
@@ -220,6 +223,71 @@ def test_metrics_are_of_all_pixels_that_count():
     assert found == pytest.approx(wanted)
 
 
+def patch_logits(images):
+    """[b 4 6 2] -> [b 2 2 K]: of patches of 2x3 pixels, not linear in them."""
+    means = images.reshape(-1, 2, 2, 2, 3, 2).astype(jnp.float32).mean(axis=(2, 4))
+    return jnp.sin(means @ np.array([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2]], np.float32))
+
+
+@pytest.mark.parametrize("stride", [0.5, 0.7, 1.0])
+def test_windows_are_averaged_up_to_the_border(stride):
+    """As by mmsegmentation: the last window of a row ends with the image."""
+    own, window = np.array([(4, 6), (9, 6), (7, 17), (11, 13)], np.int32), (4, 6)
+    images = np.random.default_rng(0).integers(0, 9, (4, 12, 17, 2)).astype(np.uint8)
+    run = functools.partial(windows.averaged, patch_logits, window=window, stride=stride)
+    found = jit(run)(images, own=own)
+    for each, image, (h, w) in zip(found, images, own.tolist(), strict=True):
+        sums, counts = np.zeros((h, w, K)), np.zeros((h, w, 1))
+        tops, lefts = (
+            range(0, max(side - box, 0) + step, step)
+            for side, box, step in zip(
+                (h, w), window, windows.step_sizes(window, stride), strict=True
+            )
+        )
+        for top, left in itertools.product(tops, lefts):
+            top, left = min(top, h - 4), min(left, w - 6)
+            here = np.s_[top : top + 4, left : left + 6]
+            logits = np.asarray(patch_logits(image[here][None]))[0]
+            sums[here] += bilinear(logits, window)
+            counts[here] += 1
+        assert counts.min() >= 1
+        np.testing.assert_allclose(each[:h, :w], sums / counts, atol=1e-5)
+
+
+def test_images_for_windows_cover_the_model_in_their_own_shape():
+    how = Preprocess((16, 24), 1)
+    sizes = [(16, 24), (32, 24), (8, 100), (50, 60)]
+    assert [how.covering(*size, own=False) for size in sizes] == [
+        *((16, 24), (32, 24), (16, 200), (20, 24)),
+    ]
+    assert [how.covering(*size, own=True) for size in sizes] == [
+        *((16, 24), (32, 24), (16, 200), (50, 60)),
+    ]
+
+    @dataclasses.dataclass
+    class Source:
+        label_names, masks, fingerprint = ("a", "b"), True, ""
+
+        def __len__(self):
+            return len(sizes)
+
+        def __getitem__(self, index):
+            mask = np.full(sizes[index], index % 2, np.uint8)
+            return {"image": 200 * mask[..., None] + 20, "label": mask}
+
+    split = Split("x", "y")
+    read = BatchReader.of(Source(), split, how, whole_masks=True, windows="scaled")
+    with eval_batches(read, 5, rows=slice(1, 5)) as batches:
+        found = next(batches)
+    assert found["image"].shape == (4, 32, 256, 1) and found["label"].shape == (4, 64, 128)
+    assert found["scaled"].tolist() == [[32, 24], [16, 200], [20, 24], [16, 24]]
+    assert found["size"].tolist() == [[32, 24], [8, 100], [50, 60], [1, 1]]
+    for image, (h, w), value in zip(
+        found["image"], found["scaled"], (220, 20, 220, 0), strict=True
+    ):
+        assert (image[:h, :w] == value).all() and image.sum(dtype=int) == value * h * w
+
+
 SCENES = "scenes:digits,size=16,examples=50"
 FLAGS = [
     *(flag for flag in TINY if "representation" not in flag),
@@ -255,6 +323,7 @@ def test_a_run_learns_and_resumes_bit_for_bit(run, tmp_path):
 def test_evaluation_is_of_the_loaded_model_over_all_pixels(run):
     workdir, result = run
     again = evaluate_run(workdir, config_of("--config.eval.batch_size=56"))
+    slid = evaluate_run(workdir, config_of("--config.eval.windows=scaled"))  # one window each
     source, vit = open_source(SCENES, "val"), vit_jax.load(workdir)
     assert vit.objective == "segmentation" and vit.labels == source.label_names
     images = jnp.stack([vit.preprocess(source[i]["image"]) for i in range(len(source))])
@@ -268,7 +337,7 @@ def test_evaluation_is_of_the_loaded_model_over_all_pixels(run):
         both, either = (found == c) & (labels == c), (found == c) | (labels == c)
         wanted[f"iou/{name}"] = both.sum() / either.sum()
     wanted["miou"] = np.mean([wanted[f"iou/{name}"] for name in source.label_names])
-    for results in (result, again):
+    for results in (result, again, slid):
         ours = {k.removeprefix("val/"): v for k, v in results.items() if k.startswith("val/")}
         assert ours == pytest.approx(wanted, abs=2e-4)
 
@@ -324,6 +393,12 @@ REFUSED = [
     ),
     ([], TrainingData(("0", "1")), "has no masks, which objective segmentation learns"),
     ([], TrainingData(tuple(map(str, range(256))), masks=True), "256 classes, and masks tell"),
+    (
+        ["--config.objective=softmax", "--config.eval.windows=own"],
+        MASKS,
+        "eval.windows is own, and objective softmax is of whole images",
+    ),
+    (["--config.eval.stride=0"], MASKS, "eval.stride is 0.0; expected a number in"),
     (["--config.model.pool=gap"], MASKS, "'gap', but objective segmentation has a head on each"),
     (["--config.model.representation_size=8"], MASKS, "has a linear head on the patches"),
     (["--config.augment.class_weights=inverse"], MASKS, "give a number for each class"),

@@ -194,7 +194,7 @@ DIGIT = "dict(source='digits', split='train')"
 MISTAKES = {
     "labels": (
         f"type='segmentation', train={DIGIT}, test={DIGIT}",
-        "evaluators.s.train: digits has no masks, which type segmentation reads: name a source",
+        "evaluators.s.train: digits has no masks, which segmentation needs: name a source",
     ),
     "masks": (
         f"type='knn', train={SCENES.format('train', '')}, test={SCENES.format('test', '')}",

@@ -111,10 +111,14 @@ def check_mask(name: str, image: Image, mask: object, k: int) -> None:
     check_classes(name, mask, k)
 
 
-def common_size(source: Source, indices: np.ndarray) -> tuple[int, int]:
-    """The (h, w) that the masks of these examples fit into, `rounded_up`; -1 is none."""
-    sizes = [(1, 1), *(_mask_size(source, int(index)) for index in indices if index >= 0)]
-    h, w = (rounded_up(max(side)) for side in zip(*sizes, strict=True))
+def mask_sizes(source: Source, indices: np.ndarray) -> list[tuple[int, int]]:
+    """The (h, w) of the masks of these examples; -1 is none."""
+    return [_mask_size(source, int(index)) for index in indices if index >= 0]
+
+
+def common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (h, w) that all of these fit into, `rounded_up`."""
+    h, w = (rounded_up(max(side)) for side in zip((1, 1), *sizes, strict=True))
     return h, w
 
 

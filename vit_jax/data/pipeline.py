@@ -20,7 +20,7 @@ from vit_jax.data.ahead import Fetched, read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.config import AUGMENTATIONS, COLOURS, JOINT, Split
 from vit_jax.data.images import BadImage, Image, decode_box
-from vit_jax.data.joint import Joint, check_mask, common_size
+from vit_jax.data.joint import Joint, check_mask, common_size, mask_sizes
 from vit_jax.data.masks import IGNORED, Mask
 from vit_jax.data.order import Balance, Growth, repeated, shuffled
 from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
@@ -55,6 +55,9 @@ class BatchReader:
       crops: how many crops of each image to read, for evaluation alone: 1, or 5 (see
         `Preprocess.five_crops`), so that `image` is [b 5 h w c].
       whole_masks: whether masks keep their own size, for evaluation: images are then whole.
+      windows: with `whole_masks`, whether images keep their shape, as well, for windows of the
+        model's size: `none`, `scaled` to cover it, or of their `own` size (see
+        `Preprocess.covering`).
       balance: the order of training examples; None for all of them once an epoch.
       growth: the size of the images of each training step; None is that of `preprocess`.
       repeats: how often each training example comes in a batch (see `order.repeated`).
@@ -80,6 +83,7 @@ class BatchReader:
     replace: bool = False
     crops: int = 1
     whole_masks: bool = False
+    windows: str = "none"
     balance: Balance | None = None
     repeats: int = 1
     growth: Growth | None = None
@@ -184,7 +188,8 @@ class BatchReader:
           `corrupt` marks images that cannot be read. `label` is float32 [b k] of 0 and 1 if the
           source is multi-label. If labels are masks, it is uint8 [b h w] of the model's size, 255
           where there is no class. With `whole_masks` h and w fit the largest of the batch, and
-          size: int32 [b 2] has those of each mask, at the top left.
+          size: int32 [b 2] has those of each mask, at the top left. With `windows` so do those of
+          images, and scaled: int32 [b 2].
 
         Raises:
           UserError: an image that cannot be read, a label without a class name, or a mask that is
@@ -197,7 +202,8 @@ class BatchReader:
         if self._masks:
             size = self.preprocess.image_size
             if self.whole_masks:
-                size = common_size(self.source, indices if together is None else together)
+                sizes = mask_sizes(self.source, indices if together is None else together)
+                size = common_size(sizes)
             label = np.full((b, *size), IGNORED, np.uint8)
         images = self.preprocess.empty(b)
         if self.crops > 1:
@@ -212,6 +218,11 @@ class BatchReader:
         }
         if self.whole_masks:
             batch["size"] = np.ones((b, 2), np.int32)
+        if self.windows != "none":
+            size = common_size([self._scaled(h, w) for h, w in sizes])
+            shape = (b, *size, self.preprocess.in_channels)
+            batch["image"] = np.zeros(shape, self.preprocess.pixel_dtype)
+            batch["scaled"] = np.tile(np.array(self.preprocess.image_size, np.int32), (b, 1))
         # Each thread takes the next row, so that none waits for another's large images.
         rows = itertools.count()
 
@@ -255,6 +266,9 @@ class BatchReader:
             image = RandomErasing(self.erasing, mean=mean, std=std)(image, random)
         if self.crops > 1:
             batch["image"][row] = image
+        elif self.windows != "none":
+            h, w = batch["scaled"][row] = image.shape[:2]
+            batch["image"][row, :h, :w] = image
         else:
             self.preprocess.fill(batch, row, image)
         if isinstance(label, tuple):
@@ -308,10 +322,15 @@ class BatchReader:
     def _joint(
         self, image: Image, mask: Mask, random: np.random.Generator | None
     ) -> tuple[Pixels, Mask]:
+        if self.windows != "none":
+            return self.preprocess.to_size(image, self._scaled(*mask.shape)), mask
         if self.whole_masks:
             return self.preprocess.pixels(image), mask
         options = self.inception_crop, self.random_scale, self.random_crop
         return Joint(self.preprocess, *options)(image, mask, random)
+
+    def _scaled(self, h: int, w: int) -> tuple[int, int]:
+        return self.preprocess.covering(h, w, own=self.windows == "own")
 
     def _cut(self, image: Any, random: np.random.Generator | None) -> Pixels | Pixels5:
         crop, how = self.inception_crop, self.preprocess

@@ -354,10 +354,14 @@ class Preprocess:
 
         It has the size to which images are resized, times a factor.
         """
-        image = to_channels(image, self.in_channels)
         size = self._resized(*image.shape[:2])
         if factor != 1:
             size = tuple(max(1, round(side * factor)) for side in size)
+        return self.to_size(image, size)
+
+    def to_size(self, image: Image, size: tuple[int, int]) -> Pixels:
+        """The image with the model's channels, resized to (h, w)."""
+        image = to_channels(image, self.in_channels)
         if size[0] * size[1] > MAX_PIXELS:
             h, w, _ = image.shape
             raise BadImage(f"{h} x {w} pixels would become {size[0]} x {size[1]}")
@@ -391,6 +395,18 @@ class Preprocess:
             return int(box_w * h / w), box_w
         ratio = min(h / box_h, w / box_w)  # timm's ResizeKeepRatio, which rounds
         return round(h / ratio), round(w / ratio)
+
+    def covering(self, h: int, w: int, *, own: bool) -> tuple[int, int]:
+        """The least (h, w) of the same shape that the model's size fits into, for windows of it.
+
+        Args:
+          own: whether an image that is large enough keeps its size.
+        """
+        box_h, box_w = self.image_size
+        if own and h >= box_h and w >= box_w:
+            return h, w
+        factor = max(box_h / h, box_w / w)
+        return max(box_h, round(h * factor)), max(box_w, round(w * factor))
 
     def normalise(self, pixels: Any) -> Any:
         """Maps pixels [... c] of 0 to 255 to the floats that the model takes.

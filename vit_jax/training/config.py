@@ -21,6 +21,7 @@ from vit_jax.training.optim import Group, OptimConfig
 from vit_jax.training.selection import Metric, StopConfig
 from vit_jax.training.sharding import MeshConfig
 
+WINDOWS = ("none", "scaled", "own")
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 SIDES = ("model.image_size", "model.patch_size")  # (h, w), or one number, which means square
 # Fields that may change when a run is resumed; all others decide what it computes.
@@ -64,6 +65,10 @@ class EvalConfig:
       crops: how many crops of an image to classify: 1, or 5, the centre and the corners; with
         `flip`, each mirrored as well. They differ where images are resized to more than the model's
         size: by `crop` below 1, or by `aspect`.
+      windows: for segmentation, how large images are seen: `none`, whole, resized to the model's
+        size; or in windows of the model's size, of images of their own shape that are `scaled` to
+        cover it, or of their `own` size. Where windows overlap their logits are averaged.
+      stride: the distance from one window to the next, in windows.
       evaluators: further evaluations, each a section under a name of its own.
     """
 
@@ -71,12 +76,18 @@ class EvalConfig:
     batch_size: int | None = None
     flip: bool = False
     crops: int = 1
+    windows: str = "none"
+    stride: float = 2 / 3
     evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.crops not in (1, 5):
             hint = "; ten are crops=5 with flip=True" if self.crops == 10 else ""
             raise UserError(f"eval.crops is {self.crops}; expected 1 or 5{hint}")
+        if self.windows not in WINDOWS:
+            raise UserError(f"eval.windows is {self.windows!r}; {nearest(self.windows, WINDOWS)}")
+        if not 0 < self.stride <= 1:
+            raise UserError(f"eval.stride is {self.stride}; expected a number in (0, 1]")
         for name in self.evaluators:
             if not name.isidentifier() or name in ("train", "val", "test"):
                 raise UserError(
@@ -219,6 +230,11 @@ class Config:
         self.distill.check(self.objective, self.augment)
         if self.segments:
             self._check_segmentation()
+        elif self.eval.windows != "none":
+            raise UserError(
+                f"eval.windows is {self.eval.windows}, and objective {self.objective} is of whole "
+                "images: leave it out"
+            )
         elif self.augment.dice:
             raise UserError(
                 f"augment.dice is for masks, which objective {self.objective} does not learn: set "

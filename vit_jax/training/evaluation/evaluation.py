@@ -114,7 +114,8 @@ class Evaluation:
                     options = dict(
                         on_corrupt=config.data.on_corrupt, crops=crops, cache=config.data.cache
                     )
-                    options["whole_masks"] = ours and config.segments
+                    if ours and config.segments:
+                        options |= dict(whole_masks=True, windows=config.eval.windows)
                     read = BatchReader.of(source, split, card.preprocess, **options)
                     if crops > 1 and not read.preprocess.cuts:
                         key = named if named.startswith("data.") else f"{named}.test"
@@ -134,7 +135,8 @@ class Evaluation:
         asked = compiler_options(mesh, deterministic=config.mesh.deterministic)
         whole = NamedSharding(mesh, PartitionSpec())
         if config.segments:
-            step = make_mask_eval_step(graphdef, card.preprocess, layout=layout)
+            stride = None if config.eval.windows == "none" else config.eval.stride
+            step = make_mask_eval_step(graphdef, card.preprocess, stride=stride, layout=layout)
             self._mask_step = jax.jit(step, out_shardings=whole, compiler_options=asked)
         elif masked:
             step = make_masked_eval_step(graphdef, card.preprocess, seed=config.seed, **options)

@@ -15,7 +15,8 @@ from vit_jax.errors import UserError
 from vit_jax.models.create import merged
 from vit_jax.models.dense import across, down
 from vit_jax.models.stack import Layout
-from vit_jax.training.steps import Batch, images, masks
+from vit_jax.training.evaluation.windows import averaged
+from vit_jax.training.steps import Batch, masks
 
 _ROWS = 64  # of pixels whose logits are there at a time
 # The metrics of each evaluation; and iou/NAME, of the classes that are true or predicted anywhere.
@@ -23,13 +24,30 @@ METRICS = ("miou", "pixel_accuracy", "loss")
 
 
 def make_mask_eval_step(
-    graphdef: nnx.GraphDef, preprocess: Preprocess, *, layout: Layout | None = None
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    *,
+    stride: float | None = None,
+    layout: Layout | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
-    """Returns (params, batch) -> sums over the batch's pixels (see `pixel_sums`)."""
+    """Returns (params, batch) -> sums over the batch's pixels (see `pixel_sums`).
+
+    Args:
+      stride: images are of their own shapes, `scaled`, and seen by windows (see windows.py).
+    """
 
     def eval_step(params, batch):
-        logits = merged(graphdef, params, layout)(images(batch, preprocess), layout=layout)
-        return pixel_sums(logits, masks(batch), batch.get("size"))
+        model, scaled = merged(graphdef, params, layout), batch.get("scaled")
+
+        def logits_of(pixels):
+            return model(preprocess.normalise(pixels), layout=layout)
+
+        if stride is None:
+            logits = logits_of(batch["image"])
+        else:
+            window = preprocess.image_size
+            logits = averaged(logits_of, batch["image"], scaled, window, stride)
+        return pixel_sums(logits, masks(batch), batch["size"], scaled)
 
     return eval_step
 
@@ -37,12 +55,14 @@ def make_mask_eval_step(
 def pixel_sums(
     logits: Float[Array, "b gh gw k"],
     truth: Integer[Array, "b h w"],
-    own: Int[Array, "b 2"] | None = None,
+    own: Int[Array, "b 2"],
+    of: Int[Array, "b 2"] | None = None,
 ) -> dict[str, Array]:
     """Sums over the pixels of masks that count.
 
     Args:
-      own: the (h, w) of each mask, where they differ; what is beyond does not count.
+      own: the (h, w) of each mask, which is 255 beyond.
+      of: the (gh, gw) of each image's logits, where they differ.
 
     Returns:
       confusion: int32 [k k], true classes down, predicted ones across; loss: float32 [], of
@@ -61,7 +81,7 @@ def pixel_sums(
 
     def strip(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         x, truth = inputs
-        log_p = jax.nn.log_softmax(across(x, w, own))
+        log_p = jax.nn.log_softmax(across(x, w, own, of))
         valid = truth != IGNORED
         of_truth = jnp.take_along_axis(log_p, jnp.minimum(truth, k - 1)[..., None], axis=-1)
         loss = jnp.sum(-of_truth[..., 0], axis=(1, 2), where=valid)
@@ -69,7 +89,7 @@ def pixel_sums(
         count = jax.vmap(lambda each: jnp.bincount(each.ravel(), length=k * k + 1))
         return count(pairs)[:, :-1].sum(axis=0), loss.sum()
 
-    counts, losses = jax.lax.map(strip, (split(down(logits, h, own)), split(truth)))
+    counts, losses = jax.lax.map(strip, (split(down(logits, h, own, of)), split(truth)))
     return {"confusion": counts.sum(axis=0).reshape(k, k), "loss": losses.sum()}
 
 
