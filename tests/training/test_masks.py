@@ -126,6 +126,7 @@ CONFIG = ViTConfig(
     num_heads=2,
     num_classes=K,
     pool="none",
+    pyramid=8,
     class_token=True,
 )
 PREPROCESS = Preprocess((8, 12), in_channels=2, mean=0.4, std=0.3)
