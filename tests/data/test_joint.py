@@ -118,7 +118,7 @@ def test_whole_masks_keep_their_size():
     assert two["label"].shape == (4, 64, 64) and two["size"].tolist()[1:] == [[1, 1]] * 3
     assert (two["label"][1:] == 255).all()
     assert [rounded_up(n) for n in (1, 32, 33, 48, 49, 96, 97, 1000, 1024, 1025)] == [
-        *(32, 32, 48, 48, 64, 96, 128, 1024, 1024, 1536),
+        *(32, 32, 64, 64, 64, 96, 128, 1024, 1024, 1536),
     ]
     assert common_size(mask_sizes(source, np.array([-1]))) == (32, 32)
 

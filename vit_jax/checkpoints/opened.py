@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax import buckets, distributed
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.adapter import Adapter
-from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
+from vit_jax.checkpoints.card import BROKEN, OBJECTIVES, Line, ModelCard, Report, family_of
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.files import read_json
 from vit_jax.checkpoints.keys import Patterns
@@ -150,6 +150,8 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     summary["preprocessing"] = (
         f"{pre.resize} {pre.resize_dtype}, {shape}, mean {pre.mean}, std {pre.std}"
     )
+    if OBJECTIVES[opened.card.objective].masks:
+        summary["outputs"] = "a class for each pixel (segmentation): masks of an image's own size"
     summary["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
     return Report(tuple(lines), summary, opened.assumed)
 

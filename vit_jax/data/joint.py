@@ -85,9 +85,9 @@ def check_scale(scale: Sequence[float] | None) -> None:
 
 
 def rounded_up(size: int) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, ..., so that masks of all sizes need few programs."""
+    """The next of 32, 64, 96, 128, 192, ..., so that masks of all sizes need few programs."""
     power = max(32, 1 << (size - 1).bit_length())
-    return power * 3 // 4 if size <= power * 3 // 4 and power > 32 else power
+    return power * 3 // 4 if size <= power * 3 // 4 and power > 64 else power
 
 
 def check_mask(name: str, image: Image, mask: object, k: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from vit_jax.data.images import MAX_PIXELS, BadImage, Image, damaged, pillow_orientation, turned
+from vit_jax.data.images import MAX_PIXELS, BadImage, Image, damaged, pillow_orientation
 from vit_jax.errors import UserError
 
 Mask = UInt8[np.ndarray, "_h _w"]  # a class for each pixel
@@ -28,12 +28,18 @@ _FIRST = (
 
 
 def header(data: bytes) -> tuple[int, int, int, int]:
-    """The (h, w, bits, kind) of a PNG, from its first 26 bytes; raises a BadImage of others."""
-    if not data.startswith(_PNG) or data[12:16] != b"IHDR" or len(data) < 26:
-        raise BadImage(
-            "masks are indexed or grey PNG files, whose numbers are kept as they are, and it is "
-            "no PNG"
+    """The (h, w, bits, kind) of a PNG, from its first 26 bytes.
+
+    Raises:
+      UserError: it is another image or none.
+      BadImage: it is cut off.
+    """
+    if data[:8] != _PNG[: len(data)] or not data:
+        raise UserError(
+            "it is no PNG; masks are indexed or grey PNG files, which keep the number of each class"
         )
+    if len(data) < 26:
+        raise BadImage("it is cut off")
     w, h, bits, kind = struct.unpack_from(">IIBB", data, 16)
     return h, w, bits, kind
 
@@ -41,39 +47,37 @@ def header(data: bytes) -> tuple[int, int, int, int]:
 def decode_mask(data: bytes, colours: Colours | None = None) -> Mask:
     """Decodes a PNG to the numbers in it: the indices of a palette, or grey values of any depth.
 
-    An EXIF orientation of the mask is applied, as its image's is to the image.
-
     Args:
       colours: the class of each colour of an RGB mask; needed for one, and used for none else.
 
     Raises:
-      BadImage: no PNG, a damaged one, one with numbers above 255, of colours without `colours`, or
-        with a colour that is not in it.
+      BadImage: a damaged file.
+      UserError: no PNG, or one that is turned by EXIF, has numbers above 255, or is of colours
+        without `colours` or with one that is not in it.
     """
     h, w, bits, kind = header(data)
     if h * w > MAX_PIXELS:
         raise BadImage(f"it claims {h} x {w} pixels")
     if kind in _KINDS and (kind != _RGB or colours is None):
-        with_colours = "; a table of classes and their colours, colours=FILE, maps RGB"
-        raise BadImage(
+        raise UserError(
             f"it is {_KINDS[kind]}, and the class of a pixel is a number: save it as an indexed "
-            f"or grey PNG{with_colours}"
+            "or grey PNG (of RGB, colours=FILE, a table of names and r, g, b, says which is which)"
         )
     with damaged(data), PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
         opened.load()
-        orientation = pillow_orientation(opened)
+        turned = pillow_orientation(opened)
         found = np.asarray(opened)  # bits of one are bool
+    if turned != 1:
+        raise UserError(f"it is turned by EXIF (orientation {turned}): save it upright")
     if kind == _RGB:
-        found = _by_colour(found, colours)
-    elif kind == _GREY and bits < 8:  # which Pillow spreads over 0 to 255
-        found = found.astype(np.uint8) // {1: 1, 2: 85, 4: 17}[bits]
-    elif bits == 16:
-        if found.max(initial=0) > IGNORED:
-            raise BadImage(
-                f"it has the number {found.max()} (it is of 16 bits), and classes go to {MOST - 1}"
-            )
-        found = found.astype(np.uint8)
-    return turned(np.ascontiguousarray(found)[..., None], orientation)[..., 0]
+        return _by_colour(found, colours)
+    if kind == _GREY and bits < 8:  # which Pillow spreads over 0 to 255
+        return found.astype(np.uint8) // {1: 1, 2: 85, 4: 17}[bits]
+    if found.max(initial=0) > IGNORED:
+        raise UserError(
+            f"it has the number {found.max()} (it is of 16 bits), and classes go to {MOST - 1}"
+        )
+    return found.astype(np.uint8)
 
 
 def _by_colour(pixels: UInt8[np.ndarray, "h w 3"], colours: Colours) -> Mask:
@@ -82,14 +86,8 @@ def _by_colour(pixels: UInt8[np.ndarray, "h w 3"], colours: Colours) -> Mask:
     at = np.searchsorted(known, packed).clip(max=len(known) - 1)
     if not (fits := known[at] == packed).all():
         colour = pixels[~fits][0].tolist()
-        raise BadImage(f"it has the colour {colour}, which colours=FILE does not name")
+        raise UserError(f"it has the colour {colour}, which colours=FILE does not name")
     return np.array([colours[key] for key in known.tolist()], np.uint8)[at]
-
-
-def mask_size(data: bytes) -> tuple[int, int]:
-    """The (h, w) of a mask, from its file; only an EXIF orientation has it read any further."""
-    h, w, *_ = header(data)
-    return decode_mask(data).shape if b"eXIf" in data else (h, w)
 
 
 def check_classes(name: str, mask: Mask, k: int) -> None:

@@ -17,6 +17,8 @@ from vit_jax.data.forms.fractals import open_fractals
 from vit_jax.data.forms.hub import hub, hub_splits
 from vit_jax.data.forms.idx import idx, idx_splits
 from vit_jax.data.forms.listed import table, table_splits
+from vit_jax.data.forms.pair_layouts import is_layout
+from vit_jax.data.forms.pairs import pairs, pairs_splits
 from vit_jax.data.forms.records import record_splits, records
 from vit_jax.data.forms.scenes import scenes
 from vit_jax.data.forms.tfds import prepared, tfds
@@ -56,6 +58,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "digits": digits,
     "arrays": arrays,
     "folder": folder,
+    "pairs": pairs,
     "tar": tar,
     "zip": tar,
     "table": table,
@@ -93,7 +96,7 @@ def open_source(spec: str, split: str = "train") -> Source:
 
 # Sources with a path as argument, and those where it may be one.
 _PATHS, _MAYBE_PATHS = (
-    ("folder", "tar", "zip", "arrays", "records", "table", "idx"),
+    ("folder", "pairs", "tar", "zip", "arrays", "records", "table", "idx"),
     ("tfds", "hf-data"),
 )
 
@@ -139,6 +142,7 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "records": record_splits,
     "tfds": _tfds_splits,
     "folder": folder_splits,
+    "pairs": pairs_splits,
     "tar": tar_splits,
     "zip": tar_splits,
     "table": table_splits,
@@ -176,7 +180,9 @@ def understood(spec: str) -> str:
         return spec
     if record_splits(spec):
         return f"records:{spec}"
-    return f"{'tfds' if storage.is_file(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
+    if storage.is_file(f"{spec}/dataset_info.json"):
+        return f"tfds:{spec}"
+    return f"{'pairs' if is_layout(spec) else 'folder'}:{spec}"
 
 
 def open_splits(spec: str, split: str | None = None) -> dict[str, Source | UserError]:
