@@ -126,6 +126,7 @@ CONFIG = ViTConfig(
     num_heads=2,
     num_classes=K,
     pool="none",
+    pyramid=8,
     class_token=True,
 )
 PREPROCESS = Preprocess((8, 12), in_channels=2, mean=0.4, std=0.3)
@@ -354,6 +355,17 @@ def test_any_model_is_a_start_and_keeps_its_class_token(run, tiny_run, tmp_path)
     status = {line.name: line.status for line in lines}
     assert status["head/kernel"] == "fresh" and status["cls_token"] == "kept"
     assert "4x4 -> 8x8" in status["pos_embed"]
+
+    # Colours go with the classes, under whatever names the model has them.
+    named = dataclasses.replace(
+        TrainingData.of(source), palette=tuple((i, 0, 0) for i in range(11))
+    )
+    turned = tmp_path / "classes.csv"
+    turned.write_text("".join(f"{name}\n" for name in reversed(source.label_names)))
+    again = make_plan(config_of(*flags, f"--config.data.train.classes={turned}"), named, opened)
+    assert again.card.labels == source.label_names[::-1]
+    assert again.card.palette == tuple((i, 0, 0) for i in reversed(range(11)))
+    assert plan.card.palette is None
 
     # A run of the same classes goes on with its head; a classifier has to pool again.
     begun = open_model(run[0])

@@ -62,6 +62,9 @@ class ViTConfig:
       pool: what the head reads: the class token, the mean of the patch tokens (`gap`), an attention
         pooling head over them (`map`), the first two concatenated (`token_gap`, DINOv2's), or each
         patch token by itself (`none`), for outputs [b gh gw num_classes], as in segmentation.
+      pyramid: with pool `none`, channels of a feature pyramid between patches and head, whose
+        outputs are then of a quarter of a patch (ViTDet, arXiv 2203.16527); None is a linear head
+        alone.
       class_token: whether there is a class token; None is where `pool` reads it.
       distillation: DeiT's distillation token: `token`, or `head` with a head of its own, averaged
         with the other.
@@ -141,6 +144,7 @@ class ViTConfig:
     num_heads: int = 12
     num_classes: int = 1000
     pool: str = "token"
+    pyramid: int | None = None
     class_token: bool | None = None
     distillation: str = "none"
     registers: int = 0
@@ -192,7 +196,7 @@ class ViTConfig:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
         smallest |= dict(registers=0, patch_outputs=0)
-        for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches"):
+        for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches", "pyramid"):
             if getattr(self, name) is not None:
                 smallest[name] = 1
         if self.position_prefix is not None:
@@ -272,6 +276,12 @@ class ViTConfig:
             raise UserError(
                 "model.pool 'none' has a linear head on the patches, and no representation_size: "
                 "set model.representation_size to None"
+            )
+        if self.pyramid and (self.pool != "none" or self.width % 4 or min(self.grid) < 2):
+            raise UserError(
+                "model.pyramid is for pool 'none', a width of 4, 8, 12, ... and at least 2x2 "
+                f"patches, found pool {self.pool!r}, width {self.width} and "
+                f"{self.grid[0]}x{self.grid[1]} patches: set model.pyramid to None"
             )
         whole = {
             "pool": self.pool == "none",

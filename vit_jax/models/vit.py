@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
-from vit_jax.models import attention, elementwise, layers, native, positions, resnet
+from vit_jax.models import attention, elementwise, layers, native, positions, pyramid, resnet
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.corruption import Corruption
 from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
@@ -49,6 +49,8 @@ class ViT(nnx.Module):
         if config.pool == "map":
             self.attention_pool = layers.AttentionPool(config, rngs=rngs)
         pooled = width * (2 if config.pool == "token_gap" else 1)
+        if config.pyramid:
+            self.pyramid, pooled = pyramid.Pyramid(config, rngs=rngs), config.pyramid
         if config.representation_size:
             self.pre_logits = nnx.Linear(pooled, config.representation_size, dtype=dtype, rngs=rngs)
         if config.num_classes:
@@ -90,8 +92,9 @@ class ViT(nnx.Module):
 
         Returns:
           Logits [b num_classes] in float32 (the representation, where num_classes is 0), with pool
-          `none` of each patch [b gh gw num_classes], or the predictions for corrupted patches
-          [b m patch_outputs]; with `capture`, also a dict of the named arrays.
+          `none` of each patch [b gh gw num_classes] (with a pyramid of each quarter, [b 4gh 4gw
+          num_classes]), or the predictions for corrupted patches [b m patch_outputs]; with
+          `capture`, also a dict of the named arrays.
 
         Raises:
           UserError: the images have another size or number of channels.
@@ -144,6 +147,8 @@ class ViT(nnx.Module):
             x = self.norm(x)
         captures("pooled", lambda: x)
 
+        if config.pyramid:
+            x = self.pyramid(x)
         if config.representation_size:  # the hidden layer of the pre-training head
             x = jnp.tanh(self.pre_logits(x))
         captures("pre_logits", lambda: x)

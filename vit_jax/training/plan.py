@@ -19,7 +19,7 @@ from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
 from vit_jax.data.contents import labels_of
-from vit_jax.data.masks import MOST
+from vit_jax.data.masks import MOST, Palette, default_palette
 from vit_jax.data.order import Balance, Growth
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """The properties of the training data that a plan depends on.
 
-    `examples` is None for endless data. `multi_label` and `masks` are as in `Source`. `counts` has
-    the images of each label, if that is known without reading them.
+    `examples` is None for endless data. `multi_label`, `masks` and `palette` are as in `Source`.
+    `counts` has the images of each label, if that is known without reading them.
     """
 
     labels: tuple[str, ...]
@@ -51,6 +51,7 @@ class TrainingData:
     examples: int | None = None
     multi_label: bool = False
     masks: bool = False
+    palette: Palette | None = None
     counts: tuple[int, ...] | None = None
 
     @classmethod
@@ -63,6 +64,7 @@ class TrainingData:
             len(source) if isinstance(source, Sized) else None,
             getattr(source, "multi_label", False),
             getattr(source, "masks", False),
+            getattr(source, "palette", None),
             None
             if labels is None
             else tuple(np.bincount(labels[labels >= 0], minlength=k).tolist()),
@@ -262,6 +264,7 @@ def make_plan(
         config.objective,
         method,
         multi_label=data.multi_label and bool(labels),
+        palette=_palette(config, data, labels),
     )
     if keep_head and "head" not in config.model:
         logger.info(
@@ -278,6 +281,17 @@ def make_plan(
         counts=counts,
         teacher=teacher and Teacher.of(config.distill, teacher, card),
     )
+
+
+def _palette(config: Config, data: TrainingData, labels: tuple[str, ...]) -> Palette | None:
+    """The colours of the model's classes, if the data has any."""
+    if not config.segments or data.palette is None:
+        return None
+    colours = list(default_palette(len(labels)))  # of a kept head's other classes
+    matched = classes.match(data.labels, labels, config.data.train.classes)
+    for label, colour in zip(matched.classes, data.palette, strict=True):
+        colours[label] = colour
+    return tuple(colours)
 
 
 def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tuple[int, ...] | None:
