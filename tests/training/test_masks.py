@@ -32,6 +32,7 @@ from vit_jax.training import segmentation
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluation import masks, windows
 from vit_jax.training.evaluation.evaluate import evaluate_run
+from vit_jax.training.evaluation.evaluators import Knn
 from vit_jax.training.loop import train
 from vit_jax.training.model import model_config
 from vit_jax.training.objectives import Augment
@@ -429,6 +430,10 @@ def test_no_resnet_and_no_other_model_is_evaluated(run, tiny_run):
         model_config(config, None, 3)
     with pytest.raises(UserError, match="is of the classes of pixels, and this model's objective"):
         evaluate_run(tiny_run[0], config_of())
+    near = Knn(train=config_of().data.train, test=config_of().data.val, type="knn")
+    few = dataclasses.replace(config_of().eval, evaluators={"near": near})
+    with pytest.raises(UserError, match=r"eval\.evaluators\.near: .* no features of whole images"):
+        evaluate_run(run[0], dataclasses.replace(config_of(), eval=few))
     with pytest.raises(UserError, match="is of the classes of whole images, and this model's"):
         evaluate_run(run[0], load_config(DIGITS))
 

@@ -27,6 +27,7 @@ from vit_jax.training.evaluation.probes import Features
 from vit_jax.training.evaluation.segmentation import Dense
 from vit_jax.training.evaluation.splits import how_several, open_split, split_names
 from vit_jax.training.evaluation.steps import (
+    check_pools,
     make_eval_step,
     make_feature_step,
     make_masked_eval_step,
@@ -98,6 +99,8 @@ class Evaluation:
                     f"{where}: the model has no classes to tell images by: fine-tune it, or "
                     "measure its features by eval.evaluators of type fewshot, knn or probe"
                 )
+            if not (ours or evaluator.reads_masks):
+                check_pools(card.config, where)
             for splits in evaluator.data_sets():
                 labels = card.labels if ours else None
                 names = split_names(where, evaluator, splits)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.models.config import ModelConfig
 from vit_jax.models.create import Model
 from vit_jax.models.native import Patches
 from vit_jax.models.vit import Layout
@@ -167,11 +168,16 @@ def features_of(
     """
     if dense:
         features = model.dense(inputs, layout=layout)
-    elif getattr(model.config, "pool", None) == "none":
-        raise UserError(
-            "the model has no features of whole images, as its head reads each patch by itself "
-            "(model.pool 'none'): ask for dense features"
-        )
     else:
+        check_pools(model.config, "features")
         features = model(inputs, capture="pre_logits", layout=layout)[1]["pre_logits"]
     return features.astype(jnp.float32)
+
+
+def check_pools(config: ModelConfig, what: str) -> None:
+    """Raises a UserError if a model has no features of whole images, which `what` is of."""
+    if getattr(config, "pool", None) == "none":
+        raise UserError(
+            f"{what}: the model has no features of whole images, as its head reads each patch by "
+            "itself (model.pool 'none'): take dense ones, or an evaluator of type segmentation"
+        )
