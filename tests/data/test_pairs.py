@@ -319,6 +319,10 @@ def test_what_is_not_sure_is_refused(tmp_path):
         (f"{spec},reduce_zero=1", "reduce_zero is '1'; expected true or false"),
         (f"{spec},foreground=0", "foreground is '0'; expected a number from 1 to 255"),
         (f"{spec},classes=3,foreground=255", "foreground= is for two classes, and there are 3"),
+        (
+            f"{spec},reduce_zero=true,foreground=1",
+            "reduce_zero= and foreground= exclude each other",
+        ),
         (f"{spec},classes=256", "has 256 classes, and masks tell at most 255 apart"),
         (f"{spec},classes=no.txt", "no.txt"),
         (f"{spec},unpaired=yes", "unpaired is 'yes'"),
@@ -390,7 +394,7 @@ def test_a_damaged_mask_is_an_image_that_cannot_be_read(tmp_path, caplog):
     written(tmp_path / "masks" / "1.png", grey(numbers(1))[:-40])
     source = open_source(spec, "all")
     read = BatchReader.of(source, Split("x", "y"), Preprocess(SIZE, 3))
-    with pytest.raises(BadImage, match=r"its mask .*masks/1.png.*on_corrupt=skip"):
+    with pytest.raises(BadImage, match=r"the mask .*masks/1.png.*on_corrupt=skip"):
         read(np.arange(3), np.arange(3))
     read = BatchReader.of(source, Split("x", "y"), Preprocess(SIZE, 3), on_corrupt="skip")
     batch = read(np.arange(3), np.arange(3))
@@ -407,3 +411,69 @@ def test_the_report_counts_pixels(tmp_path):
     assert "3 of the 3 images of val are in train too, such as" in text
     with pytest.raises(UserError, match="has masks for labels, which records do not hold"):
         prepare(spec, str(tmp_path / "out"), part="train")
+
+
+def test_a_table_of_images_and_masks(tmp_path):
+    rows = ["photo,truth,split"]
+    for i in range(4):
+        written(tmp_path / "a" / f"{i}.jpg", photo(i))
+        written(tmp_path / "b" / f"m{i}.png", indexed(numbers(i, high=2 + i % 2)))
+        rows.append(f"a/{i}.jpg,b/m{i}.png,{'train' if i < 3 else 'val'}")
+    path = written(tmp_path / "table.csv", "\n".join(rows) + "\n")
+    spec = f"table:{path},mask=truth"
+    assert splits_of(spec) == ["train", "val"]
+    train, val = open_splits(spec).values()
+    assert (len(train), len(val)) == (3, 1) and train.masks
+    assert train.label_names == val.label_names == ("0", "1", "2")
+    for i, example in enumerate(train):
+        assert example["image"] == photo(i)
+        np.testing.assert_array_equal(example["label"], numbers(i, high=2 + i % 2))
+    named = open_source(f"{spec},classes=3,reduce_zero=true", "val")
+    np.testing.assert_array_equal(named[0]["label"][0, :3], [255, 0, 1])
+    cases = [
+        (f"table:{path},classes=3", "classes= is for masks, of mask=COLUMN"),
+        (f"{spec},label=split", "label=COLUMN or mask=COLUMN, not both"),
+        (f"table:{path},mask=trut", "no column 'trut'; did you mean 'truth'"),
+    ]
+    refused(lambda given: open_source(given, "train"), cases)
+    written(tmp_path / "table.csv", "\n".join([*rows, rows[1]]) + "\n")
+    with pytest.raises(UserError, match=r"line 6: 'a/0.jpg' is listed again"):
+        open_source(spec, "train")
+    (tmp_path / "b" / "m1.png").unlink()
+    with pytest.raises(UserError, match=r"line 3: there is no file .*b/m1.png"):
+        open_source(spec, "train")
+
+
+def test_a_feature_of_tfds_that_is_a_mask(tmp_path):
+    fake_tfds = pytest.importorskip("fake_tfds")
+    kinds = {
+        "image": fake_tfds.Image(encoding_format="jpeg"),
+        "mask": fake_tfds.Image(shape=(None, None, 1), encoding_format="png"),
+        "species": fake_tfds.ClassLabel(names=["cat", "dog"]),
+    }
+
+    def example(i):
+        return {"image": photo(i), "mask": grey(numbers(i)), "species": i % 2}
+
+    fake_tfds.write(tmp_path, "pets", "1.0.0", kinds, {"train": (5, example)})
+    spec = f"tfds:{tmp_path}/pets/1.0.0"
+    source = open_source(f"{spec},label=mask,classes=3", "train[1:]")
+    assert source.masks and len(source) == 4 and source.label_names == ("0", "1", "2")
+    for i in range(4):
+        found = source[i]
+        assert found["image"] == photo(i + 1) and source.mask_size(i) == SIZE
+        np.testing.assert_array_equal(found["label"], numbers(i + 1))
+    assert splits_of(f"{spec},label=mask,classes=3") == ["train"]
+    labels = open_source(spec, "train")
+    assert not labels.masks and labels.label_names == ("cat", "dog")
+    reduced = open_source(f"{spec},label=mask,classes=2,reduce_zero=true", "train")
+    assert len({source.fingerprint, labels.fingerprint, reduced.fingerprint}) == 3
+    cases = [
+        (f"{spec},label=mask", "nothing says what the classes of its masks are: add classes=FILE"),
+        (f"{spec},classes=3", "classes= is for masks, of label=KEY of an image"),
+        (f"{spec},label=masks", "no class label 'masks'"),
+    ]
+    refused(lambda given: open_source(given, "train"), cases)
+    few = open_source(f"{spec},label=mask,classes=2", "train")
+    with pytest.raises(UserError, match=r"train, example 0 has the class 2, but there are 2"):
+        few[0]

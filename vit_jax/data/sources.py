@@ -122,7 +122,7 @@ def _array_splits(path: str) -> list[str]:
 
 
 def _tfds_splits(argument: str) -> list[str]:
-    name = argument.partition(",label=")[0]
+    name = re.sub(r"(,\w+=[^,]*)+$", "", argument)
     path = name.rstrip("/")
     found = prepared(f"tfds:{argument}", name, path if storage.is_folder(path) else None)
     return list(found.info.splits)

@@ -314,7 +314,7 @@ def finished(
     next_ = [["vit-jax", "evaluate", f"--workdir={workdir}"]] if len(lines) > 2 else []
     commands = [shlex.join(command) for command in next_]
     if config.classifies:
-        out = [f"--out={workdir}/masks"] if config.segments else []
+        out = ["--out=masks"] if config.segments else []
         commands.append(f"{shlex.join(['vit-jax', 'predict', f'--model={workdir}', *out])} IMAGE")
     return [*lines, "next:", *(f"  {command}" for command in commands)]
 

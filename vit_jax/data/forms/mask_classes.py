@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -25,7 +25,7 @@ from vit_jax.data.masks import (
     palette_of,
     voc_palette,
 )
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_refused
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,11 @@ _CITYSCAPES = (
     *(("car", 26, (0, 0, 142)), ("truck", 27, (0, 0, 70)), ("bus", 28, (0, 60, 100))),
     *(("train", 31, (0, 80, 100)), ("motorcycle", 32, (0, 0, 230)), ("bicycle", 33, (119, 11, 32))),
 )
+CLASS_OPTIONS = ("classes", "reduce_zero", "foreground", "colours")
 _IDS = 34  # of Cityscapes, 0 to 33
 _ADE = "objectInfo150.txt"
 _LISTS = ("classes.txt", "labels.txt", "class_names.txt")
+_REDUCED = (IGNORED, *range(IGNORED - 1), IGNORED)  # 0 is of no class, 1 is class 0
 _SAMPLE = 64  # masks that are looked at for how they count
 _TOLD = 2000  # of more masks it is said that all are read
 
@@ -68,22 +70,25 @@ class Classes:
     table: tuple[int, ...] | None = None
     colours: Colours | None = None
 
-    def read(self, path: str) -> Mask:
-        """Reads a mask.
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What a fingerprint has of it."""
+        return (*self.names, repr(self.table), repr(self.colours))
 
-        Raises:
-          BadImage: a damaged file.
-          UserError: another kind of file, or numbers that are no class.
-        """
-        mask = read_numbers(path, self.colours)
+    def decode(self, where: str, data: bytes) -> Mask:
+        """Decodes a mask file's bytes; raises as `decode_mask`, with `where`, and as `numbered`."""
+        return self.numbered(where, _decoded(where, data, self.colours))
+
+    def numbered(self, where: str, mask: Mask) -> Mask:
+        """The classes of a file's numbers. UserError: some that are no class."""
         if self.table is not None:
             classes = np.array(self.table, np.int16)[mask]
             if (odd := mask[classes < 0]).size:
-                raise UserError(f"{path} has the number {odd[0]}; {self.how}")
+                raise UserError(f"{where} has the number {odd[0]}; {self.how}")
             mask = classes.astype(np.uint8)
         if (odd := mask[(mask >= len(self.names)) & (mask != IGNORED)]).size:
             raise UserError(
-                f"{path} has the class {odd[0]}, but there are {len(self.names)}, 0 to "
+                f"{where} has the class {odd[0]}, but there are {len(self.names)}, 0 to "
                 f"{len(self.names) - 1}; {self.how}"
             )
         return mask
@@ -92,15 +97,21 @@ class Classes:
 def read_numbers(path: str, colours: Colours | None = None) -> Mask:
     """Reads the numbers in a mask file; raises as `decode_mask`, with the path."""
     try:
-        return decode_mask(storage.read(path), colours)
-    except BadImage as error:
-        raise BadImage(f"its mask {path}: {error}") from None
-    except UserError as error:
-        raise UserError(f"the mask {path}: {error}") from None
+        return _decoded(f"the mask {path}", storage.read(path), colours)
     except OSError as error:
+        check_refused(error, path)
         raise UserError(
             f"{path} could be listed but not read ({error.strerror}): did the folder change?"
         ) from None
+
+
+def _decoded(where: str, data: bytes, colours: Colours | None) -> Mask:
+    try:
+        return decode_mask(data, colours)
+    except BadImage as error:
+        raise BadImage(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def classes_of(
@@ -125,41 +136,88 @@ def classes_of(
     Raises:
       UserError: nothing says what 0 means where data sets differ, or options that do not fit.
     """
+    said = _said(where, root, given)
+    names, palette, table, how = said.names, said.palette, said.table, [said.how]
+    if kind == "cityscapes":
+        names, palette, table = _cityscapes(names, masks, how)
+    elif kind == "ade20k" and "reduce_zero" not in given:
+        table = _by_info(where, root, how)
+    if not names and kind == "voc":
+        names, palette = tuple(_VOC), voc_palette(len(_VOC))
+        how.append("the classes of Pascal VOC")
+    if not names:
+        names = _numbered(where, table, said.colours, every())
+        how.append(f"nothing names the classes: they are called 0 to {len(names) - 1}")
+    elif kind == "plain" and "foreground" not in given:
+        _check_binary(where, _present(_spread(masks), said.colours))
+    if palette is None:
+        palette = _own_palette(masks[0], len(names), table is not None and table[0] == IGNORED)
+    return Classes(names, "; ".join(filter(None, how)), palette, table, said.colours)
+
+
+def classes_said(where: str, given: Mapping[str, str], sample: Iterable[bytes]) -> Classes:
+    """What numbers mean by the options alone, as of `classes_of`, where masks are in records.
+
+    Args:
+      sample: the bytes of some masks.
+
+    Raises:
+      UserError: the options do not say how many classes there are.
+    """
+    said = _said(where, "", given)
+    if not said.names:
+        raise UserError(
+            f"{where}: nothing says what the classes of its masks are: add classes=FILE, a list of "
+            "their names, or classes=N, how many there are"
+        )
+    if "foreground" not in given:
+        found = np.zeros(256, bool)
+        for data in sample:
+            found[np.unique(_decoded(where, data, said.colours))] = True
+        _check_binary(where, found)
+    return said
+
+
+def _said(where: str, root: str, given: Mapping[str, str]) -> Classes:
+    """What the options and a list in the folder `root` say; without names, if they say none."""
     how: list[str] = []
     table, palette, colours = None, None, None
     names = _listed(where, root, given, how)
     if "colours" in given:
         names, palette, colours = _by_colour(where, _path(root, given["colours"]), names)
         how.append(f"colours by {given['colours']}")
-    if kind == "cityscapes":
-        names, palette, table = _cityscapes(names, masks, how)
-    reduce_zero = _reduces_zero(where, kind, root, given)
-    if reduce_zero:
-        table = (IGNORED, *range(IGNORED - 1), IGNORED)
-        how.append(f"0 is of no class, and 1 is class 0 ({reduce_zero})")
+    reduce_zero = given.get("reduce_zero")
+    if reduce_zero not in (None, "true", "false"):
+        raise UserError(f"{where}: reduce_zero is {reduce_zero!r}; expected true or false")
+    if reduce_zero == "true":
+        table = _REDUCED
+        how.append("0 is of no class, and 1 is class 0 (reduce_zero=true)")
     if "foreground" in given:
+        if reduce_zero == "true":
+            raise UserError(f"{where}: reduce_zero= and foreground= exclude each other")
         table = _foreground(where, given["foreground"], names, how)
-    if names is None and kind == "voc":
-        names, palette = tuple(_VOC), voc_palette(len(_VOC))
-        how.append("the classes of Pascal VOC")
-    if names is None and "foreground" in given:
-        names = "0", "1"
-    if names is None:
-        names = _numbered(where, table, colours, every())
-        how.append(f"nothing names the classes: they are called 0 to {len(names) - 1}")
-    elif kind == "plain" and "foreground" not in given:
-        _check_binary(where, _present(_spread(masks), colours))
-    if len(names) > MOST:
+        names = names or ("0", "1")
+    if names and len(names) > MOST:
         raise UserError(f"{where} has {len(names)} classes, and masks tell at most {MOST} apart")
-    if palette is None:
-        palette = _own_palette(masks[0], len(names), bool(reduce_zero))
-    return Classes(names, "; ".join(how), palette, table, colours)
+    return Classes(names or (), "; ".join(how), palette, table, colours)
+
+
+def _by_info(where: str, root: str, how: list[str]) -> tuple[int, ...]:
+    """How ADE20K's own masks are read, if its table of classes is there."""
+    if storage.is_file(f"{root}/{_ADE}"):
+        how.append(f"0 is of no class, and 1 is class 0 ({_ADE} is there)")
+        return _REDUCED
+    raise UserError(
+        f"{where} has the folders of ADE20K, whose masks count classes from 1 on with 0 for none, "
+        f"but not its {_ADE}: say reduce_zero=true if that is so, or reduce_zero=false if 0 is a "
+        "class"
+    )
 
 
 def _path(root: str, name: str) -> str:
     """A file that an option names: in the data's folder, or by its whole path."""
     inside = f"{root}/{name}"
-    return inside if storage.is_file(inside) else os.path.expanduser(name)
+    return inside if root and storage.is_file(inside) else os.path.expanduser(name)
 
 
 def _listed(
@@ -170,7 +228,7 @@ def _listed(
     if said is not None and re.fullmatch(r"[1-9]\d{0,4}", said):
         how.append(f"{said} classes, as said")
         return tuple(map(str, range(int(said))))
-    here = [name for name in (_ADE, *_LISTS) if storage.is_file(f"{root}/{name}")]
+    here = [name for name in (_ADE, *_LISTS) if root and storage.is_file(f"{root}/{name}")]
     if said is None and len(here) > 1:
         raise UserError(f"{where} has {' and '.join(here)}: say which is meant, classes={here[0]}")
     if said is None and not here:
@@ -202,24 +260,6 @@ def _ade(path: str) -> tuple[str, ...]:
     if [*map(str, range(1, len(places) + 1))] != list(places) or len(names) != len(places):
         raise UserError(f"{path} is not ADE20K's: expected columns Idx, from 1 on, and Name")
     return names
-
-
-def _reduces_zero(where: str, kind: str, root: str, given: Mapping[str, str]) -> str:
-    """Why 0 is read as of no class; "" if it is not."""
-    said = given.get("reduce_zero")
-    if said not in (None, "true", "false"):
-        raise UserError(f"{where}: reduce_zero is {said!r}; expected true or false")
-    if said is not None:
-        return f"reduce_zero={said}" if said == "true" else ""
-    if kind == "ade20k":
-        if storage.is_file(f"{root}/{_ADE}"):
-            return f"{_ADE} is there"
-        raise UserError(
-            f"{where} has the folders of ADE20K, whose masks count classes from 1 on with 0 for "
-            f"none, but not its {_ADE}: say reduce_zero=true if that is so, or reduce_zero=false "
-            "if 0 is a class"
-        )
-    return ""
 
 
 def _foreground(
@@ -258,18 +298,18 @@ def _by_colour(
 
 
 def _cityscapes(
-    names: tuple[str, ...] | None, masks: Sequence[str], how: list[str]
+    names: tuple[str, ...], masks: Sequence[str], how: list[str]
 ) -> tuple[tuple[str, ...], Palette | None, tuple[int, ...] | None]:
     """Cityscapes' 19 classes; from `labelIds` by the official table."""
     called, ids, colours = zip(*_CITYSCAPES, strict=True)
-    how.append("the 19 classes of Cityscapes" if names is None else "Cityscapes' folders")
+    how.append("Cityscapes' folders" if names else "the 19 classes of Cityscapes")
     if masks[0].endswith("TrainIds.png"):
-        return names or called, colours if names is None else None, None
+        return names or called, None if names else colours, None
     how.append("labelIds are read as their trainIds, others are of no class")
     train = {number: place for place, number in enumerate(ids)}
     table = [train.get(value, IGNORED if value < _IDS else -1) for value in range(256)]
     table[IGNORED] = IGNORED
-    return names or called, colours if names is None else None, tuple(table)
+    return names or called, None if names else colours, tuple(table)
 
 
 def _numbered(

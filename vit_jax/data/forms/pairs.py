@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import logging
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from vit_jax.data import storage
@@ -17,18 +19,15 @@ from vit_jax.data.forms.files import (
     tell,
 )
 from vit_jax.data.forms.layout import options
-from vit_jax.data.forms.mask_classes import Classes, classes_of
-from vit_jax.data.forms.pair_layouts import layout_of
+from vit_jax.data.forms.mask_classes import CLASS_OPTIONS, Classes, classes_of, read_numbers
+from vit_jax.data.forms.pair_layouts import Pair, layout_of
 from vit_jax.data.images import BadImage
 from vit_jax.data.masks import Palette, header
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = (
-    *("classes", "reduce_zero", "foreground", "colours"),
-    *("images", "masks", "suffix", "unpaired"),
-)
+OPTIONS = (*CLASS_OPTIONS, "images", "masks", "suffix", "unpaired")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,11 +64,12 @@ class PairSource:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        label = self.classes.read(self.mask_path(index))
+        path = self.mask_path(index)
+        label = self.classes.numbered(f"the mask {path}", read_numbers(path, self.classes.colours))
         return {**file_example(self.root, self.names[index], 0), "label": label}
 
     def mask_path(self, index: int) -> str:
-        return f"{self.root}/{self.masks_names[index]}"
+        return os.path.join(self.root, self.masks_names[index])
 
     def mask_size(self, index: int) -> tuple[int, int]:
         """The (h, w) of a mask, from the first bytes of its file."""
@@ -116,26 +116,30 @@ def pairs(argument: str, split: str) -> PairSource:
     found = [pair for pair in every if low <= percentile(pair.image) < high]
     if not found:
         raise UserError(f"{where} has no image in split {split!r}")
-    mine = [f"{root}/{pair.mask}" for pair in every]
 
-    def of_all_splits() -> list[str]:
-        if name == WHOLE:
-            return mine
-        others = [layout.read(each, PassedOver()) for each in layout.splits]
-        return sorted({*mine, *(f"{root}/{pair.mask}" for part in others for pair in part)})
+    def all_masks() -> list[str]:
+        parts = [layout.read(each, PassedOver()) for each in layout.splits if name != WHOLE]
+        return sorted({os.path.join(root, pair.mask) for part in (every, *parts) for pair in part})
 
-    classes = classes_of(where, layout.kind, root, given, mine, of_all_splits)
+    mine = [os.path.join(root, pair.mask) for pair in every]
+    classes = classes_of(where, layout.kind, root, given, mine, all_masks)
+    return source_of(where, root, found, classes, passed)
+
+
+def source_of(
+    where: str, root: str, found: Sequence[Pair], classes: Classes, passed: PassedOver
+) -> PairSource:
+    """The source of these pairs; says how their masks are read."""
     _say(f"{where}: {classes.how}")
     tell(where, passed)
     files = [path for pair in found for path in (pair.image, pair.mask)]
     sizes = [size for pair in found for size in (pair.size, pair.mask_size)]
-    identity = (*classes.names, repr(classes.table), repr(classes.colours))
     return PairSource(
         root,
         Packed.of(pair.image for pair in found),
         Packed.of(pair.mask for pair in found),
         classes,
-        fingerprint_of(identity, files, sizes),
+        fingerprint_of(classes.identity, files, sizes),
         passed,
     )
 
