@@ -45,6 +45,8 @@ def get_config(arg="scenes:digits,size=48"):
     config.data.train = ConfigDict(dict(source=own.source, split=own.train))
     if small and "examples=" not in own.source:
         config.data.train.source += ",examples=32000"
+    if not small:
+        config.data.train.update(random_scale=(0.5, 2.0), flip=True)
     config.data.val = ConfigDict(dict(source=own.source, split=own.val))
 
     config.augment = ConfigDict(dict(dice=0.0))

@@ -197,7 +197,9 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
         "positions": config.position + where + "".join(beside),
-        "pooling": config.pool + (f", then {norm}" if config.norm_after_pool else ""),
+        "pooling": config.pool
+        + (f", then {norm}" if config.norm_after_pool else "")
+        + (f", then a pyramid of {config.pyramid} channels" if config.pyramid else ""),
         "GELU": f"{config.gelu}, {norm} eps {config.layernorm_eps:g}",
         "head": f"{config.num_classes} classes"
         + (f", hidden tanh of {config.representation_size}" if config.representation_size else ""),

@@ -220,12 +220,14 @@ class Evaluation:
         For masked patch prediction, returns its loss and accuracy, with the same corruption of each
         example at every evaluation.
 
-        For segmentation, returns the metrics of `masks.metrics`, in which each pixel counts once.
+        For segmentation, returns what `masks.metrics` does, in which each pixel counts once.
 
         Padding is masked; the sums of all batches are added on the host, and divided last. Images
         that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
         """
-        read, corrupt, segments = self._reads[name, split], 0, self._config.segments
+        read, corrupt = self._reads[name, split], 0
+        if self._config.segments:
+            return self._segment(params, read, split)
         several = self._several.get(name)
         each = several == "each"
         rows = each or (self._kept is not None and self.classifies)
@@ -236,18 +238,14 @@ class Evaluation:
                 if read.on_corrupt == "skip":
                     corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
                 on_device = self._to_devices(batch)
-                if segments:
-                    yield self._mask_step(params, on_device)
-                elif rows:
+                if rows:
                     yield self._row_steps[each](params, on_device)
                 else:
                     yield self._eval_step(params, on_device, number * self._batch_size)
 
         gathered = Gathered(len(read.source), several, self._config.objective)
         with self._batches(read) as batches:
-            if segments:
-                confusion, loss = masks.added(fetched(results(batches)))
-            elif rows:
+            if rows:
                 sums = []
                 for number, values in enumerate(fetched(results(batches))):
                     known = [values.pop(column) for column in ("logits", "label", "mask")]
@@ -255,11 +253,6 @@ class Evaluation:
                     sums.append(values)
             else:
                 sums = jax.device_get(list(results(batches)))
-        if segments:
-            if not confusion.any():
-                raise UserError(f"{split.source} {split.split}: no pixel has a class to compare")
-            means = masks.metrics(confusion, loss, read.source.label_names)
-            return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
         totals = {
             name: np.sum([values[name] for values in sums], axis=0, dtype=np.float64)
             for name in sums[0]
@@ -282,6 +275,23 @@ class Evaluation:
             if self._kept is not None:
                 self._kept[name] = found
         return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
+
+    def _segment(self, params: Any, read: BatchReader, split: Split) -> dict[str, float]:
+        skips, corrupt = read.on_corrupt == "skip", 0
+
+        def results(batches):
+            nonlocal corrupt
+            for batch in batches:
+                if skips:
+                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
+                yield self._mask_step(params, self._to_devices(batch))
+
+        with self._batches(read) as batches:
+            confusion, loss = masks.added(fetched(results(batches)))
+        if not confusion.any():
+            raise UserError(f"{split.source} {split.split}: no pixel has a class to compare")
+        means = masks.metrics(confusion, loss, read.source.label_names)
+        return {**means, "corrupt": int(corrupt)} if skips else means
 
     def features(self, params: Any, name: str, split: Split) -> Features:
         """Returns the head's inputs for all examples, in order, on the host of every process.
