@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.checkpoints.card import OBJECTIVES, ModelCard
 from vit_jax.compiler import compiler_options
 from vit_jax.data.config import Split
+from vit_jax.data.masks import IGNORED
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.errors import UserError, during
 from vit_jax.models.create import structure
@@ -306,7 +307,7 @@ class Evaluation:
         An example takes 4 bytes a number: 0.6 MB for ViT-B/16 at 224 pixels.
         """
         x, y = self._run(params, name, split, dense=True)
-        return Dense(x, y.astype(np.int32))
+        return Dense(x, np.where(y == IGNORED, -1, y.astype(np.int32)))
 
     def _run(
         self, params: Any, name: str, split: Split, *, dense: bool
