@@ -933,6 +933,11 @@ FORMS = {
     ],
     "digits": ["", "pretrain", "finetune"],
     "fractals": ["", "pretrain", "digits"],
+    "segment": [
+        "",
+        "B/16,scenes:fractals,size=64",
+        "scenes:digits,size=96,train[:90%],train[90%:]",
+    ],
     "images": ["S/16,folder:/data/pets", "Ti/16,folder:/data/pets,all[:90%],all[90%:]"],
 }
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
-from vit_jax.models import attention, elementwise, layers, native, positions, resnet
+from vit_jax.models import attention, elementwise, layers, native, positions, pyramid, resnet
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.corruption import Corruption
 from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
@@ -49,6 +49,8 @@ class ViT(nnx.Module):
         if config.pool == "map":
             self.attention_pool = layers.AttentionPool(config, rngs=rngs)
         pooled = width * (2 if config.pool == "token_gap" else 1)
+        if config.pyramid:
+            self.pyramid, pooled = pyramid.Pyramid(config, rngs=rngs), config.pyramid
         if config.representation_size:
             self.pre_logits = nnx.Linear(pooled, config.representation_size, dtype=dtype, rngs=rngs)
         if config.num_classes:
@@ -73,7 +75,7 @@ class ViT(nnx.Module):
         layout: Layout | None = None,
         frozen: int = 0,
     ) -> Float[Array, "b *k"] | tuple[Float[Array, "b *k"], dict[str, Any]]:
-        """Classifies images, or predicts corrupted patches.
+        """Classifies images or, with pool `none`, their patches, or predicts corrupted patches.
 
         Args:
           images: normalised as the model's preprocessing says, of exactly `config.image_size`;
@@ -84,15 +86,17 @@ class ViT(nnx.Module):
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b p], and `pre_logits` [b r], the head's input, which is
             `pooled` without a representation_size. With `branches`, blocks that run on the same
-            tokens are one of the depth, and have the heads of all.
+            tokens are one of the depth, and have the heads of all. With pool `none` both of the
+            last are [b gh gw d].
           corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: the sharding on a mesh (see training/sharding.py).
           frozen: the number of first blocks of which no gradient is computed.
 
         Returns:
-          Logits [b num_classes] in float32 (the representation, where num_classes is 0), or the
-          predictions for corrupted patches [b m patch_outputs]; with `capture`, also a dict of the
-          named arrays.
+          Logits [b num_classes] in float32 (the representation, where num_classes is 0), with pool
+          `none` of each patch [b gh gw num_classes] (with a pyramid of each quarter, [b 4gh 4gw
+          num_classes]), or the predictions for corrupted patches [b m patch_outputs]; with
+          `capture`, also a dict of the named arrays.
 
         Raises:
           UserError: the images have another size or number of channels.
@@ -145,6 +149,8 @@ class ViT(nnx.Module):
             x = self.norm(x)
         captures("pooled", lambda: x)
 
+        if config.pyramid:
+            x = self.pyramid(x)
         if config.representation_size:  # the hidden layer of the pre-training head
             x = jnp.tanh(self.pre_logits(x))
         captures("pre_logits", lambda: x)
@@ -220,12 +226,15 @@ class ViT(nnx.Module):
 
     def pooled(
         self, x: Float[Array, "b n d"], sizes: native.Sizes | None = None
-    ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
+    ) -> tuple[Float[Array, "b *p"], Float[Array, "b d"] | None]:
         """The head's input (the class token in Eq. 4), and that of `head_dist`, if there is one."""
         config = self.config
         x_dist = x[:, 1] if config.distillation == "head" else None
         if config.pool == "token":
             return x[:, 0], x_dist
+        if config.pool == "none":  # each patch, at its place
+            x = x[:, config.num_prefix_tokens :]
+            return x.reshape(x.shape[0], *config.grid, x.shape[-1]), None
         if config.pool == "map":
             first = 0 if config.pool_prefix else config.num_prefix_tokens
             bias = None if sizes is None else sizes.bias[..., first:]

@@ -133,6 +133,11 @@ class Teacher:
         name, card = f"distill.teacher {settings.teacher}", opened.card
         if not card.labels:
             raise UserError(f"{name} has no classes: name a model that was trained to classify")
+        if OBJECTIVES[card.objective].masks:
+            raise UserError(
+                f"{name} is of objective {card.objective}, which tells classes of pixels: name a "
+                "model that was trained to classify"
+            )
         if OBJECTIVES[card.objective].multi_label:
             raise UserError(
                 f"{name} is of objective {card.objective}, which answers each class by itself: "

@@ -76,6 +76,8 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         "label": ((b, k), jnp.float32) if card.multi_label else ((b,), jnp.int32),
         "mask": ((b,), jnp.bool_),
     }
+    if config.segments:
+        batch["label"] = ((b, *card.preprocess.image_size), jnp.uint8)
     if card.preprocess.max_patches is not None:
         batch["grid"] = ((b, 2), jnp.int32)
     mixed_steps = config.augment.mixed_steps(plan.total_steps)
