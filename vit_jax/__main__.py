@@ -95,10 +95,12 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
     if what == "classes" and segments(args.model, args.out, args.only, args.ignore):
         if args.topk:
             raise UserError(f"--topk={args.topk} names classes of images, and masks have all")
-        done = masks_to(args.out, inputs, load, overlays=args.overlay, **options)
+        options |= dict(overlays=args.overlay, windows=args.windows or "none")
+        done = masks_to(args.out, inputs, load, **options)
         return 0 if done else INCOMPLETE
-    if args.overlay:
-        raise UserError("--overlay is for masks: of a model that segments, into --out=FOLDER")
+    if args.overlay or args.windows:
+        flag = "--overlay" if args.overlay else f"--windows={args.windows}"
+        raise UserError(f"{flag} is for masks: of a model that segments, into --out=FOLDER")
     done = predict_to(args.out, inputs, load, what, topk=args.topk or 5, **options)
     return 0 if done else INCOMPLETE
 

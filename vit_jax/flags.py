@@ -219,6 +219,10 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--overlay", action="store_true", help="also write images half covered by their masks"
     )
+    command.add_argument(
+        "--windows",
+        help="masks of large images by windows of the model's size: scaled or own (eval.windows)",
+    )
     command.set_defaults(function=functions["predict"], takes_overrides=False)
 
     fields = dict(

@@ -163,6 +163,8 @@ def test_pascal_voc(tmp_path):
     written(tmp_path / "SegmentationClass" / "2007_02.png", indexed(numbers(1, high=22)))
     with pytest.raises(UserError, match=r"2007_02.png has the class 21, but there are 21, 0 to 20"):
         open_source(spec, "train")[0]
+    with pytest.raises(UserError, match=r"suffix= is not for the folders of Pascal VOC"):
+        open_source(f"{spec},suffix=x", "train")
     (tmp_path / "more").mkdir()
     for path in lists.iterdir():
         path.rename(tmp_path / "more" / path.name)
@@ -218,6 +220,8 @@ def test_cityscapes(tmp_path):
         assert source[0]["label"].tolist() == train_ids and len(source.label_names) == 19
         assert (source.label_names[0], source.palette[18]) == ("road", (119, 11, 32))
     assert "labelIds are read as their trainIds" in found["val"].how
+    with pytest.raises(UserError, match=r"reduce_zero= is not for the folders of Cityscapes"):
+        open_source(f"{spec},reduce_zero=true", "val")
     mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_gtFine_labelIds.png"
     written(mask, grey(ids + 1))
     with pytest.raises(UserError, match=r"labelIds.png has the number 34; the 19 classes"):

@@ -112,6 +112,28 @@ def test_masks_have_the_sizes_of_their_images(vit, wanted):
             ask()
 
 
+def test_windows_are_those_of_an_evaluation(vit):
+    """Of logits that are averaged and interpolated by hand, for images larger than the model."""
+    with pytest.raises(UserError, match=r"eval.windows is 'all'"):
+        Predictor(vit, "masks", windows="all")
+    found = list(Predictor(vit, "masks", batch_size=8, windows="scaled", stride=0.5)(IMAGES))
+    for image, answer in zip(IMAGES, found, strict=True):
+        h, w = image.shape[:2]
+        scaled = vit.preprocess.covering(h, w, own=False)
+        pixels = vit.preprocess.to_size(image, scaled)
+        sums, counts = np.zeros((*scaled, K)), np.zeros((*scaled, 1))
+        for top in {min(y, scaled[0] - 16) for y in range(0, scaled[0], 8)}:
+            for left in {min(x, scaled[1] - 16) for x in range(0, scaled[1], 8)}:
+                here = slice(top, top + 16), slice(left, left + 16)
+                logits = vit.model(vit.preprocess.normalise(pixels[here])[None])
+                shape = (1, 16, 16, K)
+                sums[here] += jax.image.resize(logits, shape, "bilinear", antialias=False)[0]
+                counts[here] += 1
+        mean = jnp.asarray(sums / counts, jnp.float32)
+        stretched = jax.image.resize(mean, (h, w, K), "bilinear", antialias=False)
+        assert same(answer.mask, np.asarray(stretched.argmax(-1), np.uint8))
+
+
 def test_logits_are_interpolated_as_written_out():
     """Bilinearly, between the centres of patches; beyond the outermost the nearest."""
     logits = np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32)
@@ -180,7 +202,7 @@ def test_a_folder_of_masks_and_overlays(path, vit, wanted, here, caplog):
     np.testing.assert_array_equal(source[3]["label"], written(here / "out" / "dogs" / "3.png")[1])
     assert predict(path, "pets/dogs/2.png", "pets/*.png", "--out=flat") == 0
     assert {p.name for p in (here / "flat").iterdir()} == {"2.png", "0.png", "1.png", "classes.txt"}
-    assert predict(path, "pets/**/*.png", "--out=deep") == 0
+    assert predict(path, "pets/**/*.png", "--out=deep", "--windows=own") == 0
     assert all((here / "deep" / f"{name}.png").exists() for name in NAMES)
 
 
@@ -202,6 +224,8 @@ def test_nothing_is_overwritten(path, vit, here, capsys):
     refused("a class for each pixel", "pets/1.png", "--out=new.csv")
     refused("a class for each pixel", "pets/1.png")
     refused("--overlay is for masks", "pets/1.png", "--overlay", "--out=new.csv")
+    refused("--windows=own is for masks", "pets/1.png", "--windows=own")
+    refused("eval.windows is 'all'", "pets/1.png", "--windows=all", "--out=new")
     refused("model pools nothing|no features of whole", "pets/1.png", "--features", "--out=x.npy")
 
 

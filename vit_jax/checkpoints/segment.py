@@ -32,16 +32,20 @@ def common(own: Int[np.ndarray, "b 2"]) -> tuple[int, int]:
 
 @functools.partial(jax.jit, static_argnames="size")
 def on_device(
-    logits: Float[Array, "b gh gw k"], own: Int[Array, "b 2"], size: tuple[int, int]
+    logits: Float[Array, "b gh gw k"],
+    own: Int[Array, "b 2"],
+    size: tuple[int, int],
+    of: Int[Array, "b 2"] | None = None,
 ) -> UInt8[Array, "b {size[0]} {size[1]}"]:
     """The classes of the pixels of images, each in the first rows and columns of `size` (h, w).
 
-    `size` is from `common`: what is beyond an image has no meaning.
+    `size` is from `common`: what is beyond an image has no meaning. `of` are the (gh, gw) of each
+    image's logits, where they differ.
     """
     (h, w), b = size, len(logits)
-    rows = down(logits.astype(jnp.float32), h, own)
+    rows = down(logits.astype(jnp.float32), h, own, of)
     strips = jnp.moveaxis(rows.reshape(b, h // _ROWS, _ROWS, *rows.shape[2:]), 1, 0)
     classes = jax.lax.map(
-        lambda strip: across(strip, w, own).argmax(axis=-1).astype(jnp.uint8), strips
+        lambda strip: across(strip, w, own, of).argmax(axis=-1).astype(jnp.uint8), strips
     )
     return jnp.moveaxis(classes, 0, 1).reshape(b, h, w)

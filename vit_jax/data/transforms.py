@@ -64,7 +64,7 @@ def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
         (2 * np.arange(new) + 1) * old // (2 * new)
         for old, new in zip(mask.shape, size, strict=True)
     )
-    return mask[rows[:, None], columns]
+    return mask.take(rows, axis=0).take(columns, axis=1)
 
 
 def random_crop(

@@ -182,6 +182,9 @@ def _said(where: str, root: str, given: Mapping[str, str]) -> Classes:
     """What the options and a list in the folder `root` say; without names, if they say none."""
     how: list[str] = []
     table, palette, colours = None, None, None
+    ways = [key for key in ("colours", "reduce_zero", "foreground") if key in given]
+    if len(ways) > 1:
+        raise UserError(f"{where}: {ways[0]}= and {ways[1]}= exclude each other")
     names = _listed(where, root, given, how)
     if "colours" in given:
         names, palette, colours = _by_colour(where, _path(root, given["colours"]), names)
@@ -193,8 +196,6 @@ def _said(where: str, root: str, given: Mapping[str, str]) -> Classes:
         table = _REDUCED
         how.append("0 is of no class, and 1 is class 0 (reduce_zero=true)")
     if "foreground" in given:
-        if reduce_zero == "true":
-            raise UserError(f"{where}: reduce_zero= and foreground= exclude each other")
         table = _foreground(where, given["foreground"], names, how)
         names = names or ("0", "1")
     if names and len(names) > MOST:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vit_jax.data import storage
@@ -63,8 +63,11 @@ def layout_of(where: str, root: str, given: Mapping[str, str]) -> Layout:
     if named:
         return _plain(where, root, named["images"], named["masks"], given)
     if {"JPEGImages", "SegmentationClass"} <= inside:
+        _check(where, "Pascal VOC", given, ("suffix", "unpaired"))
         return _voc(where, root)
     if {"leftImg8bit", "gtFine"} <= inside:
+        others = ("suffix", "unpaired", "reduce_zero", "foreground", "colours")
+        _check(where, "Cityscapes", given, others)
         return _cityscapes(where, root)
     pair = _names(where, inside)
     if pair is not None:
@@ -73,6 +76,15 @@ def layout_of(where: str, root: str, given: Mapping[str, str]) -> Layout:
     if outer and all(map(split_kind, outer)):
         return _outer(where, root, outer, given)
     raise _unknown(where, root, inside, outer)
+
+
+def _check(where: str, what: str, given: Mapping[str, str], others: Sequence[str]) -> None:
+    """Raises a UserError for options that the folders of a known data set leave no place for."""
+    if odd := [key for key in others if key in given]:
+        raise UserError(
+            f"{where}: {odd[0]}= is not for the folders of {what}, which say themselves how they "
+            "are read: leave it out, or name the folders by images= and masks="
+        )
 
 
 def is_layout(root: str) -> bool:

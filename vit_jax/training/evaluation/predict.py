@@ -29,11 +29,13 @@ from vit_jax.data.ahead import threads_of
 from vit_jax.data.images import Image
 from vit_jax.data.inputs import Inputs, Read
 from vit_jax.data.masks import Mask
-from vit_jax.data.transforms import Preprocess
+from vit_jax.data.transforms import Pixels, Preprocess
 from vit_jax.errors import UserError, during, nearest
 from vit_jax.models.native import check_one_grid
+from vit_jax.training.config import EvalConfig
 from vit_jax.training.evaluation.evaluation import fetched
 from vit_jax.training.evaluation.steps import features_of
+from vit_jax.training.evaluation.windows import averaged
 from vit_jax.training.sharding import MeshConfig, batch_shards, make_mesh, placement, to_devices
 from vit_jax.training.steps import images, merged
 
@@ -57,6 +59,7 @@ class _Batch(NamedTuple):
     images: dict[str, np.ndarray]  # see `Preprocess.empty`
     sizes: Int[np.ndarray, "b 2"]  # (h, w) of the images themselves
     pixels: list[Image | None]  # of these
+    scaled: list[Pixels | None]  # with windows, as the model sees them
     rows: list[concurrent.futures.Future[None]]
 
 
@@ -97,6 +100,7 @@ class Predictor:
         input [d]) or "dense" (features of patches [gh gw d]); features are float32.
       topk: how many classes to name.
       keep_pixels: whether masks come with the pixels of their images.
+      windows, stride: for masks, as of `EvalConfig`: how large images are seen.
       batch_size: images at a time on all devices, rounded up to their number; None for a size that
         suits them.
       threads: that decode images; None for one a core.
@@ -115,13 +119,16 @@ class Predictor:
         batch_size: int | None = None,
         threads: int | None = None,
         keep_pixels: bool = False,
+        windows: str = "none",
+        stride: float = EvalConfig.stride,
     ):
         if what not in WHAT:
             raise UserError(f"what is {what!r}; {nearest(what, WHAT)}")
         for name, value in {"batch_size": batch_size, "threads": threads}.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name} is {value!r}; expected a whole number of 1 or more")
-        self.what, self.k, self._keep = what, 0, keep_pixels
+        EvalConfig(windows=windows, stride=stride)  # raises where there are none such
+        self.what, self.k, self._keep, self._windows = what, 0, keep_pixels, windows
         if what == "masks":
             loaded.check_masks()
         if what == "classes":
@@ -140,7 +147,9 @@ class Predictor:
         params = nnx.to_pure_dict(params)
         self._params = jax.device_put(params, placement(params, self.mesh))
         multi_label = OBJECTIVES[loaded.objective].multi_label
-        self._step = _program(graphdef, self.preprocess, self.mesh, what, self.k, multi_label)
+        stride = None if windows == "none" else stride
+        options = what, self.k, multi_label, stride
+        self._step = _program(graphdef, self.preprocess, self.mesh, *options)
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -188,12 +197,14 @@ class Predictor:
                     done += 1
 
     def _run(self, batch: _Batch) -> dict[str, Array]:
-        size = len(batch.images["image"])
-        values = self.forward(to_devices(batch.images, size, self.mesh))
+        images, size = dict(batch.images), len(batch.sizes)
         if self.what != "masks":
-            return values
-        own = to_devices({"own": batch.sizes}, size, self.mesh)["own"]
-        return {"mask": on_device(values["x"], own, common(batch.sizes))}
+            return self.forward(to_devices(images, size, self.mesh))
+        if self._windows != "none":
+            images = _together(batch.scaled, self.preprocess)
+        on_devices = to_devices({**images, "own": batch.sizes}, size, self.mesh)
+        own, of = on_devices.pop("own"), on_devices.get("scaled")
+        return {"mask": on_device(self.forward(on_devices)["x"], own, common(batch.sizes), of)}
 
     def _answer(self, values: dict[str, np.ndarray], batch: _Batch, row: int) -> Answer:
         if "mask" in values:
@@ -225,7 +236,8 @@ class Predictor:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, pool: concurrent.futures.Executor, chunk: list[Read], size: int) -> _Batch:
-        batch = _Batch(self.preprocess.empty(size), np.ones((size, 2), np.int32), [None] * size, [])
+        images, sizes = self.preprocess.empty(size), np.ones((size, 2), np.int32)
+        batch = _Batch(images, sizes, [None] * size, [None] * size, [])
         batch.rows.extend(
             pool.submit(self._fill, batch, row, read) for row, read in enumerate(chunk)
         )
@@ -234,10 +246,26 @@ class Predictor:
     def _fill(self, batch: _Batch, row: int, read: Read) -> None:
         """Reads an image into a row of a batch."""
         image = self.preprocess.read(read())
-        self.preprocess.fill(batch.images, row, self.preprocess.pixels(image))
+        if self._windows == "none":
+            self.preprocess.fill(batch.images, row, self.preprocess.pixels(image))
+        else:
+            size = self.preprocess.covering(*image.shape[:2], own=self._windows == "own")
+            batch.scaled[row] = self.preprocess.to_size(image, size)
         batch.sizes[row] = image.shape[:2]
         if self._keep:
             batch.pixels[row] = image
+
+
+def _together(scaled: list[Pixels | None], preprocess: Preprocess) -> dict[str, np.ndarray]:
+    """Images of their own shapes in one array, and their (h, w); a black one for None."""
+    sizes = [preprocess.image_size if each is None else each.shape[:2] for each in scaled]
+    of = np.array(sizes, np.int32)
+    shape = (len(scaled), *common(of), preprocess.in_channels)
+    together = np.zeros(shape, preprocess.pixel_dtype)
+    for row, each in enumerate(scaled):
+        if each is not None:
+            together[row, : len(each), : each.shape[1]] = each
+    return {"image": together, "scaled": of}
 
 
 def _given(images: Iterable[Any]) -> Iterator[Read]:
@@ -259,12 +287,25 @@ def _throw(error: Exception) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _program(
-    graphdef: nnx.GraphDef, preprocess: Preprocess, mesh: Mesh, what: str, k: int, multi_label: bool
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    mesh: Mesh,
+    what: str,
+    k: int,
+    multi_label: bool,
+    stride: float | None,
 ) -> Callable[[Any, dict[str, Array]], dict[str, Array]]:
     """The compiled step; the same one for the same model, so that it is compiled once."""
 
     def step(params, batch):
         model = merged(graphdef, params, None)
+        if stride is not None:
+            window, pixels = preprocess.image_size, batch["image"]
+
+            def logits_of(pixels):
+                return model(preprocess.normalise(pixels))
+
+            return {"x": averaged(logits_of, pixels, batch["scaled"], window, stride)}
         inputs = images(batch, preprocess)
         if what == "masks":
             return {"x": model(inputs)}

@@ -40,6 +40,7 @@ def masks_to(
     load: Callable[[], Loaded],
     *,
     overlays: bool = False,
+    windows: str = "none",
     batch_size: int | None = None,
     threads: int | None = None,
 ) -> bool:
@@ -51,6 +52,7 @@ def masks_to(
 
     Args:
       load: loads the model, once it is known that nothing is in the way.
+      windows: how large images are seen, as of `EvalConfig`.
       overlays: whether to write NAME.overlay.png, the image half covered by its mask, too.
 
     Returns:
@@ -62,9 +64,8 @@ def masks_to(
     paths = list(_paths(folder, inputs.below, overlays))
     _check(folder, paths, inputs.names)
     vit = load()
-    predictor = Predictor(
-        vit, "masks", batch_size=batch_size, threads=threads, keep_pixels=overlays
-    )
+    options = dict(batch_size=batch_size, threads=threads, keep_pixels=overlays, windows=windows)
+    predictor = Predictor(vit, "masks", **options)
     palette = vit.palette or default_palette(len(vit.labels))
     began, failed = time.monotonic(), list[str]()
     write_atomically(os.path.join(folder, CLASSES), "".join(f"{name}\n" for name in vit.labels))
