@@ -20,8 +20,6 @@ from vit_jax.training.evaluation.windows import averaged
 from vit_jax.training.steps import Batch, masks
 
 _ROWS = 64  # of pixels whose logits are there at a time
-# The metrics of each evaluation; and iou/NAME, of the classes that are true or predicted anywhere.
-METRICS = ("miou", "pixel_accuracy", "loss")
 
 
 def make_mask_eval_step(
