@@ -15,12 +15,11 @@ from vit_jax.errors import UserError
 from vit_jax.models.create import merged
 from vit_jax.models.dense import across, down
 from vit_jax.models.stack import Layout
+from vit_jax.training.evaluation.segmentation import ious
 from vit_jax.training.evaluation.windows import averaged
 from vit_jax.training.steps import Batch, masks
 
 _ROWS = 64  # of pixels whose logits are there at a time
-# The metrics of each evaluation; and iou/NAME, of the classes that are true or predicted anywhere.
-METRICS = ("miou", "pixel_accuracy", "loss")
 
 
 def make_mask_eval_step(
@@ -111,12 +110,11 @@ def metrics(
       miou: the mean, over the classes that are true or predicted anywhere, of intersection /
       union; pixel_accuracy; loss; and iou/NAME of each of these classes.
     """
-    total, right = confusion.sum(), np.diag(confusion)
-    union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
-    iou = {name: float(i / u) for name, i, u in zip(names, right, union, strict=True) if u}
+    total, found = int(confusion.sum()), ious(confusion)
+    each = {f"iou/{name}": float(value) for name, value in zip(names, found, strict=True)}
     return {
-        "miou": float(np.mean(list(iou.values()))),
-        "pixel_accuracy": float(right.sum() / total),
-        "loss": loss / int(total),
-        **{f"iou/{name}": value for name, value in iou.items()},
+        "miou": float(np.nanmean(found)),
+        "pixel_accuracy": float(np.trace(confusion) / total),
+        "loss": loss / total,
+        **{name: value for name, value in each.items() if not np.isnan(value)},
     }

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32, Int64
+from jaxtyping import Array, Float, Float32, Float64, Int, Int32, Int64
 
 from vit_jax.errors import UserError
 from vit_jax.training.evaluation.probes import (
@@ -206,14 +206,19 @@ def scores(confusion: Int64[np.ndarray, "k k"]) -> dict[str, float]:
       predicted anywhere; "accuracy": pixel accuracy; "foreground_iou": intersection / union of all
       classes but 0 merged into one, if there are any}.
     """
-    total, right = confusion.sum(), np.diag(confusion)
-    union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
-    there = union > 0
+    total = confusion.sum()
     found = {
-        "miou": float(np.mean(right[there] / union[there])),
-        "accuracy": float(right.sum() / total),
+        "miou": float(np.nanmean(ious(confusion))),
+        "accuracy": float(np.trace(confusion) / total),
     }
     foreground = total - confusion[0, 0]
     if foreground:
         found["foreground_iou"] = float(confusion[1:, 1:].sum() / foreground)
     return found
+
+
+def ious(confusion: Int64[np.ndarray, "k k"]) -> Float64[np.ndarray, " k"]:
+    """Intersection / union of each class; NaN of one that is neither true nor predicted."""
+    right = np.diag(confusion)
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
+    return np.where(union > 0, right / np.maximum(union, 1), np.nan)
