@@ -285,7 +285,8 @@ def test_smaller_patches_do_not_help_where_large_ones_are_best():
         (
             (0.1, 0.195),
             0.001,
-            "the ResNet is ahead with 600: no; the ViT with 54,000: undecided; the lead shrinks: no",
+            "the ResNet is ahead with 600: no; the ViT with 54,000: undecided; the lead "
+            "shrinks: no",
         ),
         (
             (0.3, 0.3),

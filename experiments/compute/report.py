@@ -24,7 +24,7 @@ Each is "yes" where the mean is at least that and the interval above a ratio of 
 import math
 
 import numpy as np
-from reporting import Difference, Mean, Told, by_seed, curves, means, table
+from reporting import COMMANDS, Difference, Mean, Told, by_seed, curves, means, table
 
 TITLE = "Accuracy for compute"
 CLAIM = (

@@ -9,7 +9,11 @@ from vit_jax.launch.sweep import product
 
 config = "configs/evidence.py"
 RATES = {"vit": 2e-3, "resnet": 4e-3, "hybrid": 2e-3}
-TRIED = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+TRIED = {
+    "vit": (1e-3, 2e-3, 4e-3),
+    "resnet": (4e-3, 8e-3, 1.6e-2),
+    "hybrid": (2e-3, 4e-3, 8e-3),
+}
 # Each a part of the next, chosen by a hash of an image's number: about 600, 3,000, ... of them.
 IMAGES = {600: "train[:1%]", 3000: "train[:5%]", 15_000: "train[:25%]", 54_000: "train[:90%]"}
 WIDER = {
@@ -35,9 +39,9 @@ def sweep(scale="laptop"):
             yield {"name": f"{name}_imagenet", "config": tune, "init_from": f"@{name}"}
         return
     if scale == "pilot":
-        for family, rate in ((family, rate) for family in RATES for rate in TRIED):
-            more = {"optim.lr": rate, "total_examples": 120_000}
-            yield _point(family, 15_000, 100, f"_{rate:g}", **more)
+        for family, rates in TRIED.items():
+            for rate in rates:
+                yield _point(family, 15_000, 100, f"_{rate:g}", **{"optim.lr": rate})
         return
     axes = {"seed": range(3), "family": RATES, "images": IMAGES}
     if scale == "smoke":
