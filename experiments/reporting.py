@@ -8,7 +8,7 @@ from typing import Any
 
 FEW = "others/5shot"  # what most of them measure by; see configs/evidence.py
 # What a page on garments says of how to repeat it.
-COMMANDS = """```
+ON_GARMENTS = """```
 python experiments/evidence.py NAME
 python -m vit_jax sweep experiments/NAME/sweep.py:gpu --workdir=runs/gpu/NAME --jobs=3
 python -m vit_jax sweep experiments/NAME/sweep.py:paper --workdir=runs/paper/NAME
