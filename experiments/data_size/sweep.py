@@ -8,7 +8,7 @@ models, half the rates and eight times as long, on the fewest and the most garme
 from vit_jax.launch.sweep import product
 
 config = "configs/evidence.py"
-RATES = {"vit": 2e-3, "resnet": 4e-3, "hybrid": 2e-3}
+RATES = {"vit": 2e-3, "resnet": 8e-3, "hybrid": 2e-3}
 TRIED = {
     "vit": (1e-3, 2e-3, 4e-3),
     "resnet": (4e-3, 8e-3, 1.6e-2),
