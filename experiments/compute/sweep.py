@@ -1,7 +1,7 @@
 """Figure 5: ViTs, ResNets and hybrids of several sizes, each trained on as many images.
 
-A family's rate is that of `../data_size/sweep.py`; `pilot` asks whether its largest size wants
-less, with a seed of its own. `gpu` is wider and longer, a guess of what 8 minutes of one H100 are
+A family's rate is that of `../data_size/sweep.py`; `pilot` asks whether the widest want less, with
+a seed of its own. `gpu` is wider and longer, a guess of what 8 minutes of one H100 are
 enough for, not measured.
 """
 
@@ -28,7 +28,7 @@ WIDER = {
     "resnet": [_resnet((1, 1)), _resnet((2, 2)), _resnet((2, 2), 64)],
     "hybrid": [_vit(64), _vit(128), _vit(256, 6)],
 }
-RATES = {"vit": (2e-3, 2e-3, 2e-3), "resnet": (4e-3, 4e-3, 4e-3), "hybrid": (2e-3, 2e-3, 2e-3)}
+RATES = {"vit": (2e-3, 2e-3, 2e-3), "resnet": (8e-3, 8e-3, 8e-3), "hybrid": (2e-3, 2e-3, 2e-3)}
 # Table 6's models on JFT-300M.
 LARGE = "B/32 B/16 L/32 L/16 H/14 R50x1 R50x2 R101x1 R152x1 R152x2 R200x3 R50+B/32 R50+B/16 "
 LARGE = [*(LARGE + "R50+L/32 R50+L/16").split()]
@@ -51,7 +51,7 @@ def sweep(scale="laptop"):
         axes |= {"seed": [0], "family": ["hybrid"], "size": [0]}
         more = {"total_examples": 64}
     elif scale == "pilot":
-        axes |= {"seed": [100], "size": [2], "of_rate": (1, 0.5)}
+        axes |= {"seed": [100], "family": ["vit", "hybrid"], "size": [2], "of_rate": (1, 0.5)}
     elif scale == "gpu":
         more = {"total_examples": 480_000, "batch_size": 128}
     for seed, family, size, *of_rate in (point.values() for point in product(axes)):
