@@ -24,7 +24,7 @@ Each is "yes" where the mean is at least that and the interval above a ratio of 
 import math
 
 import numpy as np
-from reporting import ON_GARMENTS, Difference, Mean, Told, by_seed, curves, means, table
+from reporting import ON_GARMENTS, Difference, Mean, Told, by_seed, curves, figure, means, table
 
 TITLE = "Accuracy for compute"
 CLAIM = (
@@ -102,15 +102,38 @@ def tell(points):
     )
     agrees = "yes" if cheap == wins == "yes" else f"a ViT is cheaper: {cheap}; hybrids win: {wins}"
     short = f"{takes}; at {budget:,.0f} GFLOP {told}"
-    drawn = curves(
-        {
-            FAMILIES[family]: {cost[each].mean: test[each] for each in order if each[0] == family}
-            for family in FAMILIES
-        },
-        "compute of training (GFLOP): to the left is cheaper",
-        "accuracy on new garments",
-    )
+    shown_lines = {
+        FAMILIES[family]: {cost[each].mean: test[each] for each in order if each[0] == family}
+        for family in FAMILIES
+    }
+    drawn = _draw(shown_lines, None if None in at else float(np.mean(at)))
     return Told(shown, verdict, short, agrees, drawn)
+
+
+def _draw(lines, at):
+    """Accuracy against compute, and between ViT and ResNet what equal accuracy costs, if any."""
+    drawn, axes = figure(7, 4)
+    curves(lines, "compute of the whole training (GFLOP)", "accuracy on new garments", axes=axes)
+    axes.set_title("Three sizes of each family, all trained on 40,000 garments", fontsize=10)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (100, 200, 500, 1000, 2000, 5000) if low < tick < high]
+    axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    if at is not None:
+        vit, resnet = (_cost(line, at) for line in (lines["ViT"], lines["ResNet"]))
+        arrow = dict(arrowstyle="<->", color="grey")
+        axes.annotate("", (vit, 100 * at), (resnet, 100 * at), arrowprops=arrow)
+        words = f"at equal accuracy a ResNet takes\n{resnet / vit:.2g} times the compute of a ViT"
+        middle = math.sqrt(vit * resnet)
+        below = dict(ha="center", va="top", textcoords="offset points", fontsize=8, color="dimgrey")
+        below["bbox"] = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
+        axes.annotate(words, (middle, 100 * at), (0, -4), **below)
+    return drawn
+
+
+def _cost(line, accuracy):
+    """The compute at which a line of means has an accuracy."""
+    means = np.maximum.accumulate([each.mean for each in line.values()])
+    return float(np.exp(np.interp(accuracy, means, np.log([*line]))))
 
 
 def times(logs):

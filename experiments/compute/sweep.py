@@ -1,8 +1,8 @@
 """Figure 5: ViTs, ResNets and hybrids of several sizes, each trained on as many images.
 
 A family's rate is that of `../data_size/sweep.py`; `pilot` asks whether the widest want less, with
-a seed of its own. `gpu` is wider and longer, a guess of what 8 minutes of one H100 are
-enough for, not measured.
+a seed of its own. `gpu` is wider, longer and at half the rates, a guess of what 8 minutes of one
+H100 are enough for, not measured.
 """
 
 from vit_jax.launch.sweep import product
@@ -56,6 +56,7 @@ def sweep(scale="laptop"):
         more = {"total_examples": 480_000, "batch_size": 128}
     for seed, family, size, *of_rate in (point.values() for point in product(axes)):
         rate = RATES[family][0] * of_rate[0] if of_rate else RATES[family][size]
+        rate /= 2 if scale == "gpu" else 1
         yield {
             "name": f"{family}_{size}_{seed}" + (f"_{rate:g}" if of_rate else ""),
             "config": f"configs/evidence.py:garments,{family}",

@@ -63,12 +63,11 @@ def tell(points):
     rows = [(*row, leads[n]) for row, n in zip(rows, sizes, strict=True)]
     header.append("ResNet less ViT, test (95%)")
     said = "; ".join(f"{what}: {answer}" for what, answer in decided.items())
-    best = {n: max(families, key=lambda f: test[f, n].mean) for n in (sizes[0], sizes[-1])}
+    best = [FAMILIES[max(families, key=lambda f: test[f, n].mean)] for n in (sizes[0], sizes[-1])]
     verdict = (
         f"{said[0].upper()}{said[1:]}. ResNet less ViT is {first} with {sizes[0]:,} images and "
-        f"{last} with {sizes[-1]:,}; it shrinks by {shrinks}. The best of the three on average is "
-        f"the {FAMILIES[best[sizes[0]]]} with the fewest, the {FAMILIES[best[sizes[-1]]]} with the "
-        "most."
+        f"{last} with {sizes[-1]:,}; the first less the last is {shrinks}. The best of the three "
+        f"on average is the {best[0]} with the fewest, the {best[1]} with the most."
     )
     agrees = "yes" if {*decided.values()} == {"yes"} else said
     short = f"ResNet less ViT, garments: {first} with {sizes[0]:,}, {last} with {sizes[-1]:,}"
@@ -99,6 +98,8 @@ def _draw(lines, leads):
             fontsize=9,
             color="grey",
         )
+    bottom, top = right.get_ylim()
+    right.set_ylim(min(bottom, -1), max(top, 1))
     right.set_xscale("log")
     right.set_xticks(sizes, [f"{n:,}" for n in sizes])
     right.xaxis.set_minor_formatter(lambda value, _: "")
