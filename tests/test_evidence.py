@@ -95,6 +95,20 @@ def test_the_sweep_is_whole_at_every_scale(name, monkeypatch):
         load_sweep(f"experiments/{name}/sweep.py:huge")
 
 
+@pytest.mark.parametrize("name, pilots, runs", [("data_size", 9, 18), ("compute", 4, 27)])
+def test_pilots_and_a_gpu_have_scales_of_their_own(name, pilots, runs, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    points = load_sweep(f"experiments/{name}/sweep.py:pilot").points
+    assert len(points) == pilots and {each.overrides["seed"] for each in points} == {100}
+    wider = load_sweep(f"experiments/{name}/sweep.py:gpu").points
+    usual = {each.name: each for each in load_sweep(f"experiments/{name}/sweep.py:laptop").points}
+    assert len(wider) == runs and {each.overrides["seed"] for each in wider} == {0, 1, 2}
+    for point in wider:
+        config, small = point_config(point, str), point_config(usual[point.name], str)
+        assert config.optim.lr == small.optim.lr / 2 and config.model != small.model
+        assert config.data == small.data
+
+
 def test_the_sweep_on_real_images_is_whole(monkeypatch):
     """It is not run here: its images and weights are fetched."""
     monkeypatch.chdir(ROOT)

@@ -53,7 +53,7 @@ def sweep(scale="laptop"):
     elif scale == "pilot":
         axes |= {"seed": [100], "family": ["vit", "hybrid"], "size": [2], "of_rate": (1, 0.5)}
     elif scale == "gpu":
-        more = {"total_examples": 480_000, "batch_size": 128}
+        more = {"total_examples": 480_000, "batch_size": 128, "precision": "bfloat16"}
     for seed, family, size, *of_rate in (point.values() for point in product(axes)):
         rate = RATES[family][0] * of_rate[0] if of_rate else RATES[family][size]
         rate /= 2 if scale == "gpu" else 1

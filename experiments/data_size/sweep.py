@@ -52,7 +52,7 @@ def sweep(scale="laptop"):
         more = {"total_examples": 64} if scale == "smoke" else {}
         if scale == "gpu":
             more = WIDER[family] | {"optim.lr": RATES[family] / 2, "batch_size": 128}
-            more["total_examples"] = 480_000
+            more |= {"total_examples": 480_000, "precision": "bfloat16"}
         yield _point(family, images, seed, **more)
 
 
