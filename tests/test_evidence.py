@@ -95,7 +95,7 @@ def test_the_sweep_is_whole_at_every_scale(name, monkeypatch):
         load_sweep(f"experiments/{name}/sweep.py:huge")
 
 
-@pytest.mark.parametrize("name, pilots, runs", [("data_size", 9, 18), ("compute", 4, 27)])
+@pytest.mark.parametrize("name, pilots, runs", [("data_size", 10, 18), ("compute", 4, 27)])
 def test_pilots_and_a_gpu_have_scales_of_their_own(name, pilots, runs, monkeypatch):
     monkeypatch.chdir(ROOT)
     points = load_sweep(f"experiments/{name}/sweep.py:pilot").points

@@ -28,7 +28,7 @@ WIDER = {
     "resnet": [_resnet((1, 1)), _resnet((2, 2)), _resnet((2, 2), 64)],
     "hybrid": [_vit(64), _vit(128), _vit(256, 6)],
 }
-RATES = {"vit": (2e-3, 2e-3, 2e-3), "resnet": (8e-3, 8e-3, 8e-3), "hybrid": (2e-3, 2e-3, 2e-3)}
+RATES = {"vit": (2e-3, 2e-3, 1e-3), "resnet": (8e-3, 8e-3, 8e-3), "hybrid": (2e-3, 2e-3, 1e-3)}
 # Table 6's models on JFT-300M.
 LARGE = "B/32 B/16 L/32 L/16 H/14 R50x1 R50x2 R101x1 R152x1 R152x2 R200x3 R50+B/32 R50+B/16 "
 LARGE = [*(LARGE + "R50+L/32 R50+L/16").split()]
