@@ -5,10 +5,11 @@ and as good where it is large.
 
 Here three sizes of each family see 40,000 photographs of Fashion-MNIST once, at 32 x 32 pixels
 (`configs/evidence.py`); the compute is of all training steps, counted by hand from the shapes
-(`vit_jax/analysis/cost.py`); accuracy is that on 10,000 other garments.
-Learning rates are those of [How much data](../data_size/README.md), but for the widest ViT and
-hybrid, where half of that was better on held-out garments with another seed (`sweep.py:pilot`): ViT
-84.0% and 81.9%, hybrid 87.4% and 86.1%.
+(`vit_jax/analysis/cost.py`); accuracy is that on 10,000 other garments. Learning rates are those of
+[How much data](../data_size/README.md), but for the widest ViT and hybrid, where half of that was
+better on held-out garments with another seed (`sweep.py:pilot`): ViT 84.0% and 81.9%, hybrid 87.4%
+and 86.1%. The minutes below are of a crowded machine: alone, a run takes half a minute to a minute
+of a core.
 
 What counts was written before the runs, seed by seed, with 95% intervals of Student's t. Between
 points, accuracy is taken to be straight in the logarithm of the compute.
