@@ -1,8 +1,8 @@
 """Figure 5: ViTs, ResNets and hybrids of several sizes, each trained on as many images.
 
 A family's rate is that of `../data_size/sweep.py`; `pilot` asks whether the widest ViT wants less,
-with a seed of its own. `gpu` is wider, longer and at half the rates, a guess of what 8 minutes of one
-H100 are enough for, not measured.
+with a seed of its own. `gpu` is wider, longer and at half the rates, a guess of what 8 minutes of
+one H100 are enough for, not measured.
 """
 
 from vit_jax.launch.sweep import product
