@@ -1,7 +1,7 @@
 """Figure 5: ViTs, ResNets and hybrids of several sizes, each trained on as many images.
 
-A family's rate is that of `../data_size/sweep.py`; `pilot` asks whether the widest ViT wants less,
-with a seed of its own. `gpu` is wider, longer and at half the rates, a guess of what 8 minutes of
+A family's rate is that of `../data_size/sweep.py`; `pilot` asks whether the widest want less, with
+a seed of its own. `gpu` is wider, longer and at half the rates, a guess of what 8 minutes of
 one H100 are enough for, not measured.
 """
 
@@ -20,8 +20,8 @@ def _resnet(units, width=32):
 
 SIZES = {
     "vit": [_vit(32), _vit(64), _vit(128)],
-    "resnet": [_resnet((1,)), _resnet((1, 1))],
-    "hybrid": [_vit(32), _vit(64)],
+    "resnet": [_resnet((1,)), _resnet((1, 1)), _resnet((1, 1, 1))],
+    "hybrid": [_vit(32), _vit(64), _vit(96)],
 }
 WIDER = {
     "vit": [_vit(64), _vit(128), _vit(256, 6)],
@@ -52,12 +52,10 @@ def sweep(scale="laptop"):
         axes |= {"seed": [0], "family": ["hybrid"], "size": [0]}
         more = {"total_examples": 64}
     elif scale == "pilot":
-        axes |= {"seed": [100], "family": ["vit"], "size": [2], "of_rate": (1, 0.5)}
+        axes |= {"seed": [100], "family": ["vit", "hybrid"], "size": [2], "of_rate": (1, 0.5)}
     elif scale == "gpu":
         more = {"total_examples": 480_000, "batch_size": 128, "precision": "bfloat16"}
     for seed, family, size, *of_rate in (point.values() for point in product(axes)):
-        if size >= len(sizes[family]):
-            continue
         rate = RATES[family][0] * of_rate[0] if of_rate else RATES[family][size]
         rate /= 2 if scale == "gpu" else 1
         yield {
