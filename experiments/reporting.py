@@ -7,6 +7,15 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 FEW = "others/5shot"  # what most of them measure by; see configs/evidence.py
+# What a page on garments says of how to repeat it.
+ON_GARMENTS = """```
+python experiments/evidence.py NAME
+python -m vit_jax sweep experiments/NAME/sweep.py:gpu --workdir=runs/gpu/NAME --jobs=3
+python -m vit_jax sweep experiments/NAME/sweep.py:paper --workdir=runs/paper/NAME
+```
+The first fetches the images, does it all on a laptop and writes this page. The second is a larger
+one for 8 minutes of one H100, a guess, and the third the paper's scale: for neither was hardware at
+hand."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +118,26 @@ class Difference:
             return "yes"
         return "no" if high < least else "undecided"
 
+    def within(self, most: float) -> str:
+        """Whether the two kinds are alike, given the largest difference that would be agreement.
+
+        "yes" if the whole interval is within ± that; "no" if all of it is outside; else
+        "undecided".
+        """
+        low, high = self.interval
+        if -most < low and high < most:
+            return "yes"
+        return "no" if low > most or high < -most else "undecided"
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.mean:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def every(decisions: Iterable[str]) -> str:
+    """Whether all hold: "yes" if each does, "no" if one does not, else "undecided"."""
+    found = {*decisions}
+    return "no" if "no" in found else "undecided" if "undecided" in found else "yes"
 
 
 def by_seed(
