@@ -18,10 +18,13 @@ train seeds evidence: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: train evidence test test-extras test-slow test-faults test-parity test-gpu-compile seeds docs lint clean
 train: $(VENV)/.train
-	$(BIN)/python experiments/digits/run.py --runs=$(RUNS)
+	$(BIN)/vit-jax train --config=digits --workdir=$(RUNS)/digits_seed0
+	$(BIN)/vit-jax train --config=digits:finetune --workdir=$(RUNS)/digits_seed0_16x16 \
+		--config.init_from=$(RUNS)/digits_seed0 --config.model.head=fresh
 
 seeds: $(VENV)/.train
-	$(BIN)/python experiments/digits/run.py --runs=$(RUNS) --seeds=0,1,2
+	$(BIN)/vit-jax sweep experiments/digits/sweep.py --workdir=$(RUNS)/digits_seeds
+	$(BIN)/vit-jax report $(RUNS)/digits_seeds
 
 # The paper's claims at laptop scale: hours, and goes on where it was stopped.
 evidence: $(VENV)/.train

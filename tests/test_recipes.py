@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT, fails
+from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -40,6 +41,8 @@ from vit_jax.data.prepare import prepare
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.launch.run import Result, _write
+from vit_jax.launch.sweep import load_sweep
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
 from vit_jax.models.variants import VARIANTS
@@ -930,6 +933,11 @@ FORMS = {
     ],
     "digits": ["", "pretrain", "finetune"],
     "fractals": ["", "pretrain", "digits"],
+    "segment": [
+        "",
+        "B/16,scenes:fractals,size=64",
+        "scenes:digits,size=96,train[:90%],train[90%:]",
+    ],
     "images": ["S/16,folder:/data/pets", "Ti/16,folder:/data/pets,all[:90%],all[90%:]"],
 }
 
@@ -1116,10 +1124,29 @@ def test_the_sweep_has_table_4s_learning_rates():
 
 
 def test_the_table_of_vtab_has_the_means_of_its_groups():
-    text = script("vtab").table({"pets": 0.5, "dtd": 0.7, "dmlab": 0.3})
+    text = script("vtab_sweep").table({"pets": 0.5, "dtd": 0.7, "dmlab": 0.3})
     rows = [line.split() for line in text.splitlines()]
     assert rows[3:] == [
         ["natural", "mean", "60.00%"],
         ["structured", "mean", "30.00%"],
         ["all", "mean", "50.00%"],
     ]
+
+
+def test_the_sweep_of_vtab_has_all_tasks_with_the_weights_that_it_is_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    points = load_sweep("experiments/recipes/vtab_sweep.py:L/16,hf:owner/name").points
+    assert len(points) == 19 and {each.overrides["init_from"] for each in points} == {
+        "hf:owner/name"
+    }
+    assert all(each.config.endswith(f"configs/vtab.py:L/16,{each.name}") for each in points)
+    with pytest.raises(UserError, match="expected VARIANT,WEIGHTS"):
+        load_sweep("experiments/recipes/vtab_sweep.py:L/16")
+    metrics = {"test/accuracy": 0.5}
+    ends = [("pets", "finished", 0), ("dtd", "failed", 1)]
+    _write(
+        epath.Path(tmp_path),
+        "spec",
+        [Result(name, "c", {}, (), *end, metrics) for name, *end in ends],
+    )
+    assert script("vtab_sweep").main(str(tmp_path)).splitlines()[0] == "not finished: dtd"

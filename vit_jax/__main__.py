@@ -73,7 +73,7 @@ def join(args: argparse.Namespace, *, preemptible: bool) -> None:
 
 
 def predict(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Predicts classes, or writes features, of image files, folders, archives and data sources.
+    """Predicts classes or masks, or writes features, of images, folders, archives and data sources.
 
     Without --out one JSON object a line. Exit code 3 if anything named is no readable image.
     """
@@ -86,12 +86,23 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
 
     inputs = find_images(*args.images, split=args.split)
     from vit_jax.training.evaluation.predict import load_local
+    from vit_jax.training.evaluation.predict_masks import masks_to, segments
     from vit_jax.training.evaluation.predict_output import predict_to
 
     how = dict(max_patches=args.max_patches, only=args.only, ignore=args.ignore)
     load = functools.partial(load_local, args.model, **how)
-    options = dict(topk=args.topk or 5, batch_size=args.batch_size, threads=args.threads)
-    return 0 if predict_to(args.out, inputs, load, what, **options) else INCOMPLETE
+    options = dict(batch_size=args.batch_size, threads=args.threads)
+    if what == "classes" and segments(args.model, args.out, args.only, args.ignore):
+        if args.topk:
+            raise UserError(f"--topk={args.topk} names classes of images, and masks have all")
+        options |= dict(overlays=args.overlay, windows=args.windows or "none")
+        done = masks_to(args.out, inputs, load, **options)
+        return 0 if done else INCOMPLETE
+    if args.overlay or args.windows:
+        flag = "--overlay" if args.overlay else f"--windows={args.windows}"
+        raise UserError(f"{flag} is for masks: of a model that segments, into --out=FOLDER")
+    done = predict_to(args.out, inputs, load, what, topk=args.topk or 5, **options)
+    return 0 if done else INCOMPLETE
 
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:

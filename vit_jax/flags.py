@@ -203,7 +203,11 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     )
     for name, kind, what in (
         ("split", str, "of data sources, where they have several"),
-        ("out", path, "FILE.jsonl, .csv or .parquet; of features .npy or .parquet"),
+        (
+            "out",
+            path,
+            "FILE.jsonl, .csv or .parquet; of features .npy or .parquet; of masks a folder",
+        ),
         ("batch-size", number(1), "images at a time (default: what suits the devices)"),
         ("threads", number(1), "that decode images (default: one a core)"),
         ("max-patches", number(1), _MAX_PATCHES),
@@ -212,6 +216,13 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     add_chosen(command)
     for name, what in {"features": "the head's inputs", "dense": "features of patches"}.items():
         command.add_argument(f"--{name}", action="store_true", help=f"write {what}, not classes")
+    command.add_argument(
+        "--overlay", action="store_true", help="also write images half covered by their masks"
+    )
+    command.add_argument(
+        "--windows",
+        help="masks of large images by windows of the model's size: scaled or own (eval.windows)",
+    )
     command.set_defaults(function=functions["predict"], takes_overrides=False)
 
     fields = dict(

@@ -84,6 +84,7 @@ KEYS = {
     "optim.accumulate": "accumulation accum accum_iter accum_steps grad_accum grad_accum_steps"
     " accumulate_grad_batches gradient_accumulation gradient_accumulation_steps",
     "optim.ema": "ema_decay model_ema model_ema_decay ema_rate",
+    "optim.ema_warmup": "model_ema_warmup use_num_updates ema_use_num_updates",
     "optim.b1": "beta1 adam_beta1 betas",
     "optim.b2": "beta2 adam_beta2 betas",
     "optim.eps": "eps epsilon adam_eps adam_epsilon opt_eps",

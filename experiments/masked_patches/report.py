@@ -3,15 +3,27 @@ patches are hidden or exchanged, and of each of those its mean colour is predict
 version of it, or all of its pixels (slightly worse). Fine-tuned on ImageNet it has 79.9%, 2%
 more than from scratch, 4% less than with labels.
 
-Here a ViT of patches of 4x4 grey pixels is pre-trained on 40,000 images of fractals with each of
-the three targets (`configs/evidence.py` with `objective=masked_colour`, `masked_small`,
-`masked_pixels`), with their labels, or not at all, and fine-tuned on digits for ten epochs.
+Here a ViT of 140,000 parameters (4 layers of width 64, 16 patches of 8 x 8 grey pixels) is
+pre-trained on 120,000 images of Fashion-MNIST with each of the three targets (`configs/evidence.py`
+with `objective=masked_colour`, `masked_small`, `masked_pixels`), with the labels of the garments,
+or not at all; then fine-tuned for 20 passes on 1,200 handwritten digits of MNIST, and tested on
+10,000 others.
+
+What counts was written before the runs, for the mean colour, which the paper's 79.9% are of, by
+test accuracy, seed by seed, with 95% intervals of Student's t:
+
+1. masked patches are better than nothing, by at least 1%;
+2. labels are better than masked patches, by at least 1%.
+
+Each is "yes" where the mean is at least that and the interval above zero, "no" where the interval
+is below it, else undecided.
 """
 
-from reporting import FEW, Told, dots, means, table
+from reporting import Told, by_seed, dots, less, means, table
 
 TITLE = "Masked patch prediction"
 CLAIM = "Section 4.6: masked patches are better than nothing, and worse than labels"
+DATA = ("fashion_mnist", "mnist")  # of experiments/packages.py
 NAMES = {
     "scratch": "from scratch",
     "pixels": "masked: all pixels",
@@ -19,7 +31,7 @@ NAMES = {
     "colour": "masked: mean colour",
     "labels": "labels",
 }
-MASKED = ("colour", "small", "pixels")
+LEAST = 0.01  # the smallest mean that agrees, of both
 
 
 def tell(points):
@@ -30,28 +42,28 @@ def tell(points):
 
     tuned = [point for point in points if point.name.endswith("_digits")]
     before = [point for point in points if not point.name.endswith("_digits")]
-    test, val = means(tuned, key, "test/accuracy"), means(tuned, key, "val/accuracy")
-    few = means(before, key, FEW)
-    own = means(before, key, "val/accuracy")
+    test, few = means(tuned, key, "test/accuracy"), means(before, key, "others/10shot")
+    own, seeds = means(before, key, "val/accuracy"), by_seed(tuned, key, "test/accuracy")
     shown = [name for name in NAMES if name in test]
-    rows = [
-        (NAMES[name], test[name], val[name], few.get(name, ""), own.get(name, "")) for name in shown
-    ]
-    header = ("pre-training", "digits, test", "digits, val", "fractals, 5-shot", "its own accuracy")
-    drawn = dots({NAMES[name]: test[name] for name in shown}, "test accuracy on digits")
+    header = ["pre-training", "digits fine-tuned, test", "digits, 10-shot", "its own accuracy"]
+    rows = [[NAMES[name], test[name], few.get(name, ""), own.get(name, "")] for name in shown]
+    drawn = dots({NAMES[name]: test[name] for name in shown}, "test accuracy on digits", "")
     if len(shown) < len(NAMES):
         return Told(table(header, rows), "", "", "", drawn)
-    better = [name for name in MASKED if test[name].beats(test["scratch"])]
-    worse = [name for name in MASKED if test["labels"].beats(test[name])]
-    best = max(MASKED, key=lambda name: test[name].mean)
-    verdict = f"Better than from scratch: {len(better)} of the 3 targets; worse than labels: "
-    verdict += f"{len(worse)}. The best target is {NAMES[best].removeprefix('masked: ')}, "
-    verdict += f"{test[best].mean - test['scratch'].mean:+.1%} against scratch and "
-    verdict += f"{test[best].mean - test['labels'].mean:+.1%} against labels (the paper: +2%, -4%)."
-    agrees = "yes" if best in better and best in worse else "no"
-    if agrees == "no" and (best in better or best in worse):
-        agrees = "the first half" if best in better else "the second half"
-    short = (
-        f"digits: scratch {test['scratch']}, {NAMES[best]} {test[best]}, labels {test['labels']}"
-    )
+    header += ["more than from scratch (95%)", "labels are better by (95%)"]
+    for name, row in zip(shown, rows, strict=True):
+        row += ["" if name == "scratch" else less(seeds[name], seeds["scratch"])]
+        row += ["" if name in ("scratch", "labels") else less(seeds["labels"], seeds[name])]
+    gain = less(seeds["colour"], seeds["scratch"])
+    behind = less(seeds["labels"], seeds["colour"])
+    decided = {
+        "better than nothing": gain.decides(LEAST),
+        "worse than labels": behind.decides(LEAST),
+    }
+    said = "; ".join(f"{what}: {answer}" for what, answer in decided.items())
+    verdict = f"The mean colour is {said}. It gains {gain} on training from scratch (the paper: "
+    verdict += f"+2%), and labels gain {behind} on it (the paper: +4%)."
+    agrees = "yes" if {*decided.values()} == {"yes"} else said
+    short = f"digits: scratch {test['scratch']}, mean colour {test['colour']}, labels "
+    short += f"{test['labels']}"
     return Told(table(header, rows), verdict, short, agrees, drawn)

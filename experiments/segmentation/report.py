@@ -70,7 +70,7 @@ def picture(vit, config, learn=500, count=6):
         source = open_source(split.source, split.split)
         first = np.arange(min(number, len(source)))
         batch = BatchReader.of(source, split, vit.preprocess)(first, first)
-        images[part], masks[part] = batch["image"], batch["label"]
+        images[part], masks[part] = batch["image"], batch["label"].astype(np.int32)
         features[part] = np.asarray(vit.model.dense(vit.preprocess.normalise(batch["image"])))
     classes = len(open_source(head.train.source, "train").label_names)
     fitted = fit_head(Dense(features["train"], masks["train"]), classes, l2=1e-3, steps=head.steps)

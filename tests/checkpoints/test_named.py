@@ -26,7 +26,7 @@ def named(example, path, **changes):
 
 
 def test_a_name_that_is_not_known_is_refused(tmp_path):
-    tiny, parallel = "vit_my_tiny_patch16_384", "vit_base_patch16_18x2_224"
+    tiny, parallel = "vit_my_tiny_patch16_384", "vit_base_patch16_24x2_224"
     for example, changes, said in [
         (TIMM, {"architecture": tiny}, "known name is 'vit_tiny_patch16_384'. If its"),
         (TIMM, {"architecture": parallel}, "known name is 'vit_base_patch16_"),
@@ -63,7 +63,7 @@ def test_a_name_of_other_keys_is_refused(tmp_path):
 
 def test_the_user_must_name_one_that_is_known(tmp_path):
     path, base = TIMM.write(tmp_path / "timm"), "vit_base_patch16_224"
-    for name in ("ViTModel", "vit_base_patch16_18x2_224"):
+    for name in ("ViTModel", "vit_base_mci_224"):
         refused(f"architecture {name!r} is none of timm that is known", path, architecture=name)
     message = r"none of transformers that is known; such as 'ViTModel'"
     refused(message, VIT.write(tmp_path / "hf"), architecture=base)

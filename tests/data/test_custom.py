@@ -59,7 +59,7 @@ class Many(Own):
 class Masks(Own):
     masks = True
     def __getitem__(self, i):
-        return {**super().__getitem__(i), "label": np.zeros((2, 2), np.int32)}
+        return {**super().__getitem__(i), "label": np.zeros((2, 2), np.uint8)}
 
 def own(split): return Own()
 def endless(split):

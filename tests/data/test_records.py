@@ -278,9 +278,9 @@ def test_a_label_or_an_option_that_is_not_there_is_named(real):
         ("label=image", "has no class label 'image'; known: original_label, real_label"),
         ("label=boxes", "has no class label 'boxes'; known: original_label, real_label"),
         ("label=boxes/kind", "has no class label 'boxes/kind'"),
-        ("label=", "has no class label ''; known: original_label, real_label"),
-        ("lable=real_label", r"has no option 'lable'; did you mean 'label'\?"),
-        ("split=train", "has no option 'split'; known: label"),
+        ("label=", "label= once, and with a value, was expected"),
+        ("lable=real_label", r"an option 'lable'; did you mean 'label'\?"),
+        ("split=train", "an option 'split'; known: classes, colours"),
     ]
     refused(lambda option: open_source(f"{real},{option}", "validation"), cases)
 

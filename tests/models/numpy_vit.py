@@ -45,6 +45,8 @@ def _one(params, image, pool, position, position_at, gelu, eps):
         x = x[0]
     elif pool == "gap":
         x = sum(x) / len(x)
+    elif pool == "none":
+        x = x.reshape(*grid, -1)
     else:
         head = params["attention_pool"]
         y, _ = attention(head["probe"][0], x, head["attention"])

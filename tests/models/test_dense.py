@@ -1,5 +1,7 @@
 """Dense features: each patch's token at the patch's place, at any resolution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,35 @@ def test_patches_of_a_model_whose_blocks_add_nothing(after):
                 x = x - x.mean(axis=1, keepdims=True)
                 x = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-6)
             np.testing.assert_allclose(found[:, row, column], x, atol=1e-5)
+
+
+def test_a_head_on_each_patch_reads_no_other_tokens(tmp_path):
+    """`pool="none"` is the linear head on `dense`; the format that holds it is our own."""
+    config = dataclasses.replace(CASES["registers"], pool="none", class_token=True)
+    model = vit_jax.create(config)
+    kernel = np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32)
+    model.head.kernel.set_value(jnp.asarray(kernel))
+    logits = model(pictures(config))
+    assert config.num_prefix_tokens == 5 and logits.shape == (2, *config.grid, 3)
+    np.testing.assert_allclose(logits, model.dense(pictures(config)) @ kernel, atol=1e-5)
+
+    vit_jax.save(model, tmp_path / "each.safetensors")
+    loaded = vit_jax.load(tmp_path / "each.safetensors").model
+    np.testing.assert_array_equal(loaded(pictures(config)), logits)
+    for format in ("google", "timm", "hf"):
+        with pytest.raises(UserError, match=f"{format} has no models with model.pool='none'"):
+            vit_jax.save(model, tmp_path / f"{format}.safetensors", format=format)
+
+
+def test_what_does_not_go_with_a_head_on_each_patch():
+    for fields, match in (
+        (dict(patch_dropout=0.5), "model.pool 'none' needs all patches"),
+        (dict(representation_size=4), "no representation_size"),
+        (dict(max_patches=8), "max_patches is for images of any shape"),
+        (dict(distillation="head"), "goes with pool 'token'"),
+    ):
+        with pytest.raises(UserError, match=match):
+            ViTConfig(**TINY, **WIDE, pool="none", **fields)
 
 
 def test_a_resnet_has_its_feature_map():

@@ -58,6 +58,8 @@ def assert_alike(found, wanted, rtol):
         dict(position="rope", key_bias=False, mlp="swiglu", mlp_norm=True, attention_norm=True),
         dict(norm="rmsnorm", mlp="swiglu", proj_bias=False, qkv_bias=False, patch_norm=True),
         dict(parallel=True, layer_scale=0.5),
+        dict(depth=4, branches=2, layer_scale=0.5),
+        dict(depth=4, branches=2, scan=True, lora=Lora(2)),
         dict(depth=2, norm="rmsnorm", qk_norm="head", layer_scale=0.5, mlp_scale=False, scan=True),
         dict(norm_after_branch=True, layer_scale=0.5, norm="rmsnorm", qk_norm="all"),
         dict(pool="gap", norm_after_pool=True, pre_norm=True, position="sincos2d"),

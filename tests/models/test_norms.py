@@ -81,17 +81,22 @@ def mlp(x, p, config, index):
     return dense(y, p["fc2"])
 
 
-def block(x, p, config, index):
+def layer(x, blocks, config, index):
+    """A block, or several on the same tokens (arXiv 2203.09795, section 3)."""
     if config.parallel:
+        (p,) = blocks
         y = normed(x, p["norm1"], config)
         parts = attention(y, p["attention"], config, index) + mlp(y, p["mlp"], config, index)
         return x + parts * p.get("scale1", 1.0)
     for name, function, part in (("1", attention, "attention"), ("2", mlp, "mlp")):
-        if config.norm_after_branch:
-            y = normed(function(x, p[part], config, index), p[f"norm{name}"], config)
-        else:
-            y = function(normed(x, p[f"norm{name}"], config), p[part], config, index)
-        x = x + y * p.get(f"scale{name}", 1.0)
+        found = []
+        for p in blocks:
+            if config.norm_after_branch:
+                y = normed(function(x, p[part], config, index), p[f"norm{name}"], config)
+            else:
+                y = function(normed(x, p[f"norm{name}"], config), p[part], config, index)
+            found.append(y * p.get(f"scale{name}", 1.0))
+        x = x + sum(found)
     return x
 
 
@@ -102,13 +107,14 @@ CASES = {
     "behind": dict(norm_after_branch=True, qkv_bias=False),
     "differential": dict(differential=True),
     "parallel": dict(parallel=True, layer_scale=0.5),
+    "on the same tokens": dict(branches=3, depth=6, layer_scale=0.5),
     "sapiens": dict(qk_norm="head", norm="rmsnorm", layer_scale=0.5, mlp_scale=False),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_are_those_written_out(name):
-    config = ViTConfig(**TINY, **CASES[name], position="none", layernorm_eps=0.01)
+    config = ViTConfig(**TINY | CASES[name], position="none", layernorm_eps=0.01)
     params, images = random_params(config), random_images(config)
     _, found = run(config, params, images, capture=("patches", "tokens", "encoded"))
     grid, size = config.grid, config.patch_size
@@ -120,8 +126,10 @@ def test_tokens_are_those_written_out(name):
             x = normed(x, params["patch_embed"]["norm"], config)
         assert relative_error(found["patches"][index], x) < 1e-5
         x = np.concatenate([params["cls_token"][0], x])
-        for depth in range(config.depth):
-            x = block(x, jax.tree.map(lambda leaf: leaf[depth], params["blocks"]), config, depth)  # noqa: B023
+        every = [jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(config.depth)]  # noqa: B023
+        for depth in range(config.depth // config.branches):
+            own = every[depth * config.branches : (depth + 1) * config.branches]
+            x = layer(x, own, config, depth)
             assert relative_error(found["tokens"][depth, index], x) < 1e-5
         x = normed(x, params["norm"], config)
         assert relative_error(found["encoded"][index], x) < 1e-5
@@ -140,13 +148,32 @@ def test_tokens_are_those_written_out(name):
             dict(parallel=True, norm_after_branch=True),
             "norm_after_branch True does not apply",
         ),
+        (dict(branches=0), "model.branches is 0; expected an integer from 1 up"),
+        (dict(branches=3), "model.depth 2 does not divide into layers of 3 blocks"),
+        (dict(branches=2, position_at="layers"), "not go with model.position_at 'layers'"),
+        (dict(branches=2, differential=True, num_heads=2), "not go with model.differential True"),
         (dict(mlp_scale=False), "model.mlp_scale is false, and without model.layer_scale"),
     ],
 )
 def test_mistakes(fields, message):
     with pytest.raises(UserError) as error:
-        ViTConfig(**TINY, **fields)
+        ViTConfig(**TINY | fields)
     assert message in str(error.value)
+
+
+def test_attention_of_blocks_on_the_same_tokens():
+    """The heads of all, one block after the other."""
+    config = ViTConfig(**TINY, branches=2)
+    params, images = random_params(config), random_images(config)
+    alone = dataclasses.replace(config, branches=1)
+    wanted = []
+    for order in ([0, 1], [1, 0]):
+        blocks = jax.tree.map(lambda leaf: leaf[order], params["blocks"])  # noqa: B023
+        _, each = run(alone, params | {"blocks": blocks}, images, capture="attention")
+        wanted.append(each["attention"][0])
+    _, found = run(config, params, images, capture="attention")
+    assert found["attention"].shape[0] == 1
+    assert relative_error(found["attention"][0], np.concatenate(wanted, axis=1)) < 1e-6
 
 
 def test_the_pooling_head_keeps_its_form():

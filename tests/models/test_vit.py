@@ -63,6 +63,7 @@ CASES = {
     "2d added, shared": dict(position="learned2d_added", position_at="layers_shared"),
     "relative": dict(position="relative"),
     "relative, gap": dict(position="relative", pool="gap", scan=False),
+    "each patch": dict(pool="none"),
 }
 
 

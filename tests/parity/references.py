@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -162,6 +163,11 @@ def truth_of_timm(model):
         return truth_of_naflex(model)
     block = model.blocks[0]
     parallel = hasattr(block, "in_proj")  # attention and MLP have no modules of their own
+    branches = getattr(block, "num_parallel", 1)
+    if branches > 1:
+        block = SimpleNamespace(
+            attn=block.attns[0].attn, norm1=block.attns[0].norm, mlp=block.ffns[0].mlp
+        )
     act = block.mlp_act if parallel else block.mlp.act
     gelus = {"GELU": "erf", "QuickGELU": "quick", "GELUTanh": "tanh", "SiLU": None}
     found = _of_every_kind(model) | {
@@ -169,6 +175,8 @@ def truth_of_timm(model):
         "layernorm_eps": (block.in_norm if parallel else block.norm1).eps,
         "gelu": gelus[type(act).__name__],
         "parallel": parallel,
+        "branches": branches,
+        "depth": branches * len(model.blocks),
         "pool": {"token": "token", "avg": "gap", "map": "map"}[model.global_pool],
         "registers": model.num_reg_tokens,
         "pre_norm": not isinstance(model.norm_pre, torch.nn.Identity),

@@ -135,6 +135,18 @@ def agrees_with_timm(vit, model):
     return agree(vit, model.blocks, call, model.num_prefix_tokens)
 
 
+def siglip2(model):
+    """A call of transformers' vision tower."""
+
+    def call(pixels, grid):
+        _, valid = coordinates(grid)
+        shapes = torch.from_numpy(grid).long()
+        found = model(pixel_values=pixels, pixel_attention_mask=valid.int(), spatial_shapes=shapes)
+        return {"output": found.pooler_output, "pooled": found.pooler_output}
+
+    return call
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_from_timm(name, folders, record):
     """At their native sizes, and at one size, with timm's own preprocessing."""
@@ -215,23 +227,12 @@ def test_siglip2_of_transformers(tower, record, tmp_path):
     vit = load(tmp_path, max_patches=MOST)
     assert vit.config.native_resize == "bilinear_antialias" and vit.config.gelu == "tanh"
 
-    def call_of(model):
-        def call(pixels, grid):
-            _, valid = coordinates(grid)
-            shapes = torch.from_numpy(grid).long()
-            found = model(
-                pixel_values=pixels, pixel_attention_mask=valid.int(), spatial_shapes=shapes
-            )
-            return {"output": found.pooler_output, "pooled": found.pooler_output}
-
-        return call
-
     family, reference = "SigLIP 2 NaFlex", f"transformers {transformers.__version__}"
-    record(family, reference, "native", agree(vit, model.encoder.layers, call_of(model)))
+    record(family, reference, "native", agree(vit, model.encoder.layers, siglip2(model)))
     vit_jax.save(vit, tmp_path / "back", format="hf")
     back = transformers.Siglip2VisionModel.from_pretrained(tmp_path / "back").eval()
     same_tensors(back.state_dict(), model.state_dict())
-    record(family, reference, "written", agree(vit, back.encoder.layers, call_of(back)))
+    record(family, reference, "written", agree(vit, back.encoder.layers, siglip2(back)))
     assert_same_models(load(tmp_path / "back", max_patches=MOST), vit)
 
 

@@ -57,6 +57,17 @@ CASES = {
         "vit_dpwee_patch16_reg1_gap_256",
         SMALL | dict(num_classes=7),
     ),
+    "beside": Case(
+        "two blocks on the same tokens, 18x2",
+        "vit_small_patch16_18x2_224",
+        SMALL | dict(num_classes=7, depth=3),
+    ),
+    "beside_map": Case(
+        "two blocks on the same tokens, norms of queries and keys",
+        "vit_base_patch16_18x2_224",
+        SMALL
+        | dict(num_classes=0, init_values=None, qk_norm=True, global_pool="map", reg_tokens=1),
+    ),
     "rms": Case(
         "ViT GAP, RMSNorm, norms of queries and keys",
         "vit_base_patch16_224",

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import pty
 import sys
 import types

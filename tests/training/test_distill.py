@@ -401,6 +401,14 @@ def test_the_teacher_is_an_argument_placed_as_the_student_is(tiny_run, tmp_path)
     vit_jax.save(vit_jax.load(tiny_run[0]), tmp_path / "same.npz", format="google")
     again = plan_of(tmp_path / "same.npz").teacher
     assert again.opened.facts["file"].startswith("google") and again.read(mesh)[1] == fingerprint
+    # And in a file that has another model beside it, which is chosen from.
+    same = dict(np.load(tmp_path / "same.npz"))
+    other = {f"online/{name}": array + 1 for name, array in same.items()}
+    np.savez(tmp_path / "two.npz", **other, **{f"mean/{name}": same[name] for name in same})
+    for flag in ("distill.only=mean/*", "distill.ignore=online/*"):
+        assert plan_of(tmp_path / "two.npz", flag).teacher.read(mesh)[1] == fingerprint
+    with pytest.raises(UserError, match=r"of distill\.teacher distill's"):
+        plan_of(tmp_path / "two.npz")
 
 
 def test_preflight_counts_the_teacher(tiny_run, monkeypatch):

@@ -413,6 +413,7 @@ def test_kernels_are_the_matrices_of_layers():
         ],
         (dict(ema=1.0), r"optim.ema is 1.0; it must be in \[0, 1\)"),
         (dict(ema=-0.5), "optim.ema is -0.5"),
+        (dict(ema_warmup=True), "ema_warmup is of an average, and optim.ema is None"),
     ],
 )
 def test_values_that_cannot_be_are_refused(fields, message):

@@ -45,6 +45,10 @@ def test_scores_counted_by_hand():
     expected = {"miou": (1 / 3 + 1 / 4 + 1 / 2) / 3, "accuracy": 0.5, "foreground_iou": 3 / 5}
     assert scores(count(truth, found, 4)) == pytest.approx(expected)
     assert scores(count(truth * 0, found * 0, 3)) == {"miou": 1.0, "accuracy": 1.0}
+    # What is of no class, -1, does not count.
+    some = np.where(np.array([[0, 1, 0], [0, 0, 1]]), -1, truth)
+    expected = {"miou": (1 / 2 + 1 / 2 + 1) / 3, "accuracy": 3 / 4, "foreground_iou": 2 / 3}
+    assert scores(count(some, found, 4)) == pytest.approx(expected)
     # Found alone, a class counts, as 0.
     assert scores(count(truth * 0, found, 3))["miou"] == pytest.approx(2 / 6 / 3)
 
@@ -105,16 +109,17 @@ def test_features_that_say_the_mask_and_noise(monkeypatch):
 
 
 def test_a_head_of_single_pixels_is_scikit_learns():
-    """Where a patch is a pixel, it is logistic regression."""
+    """Where a patch is a pixel, it is logistic regression, of the pixels that have a class."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (10, 4, 4)).astype(np.int32)
     x = np.eye(3)[labels] @ rng.normal(size=(3, 5)) + rng.normal(size=(10, 4, 4, 5))
-    train, l2 = Dense(x.astype(np.float32), labels), 1e-2
+    labels[rng.random(labels.shape) < 0.1] = -1
+    train, l2, known = Dense(x.astype(np.float32), labels), 1e-2, labels.ravel() >= 0
     head = fit_head(train, 3, l2=l2, steps=300)
     flat = train.x.reshape(-1, 5).astype(np.float64)
     flat = (flat - flat.mean(0)) / (flat.std(0) + 1e-5)
-    theirs = LogisticRegression(C=1 / (l2 * len(flat)), tol=1e-10, max_iter=2000)
-    theirs.fit(flat, labels.ravel())
+    theirs = LogisticRegression(C=1 / (l2 * known.sum()), tol=1e-10, max_iter=2000)
+    theirs.fit(flat[known], labels.ravel()[known])
     ours = np.asarray(head.weights)
     centred = ours[:-1] - ours[:-1].mean(axis=1, keepdims=True)
     np.testing.assert_allclose(centred, theirs.coef_.T, atol=2e-3)
@@ -134,6 +139,7 @@ def test_wrong_sets_are_one_sentence():
         (empty, 3, "there are no test examples"),
         (wide, 3, "test features are 7 wide; expected 6"),
         (infinite, 3, "test examples are not finite"),
+        (Dense(good.x, 0 * good.y - 1), 3, "no label of the test examples is of any class"),
         (good, 2, "labels of training examples are 0 to 2; expected 0 to 1"),
     ):
         with pytest.raises(UserError, match=message):
@@ -194,11 +200,11 @@ DIGIT = "dict(source='digits', split='train')"
 MISTAKES = {
     "labels": (
         f"type='segmentation', train={DIGIT}, test={DIGIT}",
-        "evaluators.s.train: digits has no masks, which type segmentation reads: name a source",
+        "evaluators.s.train: digits has no masks, which segmentation needs: name a source",
     ),
     "masks": (
         f"type='knn', train={SCENES.format('train', '')}, test={SCENES.format('test', '')}",
-        "s.train: scenes:digits,examples=4 has masks for labels, which only an evaluator of type ",
+        "s.train: scenes:digits,examples=4 has masks for labels, which objective segmentation and ",
     ),
     "l2": (
         f"type='segmentation', train={SCENES.format('train', '')}, l2=(0.1, 1.0), "
@@ -231,7 +237,7 @@ def test_no_classifier_learns_or_is_tested_on_masks(tmp_path, capsys):
         flags = [f"--config.data.{key}.source=scenes:digits", "--config.data.train.affine=None"]
         command = ["train", f"--config={DIGITS}", f"--workdir={tmp_path / key}"]
         error = fails(capsys, *command, *flags)
-        assert "masks" in error and "type segmentation" in error
+        assert "masks" in error and "objective segmentation" in error.replace("=", " ")
     prepare = ["prepare", "scenes:digits,examples=3", tmp_path / "dst", "--split=train"]
     assert "has masks for labels, which records do not hold" in fails(capsys, *prepare)
     error = fails(capsys, "evaluate", "--model=x", f"--config={CONFIG}:scenes,knn")

@@ -97,7 +97,7 @@ def reference():
     is_kernel = [path[-1].key == "kernel" for path, _ in paths(initial())]
     params = [leaf.astype(np.float64) for leaf in jax.tree.leaves(initial())]
     m, v = [0.0] * len(params), [0.0] * len(params)
-    ema, steps = list(params), []
+    ema, warmed, steps = list(params), list(params), []
     for t, lr in enumerate(LRS):
         rows = batch(t)
         real = rows["mask"]
@@ -113,11 +113,14 @@ def reference():
             update = m[i] / (1 - 0.8 ** (t + 1)) / (np.sqrt(v[i] / (1 - 0.95 ** (t + 1))) + 1e-3)
             params[i] = params[i] - lr * (update + 0.2 * is_kernel[i] * params[i])
             ema[i] = 0.7 * ema[i] + 0.3 * params[i]
+            decay = (0.1, 0.15, 0.15)[t]  # 1 / 10, and 2 / 11 and 3 / 12 are more than 0.15
+            warmed[i] = decay * warmed[i] + (1 - decay) * params[i]
         hits = np.asarray(logits).argmax(axis=1) == labels
         metrics = dict(loss=float(loss), accuracy=hits.mean(), grad_norm=norm, lr=lr)
         metrics["param_norm"] = np.sqrt(sum((p**2).sum() for p in params))
         unflatten = functools.partial(jax.tree.unflatten, structure_of)
-        steps.append((unflatten(list(params)), unflatten(list(ema)), metrics))
+        averages = {False: unflatten(list(ema)), True: unflatten(list(warmed))}
+        steps.append((unflatten(list(params)), averages, metrics))
     return steps
 
 
@@ -147,6 +150,7 @@ def stepper(mesh, config=CONFIG, optim=OPTIM, donate=0, accumulate=1, seed=0):
         augment=Augment(label_smoothing=SMOOTHING),
         accumulate=accumulate,
         ema=optim.ema,
+        ema_warmup=optim.ema_warmup,
         seed=seed,
     )
     places = (jax.tree.map(lambda leaf: leaf.sharding, abstract), None)
@@ -172,19 +176,21 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize(
-    "sizes, accumulate",
+    "sizes, accumulate, warmup",
     [
-        ({}, 1),
-        (dict(data=1, fsdp=8), 1),
-        (dict(data=2, fsdp=2, tensor=2), 4),
+        ({}, 1, False),
+        (dict(data=1, fsdp=8), 1, True),
+        (dict(data=2, fsdp=2, tensor=2), 4, False),
     ],
     ids=str,
 )
-def test_three_training_steps(sizes, accumulate):
+def test_three_training_steps(sizes, accumulate, warmup):
+    """The average's decay is 0.7; where it warms up, it is 0.15."""
     mesh = mesh_of(**sizes)
-    abstract, step = stepper(mesh, accumulate=accumulate)
+    optim = dataclasses.replace(OPTIM, ema=0.15, ema_warmup=True) if warmup else OPTIM
+    abstract, step = stepper(mesh, optim=optim, accumulate=accumulate)
     state = start(abstract)
-    for t, (params, ema, expected) in enumerate(reference()):
+    for t, (params, averages, expected) in enumerate(reference()):
         before = state
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of buffers that were given away in vain
@@ -194,7 +200,7 @@ def test_three_training_steps(sizes, accumulate):
         assert found == pytest.approx(expected, rel=1e-5)
         assert found["accuracy"] == np.float32(expected["accuracy"])
         assert_close(state.params, params, rtol=1e-5, atol=3e-6)
-        assert_close(state.ema, ema, rtol=1e-5, atol=3e-6)
+        assert_close(state.ema, averages[warmup], rtol=1e-5, atol=3e-6)
         # Updated in place: the state is never there twice.
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):

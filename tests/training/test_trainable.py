@@ -171,6 +171,14 @@ def test_rates_by_layer_and_group():
         np.testing.assert_allclose(found[name], wanted, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+def test_rates_of_blocks_on_the_same_tokens_are_those_of_one_layer():
+    shapes = {"pos_embed": (5, 4), "blocks/mlp/bias": (4, 3), "head/kernel": (4, 2)}
+    nested = unflatten_dict({name: np.ones(shape) for name, shape in shapes.items()}, sep="/")
+    factors = rates(OptimConfig(0.1, layer_decay=0.5), nested, branches=2)[0]
+    assert (factors["pos_embed"], factors["head"]["kernel"]) == (0.125, 1.0)
+    assert factors["blocks"]["mlp"]["bias"].ravel().tolist() == [0.25, 0.25, 0.5, 0.5]
+
+
 def test_rates_of_what_is_frozen_in_part():
     flags = ["optim.freeze=blocks[:1]", "optim.layer_decay=0.5", "optim.groups.a.match=head/*"]
     state, _, _ = stepped(*flags, "optim.groups.a.rate=0.25")

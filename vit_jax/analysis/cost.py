@@ -67,7 +67,13 @@ def _vit_macs(vit: ViTConfig, n: int) -> int:
         macs += d * d + n * d * 2 * d + 2 * n * d + d * d + pool_mlp
     pooled = d * (2 if vit.pool == "token_gap" else 1)
     hidden = vit.representation_size
-    macs += (pooled * hidden if hidden else 0) + (hidden or pooled) * vit.num_classes
+    heads = patches if vit.pool == "none" else 1
+    if vit.pyramid:
+        c, heads, pooled = vit.pyramid, 16 * patches, vit.pyramid
+        macs += patches * 6 * d * d  # three convolutions that double the map: 2, 2 and 2
+        levels = {16: d // 4, 4: d // 2, 1: d, 0.25: d}
+        macs += sum(int(patches * n) * (i * c + 9 * c * c) for n, i in levels.items())
+    macs += (pooled * hidden if hidden else 0) + heads * (hidden or pooled) * vit.num_classes
     if vit.patch_outputs:  # masked patch prediction: at the corrupted patches alone
         macs += num_corrupted(patches) * d * vit.patch_outputs
     return macs + (d * vit.num_classes if vit.distillation == "head" else 0)

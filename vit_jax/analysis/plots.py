@@ -28,11 +28,12 @@ from vit_jax.writing import make_folder, replacing
 
 _COLOURS = "viridis"
 _LAYERS, _HEADS = 6, 8  # at most, in the picture of attention maps
+_SHARES = ("accuracy", "mAP", "pixel_accuracy", "miou")  # what `curves` shows beside the loss
 _TILES = 16  # to a side of the picture of positions; of larger grids some are left out
 
 
 def curves(workdir: str | os.PathLike) -> Any:
-    """Plots a run's loss, and accuracy or mAP, by step; returns a matplotlib Figure.
+    """Plots a run's loss, and accuracy, mAP or mIoU, by step; returns a matplotlib Figure.
 
     Training metrics are those of single batches: faint, below their running mean.
 
@@ -44,7 +45,7 @@ def curves(workdir: str | os.PathLike) -> Any:
         raise UserError(f"{os.fspath(workdir)} has no metrics.jsonl with measurements to plot")
     config = read_config(workdir)
     names = {name.partition("/")[2] for line in lines for name in line}
-    shown = ["loss", *(name for name in ("accuracy", "mAP") if name in names)]
+    shown = ["loss", *(name for name in _SHARES if name in names)]
     figure = new_figure(4.6 * len(shown), 3.5)
     for axes, name in zip(np.ravel(figure.subplots(1, len(shown))), shown, strict=True):
         for split, colour in (("train", "C0"), ("val", "C1"), ("test", "C2")):

@@ -309,7 +309,8 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
                 f"{error}; to go on without the data, say how many classes it has: "
                 "--config.model.num_classes=1000"
             ) from None
-        data = TrainingData(tuple(str(i) for i in range(classes)), examples=10**9)
+        names = tuple(str(i) for i in range(classes))
+        data = TrainingData(names, examples=10**9, masks=config.segments)
         return make_plan(config, data, init, teacher), None, str(error)
     return make_plan(config, TrainingData.of(source), init, teacher), source, ""
 

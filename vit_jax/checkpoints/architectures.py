@@ -141,7 +141,8 @@ TIMM_OTHER = frozenset(
     aimv2_1b_patch14_224 aimv2_1b_patch14_336 aimv2_1b_patch14_448 aimv2_3b_patch14_224
     aimv2_3b_patch14_336 aimv2_3b_patch14_448 aimv2_huge_patch14_224 aimv2_huge_patch14_336
     aimv2_huge_patch14_448 aimv2_large_patch14_224 aimv2_large_patch14_336 aimv2_large_patch14_448
-    test_vit3 test_vit4 vit_dlittle_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256
+    test_vit3 test_vit4 vit_base_patch16_18x2_224 vit_small_patch16_18x2_224
+    vit_dlittle_patch16_reg1_gap_256 vit_dwee_patch16_reg1_gap_256
     vit_dpwee_patch16_reg1_gap_256 vit_pwee_patch16_reg1_gap_256 vit_base_patch16_xp_224
     vit_large_patch14_xp_224 vit_huge_patch14_xp_224
     vit_base_patch16_radio_v3 vit_base_patch16_rpn_224

@@ -1,6 +1,7 @@
 """`ModelCard`, the metadata saved with weights, and `Report`, how a model was loaded."""
 
 import dataclasses
+import functools
 import html
 import json
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import numpy as np
 import scipy.special
 from etils import epath
 
+from vit_jax.data.masks import Palette
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed
@@ -28,17 +30,21 @@ class Objective:
       probabilities: logits [k], float64 -> the probability of each of the k classes; None if the
         model has no classes, as in masked patch prediction.
       multi_label: whether each class is a question of its own, so that an image may have several.
+      masks: whether each pixel has a class, and each patch logits.
     """
 
     probabilities: Callable[[np.ndarray], np.ndarray] | None = None
     multi_label: bool = False
+    masks: bool = False
 
 
-# By name. Their losses are in training/objectives.py, and of patches in training/masking.py.
+# By name. Their losses are in training/objectives.py, of masks in training/segmentation.py, and of
+# corrupted patches in training/masking.py.
 OBJECTIVES = {
     "softmax": Objective(scipy.special.softmax),
     "sigmoid": Objective(scipy.special.expit, multi_label=True),
     "distill": Objective(scipy.special.softmax),
+    "segmentation": Objective(functools.partial(scipy.special.softmax, axis=-1), masks=True),
     "masked_colour": Objective(),
     "masked_small": Objective(),
     "masked_pixels": Objective(),
@@ -108,6 +114,19 @@ def numbers(values: Any) -> Any:
     return float(values)
 
 
+def _palette(values: Any, k: int) -> Palette | None:
+    """Reads a palette from JSON; raises a ValueError if it is no colour for each class."""
+    if values is None:
+        return None
+    levels = range(256)
+    if len(values) != k or not all(
+        len(colour) == 3 and all(type(x) is int and x in levels for x in colour)
+        for colour in values
+    ):
+        raise ValueError("a palette that is no colour of 0 to 255 for each class")
+    return tuple(tuple(colour) for colour in values)
+
+
 class Line(NamedTuple):
     """How one array was treated; `name` is our parameter, or the file's key if it was dropped."""
 
@@ -167,7 +186,8 @@ class ModelCard:
     """Metadata of weights: the model's config, preprocessing and class names.
 
     `position_resize` is how the family resizes position embeddings (see models/posembed.py).
-    `multi_label` is whether it was trained on images with any number of labels.
+    `multi_label` is whether it was trained on images with any number of labels. `palette` has the
+    colour (r, g, b) of each class of masks, if the data had some.
     """
 
     config: ModelConfig
@@ -177,6 +197,7 @@ class ModelCard:
     objective: str = "softmax"
     position_resize: str = "zoom"
     multi_label: bool = False
+    palette: Palette | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Converts to plain values; adds grid and prefix tokens for other readers."""
@@ -213,8 +234,8 @@ class ModelCard:
         for name in ("crop", "mean", "std"):
             if name in fields:
                 fields[name] = numbers(fields[name])
-        fields = Preprocess(**fields)
-        return cls(config, fields, tuple(labels), fingerprint, objective, method, several)
+        fields, palette = Preprocess(**fields), _palette(card.get("palette"), len(labels))
+        return cls(config, fields, tuple(labels), fingerprint, objective, method, several, palette)
 
     def write(self, workdir: epath.PathLike) -> None:
         """Writes WORKDIR/model/model.json."""

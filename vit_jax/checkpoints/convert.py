@@ -167,7 +167,7 @@ def interpret(
             _named(weights, "timm", None)
         raise
     dialect = tables_dinov2.told_apart(weights, told_apart(weights, dialect, prefix))
-    weights, grid = flattened(weights)
+    weights, grid = flattened(weights, dialect, prefix)
     if dialect is FLAX_DINOV2 and (scale := weights.config.get("layerscale_value", 1.0)) != 1:
         raise UserError(
             f"{weights.path}: config.json has layerscale_value {scale!r}, by whose square the Flax "
@@ -263,7 +263,7 @@ def _find(weights: Weights, dialect: Dialect, prefix: str) -> dict[str, Found]:
         depth = None
         if row.per_block:
             depth = depths.get(prefix + row.theirs[0].split("{}")[0], 0)
-            depth = min(max(depth - row.first, 0), len(weights.shapes))
+            depth = min(max(depth - row.first, 0) * row.branches, len(weights.shapes))
         one = row.keys(prefix)
         whole = all(key in weights.shapes for key in one)
         every = (row.keys(prefix, i) for i in range(depth or 0)) if row.per_block else (one,)

@@ -38,12 +38,19 @@ from vit_jax.checkpoints.tables import (
     RESNET_TIMM,
     RESNET_V1,
     TIMM,
+    TIMM_BESIDE,
     TIMM_PARALLEL,
     native,
 )
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
-from vit_jax.checkpoints.tables_naflex import HF_SIGLIP2, NAFLEX, TIMM_NAFLEX, on_grid
+from vit_jax.checkpoints.tables_naflex import (
+    BIG_VISION_NAFLEX,
+    HF_SIGLIP2,
+    NAFLEX,
+    TIMM_NAFLEX,
+    on_grid,
+)
 from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, nearest
@@ -54,6 +61,9 @@ from vit_jax.models.lora import merged
 from vit_jax.models.resnet import STYLES
 from vit_jax.writing import check_own, write_atomically
 
+_FLAX = (GOOGLE, BIG_VISION, BIG_VISION_NAFLEX)
+_VISION_TRANSFORMER = (TIMM, TIMM_PARALLEL, TIMM_BESIDE)  # timm's file of that name
+_RESPELT = (GOOGLE, TIMM, TIMM_BESIDE, HF_VIT, HF_DINOV2, HF_SIGLIP)  # which have no sincos2d
 FORMATS = ("google", "big_vision", "timm", "hf", "vit_jax")
 ADAPTER = "lora"  # not a format of whole models
 # Endings of files: a path with one of them is not a folder.
@@ -104,8 +114,10 @@ def choose(format: str, config: ModelConfig) -> Dialect:
     eva, biased = sidecars_eva.is_eva(config), config.relative_bias is not None
     timm = TIMM if config.native_resize is None else TIMM_NAFLEX
     timm = TIMM_EVA if (sidecars_relative.is_beit(config) if biased else eva) else timm
+    timm = TIMM_BESIDE if config.branches > 1 else timm
     timm = TIMM_PARALLEL if config.parallel else timm
-    return {"google": GOOGLE, "big_vision": BIG_VISION, "timm": timm}[format]
+    big_vision = BIG_VISION_NAFLEX if families_naflex.is_big_vision(config) else BIG_VISION
+    return {"google": GOOGLE, "big_vision": big_vision, "timm": timm}[format]
 
 
 def to_names(
@@ -142,8 +154,8 @@ def to_names(
         else:
             arrays |= zip(row.keys(prefix), row.write(value), strict=True)
     arrays = tables_parallel.joined(arrays) if dialect is TIMM_PARALLEL else arrays
-    if dialect is TIMM_NAFLEX:
-        arrays = on_grid(arrays, config.grid)
+    if dialect in NAFLEX:
+        arrays = on_grid(arrays, config.grid, dialect, prefix)
     _read_back(arrays, config, dialect)
     return arrays, config, notes
 
@@ -156,14 +168,14 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed["resnet"] = (None,)
     elif config.resnet is not None and dialect.name != "vit_jax":
         allowed["resnet_style"] = tuple(name for name, style in STYLES.items() if not style.preact)
-    if dialect in (GOOGLE, BIG_VISION):
+    if dialect in _FLAX:
         allowed |= {"qkv_bias": (True,), "patch_bias": (True,), "mlp": ("gelu",)}
         allowed["pool"] = ("token", "gap") if dialect is GOOGLE else ("token", "gap", "map")
     elif dialect in (TIMM, TIMM_EVA) and config.relative_bias is not None:
         yield from sidecars_relative.cannot(config)
     elif dialect is HF_BEIT:
         yield from sidecars_relative.hf_cannot(config)
-    elif dialect in (TIMM, TIMM_PARALLEL):
+    elif dialect in _VISION_TRANSFORMER:
         allowed |= {"pool": ("token", "gap", "map"), "patch_bias": (not config.pre_norm,)}
         allowed["distillation"] = ("none", "head" if head else "token")
         yield from sidecars_timm.cannot(config)
@@ -195,7 +207,10 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed |= {"pool": ("map", "token"), "num_classes": (0,), "qkv_bias": (True,)}
         allowed["mlp"] = ("gelu",)
     if dialect.name != "vit_jax":
+        if config.pool == "none":
+            yield "pool", "none"
         allowed["position_at"] = ("input",)
+        allowed["branches"] = (2 if dialect is TIMM_BESIDE else 1,)
         if dialect not in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
             allowed["rotary"] = (None,)
             allowed["key_bias"] = (True, dialect is not HF_BEIT)
@@ -211,7 +226,7 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         if dialect not in (TIMM, TIMM_PARALLEL, TIMM_EVA):
             allowed |= {"norm_after_branch": (False,), "pool_prefix": (False,)}
         if (dialect.name == "hf" and dialect not in (HF_AIMV2, HF_INTERNVL, HF_SAPIENS2)) or (
-            dialect in (GOOGLE, BIG_VISION)
+            dialect in _FLAX
         ):
             allowed |= {"norm": ("layernorm",), "qk_norm": ("none",), "patch_norm": (False,)}
             allowed |= {"mlp_scale": (True,), "proj_bias": (True,)}
@@ -268,7 +283,7 @@ def _respell(
     """
     done: list[str] = []
     factorized = dialect is TIMM_NAFLEX and config.position == "learned2d_added"
-    if config.position == "sincos2d" and dialect in (GOOGLE, TIMM, HF_VIT, HF_DINOV2, HF_SIGLIP):
+    if config.position == "sincos2d" and dialect in _RESPELT:
         table = posembed.sincos2d(config.grid, config.width)
         config = dataclasses.replace(config, position="learned", position_prefix=0)
         params["pos_embed"] = table
@@ -323,15 +338,15 @@ def _read_back(arrays: Mapping[str, np.ndarray], config: ModelConfig, dialect: D
     settings |= {
         name: getattr(config, name) for name in ("num_heads", "image_size") if name in fields
     }
-    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX):
+    if dialect in (*_VISION_TRANSFORMER, TIMM_EVA, TIMM_NAFLEX):
         settings |= {"pool": config.pool, "norm_after_branch": config.norm_after_branch}
     if dialect in NAFLEX:
         settings |= {name: getattr(config, name) for name in ("native_resize", "patch_size")}
-    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
+    if dialect in (*_VISION_TRANSFORMER, TIMM_EVA, HF_DINOV3, HF_SAPIENS2):
         settings["rotary"] = config.rotary
     told = ("pool", "final_norm") if dialect is HF_INTERNVL else ()
     told = ("final_norm",) if dialect is TIMM_NAFLEX else told
-    if dialect in (TIMM, TIMM_PARALLEL, TIMM_EVA):
+    if dialect in (*_VISION_TRANSFORMER, TIMM_EVA):
         told = ("pool_prefix", "final_norm", "norm_after_branch")
         told += ("pool_heads",) if dialect is TIMM_EVA else ()
     settings |= {name: getattr(config, name) for name in told}

@@ -288,6 +288,9 @@ def _usual(dialect: str, vit: ModelConfig) -> dict[str, Any]:
     """Default preprocessing in each family's code, used if no file says it."""
     if dialect == "google":  # vit_jax/input_pipeline.py; for ResNets, big_transfer's
         return {"resize": "bilinear", "resize_dtype": "float32", "jpeg": "fast", **HALF}
+    if dialect == "big_vision" and getattr(vit, "native_resize", None) is not None:
+        # value_range(-1, 1)|resize_to_sequence(P, N), which casts nothing
+        return {"resize": "bilinear_antialias", "resize_dtype": "float32", "jpeg": "fast", **HALF}
     if dialect == "big_vision":  # resize(S)|value_range(-1, 1)
         return {"resize": "bilinear", "resize_dtype": "truncated", "jpeg": "fast", **HALF}
     if isinstance(vit, ResNetConfig):

@@ -63,28 +63,26 @@ def said(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def patches(
-    shape: tuple[int, ...],
+    pixels: int,
     given: Mapping[str, Any],
     path: str,
     assumed: dict[str, str],
 ) -> dict[str, Any]:
-    """The patch size and channels of a linear patch embedding [d, p].
+    """The patch size and channels of a linear patch embedding of `pixels` numbers a patch.
 
     Raises:
       UserError: they cannot be told.
     """
-    pixels = shape[1] if len(shape) == 2 else 0
     if "patch_size" in given:
         ph, pw = pair(given["patch_size"], "patch_size")
-        if pixels and pixels % (ph * pw) == 0:
+        if pixels % (ph * pw) == 0:
             return {"patch_size": (ph, pw), "in_channels": pixels // (ph * pw)}
     elif (side := math.isqrt(pixels // 3)) and 3 * side**2 == pixels:
         assumed["patch_size"] = "square patches of RGB images: the file has them flattened"
         return {"patch_size": (side, side), "in_channels": 3}
-    known = f" of {given['patch_size']} pixels" if "patch_size" in given else " of RGB images"
+    known = f" of {given['patch_size']} pixels" if "patch_size" in given else " of an RGB image"
     raise UserError(
-        f"{path}: the patch embedding has the shape {list(shape)}, which is no linear layer of "
-        f"patches{known}"
+        f"{path}: the patch embedding takes {pixels} numbers, which are no patch{known}"
     )
 
 
@@ -173,3 +171,10 @@ def timm_args(vit: ViTConfig) -> tuple[str, dict[str, Any]]:
 def is_siglip2(vit: ViTConfig) -> bool:
     """Whether a model pools and resizes as transformers' Siglip2VisionModel does."""
     return vit.pool == "map" and vit.native_resize == "bilinear_antialias"
+
+
+def is_big_vision(vit: ViTConfig) -> bool:
+    """Whether a model has the tokens and positions of big_vision's naflex_vit.py."""
+    square = vit.grid[0] == vit.grid[1]
+    resized = square and vit.native_resize == "bilinear_antialias"
+    return resized and vit.position.startswith("learned") and not vit.num_prefix_tokens

@@ -79,6 +79,8 @@ def fitted(
     replaced = (
         ("head", "pre_logits/", "patch_head/") if head == "fresh" or _heads_differ(old, new) else ()
     )
+    if getattr(old, "pyramid", None) != getattr(new, "pyramid", None):
+        replaced += ("pyramid/",)
     fresh = [n for n in expected if n not in opened.shapes or n.startswith(replaced)]
     made = _fresh(new, fresh, seed)
     for name, shape in expected.items():

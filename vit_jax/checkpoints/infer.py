@@ -16,12 +16,13 @@ from vit_jax.checkpoints.tables import (
     HF_SIGLIP,
     RESNET_PAPER,
     TIMM,
+    TIMM_BESIDE,
     TIMM_PARALLEL,
 )
 from vit_jax.checkpoints.tables_dinov2 import DINOV2
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
-from vit_jax.checkpoints.tables_naflex import NAFLEX, TIMM_NAFLEX
+from vit_jax.checkpoints.tables_naflex import BIG_VISION_NAFLEX, NAFLEX, TIMM_NAFLEX
 from vit_jax.checkpoints.tables_relative import HF_BEIT
 from vit_jax.errors import UserError
 from vit_jax.models.config import pair, resnet_stride
@@ -46,8 +47,9 @@ def infer(
     weights_prefix = next(iter(found.values())).prefix if found else ""
     fields: dict[str, Any] = {}
     if dialect in NAFLEX:
-        kernel = found["patch_embed/kernel"].shapes[0]
-        fields |= families_naflex.patches(kernel, given, weights.path, assumed)
+        shape = found["patch_embed/kernel"].shapes[0]
+        pixels = math.prod(shape) // axis("patch_embed/kernel", "d")
+        fields |= families_naflex.patches(pixels, given, weights.path, assumed)
     else:
         fields["patch_size"] = (axis("patch_embed/kernel", "p"), axis("patch_embed/kernel", "q"))
         fields["in_channels"] = axis("patch_embed/kernel", "c")
@@ -114,9 +116,11 @@ def infer(
         )
     for ours, may_miss in {
         "patch_embed/bias": fields["pre_norm"],
-        "blocks/attention/qkv/bias": dialect not in (GOOGLE, BIG_VISION, HF_SIGLIP, FLAX_CLIP),
+        "blocks/attention/qkv/bias": dialect
+        not in (GOOGLE, BIG_VISION, BIG_VISION_NAFLEX, HF_SIGLIP, FLAX_CLIP),
         "pos_embed": rotary
-        or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_EVA, TIMM_NAFLEX, HF_BEIT),
+        or dialect in (BIG_VISION, TIMM, TIMM_PARALLEL, TIMM_BESIDE)
+        or dialect in (TIMM_EVA, TIMM_NAFLEX, HF_BEIT),
     }.items():
         if ours not in found and not may_miss:
             row = next(row for row in dialect.rows if row.ours == ours)

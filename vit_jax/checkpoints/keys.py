@@ -133,9 +133,9 @@ def _before(dialect: Dialect, key: str) -> Iterator[str]:
 
 def several(weights: Weights) -> UserError:
     """The error for a file with other keys beside a model's: how each model in it is chosen."""
-    found, where = (
-        wrappers(weights.shapes),
-        "; for init_from, these are model.only and model.ignore",
+    found = wrappers(weights.shapes)
+    where = (
+        "; for init_from, these are model.only and model.ignore, and of distill.teacher distill's"
     )
     names = ", ".join(f"only={f'{before}*'!r} ({found[before]})" for before in found if before)
     if "" in found:

@@ -21,7 +21,9 @@ from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
 from vit_jax.checkpoints.fit import native_card, place, with_adapter
 from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.opened import facts, open_model
+from vit_jax.checkpoints.segment import pixel_classes
 from vit_jax.compiler import compiler_options
+from vit_jax.data.masks import Mask, Palette
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, during, nearest
 from vit_jax.models import posembed
@@ -42,6 +44,7 @@ class Loaded:
       labels: the name of each class.
       report: where the weights came from, and how each parameter was treated.
       step: of the checkpoint; None for a weight file.
+      palette: the colour of each class, of a model that gives masks; None for default ones.
       adapter: what is merged into the model's kernels, if it was trained with LoRA: `save` writes
         it with format="lora".
     """
@@ -56,6 +59,7 @@ class Loaded:
     position_resize: str = "zoom"
     multi_label: bool = False
     adapter: Adapter | None = None
+    palette: Palette | None = None
 
     @functools.cached_property
     def _forward(self) -> Callable[[Any, Any], jax.Array]:
@@ -83,8 +87,45 @@ class Loaded:
         topk = self.checked_topk(topk)
         return self._answers(each_image(images), topk)
 
+    def segment(self, images: Any) -> Mask | list[Mask]:
+        """The class of each pixel: uint8 [h w] of an image's own size, a list of them for several.
+
+        Logits of patches are interpolated bilinearly to the image's pixels, of which each gets the
+        class of the highest. Photographs are turned upright as their EXIF orientation says. For
+        many images `predict --out=FOLDER` is faster.
+
+        Args:
+          images: as for `predict`.
+
+        Raises:
+          UserError: the model gives no masks, or an image cannot be read.
+        """
+        self.check_masks()
+        several, found = each_image(images), []
+        params = nnx.state(self.model)
+        for number, image in enumerate(several, 1):
+            with during(lambda number=number: f"segmenting image {number}"):
+                pixels = self.preprocess.read(image)
+                inputs = self.preprocess.normalise(self.preprocess.pixels(pixels))
+                logits = self._forward(params, inputs[None])
+                found.append(pixel_classes(logits, [pixels.shape[:2]])[0])
+        return found if several is images else found[0]
+
+    def check_masks(self) -> None:
+        """Raises a UserError unless the model gives a class for each pixel."""
+        if not OBJECTIVES[self.objective].masks:
+            raise UserError(
+                "the model tells what is in an image, not where: masks are of models trained with "
+                "objective segmentation"
+            )
+
     def checked_topk(self, topk: Any) -> int:
-        """Returns `topk`. UserError: it is no number of classes, or the model has no head."""
+        """Returns `topk`. UserError: it is no number of classes, or the model names none."""
+        if OBJECTIVES[self.objective].masks:
+            raise UserError(
+                "the model gives a class for each pixel, not for each image: take its masks "
+                "(Loaded.segment; predict --out=FOLDER)"
+            )
         if not self.labels:
             raise UserError(
                 "the model has no head to name classes by: give num_classes= and fine-tune it, or "
@@ -128,6 +169,7 @@ class Loaded:
             objective=self.objective,
             position_resize=self.position_resize,
             multi_label=self.multi_label,
+            palette=self.palette,
         )
 
 
@@ -229,7 +271,7 @@ def load(
         # The objective of a model without classes does not apply to a new head.
         objective = card.objective if card.labels else "softmax"
         names = tuple(str(i) for i in range(num_classes))
-        card = dataclasses.replace(card, labels=names, objective=objective)
+        card = dataclasses.replace(card, labels=names, objective=objective, palette=None)
     preprocess = families.fitted_preprocess(card.preprocess, config)
 
     head = "keep" if num_classes is None else "fresh"
@@ -249,4 +291,5 @@ def load(
         card.position_resize,
         card.multi_label,
         opened.adapter if num_classes is None and config == opened.card.config else None,
+        card.palette,
     )

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax import buckets, distributed
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.adapter import Adapter
-from vit_jax.checkpoints.card import BROKEN, Line, ModelCard, Report, family_of
+from vit_jax.checkpoints.card import BROKEN, OBJECTIVES, Line, ModelCard, Report, family_of
 from vit_jax.checkpoints.convert import accounted, read_foreign, shapes_of
 from vit_jax.checkpoints.files import read_json
 from vit_jax.checkpoints.keys import Patterns
@@ -150,6 +150,8 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     summary["preprocessing"] = (
         f"{pre.resize} {pre.resize_dtype}, {shape}, mean {pre.mean}, std {pre.std}"
     )
+    if OBJECTIVES[opened.card.objective].masks:
+        summary["outputs"] = "a class for each pixel (segmentation): masks of an image's own size"
     summary["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
     return Report(tuple(lines), summary, opened.assumed)
 
@@ -182,6 +184,7 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
     parts = {
         "norms behind the branches": config.norm_after_branch,
         "attention and MLP parallel": config.parallel,
+        f"{config.branches} on the same tokens": config.branches > 1,
         f"{norm} of queries and keys ({config.qk_norm})": config.qk_norm != "none",
         "differential attention": config.differential,
     }
@@ -195,7 +198,9 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         "grid": "{}x{} patches of {}x{}".format(*config.grid, *config.patch_size),
         "prefix tokens": f"{config.num_prefix_tokens} ({prefix}{with_rows})" if prefix else "0",
         "positions": config.position + where + "".join(beside),
-        "pooling": config.pool + (f", then {norm}" if config.norm_after_pool else ""),
+        "pooling": config.pool
+        + (f", then {norm}" if config.norm_after_pool else "")
+        + (f", then a pyramid of {config.pyramid} channels" if config.pyramid else ""),
         "GELU": f"{config.gelu}, {norm} eps {config.layernorm_eps:g}",
         "head": f"{config.num_classes} classes"
         + (f", hidden tanh of {config.representation_size}" if config.representation_size else ""),

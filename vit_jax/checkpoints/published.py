@@ -383,6 +383,13 @@ def _table() -> Iterator[Published]:
     for epochs, top1 in (("90ep", 76.5), ("150ep", None), ("300ep", 80.0)):
         name, path = f"S/16 plain i1k {epochs}", f"gs://big_vision/vit_s16_i1k_{epochs}.npz"
         yield Published(name, path, "S/16", "i1k", 224, top1, "arXiv 2205.01580")
+    # Apache 2.0; image towers, for images of any shape: load with max_patches=256.
+    for variant, size in (("B/16", "b16"), ("So400m/16", "so400m16")):
+        name, path = (
+            f"{variant} siglip2 naflex",
+            f"gs://big_vision/siglip2/siglip2_{size}_naflex.npz",
+        )
+        yield Published(name, path, variant, "webli", 256, None, "arXiv 2502.14786")
     for variant, recipe, lr, size, top1, source in _AUGREG:
         name = f"{variant} augreg i21k"
         path = f"{AUGREG}/{re.sub('[/+]', '_', variant)}-i21k-300ep-lr_0.001-aug_{recipe}"

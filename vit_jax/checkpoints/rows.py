@@ -35,6 +35,7 @@ class Row:
       says: config fields that this spelling implies.
       only: config fields of the models that are written so; any spelling is read.
       first, digits: the index of block 0 in a file, and the minimum number of its digits.
+      branches: how many of our blocks are one of the file's, which numbers them at `[]`.
       any_rank: whether files may have additional axes of 1.
       shared: whether keys and values may have fewer heads than queries (grouped-query attention);
         they are repeated for each.
@@ -49,6 +50,7 @@ class Row:
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     first: int = 0
     digits: int = 1
+    branches: int = 1
     any_rank: bool = False
     shared: bool = False
     whole: bool = False
@@ -63,9 +65,11 @@ class Row:
 
     def keys(self, prefix: str, block: int | str = 0) -> list[str]:
         """The full names of one block's arrays in the file."""
+        branch = f"{{0..{self.branches - 1}}}"
         if isinstance(block, int):
+            block, branch = divmod(block, self.branches)
             block = f"{block + self.first:0{self.digits}}"
-        names = (name.replace("{}", block) for name in self.theirs)
+        names = (name.replace("{}", block).replace("[]", str(branch)) for name in self.theirs)
         return [name[1:] if name.startswith("/") else prefix + name for name in names]
 
     def joined(self, shapes: Sequence[Shape]) -> Shape:
@@ -251,7 +255,8 @@ class Found(NamedTuple):
 
     def label(self, before: str = "") -> str:
         """The names after `before`, with all blocks in one: blocks.{0..11}.attn.qkv.weight."""
-        first, last = self.row.first, self.row.first + (self.depth or 1) - 1
+        first = self.row.first
+        last = first + max((self.depth or 1) // self.row.branches, 1) - 1
         return " + ".join(
             before + key for key in self.row.keys(self.prefix, f"{{{first}..{last}}}")
         )

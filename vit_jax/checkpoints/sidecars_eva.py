@@ -95,7 +95,7 @@ def timm_sizes(vit: ViTConfig) -> dict[str, Any]:
         "patch_size": vit.patch_size[0] if square else list(vit.patch_size),
         "in_chans": vit.in_channels,
         "embed_dim": vit.width,
-        "depth": vit.depth,
+        "depth": vit.depth // vit.branches,
         "num_heads": vit.num_heads,
     }
 

@@ -16,7 +16,7 @@ def is_plain(vit: ViTConfig) -> bool:
     parts = (vit.norm, vit.qk_norm, vit.proj_bias, vit.final_norm, vit.pool_prefix)
     plain = parts == ("layernorm", "none", True, True, False)
     others = vit.patch_norm, vit.norm_after_branch, vit.differential, vit.parallel
-    return plain and not any(others)
+    return plain and not any(others) and vit.branches == 1
 
 
 def base(vit: ViTConfig) -> str | None:
@@ -27,6 +27,8 @@ def base(vit: ViTConfig) -> str | None:
         return f"vit_{'d' if vit.differential else ''}pwee_patch16_reg1_gap_256"
     if vit.differential:
         return "vit_dwee_patch16_reg1_gap_256"
+    if vit.branches > 1:
+        return "vit_base_patch16_18x2_224"
     return "vit_base_patch16_rpn_224" if vit.norm_after_branch else None
 
 
@@ -57,7 +59,7 @@ def cannot(vit: ViTConfig) -> Iterator[tuple[str, Any]]:
     allowed["patch_norm"] = (is_aimv2(vit),)
     if vit.norm_after_branch:  # where the scales are those of the norms
         allowed |= {"layer_scale": (None,), "mlp": ("gelu",)}
-    if vit.differential or vit.parallel:
+    if vit.differential or vit.parallel or vit.branches > 1:
         allowed |= {"norm_after_branch": (False,), "patch_norm": (False,), "mlp": ("gelu",)}
     if base(vit) is not None:
         allowed |= {"resnet": (None,), "distillation": ("none",), "norm": ("rmsnorm", "layernorm")}

@@ -10,7 +10,7 @@ from vit_jax.checkpoints.rows import linear_rows as _linear
 from vit_jax.checkpoints.rows import norm_rows as _norm
 from vit_jax.checkpoints.tables_eva import HF_DINOV3, TIMM_EVA, TIMM_POOL, gated_rows
 from vit_jax.checkpoints.tables_hf import HF_AIMV2, HF_INTERNVL, HF_SAPIENS2
-from vit_jax.checkpoints.tables_parallel import parallel
+from vit_jax.checkpoints.tables_parallel import beside, parallel
 from vit_jax.checkpoints.tables_relative import HF_BEIT, INDEX, TIMM_RELPOS_BIAS
 from vit_jax.models import differential
 
@@ -238,7 +238,7 @@ TIMM = Dialect(
     leftover=(r"mask_token$", r"decoder_", INDEX),
     resnet_style="timm_v1",
 )
-TIMM_PARALLEL = parallel(TIMM)
+TIMM_PARALLEL, TIMM_BESIDE = parallel(TIMM), beside(TIMM)
 
 
 def _hf_names(base: str, names: Sequence[str]) -> list[str]:
@@ -425,7 +425,7 @@ RESNET_TIMM = Dialect(
 
 # In the order of detection: DINOv2's and BEiT's files have HF_VIT's marker, too, EVA's have TIMM's.
 FOREIGN = (
-    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM_PARALLEL, TIMM, HF_SAPIENS2, HF_DINOV3),
+    *(GOOGLE, BIG_VISION, TIMM_EVA, TIMM_PARALLEL, TIMM_BESIDE, TIMM, HF_SAPIENS2, HF_DINOV3),
     *(HF_DINOV2, HF_AIMV2, HF_INTERNVL, HF_BEIT, HF_SIGLIP, HF_VIT),
     *(FLAX_DINOV2, FLAX_CLIP, FLAX_VIT),
     *(RESNET_V1, RESNET_PAPER, RESNET_BIT, RESNET_TIMM),

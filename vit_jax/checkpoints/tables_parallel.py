@@ -1,9 +1,11 @@
-"""Weight name table of timm's parallel blocks, whose first kernels are one array, as are the last.
+"""Weight name tables of timm's parallel blocks, and of its blocks that run on the same tokens.
 
-Such an array is presented as two, with the name of the part behind a colon:
-`blocks.0.in_proj.weight:mlp`. Where one bias serves both branches, that of the MLP's is zero.
+The first kernels of a parallel block are one array, as are the last. Such an array is presented as
+two, with the name of the part behind a colon: `blocks.0.in_proj.weight:mlp`. Where one bias serves
+both branches, that of the MLP's is zero.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
@@ -101,3 +103,27 @@ def parallel(timm: Dialect) -> Dialect:
     """timm's names, with parallel blocks in place of the others."""
     rest = tuple(row for row in timm.rows if not row.ours.startswith("blocks/"))
     return Dialect("timm", ("blocks.0.in_proj.weight",), (*rest, *block_rows()), timm.leftover)
+
+
+_BESIDE = {
+    "norm1": "attns.[].norm",
+    "attn": "attns.[].attn",
+    "ls1": "attns.[].ls",
+    "norm2": "ffns.[].norm",
+    "mlp": "ffns.[].mlp",
+    "ls2": "ffns.[].ls",
+}
+_NOT_BESIDE = (*(f"attention/{name}" for name in differential.NAMES), "head_norm", "relative_bias")
+
+
+def beside(timm: Dialect, branches: int = 2) -> Dialect:
+    """timm's names, with several blocks on the same tokens in place of each."""
+    rows = [row for row in timm.rows if not row.ours.startswith("blocks/")]
+    for row in timm.rows:
+        left = len(row.theirs) > 1 or any(part in row.ours for part in _NOT_BESIDE)
+        if row.ours.startswith("blocks/") and not left:
+            block, index, part, rest = row.theirs[0].split(".", 3)
+            name = f"{block}.{index}.{_BESIDE[part]}.{rest}"
+            says = {**row.says, "branches": branches}
+            rows.append(dataclasses.replace(row, theirs=(name,), says=says, branches=branches))
+    return Dialect("timm", ("blocks.0.attns.0.norm.weight",), tuple(rows), timm.leftover)

@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax.data.forms.class_lists import read_pairs
 from vit_jax.data.labels import imagenet_labels, imagenet_synsets
+from vit_jax.data.masks import IGNORED, Palette, check_classes
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -259,6 +260,15 @@ class Relabelled:
     def label_names(self) -> tuple[str, ...]:
         return self.matched.labels
 
+    @property
+    def palette(self) -> Palette | None:
+        """The colours of the model's classes, if the data has some for all of them."""
+        given = getattr(self.source, "palette", None)
+        if given is None or set(self.matched.classes) != set(range(len(self.matched.labels))):
+            return None
+        colours = dict(zip(self.matched.classes, given, strict=True))
+        return tuple(colours[number] for number in range(len(colours)))
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -272,9 +282,10 @@ class Relabelled:
         label = example["label"]
         if isinstance(label, np.ndarray):
             count = len(self.matched.classes)
-            known = (label >= 0) & (label < count)
-            classes = np.array((*self.matched.classes, -1), np.int32)
-            return {**example, "label": classes[np.where(known, label, -1)]}
+            check_classes(example.get("name", f"example {index}"), label, count)
+            classes = np.full(256, IGNORED, np.uint8)
+            classes[:count] = self.matched.classes
+            return {**example, "label": classes[label]}
         if isinstance(label, tuple):
             return {**example, "label": tuple(dict.fromkeys(self._class(each) for each in label))}
         return {**example, "label": self._class(label)}

@@ -5,6 +5,7 @@ import re
 
 from vit_jax.data.augment import RandAugment, RandomErasing
 from vit_jax.data.cache import parse
+from vit_jax.data.joint import check_scale
 from vit_jax.data.policies import ColorJitter, ThreeAugment
 from vit_jax.data.transforms import InceptionCrop, Preprocess, RandomAffine
 from vit_jax.errors import UserError, nearest
@@ -12,10 +13,13 @@ from vit_jax.errors import UserError, nearest
 ON_CORRUPT = ("stop", "skip")
 POLICIES = ("rand_augment", "trivial_augment", "three_augment")  # one of them
 COLOURS = (*POLICIES, "color_jitter")  # which know grey and RGB alone
+# Which move a mask with its image, and which leave all pixels where they are.
+JOINT = ("inception_crop", "random_crop", "random_scale", "flip", "three_augment", "color_jitter")
 AUGMENTATIONS = (
     "inception_crop",
     "random_crop",
     "crop_padding",
+    "random_scale",
     "affine",
     "flip",
     *COLOURS,
@@ -53,6 +57,9 @@ class Split:
         centre: aspect="keep" and crop=0.875 cut 224 out of a shorter side of 256.
       crop_padding: pixels by which random_crop extends the resized image on each side, reflected;
         with aspect="keep" and 4, it is the simple random crop of DeiT III.
+      random_scale: of images with masks, (low, high) of a uniform factor of the size to which they
+        are resized; the model's size is then cut out anywhere, and what is beyond the image is the
+        mean colour and of no class.
       affine: a random affine map of every training image.
       flip: whether to mirror half of the training images.
       rand_augment: changes colours and geometry of training images further.
@@ -79,6 +86,7 @@ class Split:
     inception_crop: InceptionCrop | None = None
     random_crop: bool = False
     crop_padding: int = 0
+    random_scale: tuple[float, float] | None = None
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
@@ -93,6 +101,9 @@ class Split:
         RandomErasing(self.erasing)  # raises where it is no probability
         if self.inception_crop and self.random_crop:
             raise UserError("data: inception_crop and random_crop exclude each other")
+        if self.inception_crop and self.random_scale:
+            raise UserError("data: inception_crop and random_scale exclude each other")
+        check_scale(self.random_scale)
         if self.crop_padding < 0 or (self.crop_padding and not self.random_crop):
             raise UserError(
                 f"data.train.crop_padding is {self.crop_padding}; expected 0 or, with random_crop, "

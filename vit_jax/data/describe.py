@@ -26,12 +26,14 @@ from vit_jax.data.contents import (
     shared,
 )
 from vit_jax.data.images import FORMATS, read_image, sniff
+from vit_jax.data.masks import IGNORED
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 # How many headers are read, and images decoded; and how many made by a formula are looked at.
 _HEADERS, _DECODED, _MADE = 2000, 200, 200
 _ORIENTATION = 0x0112  # the EXIF tag
+_ON_SIDE = (5, 6, 7, 8)  # its values
 _MODES = {"L": "grey", "LA": "grey with alpha", "P": "palette", "RGBA": "RGB with alpha"}
 
 
@@ -74,6 +76,7 @@ class Example(NamedTuple):
     format: str = ""
     bytes: int = 0
     header: tuple[int, int, str, int] | None = None  # h, w, mode, EXIF orientation
+    pixels: Int64[np.ndarray, "256"] | None = None  # of each class in its mask
     why: str = ""  # why it cannot be read
 
 
@@ -86,6 +89,7 @@ class Look:
       labels: an int for each example, or a tuple of its classes or those of its pixels.
       headers: (h, w, mode, EXIF orientation) of the examples that were sampled.
       bad: example -> its name, and why it cannot be read.
+      pixels: of masks, the number of pixels of each class.
       decoded, seconds: the number of examples decoded on one thread, and how long it took.
     """
 
@@ -99,6 +103,9 @@ class Look:
     formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     headers: list[tuple[int, int, str, int]] = dataclasses.field(default_factory=list)
     bytes: int = 0
+    pixels: Int64[np.ndarray, "256"] = dataclasses.field(
+        default_factory=lambda: np.zeros(256, np.int64)
+    )
 
     @property
     def whole(self) -> bool:
@@ -148,6 +155,8 @@ def look(source: Source, title: str | None = None) -> Look:
             seen.hashes[at] = example.hash
             seen.labels.append(example.label)
             seen.bytes += example.bytes
+            if example.pixels is not None:
+                seen.pixels += example.pixels
             if example.format:
                 seen.formats[example.format] += 1
             if example.header:
@@ -163,20 +172,30 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
     except UserError as error:
         return Example(why=str(error))
     image, label = example["image"], example["label"]
+    pixels = shape = None
     if isinstance(label, np.ndarray):
-        label = tuple(np.unique(label).tolist())
+        shape, pixels = label.shape, np.bincount(label.ravel(), minlength=256)
+        label = tuple(np.flatnonzero(pixels[:IGNORED]).tolist())
     if not isinstance(image, bytes):
         h, w, c = image.shape if image.ndim == 3 else (*image.shape[:2], 1)
         mode = {1: "grey", 3: "RGB"}.get(c, f"{c} channels")
         mode += "" if image.dtype == np.uint8 else f" {image.dtype}"
-        return Example(image_hash(image), label, "pixels", image.nbytes, (h, w, mode, 1))
-    found = Example(image_hash(image), label, sniff(image[:32]) or "unknown", len(image))
+        header = h, w, mode, 1
+        return Example(image_hash(image), label, "pixels", image.nbytes, header, pixels)
+    format_ = sniff(image[:32]) or "unknown"
+    found = Example(image_hash(image), label, format_, len(image), None, pixels)
     if not closely:
         return found
     try:
-        return found._replace(header=_header(image))
+        found = found._replace(header=_header(image))
     except Exception as error:  # noqa: BLE001  Pillow's readers raise any exception
         return found._replace(why=f"{type(error).__name__}: {error}".replace("\n", " "))
+    h, w, _, orientation = found.header
+    upright = (w, h) if orientation in _ON_SIDE else (h, w)
+    if shape not in (None, upright):
+        sizes = (f"{side[0]} x {side[1]}" for side in (upright, shape))
+        return found._replace(why="{} pixels, and its mask has {}".format(*sizes))
+    return found
 
 
 def _header(data: bytes) -> tuple[int, int, str, int]:
@@ -222,6 +241,7 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
     total = f"{len(source):,}" if isinstance(source, Sized) else "endless"
     facts = [("examples", total if seen.whole else f"{total}; {n:,} were looked at")]
     facts += _classes(seen)
+    facts += _pixels(seen)
     facts.append(("formats", _counted(seen.formats)))
     of = "" if len(heads) == n else f" (of {len(heads):,} sampled)"
     if heads:
@@ -234,7 +254,7 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
         facts.append(("sizes", f"{text}{of}"))
         facts.append(("channels", _counted(collections.Counter(head[2] for head in heads)) + of))
         for values, what in (
-            ((5, 6, 7, 8), "lie on their side; turned upright with exif"),
+            (_ON_SIDE, "lie on their side; turned upright with exif"),
             ((2, 3, 4), "are upside down or mirrored; exif likewise"),
         ):
             if count := sum(head[3] in values for head in heads):
@@ -283,6 +303,21 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
         which = f"{name_of(source, odd[0][0], 'file')} has {odd[0][1]}"
         facts.append(("", f"{len(odd):,} labels are of no class: {which}"))
     return facts
+
+
+def _pixels(seen: Look) -> list[tuple[str, str]]:
+    """The lines on the pixels of masks, and on how these are read."""
+    names, total = seen.source.label_names, seen.pixels.sum()
+    if not total:
+        return []
+    each = seen.pixels[: len(names)]
+    shares = [
+        f"{names[i]} {each[i] / total:.1%}" for i in np.argsort(-each, kind="stable")[:10].tolist()
+    ]
+    text = f"{total:,}, of no class {seen.pixels[IGNORED] / total:.1%}"
+    facts = [("pixels", text), ("", ", ".join(shares) + ", ..." * (len(names) > 10))]
+    how = getattr(inner_source(seen.source), "how", "")
+    return facts + [("masks", how)] * bool(how)
 
 
 def _again(seen: Look) -> list[tuple[str, str]]:

@@ -71,14 +71,14 @@ def decode(data: bytes, jpeg: str = "accurate", exif: bool = False) -> Image:
     image = _decode_jpeg(data, jpeg)
     if image is None:
         image = _by_pillow(data, False)
-    return _turned(image, _orientation(data)) if exif else image
+    return turned(image, _orientation(data)) if exif else image
 
 
 def _by_pillow(data: bytes, exif: bool) -> Image:
     """Decodes any of FORMATS, ignoring damaged metadata."""
 
     def opened(data):
-        with _damaged(data), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with damaged(data), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return from_pillow(image, exif)
 
     try:
@@ -100,12 +100,12 @@ def _orientation(data: bytes) -> int:
         return orientation
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return _pillow_orientation(image)
+            return pillow_orientation(image)
     except (*_BROKEN, PIL.Image.DecompressionBombError):
         return 1
 
 
-def _pillow_orientation(image: PIL.Image.Image) -> int:
+def pillow_orientation(image: PIL.Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except _BROKEN:
@@ -113,7 +113,7 @@ def _pillow_orientation(image: PIL.Image.Image) -> int:
 
 
 @contextlib.contextmanager
-def _damaged(data: bytes = b"") -> Iterator[None]:
+def damaged(data: bytes = b"") -> Iterator[None]:
     """Turns the errors of Pillow's readers into a BadImage."""
     try:
         yield
@@ -143,7 +143,7 @@ def decode_box(
     # Chroma is interpolated from one more of its rows, which is two of the image's.
     image = _decode_rows(data, jpeg, at, top + height + 2)
     image = decode(data, jpeg) if image is None else image
-    return _turned(image[top : top + height, left : left + width], orientation)
+    return turned(image[top : top + height, left : left + width], orientation)
 
 
 def _decode_rows(data: bytes, mode: str, at: int, rows: int) -> Image | None:
@@ -180,7 +180,7 @@ _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False)
 _TURNS |= {7: (1, True), 8: (1, False)}
 
 
-def _turned(image: Image, orientation: int) -> UInt8[np.ndarray, "new_h new_w c"]:
+def turned(image: Image, orientation: int) -> UInt8[np.ndarray, "new_h new_w c"]:
     """Applies an EXIF orientation of 1 to 8; any other is ignored."""
     if orientation not in _TURNS:
         return image
@@ -228,7 +228,7 @@ def read_image(image: Any, jpeg: str = "accurate", exif: bool = False) -> Image:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode(bytes(image), jpeg, exif)
     if isinstance(image, PIL.Image.Image):
-        with _damaged():
+        with damaged():
             return from_pillow(image, exif)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
         raise _no_pixels(image)
@@ -286,7 +286,7 @@ def from_pillow(image: PIL.Image.Image, exif: bool = False) -> Image:
         plain = image.convert("LA") if image.mode == "La" else image
         pixels = np.asarray(plain.convert("L" if grey else "RGB"))
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
-    return _turned(pixels, _pillow_orientation(image)) if exif else pixels
+    return turned(pixels, pillow_orientation(image)) if exif else pixels
 
 
 def _check_depth(image: PIL.Image.Image, tags: Any) -> None:

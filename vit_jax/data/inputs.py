@@ -6,6 +6,7 @@ import functools
 import glob
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
@@ -23,12 +24,14 @@ from vit_jax.data.forms.files import (
 )
 from vit_jax.data.forms.listed import TableSource
 from vit_jax.data.forms.open_files import is_compressed
+from vit_jax.data.forms.pairs import PairSource
 from vit_jax.data.sources import SOURCES, Source, open_source, splits_of, understood
 from vit_jax.errors import UserError, check_refused
 from vit_jax.objects import check
 
 Read = Callable[[], Any]  # an image, as `Preprocess.read` takes it, or a UserError
 _ARCHIVES = ("tar:", "zip:")
+_MAGIC = re.compile(r"[*?[]")  # as glob's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,11 +51,13 @@ class _Files:
 class _Part:
     """What one argument names: `source[i]["image"]` is an image, `name(i)` what to call it.
 
+    `below(i)` is its path below the folder, archive or source that was named; of a file its name.
     `in_order` marks a source that is slow unless it is read from its first image to its last.
     """
 
     source: Any
     name: Callable[[int], str]
+    below: Callable[[int], str]
     in_order: bool = False
 
 
@@ -82,6 +87,11 @@ class Inputs(Sequence):
     def names(self) -> list[str]:
         """The name of each image: its path, ARCHIVE/MEMBER, or SOURCE/SPLIT/NUMBER."""
         return [part.name(i) for part in self._parts for i in range(len(part.source))]
+
+    @property
+    def below(self) -> list[str]:
+        """The path of each image below what was named; a file's name, if it was named itself."""
+        return [part.below(i) for part in self._parts for i in range(len(part.source))]
 
     def readers(self) -> Iterator[tuple[str, Read]]:
         """Yields a name and a function that reads the image, for any thread to call.
@@ -145,6 +155,7 @@ class _Finder:
         self._split, self._split_used = split, False
         self._parts: list[_Part] = []
         self._files: list[str] = []
+        self._below: list[str] = []
         self._passed = PassedOver()
 
     def add(self, argument: str) -> None:
@@ -200,12 +211,18 @@ class _Finder:
         elif spec != path:
             self._source(spec)
         else:
-            self._files.append(path)
+            self._file(path, os.path.basename(path))
+
+    def _file(self, path: str, below: str) -> None:
+        self._files.append(path)
+        self._below.append(below)
 
     def _pattern(self, pattern: str) -> None:
         matches = storage.matches(pattern, recursive=True)
         if not matches:
             raise UserError(f"no file matches {pattern!r}")
+        fixed = pattern[: _MAGIC.search(pattern).start()]
+        start = fixed.rfind("/") + 1  # the folder whose files are matched
         for path in matches:
             if storage.is_folder(path):
                 if "**" not in pattern:  # which matches the files in the folder as well
@@ -215,7 +232,7 @@ class _Finder:
             elif why := judged(path)[1]:
                 self._passed.add(path, why)
             else:
-                self._files.append(path)
+                self._file(path, path[start:])
 
     def _folder(self, path: str, alone: bool = True) -> None:
         above, name = os.path.split(path.rstrip(os.sep) or os.sep)
@@ -224,14 +241,16 @@ class _Finder:
         if alone and not files:
             raise UserError(f"the folder {path} has no image in it" + _beside(passed))
         self._passed.update(passed)
-        self._files.extend(os.path.join(above, file) for file in files)
+        for file in files:
+            self._file(os.path.join(above, file), file[len(name) + 1 :])
 
     def _archive(self, path: str) -> None:
         source = unlabelled(path)
         if not len(source):
             raise UserError(f"{path} has no image in it" + _beside(source.passed_over))
         self._close_files()
-        self._parts.append(_Part(source, _names(source, path), in_order=is_compressed(path)))
+        below = source.names.__getitem__
+        self._parts.append(_Part(source, _names(source, path), below, is_compressed(path)))
         self._passed.update(source.passed_over)
 
     def _source(self, spec: str) -> None:
@@ -241,24 +260,31 @@ class _Finder:
         if not isinstance(source, Sized):
             raise UserError(f"{spec}, split {split} is endless: name a finite split")
         self._close_files()
-        self._parts.append(_Part(source, _names(source, f"{spec}/{split}")))
+        called = _names(source, f"{spec}/{split}")
+        self._parts.append(_Part(source, called, _below(source)))
         self._passed.update(getattr(source, "passed_over", PassedOver()))
 
     def _close_files(self) -> None:
         if self._files:
-            names = Packed.of(self._files)
-            self._parts.append(_Part(_Files(names), names.__getitem__))
-            self._files = []
+            names, below = Packed.of(self._files), Packed.of(self._below)
+            self._parts.append(_Part(_Files(names), names.__getitem__, below.__getitem__))
+            self._files, self._below = [], []
 
 
 def _names(source: Source, where: str) -> Callable[[int], str]:
     """What to call the images of a source: paths where it has them, else WHERE/NUMBER."""
-    if isinstance(source, (FolderSource, TableSource)):
+    if isinstance(source, (FolderSource, PairSource, TableSource)):
         return lambda i: os.path.join(source.root, source.names[i])
     if isinstance(source, TarSource):
         paths = source.files.paths
         return lambda i: f"{paths[int(source.archive[i])]}/{source.names[i]}"
     return lambda i: f"{where}/{i}"
+
+
+def _below(source: Source) -> Callable[[int], str]:
+    """The names of a source's files, or its numbers."""
+    files = isinstance(source, (FolderSource, PairSource, TableSource, TarSource))
+    return source.names.__getitem__ if files else str
 
 
 def _only_split(spec: str) -> str:

@@ -15,6 +15,7 @@ import PIL.ImageFont
 from vit_jax.data.config import Split
 from vit_jax.data.describe import said, spread
 from vit_jax.data.images import read_image
+from vit_jax.data.masks import IGNORED, default_palette, overlay
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import InceptionCrop, Preprocess
@@ -114,7 +115,7 @@ def stored(source: Source, indices: Sequence[int]) -> list[Tile]:
         note = os.path.basename(str(example.get("file", f"example {index}")))
         label = example["label"]
         if isinstance(label, np.ndarray):
-            label = tuple(np.unique(label).tolist())
+            label = tuple(np.unique(label[label != IGNORED]).tolist())
         try:
             image = read_image(example["image"])
         except UserError:
@@ -133,10 +134,19 @@ def as_read(read: BatchReader, indices: Sequence[int], tiles: Sequence[Tile]) ->
             if tile.image is None:
                 raise UserError(tile.title)
             batch = read(np.array([position]), np.array([index]))
-            images.append(batch["image"][0] if batch["mask"][0] else None)
+            images.append(_drawn(read.source, batch) if batch["mask"][0] else None)
         except UserError:
             images.append(None)
     return [tile._replace(image=image) for tile, image in zip(tiles, images, strict=True)]
+
+
+def _drawn(source: Source, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """The image of a batch, half covered by the colours of its mask, if it has one."""
+    image = batch["image"][0]
+    if not getattr(source, "masks", False):
+        return image
+    palette = getattr(source, "palette", None) or default_palette(len(source.label_names))
+    return overlay(image, batch["label"][0], palette)
 
 
 def default_reader(source: Source) -> tuple[BatchReader, str]:

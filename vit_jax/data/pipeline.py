@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import cv2
@@ -18,19 +18,21 @@ import numpy as np
 
 from vit_jax.data.ahead import Fetched, read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
-from vit_jax.data.config import AUGMENTATIONS, COLOURS, Split
-from vit_jax.data.images import BadImage, decode_box
+from vit_jax.data.config import AUGMENTATIONS, COLOURS, JOINT, Split
+from vit_jax.data.images import BadImage, Image, decode_box
+from vit_jax.data.joint import Joint, check_mask, common_size, mask_sizes
+from vit_jax.data.masks import IGNORED, Mask
 from vit_jax.data.order import Balance, Growth, repeated, shuffled
 from vit_jax.data.policies import ColorJitter, ThreeAugment, trivial_augment
 from vit_jax.data.sources import Source
 from vit_jax.data.transforms import (
     InceptionCrop,
-    Mask,
     Pixels,
     Pixels5,
     Preprocess,
     RandomAffine,
     flip,
+    mirrored,
 )
 from vit_jax.errors import UserError
 from vit_jax.objects import AT_ONCE
@@ -52,6 +54,10 @@ class BatchReader:
         next one of the source (training), or masked (evaluation).
       crops: how many crops of each image to read, for evaluation alone: 1, or 5 (see
         `Preprocess.five_crops`), so that `image` is [b 5 h w c].
+      whole_masks: whether masks keep their own size, for evaluation: images are then whole.
+      windows: with `whole_masks`, whether images keep their shape, as well, for windows of the
+        model's size: `none`, `scaled` to cover it, or of their `own` size (see
+        `Preprocess.covering`).
       balance: the order of training examples; None for all of them once an epoch.
       growth: the size of the images of each training step; None is that of `preprocess`.
       repeats: how often each training example comes in a batch (see `order.repeated`).
@@ -65,6 +71,7 @@ class BatchReader:
     inception_crop: InceptionCrop | None = None
     random_crop: bool = False
     crop_padding: int = 0
+    random_scale: tuple[float, float] | None = None
     affine: RandomAffine | None = None
     flip: bool = False
     rand_augment: RandAugment | None = None
@@ -75,6 +82,8 @@ class BatchReader:
     on_corrupt: str = "stop"
     replace: bool = False
     crops: int = 1
+    whole_masks: bool = False
+    windows: str = "none"
     balance: Balance | None = None
     repeats: int = 1
     growth: Growth | None = None
@@ -83,10 +92,14 @@ class BatchReader:
 
     def __post_init__(self):
         moved = [name for name in AUGMENTATIONS if getattr(self, name)]
-        if moved and self._masks:
+        if self._masks:
+            self._check_masks(moved)
+            upright = dataclasses.replace(self.preprocess, exif=True)  # as masks are drawn
+            object.__setattr__(self, "preprocess", upright)
+        elif self.random_scale or self.whole_masks:
             raise UserError(
-                f"data: {moved[0]} is not for labels that are masks, which would stay where they "
-                "are: leave it out"
+                "data: random_scale is for images with masks: leave it out, or take "
+                "inception_crop, which cuts a random box out"
             )
         colours = [name for name in moved if name in COLOURS]
         if colours and (channels := self.preprocess.in_channels) not in (1, 3):
@@ -94,18 +107,33 @@ class BatchReader:
                 f"data.train.{colours[0]} is for images of 1 or 3 channels, and the model's have "
                 f"{channels}: leave it out"
             )
-        if self.preprocess.max_patches is not None and (self._masks or self.random_crop):
+        if self.preprocess.max_patches is not None and self.random_crop:
             raise UserError(
                 "data: with model.max_patches images are taken in their own shapes, which "
-                + (
-                    "masks are not for: take a model without it"
-                    if self._masks
-                    else "data.train.random_crop is not for: leave it out"
-                )
+                "data.train.random_crop is not for: leave it out"
             )
         if self.inception_crop:  # the crop's box is resized without keeping its aspect
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
             object.__setattr__(self, "preprocess", whole)
+
+    def _check_masks(self, moved: Sequence[str]) -> None:
+        """Raises a UserError for what is not for images with masks."""
+        if left := [name for name in moved if name not in JOINT]:
+            raise UserError(
+                f"data: {left[0]} is not for labels that are masks, which would stay where they "
+                f"are: leave it out (masks move with {', '.join(JOINT[:4])})"
+            )
+        if self.preprocess.max_patches is not None:
+            raise UserError(
+                "data: with model.max_patches images are taken in their own shapes, which masks "
+                "are not for: take a model without it"
+            )
+        if self.whole_masks and self.preprocess.cuts:
+            how = self.preprocess
+            raise UserError(
+                f"data: masks are evaluated whole, but aspect={how.aspect!r} and crop={how.crop} "
+                "cut parts of the image off: set aspect to 'squash' and crop to 1.0"
+            )
 
     @classmethod
     def of(
@@ -143,12 +171,14 @@ class BatchReader:
         indices: np.ndarray,
         threads: int = 1,
         fetched: Callable[[int], Any] | None = None,
+        together: np.ndarray | None = None,
     ) -> Batch:
         """Reads the examples `indices`, at `positions` in the stream.
 
         An index of -1 is padding: a black image with mask False.
 
         Args:
+          together: the examples of all processes' rows of the batch; None is `indices`.
           fetched: returns the example of a row that is read already, or raises what reading it did.
 
         Returns:
@@ -156,7 +186,10 @@ class BatchReader:
           int32 [b 2]), label: int32 [b], mask: bool [b], index: int64 [b], corrupt:
           bool [b]}. Images are in 0 to 255, not normalised; float32 if `preprocess` resizes in it.
           `corrupt` marks images that cannot be read. `label` is float32 [b k] of 0 and 1 if the
-          source is multi-label, and int32 [b h w] if labels are masks.
+          source is multi-label. If labels are masks, it is uint8 [b h w] of the model's size, 255
+          where there is no class. With `whole_masks` h and w fit the largest of the batch, and
+          size: int32 [b 2] has those of each mask, at the top left. With `windows` so do those of
+          images, and scaled: int32 [b 2].
 
         Raises:
           UserError: an image that cannot be read, a label without a class name, or a mask that is
@@ -167,7 +200,11 @@ class BatchReader:
         k, multi_label = len(self.source.label_names), getattr(self.source, "multi_label", False)
         label = np.zeros((b, k), np.float32) if multi_label else np.zeros(b, np.int32)
         if self._masks:
-            label = np.zeros((b, *self.preprocess.image_size), np.int32)
+            size = self.preprocess.image_size
+            if self.whole_masks:
+                sizes = mask_sizes(self.source, indices if together is None else together)
+                size = common_size(sizes)
+            label = np.full((b, *size), IGNORED, np.uint8)
         images = self.preprocess.empty(b)
         if self.crops > 1:
             size = (b, self.crops, *self.preprocess.shape)
@@ -179,6 +216,13 @@ class BatchReader:
             "index": np.array(indices),
             "corrupt": np.zeros(b, bool),
         }
+        if self.whole_masks:
+            batch["size"] = np.ones((b, 2), np.int32)
+        if self.windows != "none":
+            size = common_size([self._scaled(h, w) for h, w in sizes])
+            shape = (b, *size, self.preprocess.in_channels)
+            batch["image"] = np.zeros(shape, self.preprocess.pixel_dtype)
+            batch["scaled"] = np.tile(np.array(self.preprocess.image_size, np.int32), (b, 1))
         # Each thread takes the next row, so that none waits for another's large images.
         rows = itertools.count()
 
@@ -209,7 +253,10 @@ class BatchReader:
             batch["image"][row] = 0
             return
         image = self.affine(image, random) if self.affine else image
-        image = flip(image, random) if self.flip else image
+        if self.flip and self._masks and random.random() < 0.5:
+            image, label = mirrored(image), mirrored(label)
+        elif self.flip and not self._masks:
+            image = flip(image, random)
         image = self.rand_augment(image, random) if self.rand_augment else image
         image = trivial_augment(image, random) if self.trivial_augment else image
         image = self.three_augment(image, random) if self.three_augment else image
@@ -219,10 +266,16 @@ class BatchReader:
             image = RandomErasing(self.erasing, mean=mean, std=std)(image, random)
         if self.crops > 1:
             batch["image"][row] = image
+        elif self.windows != "none":
+            h, w = batch["scaled"][row] = image.shape[:2]
+            batch["image"][row, :h, :w] = image
         else:
             self.preprocess.fill(batch, row, image)
         if isinstance(label, tuple):
             batch["label"][row, list(label)] = 1
+        elif self.whole_masks:
+            h, w = batch["size"][row] = label.shape
+            batch["label"][row, :h, :w] = label
         else:
             batch["label"][row] = label
 
@@ -236,19 +289,19 @@ class BatchReader:
             try:
                 example = self.source[index] if fetched is None else fetched(row)
                 name, label = example.get("name", name), example["label"]
+                random = None
+                if any(getattr(self, name) for name in AUGMENTATIONS):
+                    random = np.random.default_rng((self.seed, position))
                 if self._masks:
-                    self._check_mask(name, example["image"], label)
-                    image = self._cut(example["image"], None)
-                    return image, self.preprocess.mask(label), None
+                    image = self.preprocess.read(example["image"])
+                    check_mask(name, image, label, len(self.source.label_names))
+                    return *self._joint(image, label, random), random
                 for each in label if isinstance(label, tuple) else (label,):
                     if not 0 <= each < len(self.source.label_names):
                         raise UserError(
                             f"{name} has the label {each}, but there are "
                             f"{len(self.source.label_names)} class names"
                         )
-                random = None
-                if any(getattr(self, name) for name in AUGMENTATIONS):
-                    random = np.random.default_rng((self.seed, position))
                 return self._cut(example["image"], random), label, random
             except BadImage as error:
                 if self.on_corrupt == "stop":
@@ -266,22 +319,18 @@ class BatchReader:
             batch["index"][row] = (index + 1) % _length(self.source, index + 2)
         raise UserError(f"{_MOST_SKIPPED} images in a row cannot be read, up to {name}")
 
-    def _check_mask(self, name: str, image: Any, mask: Any) -> None:
-        """Raises a UserError if a mask has another size than its image, or unknown classes."""
-        if not isinstance(image, np.ndarray):
-            raise UserError(f"{name} is an image file, but masks go with pixels: decode it before")
-        of_ints = isinstance(mask, np.ndarray) and mask.dtype == np.int32
-        if not of_ints or mask.shape != image.shape[:2]:
-            found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else mask
-            raise UserError(
-                f"{name} has the mask {found}; expected int32 {list(image.shape[:2])}, as its image"
-            )
-        k = len(self.source.label_names)
-        for each in (int(mask.min()), int(mask.max())):
-            if not 0 <= each < k:
-                raise UserError(
-                    f"{name} has the label {each} in its mask, but there are {k} class names"
-                )
+    def _joint(
+        self, image: Image, mask: Mask, random: np.random.Generator | None
+    ) -> tuple[Pixels, Mask]:
+        if self.windows != "none":
+            return self.preprocess.to_size(image, self._scaled(*mask.shape)), mask
+        if self.whole_masks:
+            return self.preprocess.pixels(image), mask
+        options = self.inception_crop, self.random_scale, self.random_crop
+        return Joint(self.preprocess, *options)(image, mask, random)
+
+    def _scaled(self, h: int, w: int) -> tuple[int, int]:
+        return self.preprocess.covering(h, w, own=self.windows == "own")
 
     def _cut(self, image: Any, random: np.random.Generator | None) -> Pixels | Pixels5:
         crop, how = self.inception_crop, self.preprocess
@@ -325,7 +374,11 @@ class _Step:
         if self.fetched is not None:
             stride = max(self.workers, 1)
             fetched = self.fetched.rows(int(step), stride, self.stop, self._indices)
-        batch = self.read.at(int(step))(positions, indices, self.threads, fetched)
+        together = None
+        if self.read.whole_masks:
+            every = dataclasses.replace(self, rows=slice(None))
+            together = every._indices(int(step))
+        batch = self.read.at(int(step))(positions, indices, self.threads, fetched, together)
         # Counted once: each epoch of the order has every example once.
         length = _length(self.read.source, int(places.max(initial=0)) + 1)
         batch["corrupt"] &= first & (places < length)

@@ -122,7 +122,9 @@ def prepare(
     dst = check(dst) if is_bucket(dst) else dst
     source, sequential = _open(src, part, split, labels)
     if getattr(source, "masks", False):
-        raise UserError(f"{src} has masks for labels, which records do not hold")
+        raise UserError(
+            f"{src} has masks for labels, which records do not hold: train on it as it is"
+        )
     total = len(source) if isinstance(source, Sized) else examples
     if total is None:
         raise UserError(f"{src} is endless: say how many --examples to take")

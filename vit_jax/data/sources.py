@@ -17,6 +17,8 @@ from vit_jax.data.forms.fractals import open_fractals
 from vit_jax.data.forms.hub import hub, hub_splits
 from vit_jax.data.forms.idx import idx, idx_splits
 from vit_jax.data.forms.listed import table, table_splits
+from vit_jax.data.forms.pair_layouts import is_layout
+from vit_jax.data.forms.pairs import pairs, pairs_splits
 from vit_jax.data.forms.records import record_splits, records
 from vit_jax.data.forms.scenes import scenes
 from vit_jax.data.forms.tfds import prepared, tfds
@@ -33,8 +35,9 @@ class Source(Protocol):
     without `__len__` is endless. Sources are pickled for worker processes, so they must be small.
 
     Optional attributes: with `multi_label` True, images have any number of labels, and `label` is
-    a tuple of ints. With `masks` True, there is a class for each pixel: images are pixels, not
-    files, and `label` is int32 [h w]. With `in_bucket` True, many examples are read at once, as
+    a tuple of ints. With `masks` True, there is a class for each pixel: `label` is uint8 [h w],
+    255 for none; `mask_size(i)` is its (h, w) without decoding it, and `palette` may have the
+    colours (r, g, b) of classes. With `in_bucket` True, many examples are read at once, as
     each takes its time. `passed_over` is a `files.PassedOver`: the files skipped.
     """
 
@@ -55,6 +58,7 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "digits": digits,
     "arrays": arrays,
     "folder": folder,
+    "pairs": pairs,
     "tar": tar,
     "zip": tar,
     "table": table,
@@ -92,7 +96,7 @@ def open_source(spec: str, split: str = "train") -> Source:
 
 # Sources with a path as argument, and those where it may be one.
 _PATHS, _MAYBE_PATHS = (
-    ("folder", "tar", "zip", "arrays", "records", "table", "idx"),
+    ("folder", "pairs", "tar", "zip", "arrays", "records", "table", "idx"),
     ("tfds", "hf-data"),
 )
 
@@ -118,7 +122,7 @@ def _array_splits(path: str) -> list[str]:
 
 
 def _tfds_splits(argument: str) -> list[str]:
-    name = argument.partition(",label=")[0]
+    name = re.sub(r"(,\w+=[^,]*)+$", "", argument)
     path = name.rstrip("/")
     found = prepared(f"tfds:{argument}", name, path if storage.is_folder(path) else None)
     return list(found.info.splits)
@@ -138,6 +142,7 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "records": record_splits,
     "tfds": _tfds_splits,
     "folder": folder_splits,
+    "pairs": pairs_splits,
     "tar": tar_splits,
     "zip": tar_splits,
     "table": table_splits,
@@ -175,7 +180,9 @@ def understood(spec: str) -> str:
         return spec
     if record_splits(spec):
         return f"records:{spec}"
-    return f"{'tfds' if storage.is_file(f'{spec}/dataset_info.json') else 'folder'}:{spec}"
+    if storage.is_file(f"{spec}/dataset_info.json"):
+        return f"tfds:{spec}"
+    return f"{'pairs' if is_layout(spec) else 'folder'}:{spec}"
 
 
 def open_splits(spec: str, split: str | None = None) -> dict[str, Source | UserError]:

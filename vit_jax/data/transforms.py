@@ -8,15 +8,15 @@ from typing import Any
 import cv2
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, UInt8
 
 from vit_jax.data.images import MAX_PIXELS, BadImage, Image, check_jpeg, read_image
+from vit_jax.data.masks import Mask
 from vit_jax.data.native import cut, native_grid
 from vit_jax.errors import UserError, nearest
 
 Pixels = UInt8[np.ndarray, "_h _w _c"] | Float32[np.ndarray, "_h _w _c"]  # of 0 to 255
 Pixels5 = UInt8[np.ndarray, "5 _h _w _c"] | Float32[np.ndarray, "5 _h _w _c"]
-Mask = Int32[np.ndarray, "_h _w"]  # a class for each pixel
 
 _CV2 = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
 _PILLOW = {
@@ -64,7 +64,7 @@ def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
         (2 * np.arange(new) + 1) * old // (2 * new)
         for old, new in zip(mask.shape, size, strict=True)
     )
-    return mask[rows[:, None], columns]
+    return mask.take(rows, axis=0).take(columns, axis=1)
 
 
 def random_crop(
@@ -85,8 +85,13 @@ def centre_crop(image: Pixels | Mask, size: tuple[int, int], down: bool = False)
     pixel beside.
     """
     spare = [old - new for old, new in zip(image.shape[:2], size, strict=True)]
-    top, left = (n // 2 if down else round(n / 2) for n in spare)
+    top, left = centre(spare, down)
     return image[top : top + size[0], left : left + size[1]]
+
+
+def centre(spare: Sequence[int], down: bool = False) -> tuple[int, ...]:
+    """The (top, left) of the middle, of the pixels to spare in each direction."""
+    return tuple(n // 2 if down else round(n / 2) for n in spare)
 
 
 def to_channels(image: Image, channels: int) -> UInt8[np.ndarray, "h w {channels}"]:
@@ -191,7 +196,12 @@ class InceptionCrop:
 
 def flip(image: Image, random: np.random.Generator) -> Image:
     """Mirrors left and right, half of the time."""
-    return cv2.flip(image, 1).reshape(image.shape) if random.random() < 0.5 else image
+    return mirrored(image) if random.random() < 0.5 else image
+
+
+def mirrored(image: Image | Mask) -> Image | Mask:
+    """Left is right."""
+    return cv2.flip(image, 1).reshape(image.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +301,7 @@ class Preprocess:
         With a generator, it is cut out of the resized image anywhere, not from the centre (see
         `random_crop`). With `max_patches`, it is the whole image, of its own size.
         """
-        image = self._whole(image)
+        image = self.resized(image)
         if self.max_patches is not None:
             return image
         if random is not None:
@@ -325,7 +335,7 @@ class Preprocess:
 
     def five_crops(self, image: Image) -> Pixels5:
         """The centre, as `pixels` cuts it, and the four corners of the resized image."""
-        image, (h, w) = self._whole(image), self.image_size
+        image, (h, w) = self.resized(image), self.image_size
         bottom, right = image.shape[0] - h, image.shape[1] - w
         corners = [
             image[top : top + h, left : left + w] for top in (0, bottom) for left in (0, right)
@@ -339,10 +349,19 @@ class Preprocess:
             return False
         return self.aspect != "squash" or self._resized(1, 1) != tuple(self.image_size)
 
-    def _whole(self, image: Image) -> Pixels:
-        """The image with the model's channels, resized, before anything is cut out of it."""
-        image = to_channels(image, self.in_channels)
+    def resized(self, image: Image, factor: float = 1.0) -> Pixels:
+        """The image with the model's channels, before anything is cut out of it.
+
+        It has the size to which images are resized, times a factor.
+        """
         size = self._resized(*image.shape[:2])
+        if factor != 1:
+            size = tuple(max(1, round(side * factor)) for side in size)
+        return self.to_size(image, size)
+
+    def to_size(self, image: Image, size: tuple[int, int]) -> Pixels:
+        """The image with the model's channels, resized to (h, w)."""
+        image = to_channels(image, self.in_channels)
         if size[0] * size[1] > MAX_PIXELS:
             h, w, _ = image.shape
             raise BadImage(f"{h} x {w} pixels would become {size[0]} x {size[1]}")
@@ -352,11 +371,6 @@ class Preprocess:
         if self.resize_dtype == "truncated":
             image = image.clip(0, 255).astype(np.uint8)
         return image
-
-    def mask(self, mask: Mask) -> Mask:
-        """Brings the mask of an image to the model's size, as `pixels` does without a generator."""
-        mask = resize_mask(mask, self._resized(*mask.shape))
-        return centre_crop(mask, self.image_size, down=self.aspect == "small")
 
     @property
     def pixel_dtype(self) -> str:
@@ -381,6 +395,18 @@ class Preprocess:
             return int(box_w * h / w), box_w
         ratio = min(h / box_h, w / box_w)  # timm's ResizeKeepRatio, which rounds
         return round(h / ratio), round(w / ratio)
+
+    def covering(self, h: int, w: int, *, own: bool) -> tuple[int, int]:
+        """The least (h, w) of the same shape that the model's size fits into, for windows of it.
+
+        Args:
+          own: whether an image that is large enough keeps its size.
+        """
+        box_h, box_w = self.image_size
+        if own and h >= box_h and w >= box_w:
+            return h, w
+        factor = max(box_h / h, box_w / w)
+        return max(box_h, round(h * factor)), max(box_w, round(w * factor))
 
     def normalise(self, pixels: Any) -> Any:
         """Maps pixels [... c] of 0 to 255 to the floats that the model takes.

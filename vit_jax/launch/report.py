@@ -83,14 +83,14 @@ def title(folders: Sequence[str]) -> str:
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:
-    """The metric to compare runs by: val/mAP or val/accuracy, else another of val, else one of an
-    evaluator, else train/loss."""
+    """The metric to compare runs by: val/mAP, val/accuracy or val/miou, else another of val, else
+    one of an evaluator, else train/loss."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     names = [name for name in names if not name.endswith("_std")]
     val = [name for name in names if name.startswith("val/")]
     others = [name for name in names if name.split("/")[0] not in ("train", "val", "test")]
     accuracies = [name for name in val if not lower_is_better(name)]
-    ordered = ["val/mAP", "val/accuracy", *accuracies, *val, *others, "train/loss"]
+    ordered = ["val/mAP", "val/accuracy", "val/miou", *accuracies, *val, *others, "train/loss"]
     return next((name for name in ordered if name in names), None)
 
 
@@ -254,14 +254,17 @@ def _best(run: Run, metric: str) -> str:
 
 
 def curve_names(report: Report) -> list[str]:
-    """The metrics to plot: those that change in a run, the most important first."""
+    """The metrics to plot: those that change in a run, the most important first.
+
+    Those of single classes are left out.
+    """
     names = dict.fromkeys(
         name
         for run in report.runs
         for name, points in run.curves.items()
         if len({value for _, value in points}) > 1
     )
-    names = [name for name in names if not name.endswith(_NO_CURVE)]
+    names = [name for name in names if not name.endswith(_NO_CURVE) and "/iou/" not in name]
     order = ["val", "", "train"]  # evaluators have names of their own
 
     def place(name: str) -> tuple[bool, int, bool]:

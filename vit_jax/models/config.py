@@ -12,7 +12,7 @@ from vit_jax.models.relative import RelativeBias
 from vit_jax.models.rotary import Rotary
 
 CHOICES = {
-    "pool": ("token", "gap", "map", "token_gap"),
+    "pool": ("token", "gap", "map", "token_gap", "none"),
     "distillation": ("none", "token", "head"),
     "position": (
         *("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "relative_bias"),
@@ -60,7 +60,11 @@ class ViTConfig:
       num_heads: attention heads, which divide `width`.
       num_classes: outputs of the head; 0 is a model that outputs the pooled representation.
       pool: what the head reads: the class token, the mean of the patch tokens (`gap`), an attention
-        pooling head over them (`map`), or the first two concatenated (`token_gap`, DINOv2's).
+        pooling head over them (`map`), the first two concatenated (`token_gap`, DINOv2's), or each
+        patch token by itself (`none`), for outputs [b gh gw num_classes], as in segmentation.
+      pyramid: with pool `none`, channels of a feature pyramid between patches and head, whose
+        outputs are then of a quarter of a patch (ViTDet, arXiv 2203.16527); None is a linear head
+        alone.
       class_token: whether there is a class token; None is where `pool` reads it.
       distillation: DeiT's distillation token: `token`, or `head` with a head of its own, averaged
         with the other.
@@ -94,6 +98,8 @@ class ViTConfig:
         before them (Swin v2's res-post-norm, arXiv 2111.09883; EVA-02's enormous CLIP).
       parallel: whether attention and MLP of a block read the same normalised tokens, and their sum
         is one branch (ViT-22B, arXiv 2302.05442).
+      branches: how many blocks run on the same tokens, to which they add their attentions, and then
+        their MLPs (arXiv 2203.09795): a depth of 36 with 2 is timm's 18x2.
       layer_scale: initial scale of each residual branch (CaiT); None is no scale.
       mlp_scale: whether the branch of the MLP has such a scale, too; in Sapiens 2 it has not.
       patch_norm: whether a norm is between the patch embedding and the positions (AIMv2).
@@ -140,6 +146,7 @@ class ViTConfig:
     num_heads: int = 12
     num_classes: int = 1000
     pool: str = "token"
+    pyramid: int | None = None
     class_token: bool | None = None
     distillation: str = "none"
     registers: int = 0
@@ -158,6 +165,7 @@ class ViTConfig:
     layernorm_eps: float = 1e-6
     norm_after_branch: bool = False
     parallel: bool = False
+    branches: int = 1
     layer_scale: float | None = None
     mlp_scale: bool = True
     patch_norm: bool = False
@@ -190,8 +198,8 @@ class ViTConfig:
         if self.resnet is not None:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
-        smallest |= dict(registers=0, patch_outputs=0)
-        for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches"):
+        smallest |= dict(registers=0, patch_outputs=0, branches=1)
+        for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches", "pyramid"):
             if getattr(self, name) is not None:
                 smallest[name] = 1
         if self.position_prefix is not None:
@@ -237,6 +245,7 @@ class ViTConfig:
                 f"{self.position!r} goes with 'input' alone"
             )
         _check_native(self)
+        _check_branches(self)
         _check_relative_bias(self)
         if self.biases_logits and self.attention == "cudnn":
             name = "position 'relative'" if self.relative_bias is None else "relative_bias"
@@ -267,7 +276,22 @@ class ViTConfig:
             raise UserError(
                 "model.key_bias is false, and so is model.qkv_bias: set only the latter"
             )
-        whole = {"position": self.biases_logits, "position_at": self.position_at != "input"}
+        if self.pool == "none" and self.representation_size:
+            raise UserError(
+                "model.pool 'none' has a linear head on the patches, and no representation_size: "
+                "set model.representation_size to None"
+            )
+        if self.pyramid and (self.pool != "none" or self.width % 4 or min(self.grid) < 2):
+            raise UserError(
+                "model.pyramid is for pool 'none', a width of 4, 8, 12, ... and at least 2x2 "
+                f"patches, found pool {self.pool!r}, width {self.width} and "
+                f"{self.grid[0]}x{self.grid[1]} patches: set model.pyramid to None"
+            )
+        whole = {
+            "pool": self.pool == "none",
+            "position": self.biases_logits,
+            "position_at": self.position_at != "input",
+        }
         for name, needed in (whole | {"patch_outputs": self.patch_outputs > 0}).items():
             if needed and self.patch_dropout:
                 what = f"{name} {getattr(self, name)!r}"
@@ -468,6 +492,22 @@ def _check_differential(config: ViTConfig) -> None:
         raise UserError(f"model.differential does not go with {what}: change one of them")
 
 
+def _check_branches(config: ViTConfig) -> None:
+    """Raises a UserError for what has no place in blocks that run on the same tokens."""
+    if config.depth % config.branches:
+        raise UserError(
+            f"model.depth {config.depth} does not divide into layers of {config.branches} blocks "
+            "(model.branches): change one of them"
+        )
+    without = {"position_at": config.position_at != "input", "differential": config.differential}
+    for name, there in without.items():
+        if there and config.branches > 1:
+            raise UserError(
+                f"model.branches does not go with model.{name} {getattr(config, name)!r}: change "
+                "one of them"
+            )
+
+
 def _check_native(config: ViTConfig) -> None:
     """Sets the default of `native_resize` with `max_patches`."""
     if config.native_resize is None and config.max_patches is not None:
@@ -483,6 +523,7 @@ def _check_native(config: ViTConfig) -> None:
         "patch_outputs": (0,),
         "relative_bias": (None,),
         "differential": (False,),
+        "pool": ("token", "gap", "map", "token_gap"),
     }
     for name, values in possible.items():
         if config.max_patches is not None and getattr(config, name) not in values:

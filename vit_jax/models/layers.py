@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -292,48 +294,73 @@ class Block(nnx.Module):
         if config.position_at == "layers":
             positions.add_tables(self, config, rngs)
 
-    def __call__(
+    def attended(
         self,
         x: Float[Array, "b n d"],
-        *,
-        depth_fraction: float | Float[Array, ""] = 0.0,
-        key: Key[Array, ""] | None = None,
-        captures: Captures | None = None,
-        length: int | None = None,
-        rotation: Float[Array, "*b n c"] | None = None,
-        logits_bias: Float[Array, "#b #h #m l"] | None = None,
-        counts: Int[Array, " b"] | None = None,
+        keys: list[Key[Array, ""] | None],
+        depth_fraction: float | Float[Array, ""],
+        captures: Captures | None,
+        **how: Any,
     ) -> Float[Array, "b n d"]:
-        """Runs the block on tokens, or, with `length`, attending only to the first `length`.
-
-        `depth_fraction` is 0 in the first block and 1 in the last: it scales drop_path. `rotation`
-        is the table of rotary positions. `logits_bias` is added to the logits of attention, where
-        cuDNN is given `counts`.
-        """
-        attention_key, hidden_key, mlp_key, *path_keys = split_key(key, 5)
-        after = self.config.norm_after_branch
-
-        def branch(y, norm, scale, dropout_key, path_key):
-            y = dropout(y, self.config.dropout, dropout_key)
-            y = norm(y) if after else y
-            if scale is not None:  # LayerScale, arXiv 2103.17239
-                y = y * scale[...].astype(y.dtype)
-            if self.config.drop_path == 0:
-                return y
-            return drop_path(y, self.config.drop_path * depth_fraction, path_key)
-
-        scale1, scale2 = getattr(self, "scale1", None), getattr(self, "scale2", None)
+        """The branch of attention, with `parallel` also the MLP's; `how` is for the attention."""
+        attention_key, hidden_key, _, path_key, _ = keys
         index = depth_fraction * (self.config.depth - 1)
-        given = dict(length=length, rotation=rotation, index=index)
-        given |= dict(logits_bias=logits_bias, counts=counts)
-        y = self.attention(x if after else self.norm1(x), captures, **given)
+        x = x if self.config.norm_after_branch else self.norm1(x)
+        y = self.attention(x, captures, index=index, **how)
         if self.config.parallel:
-            y = y + self.mlp(self.norm1(x), hidden_key)
-            return x + branch(y, None, scale1, attention_key, path_keys[0])
-        x = x + branch(y, self.norm1, scale1, attention_key, path_keys[0])
-        y = self.mlp(x if after else self.norm2(x), hidden_key)
-        x = x + branch(y, self.norm2, scale2, mlp_key, path_keys[1])
+            y = y + self.mlp(x, hidden_key)
+        return self._ended(y, "1", attention_key, depth_fraction, path_key)
+
+    def transformed(
+        self,
+        x: Float[Array, "b n d"],
+        keys: list[Key[Array, ""] | None],
+        depth_fraction: float | Float[Array, ""],
+    ) -> Float[Array, "b n d"]:
+        """The branch of the MLP."""
+        _, hidden_key, mlp_key, _, path_key = keys
+        y = self.mlp(x if self.config.norm_after_branch else self.norm2(x), hidden_key)
+        return self._ended(y, "2", mlp_key, depth_fraction, path_key)
+
+    def _ended(self, y, name, key, depth_fraction, path_key):
+        y = dropout(y, self.config.dropout, key)
+        y = getattr(self, f"norm{name}")(y) if self.config.norm_after_branch else y
+        if hasattr(self, f"scale{name}"):  # LayerScale, arXiv 2103.17239
+            y = y * getattr(self, f"scale{name}")[...].astype(y.dtype)
+        if self.config.drop_path == 0:
+            return y
+        return drop_path(y, self.config.drop_path * depth_fraction, path_key)
+
+
+def run_blocks(
+    blocks: list[Block],
+    x: Float[Array, "b n d"],
+    *,
+    depth_fraction: float | Float[Array, ""] = 0.0,
+    key: Key[Array, ""] | None = None,
+    captures: Captures | None = None,
+    **how: Any,
+) -> Float[Array, "b n d"]:
+    """Runs a block on tokens, or several on the same ones (`branches`, arXiv 2203.09795).
+
+    `depth_fraction` is 0 in the first blocks and 1 in the last: it scales drop_path. `how` are
+    arguments of the attention: the `length` of the tokens that are attended to, the `rotation`, and
+    what is added to logits, `logits_bias`, where cuDNN is given `counts`.
+    """
+    own = [key] if len(blocks) == 1 else split_key(key, len(blocks))
+    keys = [split_key(each, 5) for each in own]
+    heads = [Captures(captures.names if captures else ()) for _ in blocks]
+    each = list(zip(blocks, keys, heads, strict=True))
+    x = x + _sum(block.attended(x, keys, depth_fraction, seen, **how) for block, keys, seen in each)
+    if captures is not None:
+        captures("attention", lambda: jnp.concatenate([h.values["attention"] for h in heads], 1))
+    if blocks[0].config.parallel:
         return x
+    return x + _sum(block.transformed(x, keys, depth_fraction) for block, keys, _ in each)
+
+
+def _sum(parts: Iterable[Float[Array, "b n d"]]) -> Float[Array, "b n d"]:
+    return functools.reduce(operator.add, parts)
 
 
 class AttentionPool(nnx.Module):

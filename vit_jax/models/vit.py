@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from vit_jax.compiler import target
-from vit_jax.models import attention, elementwise, layers, native, positions, resnet
+from vit_jax.models import attention, elementwise, layers, native, positions, pyramid, resnet
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.corruption import Corruption
 from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
@@ -49,6 +49,8 @@ class ViT(nnx.Module):
         if config.pool == "map":
             self.attention_pool = layers.AttentionPool(config, rngs=rngs)
         pooled = width * (2 if config.pool == "token_gap" else 1)
+        if config.pyramid:
+            self.pyramid, pooled = pyramid.Pyramid(config, rngs=rngs), config.pyramid
         if config.representation_size:
             self.pre_logits = nnx.Linear(pooled, config.representation_size, dtype=dtype, rngs=rngs)
         if config.num_classes:
@@ -73,7 +75,7 @@ class ViT(nnx.Module):
         layout: Layout | None = None,
         frozen: int = 0,
     ) -> Float[Array, "b *k"] | tuple[Float[Array, "b *k"], dict[str, Any]]:
-        """Classifies images, or predicts corrupted patches.
+        """Classifies images or, with pool `none`, their patches, or predicts corrupted patches.
 
         Args:
           images: normalised as the model's preprocessing says, of exactly `config.image_size`;
@@ -83,15 +85,18 @@ class ViT(nnx.Module):
           capture: names of intermediates to return with the logits: `patches` [b n d], `tokens`
             after each block [depth b n d], `attention` weights [depth b heads n n] (float32),
             `encoded` [b n d], `pooled` [b p], and `pre_logits` [b r], the head's input, which is
-            `pooled` without a representation_size.
+            `pooled` without a representation_size. With `branches`, blocks that run on the same
+            tokens are one of the depth, and have the heads of all. With pool `none` both of the
+            last are [b gh gw d].
           corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: the sharding on a mesh (see training/sharding.py).
           frozen: the number of first blocks of which no gradient is computed.
 
         Returns:
-          Logits [b num_classes] in float32 (the representation, where num_classes is 0), or the
-          predictions for corrupted patches [b m patch_outputs]; with `capture`, also a dict of the
-          named arrays.
+          Logits [b num_classes] in float32 (the representation, where num_classes is 0), with pool
+          `none` of each patch [b gh gw num_classes] (with a pyramid of each quarter, [b 4gh 4gw
+          num_classes]), or the predictions for corrupted patches [b m patch_outputs]; with
+          `capture`, also a dict of the named arrays.
 
         Raises:
           UserError: the images have another size or number of channels.
@@ -144,6 +149,8 @@ class ViT(nnx.Module):
             x = self.norm(x)
         captures("pooled", lambda: x)
 
+        if config.pyramid:
+            x = self.pyramid(x)
         if config.representation_size:  # the hidden layer of the pre-training head
             x = jnp.tanh(self.pre_logits(x))
         captures("pre_logits", lambda: x)
@@ -219,12 +226,15 @@ class ViT(nnx.Module):
 
     def pooled(
         self, x: Float[Array, "b n d"], sizes: native.Sizes | None = None
-    ) -> tuple[Float[Array, "b p"], Float[Array, "b d"] | None]:
+    ) -> tuple[Float[Array, "b *p"], Float[Array, "b d"] | None]:
         """The head's input (the class token in Eq. 4), and that of `head_dist`, if there is one."""
         config = self.config
         x_dist = x[:, 1] if config.distillation == "head" else None
         if config.pool == "token":
             return x[:, 0], x_dist
+        if config.pool == "none":  # each patch, at its place
+            x = x[:, config.num_prefix_tokens :]
+            return x.reshape(x.shape[0], *config.grid, x.shape[-1]), None
         if config.pool == "map":
             first = 0 if config.pool_prefix else config.num_prefix_tokens
             bias = None if sizes is None else sizes.bias[..., first:]
@@ -265,7 +275,8 @@ class ViT(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Runs the blocks, scanned or looped over, on the same stacked parameters."""
         graphdef, stacked = nnx.split(self.blocks)
-        depth, at = self.config.depth, self.config.position_at
+        at, beside = self.config.position_at, self.config.branches
+        depth = self.config.depth // beside
         shared = self.positions() if at == "layers_shared" else None
         logits_bias = None if sizes is None else sizes.bias
         if hasattr(self, "relative_bias"):
@@ -290,12 +301,16 @@ class ViT(nnx.Module):
         folded = functools.partial(layers.folded, norms=not other)
 
         def body(x, params, index):
-            params = folded(params) if fold and not fold_before else params
-            block, inner = nnx.merge(graphdef, params), Captures(captures.names)
+            each = [params]
+            if beside > 1:
+                each = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(beside)]
+            each = map(folded, each) if fold and not fold_before else each
+            blocks, inner = [nnx.merge(graphdef, own) for own in each], Captures(captures.names)
             if at != "input":
-                added = positions.composed(block, self.config) if shared is None else shared
+                added = positions.composed(blocks[0], self.config) if shared is None else shared
                 x = x + pad(added.astype(x.dtype))
-            x = block(
+            x = layers.run_blocks(
+                blocks,
                 x,
                 depth_fraction=index / max(depth - 1, 1),
                 key=None if key is None else jax.random.fold_in(key, index),
@@ -311,8 +326,12 @@ class ViT(nnx.Module):
         stacked = nnx.to_pure_dict(stacked)
         if fold and fold_before:
             stacked = jax.vmap(folded)(stacked)
+        if beside > 1:  # blocks that run on the same tokens are one layer
+            stacked = jax.tree.map(
+                lambda leaf: leaf.reshape(depth, beside, *leaf.shape[1:]), stacked
+            )
         x, captured = run_block(
-            body, pad(x), stacked, self.config, layout, depth=depth, frozen=frozen
+            body, pad(x), stacked, self.config, layout, depth=depth, frozen=frozen // beside
         )
         captures.values.update(captured)
         return x[:, :length]

@@ -21,6 +21,7 @@ from vit_jax.training.optim import Group, OptimConfig
 from vit_jax.training.selection import Metric, StopConfig
 from vit_jax.training.sharding import MeshConfig
 
+WINDOWS = ("none", "scaled", "own")
 DURATIONS = ("total_steps", "total_epochs", "total_examples")
 SIDES = ("model.image_size", "model.patch_size")  # (h, w), or one number, which means square
 # Fields that may change when a run is resumed; all others decide what it computes.
@@ -64,6 +65,10 @@ class EvalConfig:
       crops: how many crops of an image to classify: 1, or 5, the centre and the corners; with
         `flip`, each mirrored as well. They differ where images are resized to more than the model's
         size: by `crop` below 1, or by `aspect`.
+      windows: for segmentation, how large images are seen: `none`, whole, resized to the model's
+        size; or in windows of the model's size, of images of their own shape that are `scaled` to
+        cover it, or of their `own` size. Where windows overlap their logits are averaged.
+      stride: the distance from one window to the next, in windows.
       evaluators: further evaluations, each a section under a name of its own.
     """
 
@@ -71,12 +76,18 @@ class EvalConfig:
     batch_size: int | None = None
     flip: bool = False
     crops: int = 1
+    windows: str = "none"
+    stride: float = 2 / 3
     evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.crops not in (1, 5):
             hint = "; ten are crops=5 with flip=True" if self.crops == 10 else ""
             raise UserError(f"eval.crops is {self.crops}; expected 1 or 5{hint}")
+        if self.windows not in WINDOWS:
+            raise UserError(f"eval.windows is {self.windows!r}; {nearest(self.windows, WINDOWS)}")
+        if not 0 < self.stride <= 1:
+            raise UserError(f"eval.stride is {self.stride}; expected a number in (0, 1]")
         for name in self.evaluators:
             if not name.isidentifier() or name in ("train", "val", "test"):
                 raise UserError(
@@ -156,8 +167,8 @@ class Config:
       total_examples: length of the run in images.
       init_from: weights to start from: anything that `vit_jax.load` reads, such as a run folder.
       objective: the loss: `softmax`, `sigmoid` for images with several labels, `distill` to learn
-        from another model (section `distill`), or masked patch prediction of the mean colour, of
-        4x4 pixels or of all pixels of a patch.
+        from another model (section `distill`), `segmentation` for masks, the class of each pixel,
+        or masked patch prediction of the mean colour, of 4x4 pixels or of all pixels of a patch.
       precision: dtype of the computation; parameters are always float32.
     """
 
@@ -217,6 +228,18 @@ class Config:
         if self.stop.patience and self.stop.metric is None and self.checkpoint.best is None:
             raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
         self.distill.check(self.objective, self.augment)
+        if self.segments:
+            self._check_segmentation()
+        elif self.eval.windows != "none":
+            raise UserError(
+                f"eval.windows is {self.eval.windows}, and objective {self.objective} is of whole "
+                "images: leave it out"
+            )
+        elif self.augment.dice:
+            raise UserError(
+                f"augment.dice is for masks, which objective {self.objective} does not learn: set "
+                "--config.objective=segmentation, or leave it out"
+            )
         if not self.classifies:
             self._check_masked()
         elif (name := self.eval.views) and not self._evaluates_classes():
@@ -242,6 +265,19 @@ class Config:
             raise UserError(
                 f"data.train.repeats is {repeats}, as large as batch_size: mixup and cutmix would "
                 "mix an image with itself"
+            )
+
+    def _check_segmentation(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self.augment, name):
+                raise UserError(
+                    f"augment.{name} mixes the labels of whole images, and objective segmentation "
+                    "has masks: set it to 0"
+                )
+        if name := self.eval.views:
+            raise UserError(
+                f"eval.{name} averages what a model says of whole images, and objective "
+                "segmentation tells the class of each pixel: leave it out"
             )
 
     def _check_masked(self) -> None:
@@ -272,6 +308,11 @@ class Config:
     def classifies(self) -> bool:
         """Whether the objective is about classes; masked patch prediction reads no labels."""
         return OBJECTIVES[self.objective].probabilities is not None
+
+    @property
+    def segments(self) -> bool:
+        """Whether the objective is about the class of each pixel."""
+        return OBJECTIVES[self.objective].masks
 
     def check_trains(self) -> None:
         """Raises a UserError for a config that can only evaluate."""

@@ -33,7 +33,11 @@ from vit_jax.training.trainable import trainable
 logger = logging.getLogger(__name__)
 PERIOD = 30.0  # seconds between two lines of progress where there is no bar
 # The training metrics that progress shows, and their names in a bar.
-SHOWN = {"train/loss": "loss", "train/accuracy": "acc", "images_per_second": "img/s"}
+SHOWN = {
+    **{"train/loss": "loss", "train/accuracy": "acc", "train/pixel_accuracy": "acc"},
+    "images_per_second": "img/s",
+}
+_CLASSES = 12  # at most, of which the intersection over union is shown
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
@@ -268,13 +272,26 @@ def shown() -> Iterator[None]:
 
 
 def measured(values: Mapping[str, int | float]) -> list[str]:
-    """A line for each split or evaluator: "val accuracy 0.9721, top5 0.9989, loss 0.1021"."""
-    lines: dict[str, list[str]] = {}
+    """A line for each split or evaluator: "val accuracy 0.9721, top5 0.9989, loss 0.1021".
+
+    Of the metrics of each class, val/iou/NAME, there is one as well, with the lowest ones.
+    """
+    lines: dict[str, dict[str, int | float]] = {}
     for name, value in values.items():
-        split, _, metric = name.rpartition("/")
-        if split and split != "train":
-            lines.setdefault(split, []).append(f"{metric} {_number(value)}")
-    return [f"{split} {', '.join(found)}" for split, found in lines.items()]
+        split, _, metric = name.partition("/")
+        if metric.startswith("iou/"):
+            split, metric = f"{split} iou", metric.removeprefix("iou/")
+        if metric and split != "train":
+            lines.setdefault(split, {})[metric] = value
+    for split, found in lines.items():
+        if split.endswith(" iou") and len(found) > _CLASSES:
+            lowest = sorted(found, key=found.__getitem__)[:_CLASSES]
+            lines[split] = {name: found[name] for name in lowest}
+            lines[split][f"... of {len(found)} classes, the highest"] = max(found.values())
+    return [
+        f"{split} {', '.join(f'{name} {_number(value)}' for name, value in found.items())}"
+        for split, found in lines.items()
+    ]
 
 
 def evaluated(model: epath.PathLike, results: Mapping[str, int | float]) -> list[str]:
@@ -297,7 +314,8 @@ def finished(
     next_ = [["vit-jax", "evaluate", f"--workdir={workdir}"]] if len(lines) > 2 else []
     commands = [shlex.join(command) for command in next_]
     if config.classifies:
-        commands.append(f"{shlex.join(['vit-jax', 'predict', f'--model={workdir}'])} IMAGE")
+        out = ["--out=masks"] if config.segments else []
+        commands.append(f"{shlex.join(['vit-jax', 'predict', f'--model={workdir}', *out])} IMAGE")
     return [*lines, "next:", *(f"  {command}" for command in commands)]
 
 

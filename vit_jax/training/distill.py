@@ -52,12 +52,17 @@ class DistillConfig:
         square.
       weight: the share of the teacher's loss; the rest is that of the labels. 1 is the teacher
         alone (arXiv 2106.05237).
+      only: patterns of the keys to read of a teacher's file that holds more than one model, such as
+        `model_ema.*`, in which * is any text.
+      ignore: patterns of keys to leave out of it.
     """
 
     teacher: str | None = None
     kind: str = "soft"
     temperature: float = 1.0
     weight: float = 0.5
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -128,6 +133,11 @@ class Teacher:
         name, card = f"distill.teacher {settings.teacher}", opened.card
         if not card.labels:
             raise UserError(f"{name} has no classes: name a model that was trained to classify")
+        if OBJECTIVES[card.objective].masks:
+            raise UserError(
+                f"{name} is of objective {card.objective}, which tells classes of pixels: name a "
+                "model that was trained to classify"
+            )
         if OBJECTIVES[card.objective].multi_label:
             raise UserError(
                 f"{name} is of objective {card.objective}, which answers each class by itself: "
@@ -282,7 +292,7 @@ def matched(
 
 def open_teacher(
     settings: DistillConfig,
-    opens: Callable[[str], Opened],
+    opens: Callable[..., Opened],
     workdir: epath.PathLike | None = None,
 ) -> Opened | None:
     """Opens the teacher, if there is one.
@@ -302,7 +312,7 @@ def open_teacher(
         if record["teacher"] == where and epath.Path(record["place"]).exists():
             where = record["place"]
     try:
-        return opens(where)
+        return opens(where, only=settings.only, ignore=settings.ignore)
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from None
 

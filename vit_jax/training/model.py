@@ -46,19 +46,50 @@ def model_config(
         raise UserError(
             f"model.lora adapts a trained Vision Transformer, and {found}: set it to None"
         )
+    if base is None and name is None:
+        raise UserError("model.variant is not set: name one such as B/16, or an init_from")
+    if config.segments:
+        kind = type(base) if base else variant_kind(variant_fields(name))
+        fields = {**_of_masks(kind, base), **fields}
     if base is None:
-        if name is None:
-            raise UserError("model.variant is not set: name one such as B/16, or an init_from")
         model = variant(name, **fields)
     else:
         base = base if keep_head else base.with_fresh_head(num_classes)
         model = _changed(base, name, fields)
+    _check_pool(config, model)
     return _with_patch_outputs(config, model)
+
+
+def _of_masks(kind: type[ModelConfig], base: ModelConfig | None) -> dict[str, Any]:
+    """Fields of a model that tells the class of each patch; its class token, if any, stays."""
+    if kind is not ViTConfig:
+        raise UserError(
+            "objective segmentation has a head on each patch of a Vision Transformer, and the "
+            "model is a ResNet: take a ViT or a hybrid, such as R50+B/16"
+        )
+    return {"pool": "none"} | ({} if base is None else {"class_token": base.has_class_token})
+
+
+def _check_pool(config: Config, model: ModelConfig) -> None:
+    """Raises a UserError if the head reads each patch, and the objective is another; or not."""
+    pool = getattr(model, "pool", None)
+    if config.segments and pool != "none":
+        raise UserError(
+            f"model.pool is {pool!r}, but objective segmentation has a head on each patch: leave "
+            "model.pool out"
+        )
+    if pool == "none" and config.classifies and not config.segments:
+        raise UserError(
+            f"model.pool is 'none', a head on each patch, but objective {config.objective} is of "
+            "whole images: set --config.model.pool=gap (or token, where there is a class token), "
+            "or --config.objective=segmentation"
+        )
 
 
 def same_head(model: ModelConfig, base: ModelConfig) -> bool:
     """Whether the heads of two models have the same shapes, and the same inputs."""
     names = ("num_classes", "representation_size", "pool", "norm_after_pool", "distillation")
+    names += ("pyramid",)
     return all(getattr(model, name, None) == getattr(base, name, None) for name in names)
 
 

@@ -35,6 +35,8 @@ class Augment:
         or a number for each class, in order, such as "1,1,4". None is the same for all.
       focal: gamma of the focal loss (arXiv 1708.02002), which weighs down what is predicted well
         already; 0 is off.
+      dice: weight of the soft Dice loss (arXiv 1606.04797), which objective segmentation then adds
+        to the cross-entropy: of each image, the mean over the classes in its mask; 0 is off.
     """
 
     mixup: float = 0.0
@@ -46,13 +48,14 @@ class Augment:
     label_smoothing: float = 0.0
     class_weights: str | None = None
     focal: float = 0.0
+    dice: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"augment.label_smoothing is {self.label_smoothing}; not in [0, 1)")
         if self.class_weights is not None:
             _read_weights(self.class_weights)
-        for name in ("mixup", "cutmix", "focal"):
+        for name in ("mixup", "cutmix", "focal", "dice"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.cutmix_share <= 1:
@@ -92,11 +95,11 @@ class Augment:
 
 
 def softmax(
-    logits: Float[Array, "b k"],
-    targets: Float[Array, "b k"],
+    logits: Float[Array, "*b k"],
+    targets: Float[Array, "*b k"],
     weights: Float[Array | np.ndarray, " k"] | None = None,
     focal: float = 0.0,
-) -> Float[Array, " b"]:
+) -> Float[Array, "*b"]:
     """Softmax cross-entropy over k classes, with the weights of classes and gamma of `Augment`."""
     logits = logits.astype(jnp.float32)
     if weights is None and not focal:
@@ -122,7 +125,7 @@ def sigmoid(
     return (loss if weights is None else loss * weights).sum(axis=-1)
 
 
-def _focal(rest: Float[Array, "b k"], gamma: float) -> Float[Array, "b k"] | float:
+def _focal(rest: Float[Array, "*b k"], gamma: float) -> Float[Array, "*b k"] | float:
     # A root has no derivative at 0, where a probability is 1.
     return jnp.maximum(rest, 1e-12) ** gamma if gamma else 1.0
 

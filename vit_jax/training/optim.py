@@ -107,6 +107,8 @@ class OptimConfig:
       accumulate: gradient accumulation: the number of micro-batches in a batch.
       ema: decay of the parameters' exponential moving average, which is then evaluated and loaded
         in their place; None for none.
+      ema_warmup: whether this decay begins small, for runs of few steps: after t steps it is at
+        most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage with num_updates.
       b1: decay of the first moment of Adam and of Adafactor, which keeps none if it is 0.
       b2: decay of the second moment; for Adafactor, the upper bound of its decay 1 - step^-0.8.
       eps: added to the root of Adam's second moment; Adafactor's is 1e-30, in the squares.
@@ -135,6 +137,7 @@ class OptimConfig:
     mu_dtype: str = "float32"
     accumulate: int = 1
     ema: float | None = None
+    ema_warmup: bool = False
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -188,6 +191,11 @@ class OptimConfig:
                 raise UserError(f"optim.{field} is {getattr(self, field)}; it must be in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"optim.ema is {self.ema}; it must be in [0, 1), such as 0.9999")
+        if self.ema_warmup and self.ema is None:
+            raise UserError(
+                "optim.ema_warmup is of an average, and optim.ema is None: set optim.ema, such as "
+                "0.99, or leave ema_warmup out"
+            )
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> Callable[[Any], Any]:

@@ -19,6 +19,7 @@ from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, open_together
 from vit_jax.data import classes
 from vit_jax.data.contents import labels_of
+from vit_jax.data.masks import MOST, Palette, default_palette
 from vit_jax.data.order import Balance, Growth
 from vit_jax.data.pipeline import BatchReader
 from vit_jax.data.sources import Source
@@ -41,8 +42,8 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """The properties of the training data that a plan depends on.
 
-    `examples` is None for endless data. `multi_label` and `masks` are as in `Source`. `counts` has
-    the images of each label, if that is known without reading them.
+    `examples` is None for endless data. `multi_label`, `masks` and `palette` are as in `Source`.
+    `counts` has the images of each label, if that is known without reading them.
     """
 
     labels: tuple[str, ...]
@@ -50,6 +51,7 @@ class TrainingData:
     examples: int | None = None
     multi_label: bool = False
     masks: bool = False
+    palette: Palette | None = None
     counts: tuple[int, ...] | None = None
 
     @classmethod
@@ -62,6 +64,7 @@ class TrainingData:
             len(source) if isinstance(source, Sized) else None,
             getattr(source, "multi_label", False),
             getattr(source, "masks", False),
+            getattr(source, "palette", None),
             None
             if labels is None
             else tuple(np.bincount(labels[labels >= 0], minlength=k).tolist()),
@@ -261,6 +264,7 @@ def make_plan(
         config.objective,
         method,
         multi_label=data.multi_label and bool(labels),
+        palette=_palette(config, data, labels),
     )
     if keep_head and "head" not in config.model:
         logger.info(
@@ -279,6 +283,17 @@ def make_plan(
     )
 
 
+def _palette(config: Config, data: TrainingData, labels: tuple[str, ...]) -> Palette | None:
+    """The colours of the model's classes, if the data has any."""
+    if not config.segments or data.palette is None:
+        return None
+    colours = list(default_palette(len(labels)))  # of a kept head's other classes
+    matched = classes.match(data.labels, labels, config.data.train.classes)
+    for label, colour in zip(matched.classes, data.palette, strict=True):
+        colours[label] = colour
+    return tuple(colours)
+
+
 def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tuple[int, ...] | None:
     """The images of each of the model's classes, if augment.class_weights needs them."""
     if config.augment.class_weights is None or data.counts is None or not labels:
@@ -293,10 +308,18 @@ def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tupl
 def _check_labels(config: Config, data: TrainingData) -> None:
     """Raises a UserError if the objective cannot use the data's kind of labels."""
     name = f"data.train.source {config.data.train.source}"
-    if data.masks:
+    if data.masks != config.segments:
         raise UserError(
-            f"{name} has masks for labels, and models learn labels of whole images: masks go with "
-            "the evaluator type segmentation"
+            f"{name} has masks for labels, which objective {config.objective} does not learn: set "
+            "--config.objective=segmentation"
+            if data.masks
+            else f"{name} has no masks, which objective segmentation learns: name a source with "
+            "masks, such as scenes:digits, or leave the objective out"
+        )
+    if data.masks and len(data.labels) > MOST:
+        raise UserError(
+            f"{name} has {len(data.labels):,} classes, and masks tell at most {MOST} apart: merge "
+            "some by data.train.classes"
         )
     if data.multi_label and config.classifies and not OBJECTIVES[config.objective].multi_label:
         raise UserError(
@@ -344,9 +367,14 @@ def _labels(
 
 
 def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> Preprocess:
-    """The model's preprocessing; the same in evaluation and in `predict`."""
+    """The model's preprocessing; the same in evaluation and in `predict`.
+
+    For segmentation the whole image is seen, upright as masks are drawn.
+    """
     preprocess = base.preprocess if base else Preprocess(model.image_size, model.in_channels)
     preprocess = fitted_preprocess(preprocess, model)
+    if config.segments:
+        preprocess = dataclasses.replace(preprocess, aspect="squash", crop=1.0, exif=True)
     evaluated = config.data.val or config.data.test or config.data.train
     return evaluated.preprocess(preprocess)
 

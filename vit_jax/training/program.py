@@ -65,7 +65,7 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
     layout = make_layout(mesh, model.dtype)
     graphdef, shapes = structure(model)
     learning = trainable(optim.freeze, shapes)
-    factors = rates(optim, shapes)
+    factors = rates(optim, shapes, getattr(model, "branches", 1))
     factors = factors and tuple(learning.select(tree) for tree in factors)
     optimizer = make_optimizer(optim, schedule, whole=layout is None, rates=factors)
     optimizer = learning.optimizer(optimizer)
@@ -76,6 +76,8 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         "label": ((b, k), jnp.float32) if card.multi_label else ((b,), jnp.int32),
         "mask": ((b,), jnp.bool_),
     }
+    if config.segments:
+        batch["label"] = ((b, *card.preprocess.image_size), jnp.uint8)
     if card.preprocess.max_patches is not None:
         batch["grid"] = ((b, 2), jnp.int32)
     mixed_steps = config.augment.mixed_steps(plan.total_steps)
@@ -89,6 +91,7 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
         augment=config.augment,
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
+        ema_warmup=config.optim.ema_warmup,
         seed=config.seed,
         layout=layout,
         trainable=learning,

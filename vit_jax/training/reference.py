@@ -25,7 +25,7 @@ from vit_jax.models.posembed import NATIVE_METHODS, RESIZE_METHODS
 from vit_jax.models.variants import variant_fields, variant_kind
 from vit_jax.recipes import recipes
 from vit_jax.training import distill, optim
-from vit_jax.training.config import CHOSEN, MODEL_KEYS, SIDES, Config, not_none
+from vit_jax.training.config import CHOSEN, MODEL_KEYS, SIDES, WINDOWS, Config, not_none
 from vit_jax.training.config_file import apply, given_by_flags, run_config_file
 from vit_jax.training.evaluation.evaluators import EVALUATORS, SEVERAL, Evaluator
 
@@ -48,6 +48,7 @@ KNOWN = {
     "mu_dtype": optim.MU_DTYPES,
     "type": tuple(EVALUATORS),
     "several": SEVERAL,
+    "windows": WINDOWS,
     "kind": distill.KINDS,
     "tasks": tuple(TASKS),
 }

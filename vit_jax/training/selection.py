@@ -8,7 +8,10 @@ from typing import Any
 from vit_jax.errors import UserError
 
 # Metrics of which more is better; of a loss, less is.
-_HIGHER = ("accuracy", "top5", "mAP", "micro_f1", "macro_f1", "miou", "foreground_iou", "mean")
+_HIGHER = (
+    *("accuracy", "top5", "mAP", "micro_f1", "macro_f1", "miou", "pixel_accuracy"),
+    *("foreground_iou", "mean"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Integer, Key, Shaped
 
+from vit_jax.checkpoints.card import OBJECTIVES
+from vit_jax.data.masks import IGNORED
 from vit_jax.data.transforms import Preprocess
 from vit_jax.models.create import Model, merged
 from vit_jax.models.native import Patches
 from vit_jax.models.stack import Layout
-from vit_jax.training import masking, objectives
+from vit_jax.training import masking, objectives, segmentation
 from vit_jax.training.distill import Teacher
 from vit_jax.training.optim import norm
 from vit_jax.training.state import TrainState
@@ -107,6 +109,43 @@ def class_loss(
     return loss_fn
 
 
+def mask_loss(
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    augment: objectives.Augment,
+    layout: Layout | None,
+    frozen: int = 0,
+    weights: tuple[float, ...] | None = None,
+) -> Loss:
+    """Returns the loss of masks, with the pixel accuracy; `weight` counts pixels (`weight_of`)."""
+    how = dict(smoothing=augment.label_smoothing, focal=augment.focal, dice=augment.dice)
+
+    def loss_fn(params, batch, key, weight):
+        model = merged(graphdef, params, layout)
+        inputs = images(batch, preprocess)
+        logits = model(inputs, key=key, layout=layout, frozen=frozen)
+        with jax.named_scope("head"):
+            found = segmentation.sums(logits, masks(batch), weights=weights, **how)
+            found = {name: each.sum() for name, each in found.items()}
+        return found.pop("loss") / weight, found
+
+    return loss_fn
+
+
+def masks(batch: Batch) -> Integer[Array, "b h w"]:
+    """The masks of a batch, in which padding does not count."""
+    return jnp.where(batch["mask"][:, None, None], batch["label"], IGNORED)
+
+
+def weight_of(batch: Batch, objective: str) -> Float[Array, ""]:
+    """What the sums of a loss are divided by: the number of examples or, of masks, of pixels."""
+    if OBJECTIVES[objective].masks:
+        counted = segmentation.counted(masks(batch)).sum()
+    else:
+        counted = batch["mask"].sum()
+    return jnp.maximum(counted, 1).astype(jnp.float32)
+
+
 def patch_loss(
     graphdef: nnx.GraphDef,
     preprocess: Preprocess,
@@ -165,6 +204,7 @@ def make_train_step(
     augment: objectives.Augment,
     accumulate: int = 1,
     ema: float | None = None,
+    ema_warmup: bool = False,
     seed: int = 0,
     layout: Layout | None = None,
     trainable: Trainable | None = None,
@@ -182,13 +222,15 @@ def make_train_step(
     the state, where images are smaller (see growth.py).
 
     The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
-    none for pixels; for several labels see `class_loss`), grad_norm (of what learns, before
-    clipping), param_norm (of all, after the update) and lr.
+    none for pixels; for several labels see `class_loss`; of masks, pixel_accuracy), grad_norm (of
+    what learns, before clipping), param_norm (of all, after the update) and lr.
     """
     learning = trainable or Trainable()
     options = dict(layout=layout, frozen=learning.blocks)
     if objective in masking.TARGETS:
         loss_fn = patch_loss(graphdef, preprocess, objective, **options)
+    elif OBJECTIVES[objective].masks:
+        loss_fn = mask_loss(graphdef, preprocess, augment, weights=class_weights, **options)
     else:
         smoothing = augment.label_smoothing
         options |= dict(weights=class_weights, focal=augment.focal, teacher=teacher)
@@ -212,7 +254,7 @@ def make_train_step(
                 if mixed_steps is not None:
                     mixing = objectives.mix_before(mixed_steps, mixing, state.step)
             batch = {**batch, "partner": partner, "mixing": mixing}
-        weight = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
+        weight = weight_of(batch, objective)
         learned = learning.select(state.params)
         grad_fn = jax.value_and_grad(
             lambda learned, *inputs: loss_of(learned, state.params, *inputs, *teacher_params),
@@ -230,7 +272,9 @@ def make_train_step(
             learned = optax.apply_updates(learned, updates)
             params, average = learning.combine(state.params, learned), state.ema
             if ema is not None:  # what is frozen is its own average, without rounding
-                moved = optax.incremental_update(learned, learning.select(average), 1 - ema)
+                t = state.step
+                decay = jnp.minimum(ema, (1 + t) / (10 + t)) if ema_warmup else ema
+                moved = optax.incremental_update(learned, learning.select(average), 1 - decay)
                 average = learning.combine(average, moved)
             metrics = {
                 "loss": loss,

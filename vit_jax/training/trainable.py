@@ -152,11 +152,11 @@ def matching(key: str, pattern: str, names: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def rates(config: OptimConfig, params: Any) -> tuple[Any, Any] | None:
+def rates(config: OptimConfig, params: Any, branches: int = 1) -> tuple[Any, Any] | None:
     """Factors of the learning rate and weight decays, in two trees like the parameters'.
 
-    A leaf is a number, or of a stacked parameter [depth 1 ...]. None where the config has neither
-    layer_decay nor groups.
+    A leaf is a number, or of a stacked parameter [depth 1 ...]; `branches` blocks are one layer.
+    None where the config has neither layer_decay nor groups.
 
     Raises:
       UserError: layer_decay of a model without blocks, or a group that matches no parameter, or
@@ -171,7 +171,7 @@ def rates(config: OptimConfig, params: Any) -> tuple[Any, Any] | None:
     factors: dict[str, Any] = dict.fromkeys(leaves, 1.0)
     if config.layer_decay is not None:
         for name, leaf in leaves.items():
-            distance = stacked[0] + 1 - layer(name, stacked[0])
+            distance = stacked[0] // branches + 1 - layer(name, stacked[0], branches)
             factor = np.float32(config.layer_decay) ** np.asarray(distance, np.float32)
             shape = (-1,) + (1,) * (len(leaf.shape) - 1) if factor.ndim else ()
             factors[name] = factor.reshape(shape)
@@ -188,13 +188,14 @@ def rates(config: OptimConfig, params: Any) -> tuple[Any, Any] | None:
     return unflatten_dict(factors, sep="/"), unflatten_dict(decays, sep="/")
 
 
-def layer(name: str, depth: int) -> int | np.ndarray:
+def layer(name: str, depth: int, branches: int = 1) -> int | np.ndarray:
     """The layer of a parameter for `layer_decay`, as in BEiT and MAE.
 
     0 is the embedding, i + 1 block i (for a stacked parameter all of them, int [depth]), and
-    depth + 1 what comes after the blocks, and a position bias that they share.
+    depth + 1 what comes after the blocks, and a position bias that they share. Blocks of as many
+    `branches` are one layer.
     """
     if name.startswith("blocks/"):
-        return np.arange(1, depth + 1)
+        return 1 + np.arange(depth) // branches
     last = ("norm", "relative_bias", "attention_pool", "pre_logits", *HEADS)
-    return depth + 1 if name.partition("/")[0] in last else 0
+    return depth // branches + 1 if name.partition("/")[0] in last else 0

@@ -232,8 +232,8 @@ def _check_example(where: str, source: Any) -> None:
     _check_keys(where, example)
     label = example["label"]
     if getattr(source, "masks", False):
-        fits = isinstance(label, np.ndarray) and label.dtype == np.int32 and label.ndim == 2
-        fits, expected = fits and not isinstance(example["image"], bytes), "int32 [h w] and pixels"
+        fits = isinstance(label, np.ndarray) and label.dtype == np.uint8 and label.ndim == 2
+        expected = "uint8 [h w]"
     else:
         many = getattr(source, "multi_label", False)
         fits = isinstance(label, tuple) == many and all(type(n) is int for n in _several(label))

@@ -16,6 +16,7 @@ from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.data.forms.files import (
     WHOLE,
     Packed,
+    PassedOver,
     file_example,
     fingerprint_of,
     is_image,
@@ -25,11 +26,14 @@ from vit_jax.data.forms.files import (
 )
 from vit_jax.data.forms.label_columns import row_labels
 from vit_jax.data.forms.layout import options
+from vit_jax.data.forms.mask_classes import CLASS_OPTIONS, classes_of
+from vit_jax.data.forms.pair_layouts import Pair
+from vit_jax.data.forms.pairs import PairSource, source_of
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("image", "label", "labels", "separator", "split", "root")
+OPTIONS = ("image", "label", "labels", "separator", "split", "root", "mask", *CLASS_OPTIONS)
 _SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
@@ -60,7 +64,7 @@ class TableSource:
         return file_example(self.root, self.names[index], label)
 
 
-def table(argument: str, split: str) -> TableSource:
+def table(argument: str, split: str) -> TableSource | PairSource:
     """The images listed in a table (see `cells.read_table`), in its order.
 
     Args:
@@ -71,7 +75,8 @@ def table(argument: str, split: str) -> TableSource:
           (separator=|, ;, comma or space if several of these occur);
         labels=COLUMN+COLUMN or labels=*: a column of 0 and 1 for each class, * for all others;
         split=COLUMN: the split of each image; default: the column named split, if any;
-        root=FOLDER: the folder that paths are relative to; default: that of the table.
+        root=FOLDER: the folder that paths are relative to; default: that of the table;
+        mask=COLUMN: files of masks, in place of labels, with the options of `pairs` for classes.
       split: a value of that column, or "all"; a part of it as for folders, such as "all[:90%]".
 
     Raises:
@@ -91,6 +96,8 @@ def table(argument: str, split: str) -> TableSource:
             )
         raise UserError(f"{where} has no split {split!r}; {nearest(name, [*known, WHOLE])}")
     root = _root(rows, given)
+    if "mask" in given:
+        return _masked(where, rows, given, column, (name, low, high))
     image = _image_column(rows, given, root)
     labels, many = row_labels(rows, given, [image, *([column] if column else [])], where)
     in_split = [name == WHOLE or cell == name for cell in _cells(rows, column)]
@@ -137,6 +144,38 @@ def table(argument: str, split: str) -> TableSource:
     )
 
 
+def _masked(
+    where: str,
+    rows: Table,
+    given: Mapping[str, str],
+    column: str | None,
+    part: tuple[str, int, int],
+) -> PairSource:
+    """The images of a part (split, low, high), with the masks in a column."""
+    root, key, (name, low, high) = _root(rows, given), rows.known(given["mask"]), part
+    others = {each: cells for each, cells in rows.columns.items() if each != key}
+    image = _image_column(dataclasses.replace(rows, columns=others), given, root)
+    needed = [name == WHOLE or cell == name for cell in _cells(rows, column)]
+    columns = [_files(rows, rows.columns[each], root, needed) for each in (image, key)]
+    chosen: dict[str, Pair] = {}
+    for row, ((file, size), (mask, mask_size)) in enumerate(zip(*columns, strict=True)):
+        if needed[row] and low <= percentile(file) < high:
+            if file in chosen:
+                raise UserError(f"{rows.at(row)}: {file!r} is listed again")
+            chosen[file] = Pair(file, mask, size, mask_size)
+    if not chosen:
+        raise UserError(f"{where} has no image in split {name!r}")
+    paths = [os.path.join(root, mask) for mask, _ in columns[1]]
+    mine = [path for path, there in zip(paths, needed, strict=True) if there]
+
+    def every() -> list[str]:
+        found = _files(rows, rows.columns[key], root, [True] * len(rows))
+        return sorted({os.path.join(root, mask) for mask, _ in found})
+
+    classes = classes_of(where, "plain", os.path.dirname(rows.path) or ".", given, mine, every)
+    return source_of(where, root, list(chosen.values()), classes, PassedOver())
+
+
 def _check_numbers(where: str, names: Sequence[str]) -> None:
     """Raises a UserError if two labels are one number, such as "1" and "01"."""
     values: dict[int, str] = {}
@@ -154,10 +193,13 @@ def table_splits(argument: str) -> tuple[str, ...]:
 
 def _open(argument: str) -> tuple[Table, dict[str, str]]:
     path, given = options(argument, OPTIONS)
-    if "label" in given and "labels" in given:
-        raise UserError(f"table:{argument}: label=COLUMN or labels=COLUMN, not both")
+    named = [key for key in ("label", "labels", "mask") if key in given]
+    if len(named) > 1:
+        raise UserError(f"table:{argument}: {named[0]}=COLUMN or {named[1]}=COLUMN, not both")
+    if "mask" not in given and (odd := [key for key in CLASS_OPTIONS if key in given]):
+        raise UserError(f"table:{argument}: {odd[0]}= is for masks, of mask=COLUMN")
     rows = read_table(path, "table of images", spaces=True)
-    said = {given[key] for key in ("image", "label", "labels", "split") if key in given}
+    said = {given[key] for key in ("image", "label", "labels", "mask", "split") if key in given}
     if not rows.header and len(rows) > 1:
         folders = _Folders(_root(rows, given))
         starts = [cells[:2] for cells in rows.columns.values()]

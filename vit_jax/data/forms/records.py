@@ -18,8 +18,10 @@ from jaxtyping import UInt64
 from vit_jax.data import storage
 from vit_jax.data.forms.examples import feature_values, parse_example
 from vit_jax.data.forms.files import parse_split
+from vit_jax.data.forms.mask_classes import Classes
 from vit_jax.data.forms.ranged_records import RangedRecords
 from vit_jax.data.images import BadImage
+from vit_jax.data.masks import Palette, header
 from vit_jax.errors import UserError, check_refused, nearest
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class RecordSource:
 
     Attributes:
       keys: the features of the image, the label and, if there is one, the example's name.
+      classes: of masks, which are then the labels; None of labels of images.
       kept: the file of image hashes that `prepare` wrote, and their digest.
     """
 
@@ -50,9 +53,23 @@ class RecordSource:
     fingerprint: str
     multi_label: bool = False
     kept: tuple[str, str] | None = None
+    classes: Classes | None = None
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def masks(self) -> bool:
+        return self.classes is not None
+
+    @property
+    def palette(self) -> Palette | None:
+        return None if self.classes is None else self.classes.palette
+
+    @property
+    def how(self) -> str:
+        """How masks are read, for the user."""
+        return "" if self.classes is None else self.classes.how
 
     @property
     def in_bucket(self) -> bool:
@@ -78,6 +95,16 @@ class RecordSource:
             return None
         return hashes if share is None else hashes[[share.place(i) for i in range(len(share))]]
 
+    def mask_bytes(self, index: int) -> bytes:
+        """The file of an example's mask. UserError: it has none."""
+        found = parse_example(self.records[index]).get(self.keys[1])
+        if not isinstance(found, bytes):
+            raise UserError(f"{self.where}, example {index} has no bytes {self.keys[1]!r}")
+        return found
+
+    def mask_size(self, index: int) -> tuple[int, int]:
+        return header(self.mask_bytes(index))[:2]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, key, name = self.keys
         where = f"{self.where}, example {index}"
@@ -95,7 +122,11 @@ class RecordSource:
         if name and isinstance(example.get(name), bytes):
             file = example[name].decode("utf-8", "replace")
             where += f" ({file})"
-        labels = label if isinstance(label, tuple) else (label,)
+        if self.classes is not None and isinstance(label, bytes):
+            label = self.classes.decode(f"the mask of {where}", label)
+        labels = () if self.masks else label if isinstance(label, tuple) else (label,)
+        if self.masks and not isinstance(label, np.ndarray):
+            raise UserError(f"{where} has no bytes {key!r} of a mask")
         if not isinstance(example.get(image), bytes) or not all(isinstance(n, int) for n in labels):
             raise UserError(
                 f"{where} has {', '.join(example) or 'nothing'}; expected bytes {image!r} and a "

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from vit_jax.data.forms.arrays import ArraySource, check_split, digits
 from vit_jax.data.forms.fractals import SPLITS, FractalSource, read_options
+from vit_jax.data.masks import MOST
 from vit_jax.errors import UserError, nearest
 
 ALGORITHM = 1  # to be raised when any image or mask changes
@@ -22,7 +23,7 @@ _OPTIONS = {
     "examples": (1, 1_000_000, 1000),
     "seed": (0, 2**32 - 1, 0),
 }
-_CLASSES = (1, 1000, 10)  # of fractals
+_CLASSES = (1, MOST - 1, 10)  # of fractals, beside the background
 # From this brightness on a pixel is an object's; the background goes up to the other.
 _OBJECT, _BACKGROUND = 64, 96
 
@@ -61,7 +62,7 @@ class SceneSource:
         return self.examples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"image": uint8 [size size 1], "label": int32 [size size], "name": str}."""
+        """Returns {"image": uint8 [size size 1], "label": uint8 [size size], "name": str}."""
         if not 0 <= index < self.examples:
             raise IndexError(
                 f"scenes: {self.split} has images 0 to {self.examples - 1}, found {index}"
@@ -69,7 +70,7 @@ class SceneSource:
         key = (self.seed, KINDS.index(self.kind), SPLITS.index(self.split), int(index))
         random = np.random.Generator(np.random.PCG64(key))
         image = _noise(self.size, random)
-        mask = np.zeros_like(image, np.int32)
+        mask = np.zeros_like(image)
         low, high = max(8, self.size // 3), self.size * 2 // 3
         for number in range(self.objects):
             side = low + int(random.random() * (high - low + 1))
@@ -82,6 +83,9 @@ class SceneSource:
             mask[here][lit] = 1 + label
         name = f"scenes:{self.kind},size={self.size},seed={self.seed}/{self.split}/{index}"
         return {"image": image[..., None], "label": mask, "name": name}
+
+    def mask_size(self, index: int) -> tuple[int, int]:
+        return self.size, self.size
 
     def _picture(
         self, number: int, side: int, chosen: float

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from vit_jax.data import storage
+from vit_jax.data.forms.layout import options
+from vit_jax.data.forms.mask_classes import CLASS_OPTIONS, classes_said
 from vit_jax.data.forms.open_files import OpenFiles
 from vit_jax.data.forms.records import (
     Records,
@@ -26,13 +28,15 @@ from vit_jax.data.forms.records import (
 from vit_jax.errors import UserError, nearest
 
 _INFO = "dataset_info.json"
+_SAMPLE = 16  # masks that are looked at for how they count
 
 
 def tfds(argument: str, split: str) -> RecordSource:
     """A data set that TFDS prepared: NAME, NAME/CONFIG:VERSION, or the path of its folder.
 
     Names are looked up in TFDS_DATA_DIR, or ~/tensorflow_datasets. `,label=KEY` behind it selects
-    the label among the features: a class label, or a sequence of them for multi-label.
+    the label among the features: a class label, a sequence of them for multi-label, or an image
+    that is a mask, with the options of `pairs` for its classes.
 
     Args:
       split: in TFDS's syntax, such as "train[:98%]".
@@ -41,21 +45,37 @@ def tfds(argument: str, split: str) -> RecordSource:
       UserError: no such data set, split, option or label, a format that cannot be read by index,
         or features without an image and a label.
     """
-    where, chosen = f"tfds:{argument}", None
-    option = re.fullmatch(r"(.*),(\w+)=(.*)", argument)
-    if option and not storage.is_folder(os.path.expanduser(argument)):  # names may have commas
-        argument, name, chosen = option.groups()
-        if name != "label":
-            raise UserError(f"{where} has no option {name!r}; {nearest(name, ['label'])}")
+    where, given = f"tfds:{argument}", {}
+    if not storage.is_folder(os.path.expanduser(argument)):  # names may have commas
+        argument, given = options(argument, ("label", *CLASS_OPTIONS))
+    chosen = given.get("label")
     path = os.path.expanduser(argument.rstrip("/"))
     if (path.startswith(("/", ".")) or storage.is_url(path)) and not storage.is_folder(path):
         raise UserError(f"{where}: there is no such folder")
     builder = prepared(where, argument, path if storage.is_folder(path) else None)
     keys = _feature_keys(where, builder.info, chosen)
+    if keys[1] != keys[0] and _kind(builder.info, keys[1]) == "Image":
+        return _masked(where, builder, split, keys, given)
+    if odd := [key for key in CLASS_OPTIONS if key in given]:
+        raise UserError(f"{where}: {odd[0]}= is for masks, of label=KEY of an image")
     names, multi_label = class_names(where, builder.info, keys[1])
     records, identity = split_records(where, builder, split)
     identity = (*identity, names) if chosen is None else (*identity, names, chosen)
     return RecordSource(records, keys, f"{where} {split}", names, digest(identity), multi_label)
+
+
+def _masked(
+    where: str, builder: Any, split: str, keys: tuple[str, str, str | None], given: dict[str, str]
+) -> RecordSource:
+    """The images of a split, with the masks in another feature."""
+    records, identity = split_records(where, builder, split)
+    unread = RecordSource(records, keys, f"{where} {split}", (), "")
+    chosen = np.unique(np.linspace(0, len(records) - 1, _SAMPLE).astype(int)).tolist()
+    classes = classes_said(where, given, (unread.mask_bytes(index) for index in chosen))
+    identity = digest((*identity, keys[1], *classes.identity))
+    return dataclasses.replace(
+        unread, label_names=classes.names, fingerprint=identity, classes=classes
+    )
 
 
 def prepared(where: str, name: str, path: str | None = None) -> Any:
@@ -172,14 +192,20 @@ def class_names(where: str, info: Any, key: str) -> tuple[tuple[str, ...], bool]
     return tuple(label.names or map(str, range(label.num_classes))), several
 
 
+def _kind(info: Any, key: str) -> str:
+    """The kind of a feature; "" if there is none of this name."""
+    return type(info.features[key]).__name__ if key in info.features else ""
+
+
 def _feature_keys(where: str, info: Any, label: str | None) -> tuple[str, str, str | None]:
     """The names of the image, label and text features; those of the supervised pair go first."""
     kinds: dict[str, list[str]] = {"Image": [], "ClassLabel": [], "Text": []}
     first = [key for key in info.supervised_keys or () if isinstance(key, str)]
     for key in [*first, *(key for key in info.features if key not in first)]:
-        kinds.setdefault(type(info.features[key]).__name__, []).append(key)
+        kinds.setdefault(_kind(info, key), []).append(key)
     if label is not None:
         kinds["ClassLabel"] = [label]
+        kinds["Image"].sort(key=lambda name: name == label)  # which may be a mask
     if not kinds["Image"] or not kinds["ClassLabel"]:
         raise UserError(
             f"{where} has the features {', '.join(info.features)}; expected an image and a label"

@@ -10,22 +10,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.card import OBJECTIVES, ModelCard
 from vit_jax.compiler import compiler_options
 from vit_jax.data.config import Split
+from vit_jax.data.masks import IGNORED
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.errors import UserError, during
 from vit_jax.models.create import structure
 from vit_jax.training import native
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.evaluation import multilabel
+from vit_jax.training.evaluation import masks, multilabel
 from vit_jax.training.evaluation.evaluators import Classification, Evaluator
+from vit_jax.training.evaluation.masks import make_mask_eval_step
 from vit_jax.training.evaluation.predictions import Gathered, Predictions
 from vit_jax.training.evaluation.probes import Features
 from vit_jax.training.evaluation.segmentation import Dense
 from vit_jax.training.evaluation.splits import how_several, open_split, split_names
 from vit_jax.training.evaluation.steps import (
+    check_pools,
     make_eval_step,
     make_feature_step,
     make_masked_eval_step,
@@ -77,10 +80,17 @@ class Evaluation:
                 f"not predict: its objective is {card.objective}. Name a run of the former, or "
                 f"set objective to {card.objective}"
             )
+        ours = any(isinstance(each, Classification) for each in self._evaluators.values())
+        if ours and config.segments != OBJECTIVES[card.objective].masks:
+            raise UserError(
+                f"objective {config.objective} is of the classes of "
+                f"{'pixels' if config.segments else 'whole images'}, and this model's objective is "
+                f"{card.objective}: name another model, or set objective to {card.objective}"
+            )
         # By evaluator and split: the classes of a split depend on the evaluator.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
         self._several: dict[str, str | None] = {}
-        known: dict[tuple[Split, tuple[str, ...], int], BatchReader] = {}
+        known: dict[tuple[Any, ...], BatchReader] = {}
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
             matched = not (ours and masked)  # labels that nothing reads need not be the model's
@@ -90,11 +100,14 @@ class Evaluation:
                     f"{where}: the model has no classes to tell images by: fine-tune it, or "
                     "measure its features by eval.evaluators of type fewshot, knn or probe"
                 )
+            if not (ours or evaluator.reads_masks):
+                check_pools(card.config, where)
             for splits in evaluator.data_sets():
                 labels = card.labels if ours else None
                 names = split_names(where, evaluator, splits)
                 for named, split in zip(names, splits, strict=True):
-                    source = open_split(data, named, split, evaluator.reads_masks)
+                    reads_masks = evaluator.reads_masks or (ours and config.segments)
+                    source = open_split(data, named, split, reads_masks)
                     if labels is None:
                         labels = data.labels(named, split)
                     if matched:
@@ -105,6 +118,8 @@ class Evaluation:
                     options = dict(
                         on_corrupt=config.data.on_corrupt, crops=crops, cache=config.data.cache
                     )
+                    if ours and config.segments:
+                        options |= dict(whole_masks=True, windows=config.eval.windows)
                     read = BatchReader.of(source, split, card.preprocess, **options)
                     if crops > 1 and not read.preprocess.cuts:
                         key = named if named.startswith("data.") else f"{named}.test"
@@ -114,7 +129,7 @@ class Evaluation:
                             f"--config.{key}.crop, such as 0.875 (for a run, with --model and "
                             "--config, as its own stays)"
                         )
-                    key = split, source.label_names, crops
+                    key = split, source.label_names, crops, read.whole_masks
                     self._reads[name, split] = known.setdefault(key, read)
                 if len(names) > 1:
                     data.check(names, config)
@@ -123,7 +138,11 @@ class Evaluation:
         options = dict(objective=config.objective, layout=layout)
         asked = compiler_options(mesh, deterministic=config.mesh.deterministic)
         whole = NamedSharding(mesh, PartitionSpec())
-        if masked:
+        if config.segments:
+            stride = None if config.eval.windows == "none" else config.eval.stride
+            step = make_mask_eval_step(graphdef, card.preprocess, stride=stride, layout=layout)
+            self._mask_step = jax.jit(step, out_shardings=whole, compiler_options=asked)
+        elif masked:
             step = make_masked_eval_step(graphdef, card.preprocess, seed=config.seed, **options)
             self._eval_step = jax.jit(step, compiler_options=asked)
         else:
@@ -156,9 +175,9 @@ class Evaluation:
 
     @property
     def classifies(self) -> bool:
-        """Whether any of them tells classes of images."""
+        """Whether any of them tells classes of whole images."""
         ours = (isinstance(each, Classification) for each in self._evaluators.values())
-        return self._config.classifies and any(ours)
+        return self._config.classifies and not self._config.segments and any(ours)
 
     def during(self) -> dict[str, tuple[str, ...] | None]:
         """What is measured during the run, not only at its end: name -> its metrics.
@@ -170,6 +189,7 @@ class Evaluation:
             every = self._config.eval.every if evaluator.every is None else evaluator.every
             if every:
                 known = ("accuracy", "top5", "loss") if self._config.classifies else None
+                known = None if self._config.segments else known  # as classes have their own
                 if self._several.get(name) == "each":
                     known = (*known, "mAP", "micro_f1", "macro_f1")
                 found[name] = known if isinstance(evaluator, Classification) else None
@@ -201,13 +221,17 @@ class Evaluation:
         For masked patch prediction, returns its loss and accuracy, with the same corruption of each
         example at every evaluation.
 
+        For segmentation, returns what `masks.metrics` does, in which each pixel counts once.
+
         Padding is masked; the sums of all batches are added on the host, and divided last. Images
         that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
         """
         read, corrupt = self._reads[name, split], 0
+        if self._config.segments:
+            return self._segment(params, read, split)
         several = self._several.get(name)
         each = several == "each"
-        rows = each or (self._kept is not None and self._config.classifies)
+        rows = each or (self._kept is not None and self.classifies)
 
         def results(batches):
             nonlocal corrupt
@@ -253,6 +277,23 @@ class Evaluation:
                 self._kept[name] = found
         return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
 
+    def _segment(self, params: Any, read: BatchReader, split: Split) -> dict[str, float]:
+        skips, corrupt = read.on_corrupt == "skip", 0
+
+        def results(batches):
+            nonlocal corrupt
+            for batch in batches:
+                if skips:
+                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
+                yield self._mask_step(params, self._to_devices(batch))
+
+        with self._batches(read) as batches:
+            confusion, loss = masks.added(fetched(results(batches)))
+        if not confusion.any():
+            raise UserError(f"{split.source} {split.split}: no pixel has a class to compare")
+        means = masks.metrics(confusion, loss, read.source.label_names)
+        return {**means, "corrupt": int(corrupt)} if skips else means
+
     def features(self, params: Any, name: str, split: Split) -> Features:
         """Returns the head's inputs for all examples, in order, on the host of every process.
 
@@ -265,7 +306,8 @@ class Evaluation:
 
         An example takes 4 bytes a number: 0.6 MB for ViT-B/16 at 224 pixels.
         """
-        return Dense(*self._run(params, name, split, dense=True))
+        x, y = self._run(params, name, split, dense=True)
+        return Dense(x, np.where(y == IGNORED, -1, y.astype(np.int32)))
 
     def _run(
         self, params: Any, name: str, split: Split, *, dense: bool

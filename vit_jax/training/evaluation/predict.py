@@ -1,4 +1,4 @@
-"""Prediction of many images, on all devices of a process: classes, features or dense features.
+"""Prediction of many images, on all devices of a process: classes, masks, features or dense ones.
 
 Threads decode ahead, and results are fetched late, so that no device waits for the host. There is
 one program for all images: the last batch is padded.
@@ -19,30 +19,47 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.load import Loaded, each_image, load
+from vit_jax.checkpoints.segment import common, on_device
 from vit_jax.compiler import compiler_options
 from vit_jax.data.ahead import threads_of
+from vit_jax.data.images import Image
 from vit_jax.data.inputs import Inputs, Read
-from vit_jax.data.transforms import Preprocess
+from vit_jax.data.masks import Mask
+from vit_jax.data.transforms import Pixels, Preprocess
 from vit_jax.errors import UserError, during, nearest
 from vit_jax.models.native import check_one_grid
+from vit_jax.training.config import EvalConfig
 from vit_jax.training.evaluation.evaluation import fetched
 from vit_jax.training.evaluation.steps import features_of
+from vit_jax.training.evaluation.windows import averaged
 from vit_jax.training.sharding import MeshConfig, batch_shards, make_mesh, placement, to_devices
 from vit_jax.training.steps import images, merged
 
-WHAT = ("classes", "features", "dense")
-# Of an image: [(name, probability), ...], features [d], dense features [gh gw d], or why it cannot
-# be read.
-Answer = list[tuple[str, float]] | Float32[np.ndarray, "..."] | UserError
+WHAT = ("classes", "masks", "features", "dense")
+
+
+class Segmented(NamedTuple):
+    """The mask of an image, of its own size, and its pixels, if they are kept."""
+
+    mask: Mask
+    pixels: Image | None
+
+
+# Of an image: [(name, probability), ...], features [d], dense features [gh gw d], a mask, or why it
+# cannot be read.
+Answer = list[tuple[str, float]] | Float32[np.ndarray, "..."] | Segmented | UserError
 _AHEAD = 2  # batches that are decoded while devices compute
 
 
 class _Batch(NamedTuple):
     images: dict[str, np.ndarray]  # see `Preprocess.empty`
+    sizes: Int[np.ndarray, "b 2"]  # (h, w) of the images themselves
+    pixels: list[Image | None]  # of these
+    scaled: list[Pixels | None]  # with windows, as the model sees them
     rows: list[concurrent.futures.Future[None]]
 
 
@@ -79,15 +96,18 @@ class Predictor:
 
     Args:
       loaded: the model; its parameters are copied to the devices that do not have them.
-      what: "classes", "features" (the head's input [d]) or "dense" (features of patches
-        [gh gw d]); features are float32.
+      what: "classes", "masks" (a class for each pixel, as `Loaded.segment`), "features" (the head's
+        input [d]) or "dense" (features of patches [gh gw d]); features are float32.
       topk: how many classes to name.
+      keep_pixels: whether masks come with the pixels of their images.
+      windows, stride: for masks, as of `EvalConfig`: how large images are seen.
       batch_size: images at a time on all devices, rounded up to their number; None for a size that
         suits them.
       threads: that decode images; None for one a core.
 
     Raises:
-      UserError: an invalid argument, or classes of a model that has no head.
+      UserError: an invalid argument, classes of a model that has no head, or masks of one that
+        gives none.
     """
 
     def __init__(
@@ -98,13 +118,19 @@ class Predictor:
         topk: int = 5,
         batch_size: int | None = None,
         threads: int | None = None,
+        keep_pixels: bool = False,
+        windows: str = "none",
+        stride: float = EvalConfig.stride,
     ):
         if what not in WHAT:
             raise UserError(f"what is {what!r}; {nearest(what, WHAT)}")
         for name, value in {"batch_size": batch_size, "threads": threads}.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name} is {value!r}; expected a whole number of 1 or more")
-        self.what, self.k = what, 0
+        EvalConfig(windows=windows, stride=stride)  # raises where there are none such
+        self.what, self.k, self._keep, self._windows = what, 0, keep_pixels, windows
+        if what == "masks":
+            loaded.check_masks()
         if what == "classes":
             self.k = min(loaded.checked_topk(topk), len(loaded.labels))
         self.mesh, self.labels, self.preprocess = local_mesh(), loaded.labels, loaded.preprocess
@@ -121,7 +147,9 @@ class Predictor:
         params = nnx.to_pure_dict(params)
         self._params = jax.device_put(params, placement(params, self.mesh))
         multi_label = OBJECTIVES[loaded.objective].multi_label
-        self._step = _program(graphdef, self.preprocess, self.mesh, what, self.k, multi_label)
+        stride = None if windows == "none" else stride
+        options = what, self.k, multi_label, stride
+        self._step = _program(graphdef, self.preprocess, self.mesh, *options)
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -143,29 +171,45 @@ class Predictor:
         """The program: {image: [b h w c] of 0 to 255}, as `preprocess.fill` has it, on the mesh.
 
         Returns:
-          {index: int32 [b k], probability: float32 [b k]}, most likely first, or {x: features}.
+          {index: int32 [b k], probability: float32 [b k]}, most likely first, or {x: features, or
+          for masks logits [b gh gw k]}.
         """
         return self._step(self._params, batch)
 
     def _answers(self, readers: Iterable[Read]) -> Iterator[Answer]:
-        errors: collections.deque[list[BaseException | None]] = collections.deque()
+        pending: collections.deque[_Batch] = collections.deque()
         done = 0
 
         def results():
             for batch in self._batches(iter(readers)):
-                errors.append([row.exception() for row in batch.rows])
-                size = len(batch.images["image"])
-                yield self.forward(to_devices(batch.images, size, self.mesh))
+                concurrent.futures.wait(batch.rows)
+                pending.append(batch)
+                yield self._run(batch)
 
         with during(lambda: f"predicting image {done + 1}"):
             for values in fetched(results()):
-                for row, error in enumerate(errors.popleft()):
+                batch = pending.popleft()
+                for row, read in enumerate(batch.rows):
+                    error = read.exception()
                     if error is not None and not isinstance(error, UserError):
                         raise error
-                    yield self._answer(values, row) if error is None else error
+                    yield self._answer(values, batch, row) if error is None else error
                     done += 1
 
-    def _answer(self, values: dict[str, np.ndarray], row: int) -> Answer:
+    def _run(self, batch: _Batch) -> dict[str, Array]:
+        images, size = dict(batch.images), len(batch.sizes)
+        if self.what != "masks":
+            return self.forward(to_devices(images, size, self.mesh))
+        if self._windows != "none":
+            images = _together(batch.scaled, self.preprocess)
+        on_devices = to_devices({**images, "own": batch.sizes}, size, self.mesh)
+        own, of = on_devices.pop("own"), on_devices.get("scaled")
+        return {"mask": on_device(self.forward(on_devices)["x"], own, common(batch.sizes), of)}
+
+    def _answer(self, values: dict[str, np.ndarray], batch: _Batch, row: int) -> Answer:
+        if "mask" in values:
+            h, w = batch.sizes[row]
+            return Segmented(values["mask"][row, :h, :w], batch.pixels[row])
         if "x" in values:
             return values["x"][row]
         found = zip(values["index"][row], values["probability"][row], strict=True)
@@ -192,14 +236,36 @@ class Predictor:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, pool: concurrent.futures.Executor, chunk: list[Read], size: int) -> _Batch:
-        batch = self.preprocess.empty(size)
-        rows = [pool.submit(self._fill, batch, row, read) for row, read in enumerate(chunk)]
-        return _Batch(batch, rows)
+        images, sizes = self.preprocess.empty(size), np.ones((size, 2), np.int32)
+        batch = _Batch(images, sizes, [None] * size, [None] * size, [])
+        batch.rows.extend(
+            pool.submit(self._fill, batch, row, read) for row, read in enumerate(chunk)
+        )
+        return batch
 
-    def _fill(self, batch: dict[str, np.ndarray], row: int, read: Read) -> None:
+    def _fill(self, batch: _Batch, row: int, read: Read) -> None:
         """Reads an image into a row of a batch."""
-        pixels = self.preprocess.pixels(self.preprocess.read(read()))
-        self.preprocess.fill(batch, row, pixels)
+        image = self.preprocess.read(read())
+        if self._windows == "none":
+            self.preprocess.fill(batch.images, row, self.preprocess.pixels(image))
+        else:
+            size = self.preprocess.covering(*image.shape[:2], own=self._windows == "own")
+            batch.scaled[row] = self.preprocess.to_size(image, size)
+        batch.sizes[row] = image.shape[:2]
+        if self._keep:
+            batch.pixels[row] = image
+
+
+def _together(scaled: list[Pixels | None], preprocess: Preprocess) -> dict[str, np.ndarray]:
+    """Images of their own shapes in one array, and their (h, w); a black one for None."""
+    sizes = [preprocess.image_size if each is None else each.shape[:2] for each in scaled]
+    of = np.array(sizes, np.int32)
+    shape = (len(scaled), *common(of), preprocess.in_channels)
+    together = np.zeros(shape, preprocess.pixel_dtype)
+    for row, each in enumerate(scaled):
+        if each is not None:
+            together[row, : len(each), : each.shape[1]] = each
+    return {"image": together, "scaled": of}
 
 
 def _given(images: Iterable[Any]) -> Iterator[Read]:
@@ -221,13 +287,28 @@ def _throw(error: Exception) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _program(
-    graphdef: nnx.GraphDef, preprocess: Preprocess, mesh: Mesh, what: str, k: int, multi_label: bool
+    graphdef: nnx.GraphDef,
+    preprocess: Preprocess,
+    mesh: Mesh,
+    what: str,
+    k: int,
+    multi_label: bool,
+    stride: float | None,
 ) -> Callable[[Any, dict[str, Array]], dict[str, Array]]:
     """The compiled step; the same one for the same model, so that it is compiled once."""
 
     def step(params, batch):
         model = merged(graphdef, params, None)
+        if stride is not None:
+            window, pixels = preprocess.image_size, batch["image"]
+
+            def logits_of(pixels):
+                return model(preprocess.normalise(pixels))
+
+            return {"x": averaged(logits_of, pixels, batch["scaled"], window, stride)}
         inputs = images(batch, preprocess)
+        if what == "masks":
+            return {"x": model(inputs)}
         if what != "classes":
             return {"x": features_of(model, inputs, dense=what == "dense")}
         index, probability = best(model(inputs), k, multi_label)

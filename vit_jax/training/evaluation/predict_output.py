@@ -95,10 +95,10 @@ def predict_to(
         if later > 3 * predictor.batch_size:
             told += f", {later / (ended - first):,.4g} images/s after the first batch"
         logger.info("%s", told)
-    return _tell(failed, len(inputs), inputs.passed_over)
+    return tell(failed, len(inputs), inputs.passed_over)
 
 
-def _tell(failed: list[str], images: int, passed: PassedOver) -> bool:
+def tell(failed: list[str], images: int, passed: PassedOver) -> bool:
     """Names the files without an answer; returns whether there are none."""
     loud = [f"{name}: {why}" for name, why in passed.files if not why.startswith(_QUIET)]
     unread = f"{len(failed):,} of {images:,} images cannot be read"

@@ -316,8 +316,14 @@ def _on_device(features: Features, scale: Scale) -> tuple[Float[Array, "n e"], I
     return jnp.asarray(standardised(features.x, scale, 1, np.float32)), jnp.asarray(features.y)
 
 
-def check_sets(num_classes: int, train: Any, test: Any, val: Any = None) -> None:
-    """Raises a UserError for sets (x [n ... d], y) that do not fit each other, or the classes."""
+def check_sets(
+    num_classes: int, train: Any, test: Any, val: Any = None, *, unknown: bool = False
+) -> None:
+    """Raises a UserError for sets (x [n ... d], y) that do not fit each other, or the classes.
+
+    Args:
+      unknown: whether labels may be -1, which is of no class; not all of them.
+    """
     for name, given in (("training", train), ("validation", val), ("test", test)):
         if given is None:
             continue
@@ -329,6 +335,10 @@ def check_sets(num_classes: int, train: Any, test: Any, val: Any = None) -> None
         if not np.isfinite(given.x).all():
             raise UserError(f"the features of the {name} examples are not finite: a model diverged")
         low, high, last = given.y.min(), given.y.max(), num_classes - 1
+        if unknown and low == -1:
+            if high < 0:
+                raise UserError(f"no label of the {name} examples is of any class")
+            low = 0
         if low < 0 or high > last:
             raise UserError(f"labels of {name} examples are {low} to {high}; expected 0 to {last}")
 

@@ -30,7 +30,7 @@ BLOCK = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """The patch features of n examples, and the class of each pixel."""
+    """The patch features of n examples, and the class of each pixel; -1 is of none."""
 
     x: Float32[np.ndarray, "n gh gw d"]
     y: Int32[np.ndarray, "n h w"]
@@ -66,7 +66,7 @@ def segmentation(
       UserError: a set has no examples, features that are not finite or of another width, or
         labels outside of 0 to num_classes - 1; or a number is not positive.
     """
-    check_sets(num_classes, train, test, val)
+    check_sets(num_classes, train, test, val, unknown=True)
     check_positive(l2=l2, steps=[steps])
     if len(l2) > 1 and val is None:
         raise UserError(f"{len(l2)} values of l2 and no validation examples to choose by")
@@ -100,7 +100,8 @@ def fit_head(
     n, gh, gw, d = train.x.shape
     scale = standard(train.x.reshape(-1, d))
     if start is None:
-        shares = np.bincount(train.y.ravel(), minlength=num_classes) / train.y.size
+        known = train.y[train.y >= 0]
+        shares = np.bincount(known, minlength=num_classes) / known.size
         start = np.zeros((d + 1, num_classes), np.float32)
         start[-1] = np.log(np.maximum(shares, 1e-13))  # those without pixels stay out
     size = min(n, max(1, BLOCK // (train.y[0].size * num_classes)))
@@ -188,8 +189,12 @@ def confusion(head: Head, test: Dense) -> Int64[np.ndarray, "k k"]:
 def count(
     truth: Int32[np.ndarray, "*shape"], found: Int32[np.ndarray, "*shape"], num_classes: int
 ) -> Int64[np.ndarray, "{num_classes} {num_classes}"]:
-    """The confusion matrix of masks: true classes down, predicted ones across."""
-    pairs = truth.astype(np.int64).ravel() * num_classes + found.ravel()
+    """The confusion matrix of masks: true classes down, predicted ones across.
+
+    Pixels of no class, -1, are left out.
+    """
+    known = truth >= 0
+    pairs = truth[known].astype(np.int64) * num_classes + found[known]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

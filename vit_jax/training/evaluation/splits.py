@@ -74,8 +74,11 @@ def open_split(data: DataSets, where: str, split: Split, masks: bool) -> Source:
     if not isinstance(source, Sized):
         raise UserError(f"{where}.source {split.source} is endless: name a finite split")
     if masks != getattr(source, "masks", False):
-        said = "has no masks, which type segmentation reads: name a source such as scenes:digits"
+        said = "has no masks, which segmentation needs: name a source such as scenes:digits"
         if not masks:
-            said = "has masks for labels, which only an evaluator of type segmentation reads"
+            said = (
+                "has masks for labels, which objective segmentation and an evaluator of type "
+                "segmentation read"
+            )
         raise UserError(f"{where}: {split.source} {said}")
     return source

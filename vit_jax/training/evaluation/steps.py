@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Float32
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.data.transforms import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.models.config import ModelConfig
 from vit_jax.models.create import Model
 from vit_jax.models.native import Patches
 from vit_jax.models.vit import Layout
@@ -159,9 +161,23 @@ def features_of(
     dense: bool,
     layout: Layout | None = None,
 ) -> Float32[Array, "b *d"]:
-    """The head's input [b d], or the dense features [b gh gw d]."""
+    """The head's input [b d], or the dense features [b gh gw d].
+
+    Raises:
+      UserError: the head's input is wanted of a model that pools nothing.
+    """
     if dense:
         features = model.dense(inputs, layout=layout)
     else:
+        check_pools(model.config, "features")
         features = model(inputs, capture="pre_logits", layout=layout)[1]["pre_logits"]
     return features.astype(jnp.float32)
+
+
+def check_pools(config: ModelConfig, what: str) -> None:
+    """Raises a UserError if a model has no features of whole images, which `what` is of."""
+    if getattr(config, "pool", None) == "none":
+        raise UserError(
+            f"{what}: the model has no features of whole images, as its head reads each patch by "
+            "itself (model.pool 'none'): take dense ones, or an evaluator of type segmentation"
+        )
