@@ -104,15 +104,6 @@ def test_the_sweep_is_whole_at_every_scale(name, monkeypatch):
         load_sweep(f"experiments/{name}/sweep.py:huge")
 
 
-@pytest.mark.parametrize("name", ("positions", "token_or_mean"))
-def test_the_sweep_for_a_gpu_is_whole(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    points = load_sweep(f"experiments/{name}/sweep.py:gpu").points
-    config = point_config(points[-1], str)
-    assert config.precision == "bfloat16" and config.data.test.source == "idx:data/fashion_mnist"
-    assert len(points) % 3 == 0 and config.seed == 2  # as many of each of three seeds
-
-
 def test_the_sweep_on_real_images_is_whole(monkeypatch):
     """It is not run here: its images and weights are fetched."""
     monkeypatch.chdir(ROOT)
@@ -123,6 +114,15 @@ def test_the_sweep_on_real_images_is_whole(monkeypatch):
     config = point_config(adapted, str)
     assert config.model["lora"].rank == 8 and config.seed == 2
     assert config.data.test.source == "folder:data/elpv"
+
+
+@pytest.mark.parametrize("name", ("positions", "token_or_mean"))
+def test_the_sweep_for_a_gpu_is_whole(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    points = load_sweep(f"experiments/{name}/sweep.py:gpu").points
+    config = point_config(points[-1], str)
+    assert config.precision == "bfloat16" and config.data.test.source == "idx:data/fashion_mnist"
+    assert len(points) % 3 == 0 and config.seed == 2  # as many of each of three seeds
 
 
 @pytest.mark.parametrize("name", evidence.EXPERIMENTS)
