@@ -1,18 +1,18 @@
 """The paper (appendix D.3, Figure 9) first found global average pooling to be far worse than a
 class token, and then that this was neither the extra token nor the pooling, but the learning
-rate: with 3e-4 in place of 8e-4 the mean of the patches does as well. It is a plot without numbers.
+rate: with 3e-4 in place of 8e-4 the mean of the patches does as well. It is a plot without
+numbers.
 
-Here both read a ViT of 4 layers, trained on 24,000 photographs of Fashion-MNIST, each once
-(`configs/evidence.py`), with four learning rates and three seeds. Each has its best rate by the
-mean accuracy on held-out training images (val); what is compared is the accuracy on the 10,000 of
-the test split.
+Here both read a ViT of 4 layers, trained on 24,000 photographs of Fashion-MNIST, each once (750
+steps; `configs/evidence.py`), with four learning rates and three seeds. Each has its best rate by
+the mean accuracy on held-out training images (val); what is compared is the accuracy on the 10,000
+of the test split.
 
 The rule, written before the runs. Differences are paired by seed, and have 95% intervals by
 Student's t. Both are as good if the interval of their difference, each at its best rate, is within
-±0.5%; they are not if all of it is outside. The rate is what matters if the mean of the patches
-is worse by 0.5% or more, and the interval above 0, at the class token's best rate than at its own;
-it is not if the interval is below 0.5%, or both have the same best rate. Anything else is
-undecided.
+±0.5%; they are not if all of it is outside. The rate is what matters if the mean of the patches is
+worse by 0.5% or more, and the interval above 0, at the class token's best rate than at its own; it
+is not if the interval is below 0.5%, or both have the same best rate. Anything else is undecided.
 """
 
 from reporting import ON_GARMENTS, Difference, Told, by_seed, figure, less, means, table
