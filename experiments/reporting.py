@@ -118,9 +118,26 @@ class Difference:
             return "yes"
         return "no" if high < least else "undecided"
 
+    def within(self, most: float) -> str:
+        """Whether the two kinds are alike, given the largest difference that would be agreement.
+
+        "yes" if the whole interval is within ± that; "no" if all of it is outside; else
+        "undecided".
+        """
+        low, high = self.interval
+        if -most < low and high < most:
+            return "yes"
+        return "no" if low > most or high < -most else "undecided"
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.mean:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def every(decisions: Iterable[str]) -> str:
+    """Whether all hold: "yes" if each does, "no" if one does not, else "undecided"."""
+    found = {*decisions}
+    return "no" if "no" in found else "undecided" if "undecided" in found else "yes"
 
 
 def by_seed(
