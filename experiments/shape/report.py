@@ -8,13 +8,13 @@ side is halved and doubled, and all are trained on 24,000 photographs of Fashion
 (750 steps), with three seeds and one learning rate: 0.002, the best of the base in `token_or_mean`.
 They are measured by their accuracy on the 10,000 of the test split.
 
-The rule, written before the runs. What a side gains is the accuracy at its expensive end, double
-the base, less that at its cheap one, half. Gains and their differences are paired by seed, and have
-95% intervals by Student's t. A difference is there if its mean is 0.5% or more and the interval
-above 0; it is not if the interval is below 0.5%; anything else is undecided. Depth helps most if it
-gains more than each other side; width least if each other side gains more; smaller patches help if
-patches of 8 are better than of 16, and of 4 than of 8. All together was cut for time, and is in the
-points for a GPU.
+The rule, written before the runs. What an axis gains is the accuracy at its expensive end, with
+double the base (of all sides together, 1.5 times), less that at its cheap one, with half. Gains and
+their differences are paired by seed, and have 95% intervals by Student's t. A difference is there
+if its mean is 0.5% or more and the interval above 0; it is not if the interval is below 0.5%;
+anything else is undecided. Depth helps most if it gains more than each other side; width least if
+each other side gains more; smaller patches help if patches of 8 are better than of 16, and of 4
+than of 8; all together help if they gain.
 """
 
 import statistics

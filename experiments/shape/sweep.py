@@ -49,7 +49,6 @@ PAPER = {
     "model.num_heads": 16,
 }
 LAPTOP = doubled_and_halved(4, 64, 128, 8)
-del LAPTOP["all"]  # for time
 SCALES = {
     "smoke": ({"patch": LAPTOP["model.patch_size"][:1]}, [0], {"total_examples": 64}),
     "laptop": (LAPTOP, [0, 1, 2], {"total_examples": 24_000, "optim.lr": 2e-3}),
