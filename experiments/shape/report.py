@@ -135,7 +135,7 @@ def drawn(axes, test, cost):
             plot.annotate(
                 said,
                 (x[j], y[j]),
-                xytext=(-6 if j == 0 else 6, 0),
+                xytext=(-6 if j == 0 else 6, 9 if name == "all" else 0),
                 textcoords="offset points",
                 ha="right" if j == 0 else "left",
                 va="center",
