@@ -38,7 +38,6 @@ EXPERIMENTS = (
     "transfer",
     "finetune",
 )
-SIZES = (500, 2000, 8000, 32000)  # training images, each split a part of the next
 FRACTALS = "fractals:size=24,color=false,classes=100"
 
 
@@ -56,8 +55,8 @@ which no hardware was at hand."""
 def make_data(folder: Path = RUNS, shrink: int = 1) -> None:
     """Writes the images of configs/evidence.py, unless they are there: 45 s on one core.
 
-    fractals.npz has the splits train500, ... and val, of 100 classes; others.npz has 10 images of
-    each of 100 other classes in `train`, and 20 in `test`. For tests, `shrink` times fewer.
+    fractals.npz has the splits train32000 and val, of 100 classes; others.npz has 10 images of each
+    of 100 other classes in `train`, and 20 in `test`. For tests, `shrink` times fewer.
     """
     from vit_jax.data.sources import open_source
 
@@ -70,7 +69,7 @@ def make_data(folder: Path = RUNS, shrink: int = 1) -> None:
     others = f"{FRACTALS},seed=1"
     parts = {
         "fractals": {
-            "train": (FRACTALS, "train", 0, max(SIZES)),
+            "train32000": (FRACTALS, "train", 0, 32_000),
             "val": (FRACTALS, "val", 0, 1000),
         },
         "others": {"train": (others, "train", 0, 1000), "test": (others, "train", 10_000, 2000)},
@@ -84,13 +83,7 @@ def make_data(folder: Path = RUNS, shrink: int = 1) -> None:
         for split, how in splits.items():
             spec, from_split, start, count = how
             images, labels = take(spec, from_split, start, count // shrink)
-            counts = (
-                {f"train{n}": n // shrink for n in SIZES}
-                if (name, split) == ("fractals", "train")
-                else {}
-            )
-            for part, count in (counts or {split: len(images)}).items():
-                arrays |= {f"{part}_images": images[:count], f"{part}_labels": labels[:count]}
+            arrays |= {f"{split}_images": images, f"{split}_labels": labels}
         unfinished = path.with_suffix(".partial.npz")
         np.savez(unfinished, **arrays)
         unfinished.rename(path)
