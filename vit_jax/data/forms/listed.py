@@ -26,8 +26,8 @@ from vit_jax.data.forms.files import (
 )
 from vit_jax.data.forms.label_columns import row_labels
 from vit_jax.data.forms.layout import options
-from vit_jax.data.forms.mask_classes import CLASS_OPTIONS, classes_of
-from vit_jax.data.forms.pair_layouts import Pair
+from vit_jax.data.forms.mask_options import CLASS_OPTIONS, classes_of
+from vit_jax.data.forms.pair_files import Pair
 from vit_jax.data.forms.pairs import PairSource, source_of
 from vit_jax.errors import UserError, nearest
 
