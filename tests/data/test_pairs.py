@@ -285,10 +285,17 @@ def test_cityscapes(tmp_path):
         for name, mask in [("labelIds", ids), ("labelTrainIds", np.array(train_ids, np.uint8))]:
             if split == "val" and name == "labelTrainIds":
                 continue
-            written(tmp_path / "gtFine" / split / "ulm" / f"ulm_0_gtFine_{name}.png", grey(mask))
-        written(tmp_path / "gtFine" / split / "ulm" / "ulm_0_gtFine_polygons.json", "{}")
+            written(
+                tmp_path / "gtFine" / split / "ulm" / f"ulm_000000_000019_gtFine_{name}.png",
+                grey(mask),
+            )
+        written(
+            tmp_path / "gtFine" / split / "ulm" / "ulm_000000_000019_gtFine_polygons.json", "{}"
+        )
         image = saved(noise(2, 4, 3), "PNG")
-        written(tmp_path / "leftImg8bit" / split / "ulm" / "ulm_0_leftImg8bit.png", image)
+        written(
+            tmp_path / "leftImg8bit" / split / "ulm" / "ulm_000000_000019_leftImg8bit.png", image
+        )
     spec = f"pairs:{tmp_path}"
     found = open_splits(spec)
     for source in found.values():
@@ -306,12 +313,21 @@ def test_cityscapes(tmp_path):
         (f"{spec},classes={names}", "'bicycle' is 0 in the list of names, and 18 in Cityscapes'"),
     ]
     refused(lambda given: open_source(given, "train"), cases)
-    mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_gtFine_labelIds.png"
+    mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_000000_000019_gtFine_labelIds.png"
     written(mask, grey(ids + 1))
     with pytest.raises(UserError, match=r"labelIds.png has the number 34; the 19 classes"):
         open_source(spec, "val")[0]
+    for kind, end in ("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"):
+        written(tmp_path / "own" / kind / "val" / "ulm" / f"7_{end}.png", grey(ids[:, :3]))
+    own = f"pairs:{tmp_path}/own"  # of any classes
+    with pytest.raises(UserError, match=r"not its file names \(such as 7_gtFine_.*classes=FILE"):
+        open_source(own, "val")
+    assert open_source(f"{own},classes=40", "val")[0]["label"].tolist() == ids[:, :3].tolist()
     mask.unlink()
-    with pytest.raises(UserError, match=r"ulm_0_leftImg8bit.png has no mask gtFine/val/ulm/ulm_0"):
+    with pytest.raises(
+        UserError,
+        match=r"ulm_000000_000019_leftImg8bit.png has no mask gtFine/val/ulm/ulm_000000_000019",
+    ):
         open_source(spec, "val")
 
 
@@ -562,6 +578,12 @@ def test_the_report_counts_pixels(tmp_path):
     assert "3 of the 3 images of val are in train too, such as" in text
     with pytest.raises(UserError, match="has masks for labels, which records do not hold"):
         prepare(spec, str(tmp_path / "out"), part="train")
+    plain(tmp_path / "outer" / "train")
+    cases = [
+        (tmp_path, "has masks for labels, .*: train on it as it is; if its images are in folders"),
+        (tmp_path / "outer", "has masks for labels, which records do not hold"),
+    ]
+    refused(lambda folder: prepare(str(folder), str(tmp_path / "out")), cases)
 
 
 def test_a_table_of_images_and_masks(tmp_path):
@@ -590,6 +612,20 @@ def test_a_table_of_images_and_masks(tmp_path):
     written(tmp_path / "table.csv", "\n".join([*rows, rows[1]]) + "\n")
     with pytest.raises(UserError, match=r"line 6: 'a/0.jpg' is listed again"):
         open_source(spec, "train")
+    empty = [*rows[:3], "a/2.jpg,,train", ",b/m2.png,train", "a/3.jpg,,val"]
+    written(tmp_path / "table.csv", "\n".join(empty) + "\n")
+    with pytest.raises(UserError, match=r"line 4: no mask in this row \(unpaired=skip"):
+        open_source(spec, "train")
+    source = open_source(f"{spec},unpaired=skip", "train")
+    assert len(source) == 2 and source.label_names == ("0", "1", "2")
+    assert source.passed_over.files == [("a/2.jpg", "no mask"), ("b/m2.png", "no image")]
+    cases = [
+        (f"{spec},unpaired=yes", "unpaired is 'yes'"),
+        (f"table:{path},label=split,unpaired=skip", "unpaired= is for masks, of mask=COLUMN"),
+        (f"table:{path},image=photo,label=split", "line 5: the cell of the file is empty"),
+    ]
+    refused(lambda given: open_source(given, "all"), cases)
+    written(tmp_path / "table.csv", "\n".join(rows) + "\n")
     (tmp_path / "b" / "m1.png").unlink()
     with pytest.raises(UserError, match=r"line 3: there is no file .*b/m1.png"):
         open_source(spec, "train")

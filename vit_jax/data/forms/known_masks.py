@@ -34,9 +34,11 @@ _CITYSCAPES = (
 _LISTS = "ImageSets/Segmentation"  # of Pascal VOC
 _CITY, _CITY_MASKS = "_leftImg8bit", ("_gtFine_labelTrainIds", "_gtFine_labelIds")
 _VOC_NAME = re.compile(r"(\d{4}_)?\d{6}")  # of its images, of 2007 and of later years
+_CITY_NAME = re.compile(r"[a-z-]+_\d{6}_\d{6}_gtFine_")  # of its masks: city, sequence, frame
 _IDS = 34  # of Cityscapes, 0 to 33
 ADE = "objectInfo150.txt"
 _ADE_SPLITS = {"training", "validation", "testing"}
+_SAY = "say what its classes are, classes=FILE, a list of their names, or classes=N, their number"
 
 
 def known_folders(inside: set[str]) -> str | None:
@@ -79,9 +81,9 @@ def completed(
         return _of_cityscapes(where, said, masks)
     if kind == "voc" and not said.names:
         return _of_voc(where, said, masks)
-    if kind == "ade20k" and said.table is None and said.colours is None:
-        if "reduce_zero" not in given:
-            return _of_ade20k(where, root, said)
+    numbers = said.table is None and said.colours is None and "reduce_zero" not in given
+    if kind == "ade20k" and numbers:
+        return _of_ade20k(where, root, said)
     return said
 
 
@@ -125,14 +127,23 @@ def _of_voc(where: str, said: Classes, masks: Sequence[str]) -> Classes:
     if not own or said.table is not None:
         raise UserError(
             f"{where} has the folders of Pascal VOC, but not its names and colours of masks (such "
-            f"as {os.path.basename(masks[0])}): say what its classes are, classes=FILE, a list of "
-            "their names, or classes=N, how many there are"
+            f"as {os.path.basename(masks[0])}): {_SAY}"
         )
     return said.added("the classes of Pascal VOC", names=tuple(_VOC), palette=colours)
 
 
 def _of_cityscapes(where: str, said: Classes, masks: Sequence[str]) -> Classes:
-    """The 19 classes, of `labelIds` by the official table; or all ids, if 34 names are given."""
+    """The 19 classes, of `labelIds` by the official table; or all ids, if 34 names are given.
+
+    Of other data sets in its folders, which files of other names tell, what is said.
+    """
+    if not all(_CITY_NAME.match(os.path.basename(path)) for path in masks):
+        if said.names:
+            return said
+        raise UserError(
+            f"{where} has the folders of Cityscapes, but not its file names (such as "
+            f"{os.path.basename(masks[0])}): {_SAY}"
+        )
     called, ids, colours = zip(*_CITYSCAPES, strict=True)
     names, train = said.names or called, masks[0].endswith("TrainIds.png")
     kind, counts = ("labelTrainIds", (19,)) if train else ("labelIds", (19, _IDS))

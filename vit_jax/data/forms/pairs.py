@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax.data import storage
@@ -96,8 +96,8 @@ def pairs(argument: str, split: str) -> PairSource:
     Masks are indexed or grey PNG files; 255 is of no class. Behind the path may be
     `classes=FILE` (or classes.txt in PATH: the names of the classes, in order) or `classes=N`,
     `reduce_zero=true` (0 is of no class, 1 is class 0), `foreground=255` (this number is class 1),
-    `colours=FILE` (names, r, g, b of RGB masks), `suffix=_mask` (of the masks' names) and
-    `unpaired=skip`.
+    `colours=FILE` (names, r, g, b: masks are read by their colours), `suffix=_mask` (of the masks'
+    names) and `unpaired=skip`.
 
     Args:
       split: a folder or list as above; "all" for all, where there is none. A part of it is
@@ -157,12 +157,14 @@ def pairs_splits(argument: str) -> tuple[str, ...]:
 
 def _options(argument: str) -> tuple[str, dict[str, str]]:
     root, given = options(argument, OPTIONS)
-    if given.get("unpaired", "skip") != "skip":
-        raise UserError(
-            f"pairs:{argument}: unpaired is {given['unpaired']!r}; "
-            f"{nearest(given['unpaired'], ['skip'])}"
-        )
+    check_unpaired(f"pairs:{argument}", given)
     return root.rstrip("/") or "/", given
+
+
+def check_unpaired(where: str, given: Mapping[str, str]) -> None:
+    """Raises a UserError unless the option `unpaired`, if given, is skip."""
+    if (said := given.get("unpaired", "skip")) != "skip":
+        raise UserError(f"{where}: unpaired is {said!r}; {nearest(said, ['skip'])}")
 
 
 @functools.cache
