@@ -1,5 +1,6 @@
 """Images with masks: the layouts that people have, and what the numbers in their files mean."""
 
+import dataclasses
 import io
 import logging
 import pickle
@@ -136,15 +137,15 @@ def test_split_folders(tmp_path, outer):
 
 
 def test_pascal_voc(tmp_path):
-    for i, name in enumerate(("2007_01", "2007_02", "2007_03")):
+    for i, name in enumerate(("2007_000001", "2007_000002", "2007_000003")):
         written(tmp_path / "JPEGImages" / f"{name}.jpg", photo(i))
         if i < 2:
             mask = indexed(numbers(i, high=21), voc_palette(256))
             written(tmp_path / "SegmentationClass" / f"{name}.png", mask)
     lists = tmp_path / "ImageSets" / "Segmentation"
-    written(lists / "train.txt", "2007_02\n2007_01\n")
-    written(lists / "val.txt", "2007_01\n\n")
-    written(lists / "bad.txt", "2007_01\n2007_03\n")
+    written(lists / "train.txt", "2007_000002\n2007_000001\n")
+    written(lists / "val.txt", "2007_000001\n\n")
+    written(lists / "bad.txt", "2007_000001\n2007_000003\n")
     spec = f"pairs:{tmp_path}"
     assert splits_of(spec) == ["bad", "train", "val"] and is_layout(str(tmp_path))
     source = open_source(spec, "train")
@@ -155,13 +156,16 @@ def test_pascal_voc(tmp_path):
     for found, i in zip(labels(source), (1, 0), strict=True):
         np.testing.assert_array_equal(found, numbers(i, high=21))
     cases = [
-        ("bad", "bad.txt, line 2: there is no mask of '2007_03'"),
+        ("bad", "bad.txt, line 2: there is no mask of '2007_000003'"),
         ("all", "has the splits bad, train, val: name one"),
         ("trian", "did you mean 'train'"),
     ]
     refused(lambda split: open_source(spec, split), cases)
-    written(tmp_path / "SegmentationClass" / "2007_02.png", indexed(numbers(1, high=22)))
-    with pytest.raises(UserError, match=r"2007_02.png has the class 21, but there are 21, 0 to 20"):
+    mask = indexed(numbers(1, high=22), voc_palette(256))
+    written(tmp_path / "SegmentationClass" / "2007_000002.png", mask)
+    with pytest.raises(
+        UserError, match=r"2007_000002.png has the class 21, but there are 21, 0 to 20"
+    ):
         open_source(spec, "train")[0]
     with pytest.raises(UserError, match=r"suffix= is not for the folders of Pascal VOC"):
         open_source(f"{spec},suffix=x", "train")
@@ -197,10 +201,81 @@ def test_ade20k(tmp_path, caplog):
     named = open_source(spec, "training")
     assert named.label_names == ("wall", "building, edifice")
     np.testing.assert_array_equal(named[0]["label"], expected)
-    assert "0 is of no class, and 1 is class 0 (objectInfo150.txt is there)" in caplog.text
+    assert "0 is of no class, and 1 is class 0, as ADE20K counts" in caplog.text
+    by_number = open_source(f"{spec},classes=2", "training")  # as the list is there
+    np.testing.assert_array_equal(by_number[0]["label"], expected)
+    as_is = open_source(f"{spec},reduce_zero=false,classes=3", "training")
+    np.testing.assert_array_equal(as_is[0]["label"], raw)
     written(tmp_path / "annotations" / "training" / "ADE_1.png", grey(raw + 1))
     with pytest.raises(UserError, match=r"ADE_1.png has the class 2, but there are 2"):
         open_source(spec, "training")[0]
+
+
+@pytest.mark.parametrize("folders", ["images/validation annotations/validation", "i/train m/train"])
+def test_the_list_of_ade20k_says_how_its_masks_count(tmp_path, folders):
+    """In whatever folders they are: class 1 of the list is 0 here, and 0 is of none."""
+    images, masks = folders.split()
+    raw = numbers(1, ignored=False)
+    written(tmp_path / images / "1.jpg", photo(1))
+    written(tmp_path / masks / "1.png", grey(raw))
+    split = images.partition("/")[2]
+    spec = f"pairs:{tmp_path}" + ("" if images.startswith("images") else ",images=i,masks=m")
+    if split == "validation":
+        with pytest.raises(UserError, match=r"has the folders of ADE20K.* but not its objectInfo"):
+            open_source(spec, split)
+    written(tmp_path / "objectInfo150.txt", ADE)
+    source = open_source(spec, split)
+    assert source.label_names[0] == "wall"
+    np.testing.assert_array_equal(source[0]["label"] == 0, raw == 1)
+    np.testing.assert_array_equal(source[0]["label"] == 255, raw == 0)
+    rows = f"image,mask\n{images}/1.jpg,{masks}/1.png\n"
+    table = open_source(f"table:{written(tmp_path / 't.csv', rows)},image=image,mask=mask", "all")
+    np.testing.assert_array_equal(table[0]["label"], source[0]["label"])
+
+
+def test_folders_as_of_pascal_voc(tmp_path):
+    """Of a data set of other classes: by CVAT's list and colours, or by what the user says."""
+    names, colours = ("background", "road", "tree"), [(0, 0, 0), (250, 50, 83), (51, 221, 255)]
+    for i in range(2):
+        written(tmp_path / "JPEGImages" / f"00000{i}.jpg", photo(i))
+        mask = indexed(numbers(i, ignored=False), colours)
+        written(tmp_path / "SegmentationClass" / f"00000{i}.png", mask)
+    written(tmp_path / "ImageSets" / "Segmentation" / "default.txt", "000000\n000001\n")
+    spec = f"pairs:{tmp_path}"
+    with pytest.raises(UserError, match=r"not its names and colours.*classes=FILE"):
+        open_source(spec, "default")
+    for kept in (names, None):
+        more = "" if kept else ",classes=3"
+        rows = [f"{n}:{r},{g},{b}::\n" for n, (r, g, b) in zip(names, colours, strict=True)]
+        written(tmp_path / "labelmap.txt", "# label:color_rgb:parts:actions\n" + "".join(rows))
+        source = open_source(spec + more, "default")
+        assert source.label_names == (kept or ("0", "1", "2"))
+        assert source.palette == tuple(colours)
+        np.testing.assert_array_equal(source[1]["label"], numbers(1, ignored=False))
+    # By colours, whatever the order of a palette, and without one.
+    swapped = np.array([0, 2, 1], np.uint8)[numbers(1, ignored=False)]
+    flat = np.array(colours, np.uint8)[numbers(1, ignored=False)]
+    for data in (
+        indexed(swapped, [colours[i] for i in (0, 2, 1)]),
+        saved(PIL.Image.fromarray(flat), "PNG"),
+    ):
+        written(tmp_path / "SegmentationClass" / "000001.png", data)
+        found = open_source(spec, "default")[1]["label"]
+        np.testing.assert_array_equal(found, numbers(1, ignored=False))
+    written(tmp_path / "SegmentationClass" / "000001.png", grey(numbers(1, ignored=False)))
+    with pytest.raises(UserError, match=r"the colour \[1, 1, 1\], which the table of colours"):
+        open_source(spec, "default")[1]
+    # Pascal VOC's own colours and names, but counted otherwise.
+    (tmp_path / "labelmap.txt").unlink()
+    for i in range(2):
+        mask = indexed(numbers(i), voc_palette(256))
+        written(tmp_path / "SegmentationClass" / f"00000{i}.png", mask)
+    assert open_source(spec, "default").label_names[1] == "aeroplane"
+    with pytest.raises(UserError, match="has the folders of Pascal VOC, but not"):
+        open_source(f"{spec},reduce_zero=true", "default")
+    written(tmp_path / "JPEGImages" / "000000.png", photo(0))
+    with pytest.raises(UserError, match=r"000000.jpg and .*000000.png have the same name"):
+        open_source(spec, "default")
 
 
 def test_cityscapes(tmp_path):
@@ -210,10 +285,17 @@ def test_cityscapes(tmp_path):
         for name, mask in [("labelIds", ids), ("labelTrainIds", np.array(train_ids, np.uint8))]:
             if split == "val" and name == "labelTrainIds":
                 continue
-            written(tmp_path / "gtFine" / split / "ulm" / f"ulm_0_gtFine_{name}.png", grey(mask))
-        written(tmp_path / "gtFine" / split / "ulm" / "ulm_0_gtFine_polygons.json", "{}")
+            written(
+                tmp_path / "gtFine" / split / "ulm" / f"ulm_000000_000019_gtFine_{name}.png",
+                grey(mask),
+            )
+        written(
+            tmp_path / "gtFine" / split / "ulm" / "ulm_000000_000019_gtFine_polygons.json", "{}"
+        )
         image = saved(noise(2, 4, 3), "PNG")
-        written(tmp_path / "leftImg8bit" / split / "ulm" / "ulm_0_leftImg8bit.png", image)
+        written(
+            tmp_path / "leftImg8bit" / split / "ulm" / "ulm_000000_000019_leftImg8bit.png", image
+        )
     spec = f"pairs:{tmp_path}"
     found = open_splits(spec)
     for source in found.values():
@@ -222,12 +304,30 @@ def test_cityscapes(tmp_path):
     assert "labelIds are read as their trainIds" in found["val"].how
     with pytest.raises(UserError, match=r"reduce_zero= is not for the folders of Cityscapes"):
         open_source(f"{spec},reduce_zero=true", "val")
-    mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_gtFine_labelIds.png"
+    all_ids = open_source(f"{spec},classes=34", "val")
+    assert all_ids[0]["label"].tolist() == ids.tolist() and all_ids.palette is None
+    names = written(tmp_path / "n.txt", "\n".join(sorted(found["val"].label_names)))
+    cases = [
+        (f"{spec},classes=34", "labelTrainIds have 19 classes, and 34 are named"),
+        (f"{spec},classes=20", "labelTrainIds have 19 classes, and 20"),
+        (f"{spec},classes={names}", "'bicycle' is 0 in the list of names, and 18 in Cityscapes'"),
+    ]
+    refused(lambda given: open_source(given, "train"), cases)
+    mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_000000_000019_gtFine_labelIds.png"
     written(mask, grey(ids + 1))
     with pytest.raises(UserError, match=r"labelIds.png has the number 34; the 19 classes"):
         open_source(spec, "val")[0]
+    for kind, end in ("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"):
+        written(tmp_path / "own" / kind / "val" / "ulm" / f"7_{end}.png", grey(ids[:, :3]))
+    own = f"pairs:{tmp_path}/own"  # of any classes
+    with pytest.raises(UserError, match=r"not its file names \(such as 7_gtFine_.*classes=FILE"):
+        open_source(own, "val")
+    assert open_source(f"{own},classes=40", "val")[0]["label"].tolist() == ids[:, :3].tolist()
     mask.unlink()
-    with pytest.raises(UserError, match=r"ulm_0_leftImg8bit.png has no mask gtFine/val/ulm/ulm_0"):
+    with pytest.raises(
+        UserError,
+        match=r"ulm_000000_000019_leftImg8bit.png has no mask gtFine/val/ulm/ulm_000000_000019",
+    ):
         open_source(spec, "val")
 
 
@@ -284,6 +384,19 @@ def test_colours_by_a_table(tmp_path):
         source[2]
     with pytest.raises(UserError, match=r"0.png: it is RGB"):
         open_source(spec, "all")
+    # Palettes and grey are colours, too; a channel of transparency may be there, unused.
+    opaque = np.concatenate([colours, np.full((3, 1), 255, np.uint8)], 1)
+    for data in (saved(opaque[which[0]], "PNG"), indexed(which[0].astype(np.uint8), colours)):
+        written(tmp_path / "masks" / "2.png", data)
+        np.testing.assert_array_equal(source[2]["label"], np.array([0, 255, 1])[which[0]])
+    written(tmp_path / "masks" / "2.png", grey(np.full(SIZE, 255, np.uint8)))
+    with pytest.raises(UserError, match=r"2.png: it has the colour \[255, 255, 255\]"):
+        source[2]
+    opaque[0, 3] = 254
+    written(tmp_path / "masks" / "2.png", saved(opaque[which[0]], "PNG"))
+    with pytest.raises(UserError, match=r"2.png: it is RGB with trans.* save it without transp"):
+        source[2]
+    written(tmp_path / "masks" / "2.png", saved(colours[which[0]], "PNG"))
     written(tmp_path / "c.csv", table.replace("200,0,5", "10,20,30"))
     with pytest.raises(UserError, match="has a colour twice"):
         open_source(f"{spec},colours=c.csv", "all")
@@ -299,10 +412,52 @@ def test_two_classes_of_0_and_255(tmp_path):
     assert source.label_names == ("0", "1")
     np.testing.assert_array_equal(source[0]["label"], numbers(0) == 1)
     written(tmp_path / "classes.txt", "rest\ncat\n")
-    assert open_source(f"{spec},foreground=255", "all").label_names == ("rest", "cat")
+    coloured = open_source(f"{spec},foreground=255", "all")
+    assert coloured.label_names == ("rest", "cat") and coloured.palette is None
+    picture = PIL.Image.fromarray(np.where(numbers(0) == 1, 255, 0).astype(np.uint8))
+    picture.putpalette([9, 9, 9] + [7] * 762 + [255, 0, 0])
+    first = (tmp_path / "masks" / "0.png").read_bytes()
+    written(tmp_path / "masks" / "0.png", saved(picture, "PNG"))
+    assert open_source(f"{spec},foreground=255", "all").palette == ((9, 9, 9), (255, 0, 0))
+    written(tmp_path / "masks" / "0.png", first)
+    # Or 255 is of no class, where there are three classes, or the user says what is class 1.
+    for more in (",classes=3", ",foreground=1"):
+        source = open_source(spec + more, "all")
+        np.testing.assert_array_equal(source[0]["label"] == 255, numbers(0) == 1)
     written(tmp_path / "masks" / "0.png", grey(np.full(SIZE, 9, np.uint8)))
     with pytest.raises(UserError, match=r"0.png has the number 9; .*255 is class 1"):
         open_source(f"{spec},foreground=255", "all")[0]
+
+
+def test_a_split_that_has_0_and_255_alone(tmp_path):
+    """Others have what tells that 255 is of no class, as in data sets of rare defects."""
+    spec = plain(tmp_path, splits=("train",), mask=lambda mask: grey(mask % 2), n=2)
+    for i in range(2):
+        written(tmp_path / "images" / "val" / f"{i}.jpg", photo(i))
+        written(tmp_path / "masks" / "val" / f"{i}.png", grey(np.full(SIZE, 255 * i, np.uint8)))
+    written(tmp_path / "classes.txt", "sound\ndefect\n")
+    assert (open_source(spec, "val")[1]["label"] == 255).all()
+
+
+def test_splits_without_masks_and_the_classes_of_all(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vit_jax")
+    spec = plain(tmp_path, splits=("train", "val"))
+    written(tmp_path / "images" / "test" / "0.jpg", photo())
+    written(tmp_path / "images" / "val" / "9.jpg", photo())  # which stops val, not train
+    written(tmp_path / "masks" / "val" / "2.png", grey(numbers(2, high=4)))
+    assert open_source(spec, "train").label_names == ("0", "1", "2", "3")
+    assert "no masks in test: the classes are those of the others" in caplog.text
+    refused(
+        lambda split: open_source(spec, split),
+        [("test", "no folder .*masks/test beside"), ("val", "images/val/9.jpg")],
+    )
+
+
+def test_blurred_masks_have_no_classes(tmp_path):
+    spec = plain(tmp_path, mask=lambda mask: grey(np.arange(126, dtype=np.uint8).reshape(SIZE)))
+    with pytest.raises(UserError, match=r"have 126 numbers, 0, .* classes=N; else .* blurred"):
+        open_source(spec, "all")
+    assert len(open_source(f"{spec},classes=126", "all").label_names) == 126
 
 
 def test_an_indexed_mask_gives_its_colours(tmp_path):
@@ -403,6 +558,14 @@ def test_a_damaged_mask_is_an_image_that_cannot_be_read(tmp_path, caplog):
     read = BatchReader.of(source, Split("x", "y"), Preprocess(SIZE, 3), on_corrupt="skip")
     batch = read(np.arange(3), np.arange(3))
     assert batch["mask"].tolist() == [True, False, True] and (batch["label"][1] == 255).all()
+    # Nor does a size that its first bytes claim take memory.
+    claims = bytearray(grey(numbers(1)))
+    claims[16:24] = struct.pack(">II", 400_000, 400_000)
+    written(tmp_path / "masks" / "1.png", bytes(claims))
+    with pytest.raises(BadImage, match=r"masks/1.png: it claims 400000 x 400000 pixels"):
+        source.mask_size(1)
+    read = dataclasses.replace(read, whole_masks=True)
+    assert read(np.arange(3), np.arange(3))["label"].shape == (3, 32, 32)
 
 
 def test_the_report_counts_pixels(tmp_path):
@@ -415,6 +578,12 @@ def test_the_report_counts_pixels(tmp_path):
     assert "3 of the 3 images of val are in train too, such as" in text
     with pytest.raises(UserError, match="has masks for labels, which records do not hold"):
         prepare(spec, str(tmp_path / "out"), part="train")
+    plain(tmp_path / "outer" / "train")
+    cases = [
+        (tmp_path, "has masks for labels, .*: train on it as it is; if its images are in folders"),
+        (tmp_path / "outer", "has masks for labels, which records do not hold"),
+    ]
+    refused(lambda folder: prepare(str(folder), str(tmp_path / "out")), cases)
 
 
 def test_a_table_of_images_and_masks(tmp_path):
@@ -443,6 +612,20 @@ def test_a_table_of_images_and_masks(tmp_path):
     written(tmp_path / "table.csv", "\n".join([*rows, rows[1]]) + "\n")
     with pytest.raises(UserError, match=r"line 6: 'a/0.jpg' is listed again"):
         open_source(spec, "train")
+    empty = [*rows[:3], "a/2.jpg,,train", ",b/m2.png,train", "a/3.jpg,,val"]
+    written(tmp_path / "table.csv", "\n".join(empty) + "\n")
+    with pytest.raises(UserError, match=r"line 4: no mask in this row \(unpaired=skip"):
+        open_source(spec, "train")
+    source = open_source(f"{spec},unpaired=skip", "train")
+    assert len(source) == 2 and source.label_names == ("0", "1", "2")
+    assert source.passed_over.files == [("a/2.jpg", "no mask"), ("b/m2.png", "no image")]
+    cases = [
+        (f"{spec},unpaired=yes", "unpaired is 'yes'"),
+        (f"table:{path},label=split,unpaired=skip", "unpaired= is for masks, of mask=COLUMN"),
+        (f"table:{path},image=photo,label=split", "line 5: the cell of the file is empty"),
+    ]
+    refused(lambda given: open_source(given, "all"), cases)
+    written(tmp_path / "table.csv", "\n".join(rows) + "\n")
     (tmp_path / "b" / "m1.png").unlink()
     with pytest.raises(UserError, match=r"line 3: there is no file .*b/m1.png"):
         open_source(spec, "train")

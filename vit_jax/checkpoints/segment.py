@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from vit_jax.data.joint import rounded_up
+from vit_jax.data.joint import common_size
 from vit_jax.data.masks import Mask
 from vit_jax.models.dense import across, down
 
@@ -20,14 +20,8 @@ def pixel_classes(
 ) -> list[Mask]:
     """The class of each pixel of images of these sizes (h, w), by interpolated logits."""
     own = np.array(sizes, np.int32)
-    found = np.asarray(on_device(logits, jnp.asarray(own), common(own)))
+    found = np.asarray(on_device(logits, jnp.asarray(own), common_size(own)))
     return [mask[:h, :w] for mask, (h, w) in zip(found, sizes, strict=True)]
-
-
-def common(own: Int[np.ndarray, "b 2"]) -> tuple[int, int]:
-    """A size (h, w) that all fit into, of few (see `rounded_up`)."""
-    h, w = own.max(axis=0).tolist()
-    return rounded_up(h), rounded_up(w)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from vit_jax.data.images import BadImage, Image
 from vit_jax.data.masks import IGNORED, Mask, check_classes
@@ -116,10 +117,10 @@ def mask_sizes(source: Source, indices: np.ndarray) -> list[tuple[int, int]]:
     return [_mask_size(source, int(index)) for index in indices if index >= 0]
 
 
-def common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (h, w) that all of these fit into, `rounded_up`."""
-    h, w = (rounded_up(max(side)) for side in zip((1, 1), *sizes, strict=True))
-    return h, w
+def common_size(sizes: Sequence[tuple[int, int]] | Int[np.ndarray, "n 2"]) -> tuple[int, int]:
+    """The (h, w) that all of these fit into, `rounded_up`, of which there are few."""
+    h, w = np.max([(1, 1), *sizes], axis=0).tolist()
+    return rounded_up(h), rounded_up(w)
 
 
 def _mask_size(source: Source, index: int) -> tuple[int, int]:

@@ -18,8 +18,8 @@ Palette = tuple[tuple[int, int, int], ...]  # the colour of each class, RGB of 0
 Colours = Mapping[int, int]  # 65536 R + 256 G + B -> class
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_GREY, _RGB, _INDEXED = 0, 2, 3  # kinds of a PNG
-_KINDS = {_RGB: "RGB", 4: "grey with transparency", 6: "RGB with transparency"}
+_GREY, _RGB, _INDEXED, _RGBA = 0, 2, 3, 6  # kinds of a PNG
+_KINDS = {_RGB: "RGB", 4: "grey with transparency", _RGBA: "RGB with transparency"}
 # Black, and the seven colours of Okabe and Ito, which all kinds of sight tell apart.
 _FIRST = (
     *((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115)),
@@ -32,7 +32,7 @@ def header(data: bytes) -> tuple[int, int, int, int]:
 
     Raises:
       UserError: it is another image or none.
-      BadImage: it is cut off.
+      BadImage: it is cut off, or claims more pixels than any image may have.
     """
     if data[:8] != _PNG[: len(data)] or not data:
         raise UserError(
@@ -41,6 +41,8 @@ def header(data: bytes) -> tuple[int, int, int, int]:
     if len(data) < 26:
         raise BadImage("it is cut off")
     w, h, bits, kind = struct.unpack_from(">IIBB", data, 16)
+    if h * w > MAX_PIXELS:
+        raise BadImage(f"it claims {h} x {w} pixels")
     return h, w, bits, kind
 
 
@@ -48,17 +50,16 @@ def decode_mask(data: bytes, colours: Colours | None = None) -> Mask:
     """Decodes a PNG to the numbers in it: the indices of a palette, or grey values of any depth.
 
     Args:
-      colours: the class of each colour of an RGB mask; needed for one, and used for none else.
+      colours: the class of each colour, of an RGB mask, or of a palette or grey. An alpha channel
+        may be there if nothing is transparent.
 
     Raises:
       BadImage: a damaged file.
       UserError: no PNG, or one that is turned by EXIF, has numbers above 255, or is of colours
         without `colours` or with one that is not in it.
     """
-    h, w, bits, kind = header(data)
-    if h * w > MAX_PIXELS:
-        raise BadImage(f"it claims {h} x {w} pixels")
-    if kind in _KINDS and (kind != _RGB or colours is None):
+    _, _, bits, kind = header(data)
+    if kind in _KINDS and (kind not in (_RGB, _RGBA) or colours is None):
         raise UserError(
             f"it is {_KINDS[kind]}, and the class of a pixel is a number: save it as an indexed "
             "or grey PNG (of RGB, colours=FILE, a table of names and r, g, b, says which is which)"
@@ -67,17 +68,22 @@ def decode_mask(data: bytes, colours: Colours | None = None) -> Mask:
         opened.load()
         turned = pillow_orientation(opened)
         found = np.asarray(opened)  # bits of one are bool
+        deep = colours is None or opened.mode.startswith("I")  # which Pillow makes no RGB of
+        rgb = None if deep else np.asarray(opened.convert("RGB"))
     if turned != 1:
         raise UserError(f"it is turned by EXIF (orientation {turned}): save it upright")
-    if kind == _RGB:
-        return _by_colour(found, colours)
+    if kind == _RGBA and found[..., 3].min(initial=255) < 255:
+        raise UserError("it is RGB with transparency: save it without transparency")
+    if rgb is not None:
+        return _by_colour(rgb, colours)
     if kind == _GREY and bits < 8:  # which Pillow spreads over 0 to 255
         return found.astype(np.uint8) // {1: 1, 2: 85, 4: 17}[bits]
     if found.max(initial=0) > IGNORED:
         raise UserError(
             f"it has the number {found.max()} (it is of 16 bits), and classes go to {MOST - 1}"
         )
-    return found.astype(np.uint8)
+    found = found.astype(np.uint8)
+    return found if colours is None else _by_colour(np.stack([found] * 3, -1), colours)
 
 
 def _by_colour(pixels: UInt8[np.ndarray, "h w 3"], colours: Colours) -> Mask:
@@ -86,7 +92,7 @@ def _by_colour(pixels: UInt8[np.ndarray, "h w 3"], colours: Colours) -> Mask:
     at = np.searchsorted(known, packed).clip(max=len(known) - 1)
     if not (fits := known[at] == packed).all():
         colour = pixels[~fits][0].tolist()
-        raise UserError(f"it has the colour {colour}, which colours=FILE does not name")
+        raise UserError(f"it has the colour {colour}, which the table of colours does not name")
     return np.array([colours[key] for key in known.tolist()], np.uint8)[at]
 
 

@@ -24,6 +24,7 @@ from vit_jax.data.forms.archives import TarSource, open_tar
 from vit_jax.data.forms.class_lists import read_classes
 from vit_jax.data.forms.files import WHOLE, PassedOver
 from vit_jax.data.forms.open_files import is_compressed
+from vit_jax.data.forms.pair_layouts import is_layout
 from vit_jax.data.forms.records import records
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.sources import SOURCES, Source, open_source
@@ -122,9 +123,7 @@ def prepare(
     dst = check(dst) if is_bucket(dst) else dst
     source, sequential = _open(src, part, split, labels)
     if getattr(source, "masks", False):
-        raise UserError(
-            f"{src} has masks for labels, which records do not hold: train on it as it is"
-        )
+        raise _of_masks(src)
     total = len(source) if isinstance(source, Sized) else examples
     if total is None:
         raise UserError(f"{src} is endless: say how many --examples to take")
@@ -197,11 +196,21 @@ def _check_plan(
         )
 
 
+def _of_masks(src: str, or_else: str = "") -> UserError:
+    return UserError(
+        f"{src} has masks for labels, which records do not hold: train on it as it is{or_else}"
+    )
+
+
 def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[Source, bool]:
     """Opens `src`. Also returns whether it can only be read in order, as a compressed tar."""
     kind, _, argument = src.partition(":")
     if storage.is_folder(path := src.removesuffix(",label=folder")):
         here = storage.is_folder(os.path.join(path, split))
+        if is_layout(os.path.join(src, part or split)):
+            raise _of_masks(src)
+        if not (part or here) and is_layout(src):
+            raise _of_masks(src, "; if its images are in folders of classes, say --part=images")
         source = open_source(f"folder:{src}", part or (split if here else WHOLE))
         if not (part or here):
             logger.info("%s has no folder %r: all of it is taken", path, split)

@@ -26,14 +26,15 @@ from vit_jax.data.forms.files import (
 )
 from vit_jax.data.forms.label_columns import row_labels
 from vit_jax.data.forms.layout import options
-from vit_jax.data.forms.mask_classes import CLASS_OPTIONS, classes_of
-from vit_jax.data.forms.pair_layouts import Pair
-from vit_jax.data.forms.pairs import PairSource, source_of
+from vit_jax.data.forms.mask_options import CLASS_OPTIONS, classes_of
+from vit_jax.data.forms.pair_files import Pair
+from vit_jax.data.forms.pairs import PairSource, check_unpaired, source_of
 from vit_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("image", "label", "labels", "separator", "split", "root", "mask", *CLASS_OPTIONS)
+_OF_MASKS = (*CLASS_OPTIONS, "unpaired")
+OPTIONS = ("image", "label", "labels", "separator", "split", "root", "mask", *_OF_MASKS)
 _SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
@@ -76,7 +77,8 @@ def table(argument: str, split: str) -> TableSource | PairSource:
         labels=COLUMN+COLUMN or labels=*: a column of 0 and 1 for each class, * for all others;
         split=COLUMN: the split of each image; default: the column named split, if any;
         root=FOLDER: the folder that paths are relative to; default: that of the table;
-        mask=COLUMN: files of masks, in place of labels, with the options of `pairs` for classes.
+        mask=COLUMN: files of masks, in place of labels, with the options of `pairs` for classes,
+        and unpaired=skip, which leaves out rows without a mask.
       split: a value of that column, or "all"; a part of it as for folders, such as "all[:90%]".
 
     Raises:
@@ -156,6 +158,14 @@ def _masked(
     others = {each: cells for each, cells in rows.columns.items() if each != key}
     image = _image_column(dataclasses.replace(rows, columns=others), given, root)
     needed = [name == WHOLE or cell == name for cell in _cells(rows, column)]
+    passed = PassedOver()
+    for row, (file, mask) in enumerate(zip(rows.columns[image], rows.columns[key], strict=True)):
+        if needed[row] and not (file and mask):
+            what = "no mask" if file else "no image"
+            if "unpaired" not in given:
+                raise UserError(f"{rows.at(row)}: {what} in this row (unpaired=skip leaves it out)")
+            passed.add(file or mask or rows.at(row), what)
+            needed[row] = False
     columns = [_files(rows, rows.columns[each], root, needed) for each in (image, key)]
     chosen: dict[str, Pair] = {}
     for row, ((file, size), (mask, mask_size)) in enumerate(zip(*columns, strict=True)):
@@ -169,11 +179,14 @@ def _masked(
     mine = [path for path, there in zip(paths, needed, strict=True) if there]
 
     def every() -> list[str]:
-        found = _files(rows, rows.columns[key], root, [True] * len(rows))
-        return sorted({os.path.join(root, mask) for mask, _ in found})
+        folders = _Folders(root)
+        found = [folders.find(cell) if cell else None for cell in rows.columns[key]]
+        if without := sum(each is None for each in found):
+            logger.info("%s: %d rows, of all splits, have no mask", where, without)
+        return sorted({os.path.join(root, each[0]) for each in found if each})
 
     classes = classes_of(where, "plain", os.path.dirname(rows.path) or ".", given, mine, every)
-    return source_of(where, root, list(chosen.values()), classes, PassedOver())
+    return source_of(where, root, list(chosen.values()), classes, passed)
 
 
 def _check_numbers(where: str, names: Sequence[str]) -> None:
@@ -196,8 +209,9 @@ def _open(argument: str) -> tuple[Table, dict[str, str]]:
     named = [key for key in ("label", "labels", "mask") if key in given]
     if len(named) > 1:
         raise UserError(f"table:{argument}: {named[0]}=COLUMN or {named[1]}=COLUMN, not both")
-    if "mask" not in given and (odd := [key for key in CLASS_OPTIONS if key in given]):
+    if "mask" not in given and (odd := [key for key in _OF_MASKS if key in given]):
         raise UserError(f"table:{argument}: {odd[0]}= is for masks, of mask=COLUMN")
+    check_unpaired(f"table:{argument}", given)
     rows = read_table(path, "table of images", spaces=True)
     said = {given[key] for key in ("image", "label", "labels", "mask", "split") if key in given}
     if not rows.header and len(rows) > 1:
@@ -330,8 +344,9 @@ def _files(
     missing = [row for row, each in enumerate(found) if each is None and needed[row]]
     if missing:
         first = missing[0]
+        what = f"there is no file {os.path.join(root, cells[first])!r}"
         raise UserError(
-            f"{rows.at(first)}: there is no file {os.path.join(root, cells[first])!r}"
+            f"{rows.at(first)}: {what if cells[first] else 'the cell of the file is empty'}"
             + (f", and {len(missing) - 1} others are missing" if len(missing) > 1 else "")
         )
     return [each or (cell, 0) for each, cell in zip(found, cells, strict=True)]

@@ -1,46 +1,17 @@
 """Where images and their masks are: folders as of ADE20K, Cityscapes, Pascal VOC, or plain ones."""
 
-import dataclasses
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from vit_jax.data import storage
-from vit_jax.data.forms.files import WHOLE, PassedOver, class_name, image_files
-from vit_jax.data.forms.layout import few, out_of_the_way, split_kind
-from vit_jax.data.images import SUFFIXES
-from vit_jax.errors import UserError, check_refused, nearest
+from vit_jax.data.forms.files import WHOLE, PassedOver
+from vit_jax.data.forms.known_masks import is_ade20k, known_folders, known_layout
+from vit_jax.data.forms.layout import few, split_kind
+from vit_jax.data.forms.pair_files import Layout, Pair, files_below, folders_in
+from vit_jax.errors import UserError, nearest
 
 _IMAGES = ("images", "imgs", "image")
 _MASKS = ("masks", "annotations", "labels", "mask")
 _SURE = ("masks", "annotations")  # which no folder of classes is called
-_LISTS = "ImageSets/Segmentation"  # of Pascal VOC
-_CITY, _CITY_MASKS = "_leftImg8bit", ("_gtFine_labelTrainIds", "_gtFine_labelIds")
-
-
-class Pair(NamedTuple):
-    """An image and its mask: paths below the root, and their bytes."""
-
-    image: str
-    mask: str
-    size: int
-    mask_size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The folders of a data set.
-
-    Attributes:
-      kind: "voc", "cityscapes", "ade20k" or "plain".
-      splits: their names; none if there is but "all".
-      read: a split's name -> its pairs, in the order of the images' names or of a list; files that
-        are left out go into the second argument.
-    """
-
-    kind: str
-    splits: tuple[str, ...]
-    read: Callable[[str, PassedOver], list[Pair]]
 
 
 def layout_of(where: str, root: str, given: Mapping[str, str]) -> Layout:
@@ -59,41 +30,26 @@ def layout_of(where: str, root: str, given: Mapping[str, str]) -> Layout:
     named = {key: given[key] for key in ("images", "masks") if key in given}
     if len(named) == 1:
         raise UserError(f"{where}: images= and masks= name two folders in it: give both")
-    inside = _folders(root)
+    inside = folders_in(root)
     if named:
         return _plain(where, root, named["images"], named["masks"], given)
-    if {"JPEGImages", "SegmentationClass"} <= inside:
-        _check(where, "Pascal VOC", given, ("suffix", "unpaired"))
-        return _voc(where, root)
-    if {"leftImg8bit", "gtFine"} <= inside:
-        others = ("suffix", "unpaired", "reduce_zero", "foreground", "colours")
-        _check(where, "Cityscapes", given, others)
-        return _cityscapes(where, root)
+    if kind := known_folders(inside):
+        return known_layout(where, root, kind, given)
     pair = _names(where, inside)
     if pair is not None:
         return _plain(where, root, *pair, given)
-    outer = [name for name in sorted(inside) if _names(where, _folders(f"{root}/{name}"))]
+    outer = [name for name in sorted(inside) if _names(where, folders_in(f"{root}/{name}"))]
     if outer and all(map(split_kind, outer)):
         return _outer(where, root, outer, given)
     raise _unknown(where, root, inside, outer)
-
-
-def _check(where: str, what: str, given: Mapping[str, str], others: Sequence[str]) -> None:
-    """Raises a UserError for options that the folders of a known data set leave no place for."""
-    if odd := [key for key in others if key in given]:
-        raise UserError(
-            f"{where}: {odd[0]}= is not for the folders of {what}, which say themselves how they "
-            "are read: leave it out, or name the folders by images= and masks="
-        )
 
 
 def is_layout(root: str) -> bool:
     """Whether a folder surely has images and masks: by the names of the folders in it."""
     if not storage.is_folder(root):
         return False
-    inside = _folders(root)
-    known = ({"JPEGImages", "SegmentationClass"}, {"leftImg8bit", "gtFine"})
-    return any(each <= inside for each in known) or (
+    inside = folders_in(root)
+    return known_folders(inside) is not None or (
         "images" in inside and len(inside.intersection(_SURE)) == 1
     )
 
@@ -106,17 +62,6 @@ def _unknown(where: str, root: str, inside: set[str], outer: list[str]) -> UserE
         f"{few(inside) or 'no folder'}){hint}. Expected images and masks, the folders of ADE20K, "
         "Cityscapes or Pascal VOC, or names: pairs:PATH,images=FOLDER,masks=FOLDER"
     )
-
-
-def _folders(root: str) -> set[str]:
-    try:
-        entries = storage.scan(root)
-    except OSError as error:
-        check_refused(error, root)
-        raise UserError(f"{root} cannot be listed: {error.strerror}") from None
-    return {
-        each.name for each in entries if each.is_dir() and not out_of_the_way(f"{each.name}/file")
-    }
 
 
 def _names(where: str, inside: set[str]) -> tuple[str, str] | None:
@@ -138,7 +83,7 @@ def _plain(where: str, root: str, images: str, masks: str, given: Mapping[str, s
     for name in (images, masks):
         if not storage.is_folder(f"{root}/{name}"):
             raise UserError(f"{where}: there is no folder {root}/{name}")
-    inside = _folders(f"{root}/{images}")
+    inside = folders_in(f"{root}/{images}")
     splits = tuple(sorted(inside)) if inside and all(map(split_kind, inside)) else ()
 
     def read(split: str, passed: PassedOver) -> list[Pair]:
@@ -150,9 +95,11 @@ def _plain(where: str, root: str, images: str, masks: str, given: Mapping[str, s
             raise UserError(f"{where}: there is no folder {root}/{masks}{below} beside the images")
         return _matched(where, root, images + below, masks + below, given, passed)
 
-    called = (images, masks) == ("images", "annotations")
-    ade = called and splits == ("training", "validation")
-    return Layout("ade20k" if ade else "plain", splits, read)
+    def theirs(split: str) -> list[str]:
+        return _masks(where, root, masks if split == WHOLE else f"{masks}/{split}", given)
+
+    kind = "ade20k" if is_ade20k(images, masks, splits) else "plain"
+    return Layout(kind, splits, read, theirs)
 
 
 def _outer(where: str, root: str, outer: list[str], given: Mapping[str, str]) -> Layout:
@@ -161,18 +108,34 @@ def _outer(where: str, root: str, outer: list[str], given: Mapping[str, str]) ->
     def read(split: str, passed: PassedOver) -> list[Pair]:
         if split not in outer:
             raise UserError(f"{where} has no split {split!r}; {nearest(split, outer)}")
-        images, masks = _names(where, _folders(f"{root}/{split}"))
+        images, masks = _names(where, folders_in(f"{root}/{split}"))
         return _matched(where, root, f"{split}/{images}", f"{split}/{masks}", given, passed)
 
-    return Layout("plain", tuple(outer), read)
+    def theirs(split: str) -> list[str]:
+        masks = _names(where, folders_in(f"{root}/{split}"))[1]
+        return _masks(where, root, f"{split}/{masks}", given)
+
+    return Layout("plain", tuple(outer), read, theirs)
+
+
+def _masks(where: str, root: str, folder: str, given: Mapping[str, str]) -> list[str]:
+    """The masks below a folder, which may be missing."""
+    if not storage.is_folder(f"{root}/{folder}"):
+        return []
+    found, suffix = files_below(where, root, folder, PassedOver()), given.get("suffix", "")
+    return [
+        path
+        for stem, (path, _) in found.items()
+        if stem.endswith(suffix) and path.lower().endswith(".png")
+    ]
 
 
 def _matched(
     where: str, root: str, images: str, masks: str, given: Mapping[str, str], passed: PassedOver
 ) -> list[Pair]:
     """The images below a folder with the masks of the same names below another."""
-    suffix, found = given.get("suffix", ""), _files(where, root, images, passed)
-    theirs = _files(where, root, masks, passed)
+    suffix, found = given.get("suffix", ""), files_below(where, root, images, passed)
+    theirs = files_below(where, root, masks, passed)
     if odd := [path for path, _ in theirs.values() if not path.lower().endswith(".png")]:
         raise UserError(
             f"{where}: {len(odd):,} masks are no PNG, such as {odd[0]}: save them as indexed or "
@@ -201,81 +164,3 @@ def _matched(
             "have the same name before the ending; unpaired=skip leaves out what has no partner)"
         )
     return [pairs[stem] for stem in sorted(pairs)]
-
-
-def _files(where: str, root: str, start: str, passed: PassedOver) -> dict[str, tuple[str, int]]:
-    """Name without its ending -> (path, bytes) of the image files below a folder."""
-    found: dict[str, tuple[str, int]] = {}
-    for path, size in sorted(image_files(root, start, passed)):
-        stem = class_name(os.path.splitext(path[len(start) + 1 :])[0])
-        if stem in found:
-            raise UserError(f"{where}: {found[stem][0]} and {path} have the same name")
-        found[stem] = path, size
-    return found
-
-
-def _voc(where: str, root: str) -> Layout:
-    lists = storage.files(f"{root}/{_LISTS}")
-    splits = tuple(sorted(name[:-4] for name in lists if name.endswith(".txt")))
-    if not splits:
-        raise UserError(
-            f"{where}: {root}/{_LISTS} has no SPLIT.txt, a list of the images of each split; "
-            f"without lists, say images=JPEGImages,masks=SegmentationClass"
-        )
-
-    def read(split: str, passed: PassedOver) -> list[Pair]:
-        if split not in splits:
-            raise UserError(f"{where} has no split {split!r}; {nearest(split, splits)}")
-        folders = [
-            _by_stem(root, "JPEGImages", SUFFIXES),
-            _by_stem(root, "SegmentationClass", (".png",)),
-        ]
-        path, pairs = f"{root}/{_LISTS}/{split}.txt", []
-        for number, stem in _lines(path):
-            for files, what in zip(folders, ("image", "mask"), strict=True):
-                if stem not in files:
-                    raise UserError(f"{path}, line {number}: there is no {what} of {stem!r}")
-            (image, size), (mask, mask_size) = (files[stem] for files in folders)
-            pairs.append(Pair(image, mask, size, mask_size))
-        return pairs
-
-    return Layout("voc", splits, read)
-
-
-def _by_stem(root: str, folder: str, endings: tuple[str, ...]) -> dict[str, tuple[str, int]]:
-    return {
-        os.path.splitext(name)[0]: (f"{folder}/{name}", size)
-        for name, size in storage.files(f"{root}/{folder}").items()
-        if name.lower().endswith(endings)
-    }
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a list that are not empty, with their numbers."""
-    text = storage.read(path).decode("utf-8", "surrogateescape")
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield number, line.split()[0]
-
-
-def _cityscapes(where: str, root: str) -> Layout:
-    splits = tuple(sorted(_folders(f"{root}/leftImg8bit")))
-
-    def read(split: str, passed: PassedOver) -> list[Pair]:
-        if split not in splits:
-            raise UserError(f"{where} has no split {split!r}; {nearest(split, splits)}")
-        start, pairs = f"leftImg8bit/{split}", []
-        theirs = _files(where, root, f"gtFine/{split}", PassedOver())  # polygons, instances, ...
-        # Of both kinds, the one that all images have.
-        found = _files(where, root, start, passed)
-        stems = {stem: stem.removesuffix(_CITY) for stem in found}
-        each = [sum(f"{stem}{end}" in theirs for stem in stems.values()) for end in _CITY_MASKS]
-        end = _CITY_MASKS[0] if each[0] >= each[1] else _CITY_MASKS[1]
-        for stem, (path, size) in sorted(found.items()):
-            mask = f"{stems[stem]}{end}"
-            if mask not in theirs:
-                raise UserError(f"{where}: {path} has no mask gtFine/{split}/{mask}.png")
-            pairs.append(Pair(path, theirs[mask][0], size, theirs[mask][1]))
-        return pairs
-
-    return Layout("cityscapes", splits, read)

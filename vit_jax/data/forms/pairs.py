@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax.data import storage
@@ -19,8 +19,10 @@ from vit_jax.data.forms.files import (
     tell,
 )
 from vit_jax.data.forms.layout import options
-from vit_jax.data.forms.mask_classes import CLASS_OPTIONS, Classes, classes_of, read_numbers
-from vit_jax.data.forms.pair_layouts import Pair, layout_of
+from vit_jax.data.forms.mask_classes import Classes, read_numbers
+from vit_jax.data.forms.mask_options import CLASS_OPTIONS, classes_of
+from vit_jax.data.forms.pair_files import Pair
+from vit_jax.data.forms.pair_layouts import layout_of
 from vit_jax.data.images import BadImage
 from vit_jax.data.masks import Palette, header
 from vit_jax.errors import UserError, nearest
@@ -76,8 +78,8 @@ class PairSource:
         path = self.mask_path(index)
         try:
             return header(storage.start(path, 26))[:2]
-        except BadImage:
-            raise
+        except BadImage as error:
+            raise BadImage(f"the mask {path}: {error}") from None
         except UserError as error:
             raise UserError(f"the mask {path}: {error}") from None
 
@@ -94,8 +96,8 @@ def pairs(argument: str, split: str) -> PairSource:
     Masks are indexed or grey PNG files; 255 is of no class. Behind the path may be
     `classes=FILE` (or classes.txt in PATH: the names of the classes, in order) or `classes=N`,
     `reduce_zero=true` (0 is of no class, 1 is class 0), `foreground=255` (this number is class 1),
-    `colours=FILE` (names, r, g, b of RGB masks), `suffix=_mask` (of the masks' names) and
-    `unpaired=skip`.
+    `colours=FILE` (names, r, g, b: masks are read by their colours), `suffix=_mask` (of the masks'
+    names) and `unpaired=skip`.
 
     Args:
       split: a folder or list as above; "all" for all, where there is none. A part of it is
@@ -118,8 +120,11 @@ def pairs(argument: str, split: str) -> PairSource:
         raise UserError(f"{where} has no image in split {split!r}")
 
     def all_masks() -> list[str]:
-        parts = [layout.read(each, PassedOver()) for each in layout.splits if name != WHOLE]
-        return sorted({os.path.join(root, pair.mask) for part in (every, *parts) for pair in part})
+        parts = {each: layout.masks(each) for each in layout.splits if name != WHOLE}
+        if without := [each for each, part in parts.items() if not part]:
+            _say(f"{where}: no masks in {', '.join(without)}: the classes are those of the others")
+        theirs = (os.path.join(root, path) for part in parts.values() for path in part)
+        return sorted({*mine, *theirs})
 
     mine = [os.path.join(root, pair.mask) for pair in every]
     classes = classes_of(where, layout.kind, root, given, mine, all_masks)
@@ -152,12 +157,14 @@ def pairs_splits(argument: str) -> tuple[str, ...]:
 
 def _options(argument: str) -> tuple[str, dict[str, str]]:
     root, given = options(argument, OPTIONS)
-    if given.get("unpaired", "skip") != "skip":
-        raise UserError(
-            f"pairs:{argument}: unpaired is {given['unpaired']!r}; "
-            f"{nearest(given['unpaired'], ['skip'])}"
-        )
+    check_unpaired(f"pairs:{argument}", given)
     return root.rstrip("/") or "/", given
+
+
+def check_unpaired(where: str, given: Mapping[str, str]) -> None:
+    """Raises a UserError unless the option `unpaired`, if given, is skip."""
+    if (said := given.get("unpaired", "skip")) != "skip":
+        raise UserError(f"{where}: unpaired is {said!r}; {nearest(said, ['skip'])}")
 
 
 @functools.cache

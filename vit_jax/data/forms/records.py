@@ -103,7 +103,10 @@ class RecordSource:
         return found
 
     def mask_size(self, index: int) -> tuple[int, int]:
-        return header(self.mask_bytes(index))[:2]
+        try:
+            return header(self.mask_bytes(index))[:2]
+        except BadImage as error:
+            raise BadImage(f"the mask of {self.where}, example {index}: {error}") from None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, key, name = self.keys

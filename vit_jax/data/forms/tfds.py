@@ -16,7 +16,7 @@ from jaxtyping import Int32, Int64
 
 from vit_jax.data import storage
 from vit_jax.data.forms.layout import options
-from vit_jax.data.forms.mask_classes import CLASS_OPTIONS, classes_said
+from vit_jax.data.forms.mask_options import CLASS_OPTIONS, classes_said
 from vit_jax.data.forms.open_files import OpenFiles
 from vit_jax.data.forms.records import (
     Records,

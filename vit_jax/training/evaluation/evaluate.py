@@ -88,6 +88,11 @@ def evaluate_run(
     )
     if not evaluation.names:
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
+    if needed_by and config.segments:
+        raise UserError(
+            f"{needed_by} is of images that are classified, and this model gives masks: "
+            "predict --out=FOLDER writes them"
+        )
     if needed_by and not evaluation.classifies:
         raise UserError(
             f"{needed_by} is of images that are classified: here no data.val, data.test or "

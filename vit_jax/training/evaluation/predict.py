@@ -23,11 +23,12 @@ from jaxtyping import Array, Float, Float32, Int
 
 from vit_jax.checkpoints.card import OBJECTIVES
 from vit_jax.checkpoints.load import Loaded, each_image, load
-from vit_jax.checkpoints.segment import common, on_device
+from vit_jax.checkpoints.segment import on_device
 from vit_jax.compiler import compiler_options
 from vit_jax.data.ahead import threads_of
 from vit_jax.data.images import Image
 from vit_jax.data.inputs import Inputs, Read
+from vit_jax.data.joint import common_size
 from vit_jax.data.masks import Mask
 from vit_jax.data.transforms import Pixels, Preprocess
 from vit_jax.errors import UserError, during, nearest
@@ -204,7 +205,7 @@ class Predictor:
             images = _together(batch.scaled, self.preprocess)
         on_devices = to_devices({**images, "own": batch.sizes}, size, self.mesh)
         own, of = on_devices.pop("own"), on_devices.get("scaled")
-        return {"mask": on_device(self.forward(on_devices)["x"], own, common(batch.sizes), of)}
+        return {"mask": on_device(self.forward(on_devices)["x"], own, common_size(batch.sizes), of)}
 
     def _answer(self, values: dict[str, np.ndarray], batch: _Batch, row: int) -> Answer:
         if "mask" in values:
@@ -260,7 +261,7 @@ def _together(scaled: list[Pixels | None], preprocess: Preprocess) -> dict[str, 
     """Images of their own shapes in one array, and their (h, w); a black one for None."""
     sizes = [preprocess.image_size if each is None else each.shape[:2] for each in scaled]
     of = np.array(sizes, np.int32)
-    shape = (len(scaled), *common(of), preprocess.in_channels)
+    shape = (len(scaled), *common_size(of), preprocess.in_channels)
     together = np.zeros(shape, preprocess.pixel_dtype)
     for row, each in enumerate(scaled):
         if each is not None:
