@@ -88,6 +88,11 @@ def evaluate_run(
     )
     if not evaluation.names:
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
+    if needed_by and config.segments:
+        raise UserError(
+            f"{needed_by} is of images that are classified, and objective segmentation tells the "
+            "class of each pixel: `vit-jax predict --out=FOLDER` writes masks"
+        )
     if needed_by and not evaluation.classifies:
         raise UserError(
             f"{needed_by} is of images that are classified: here no data.val, data.test or "
