@@ -430,6 +430,10 @@ def test_no_resnet_and_no_other_model_is_evaluated(run, tiny_run):
         model_config(config, None, 3)
     with pytest.raises(UserError, match="is of the classes of pixels, and this model's objective"):
         evaluate_run(tiny_run[0], config_of())
+    with pytest.raises(
+        UserError, match="--pictures is of images that are classified, and objective"
+    ):
+        evaluate_run(run[0], config_of(), needed_by="--pictures")
     near = Knn(train=config_of().data.train, test=config_of().data.val, type="knn")
     few = dataclasses.replace(config_of().eval, evaluators={"near": near})
     with pytest.raises(UserError, match=r"eval\.evaluators\.near: .* no features of whole images"):
