@@ -90,13 +90,8 @@ def evaluate_run(
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
     if needed_by and config.segments:
         raise UserError(
-<<<<<<< HEAD
-            f"{needed_by} is of images that are classified, and this model gives masks: "
-            "predict --out=FOLDER writes them"
-=======
             f"{needed_by} is of images that are classified, and objective segmentation tells the "
             "class of each pixel: `vit-jax predict --out=FOLDER` writes masks"
->>>>>>> cf118a3323130a53e768febf18c6f6f4c0a9e947
         )
     if needed_by and not evaluation.classifies:
         raise UserError(
