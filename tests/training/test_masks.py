@@ -438,7 +438,7 @@ def test_no_resnet_and_no_other_model_is_evaluated(run, tiny_run):
     few = dataclasses.replace(config_of().eval, evaluators={"near": near})
     with pytest.raises(UserError, match=r"eval\.evaluators\.near: .* no features of whole images"):
         evaluate_run(run[0], dataclasses.replace(config_of(), eval=few))
-    with pytest.raises(UserError, match=r"gives masks: predict --out=FOLDER writes them"):
+    with pytest.raises(UserError, match=r"predict --out=FOLDER` writes masks"):
         evaluate_run(run[0], config_of(), needed_by="--predictions")
     with pytest.raises(UserError, match="is of the classes of whole images, and this model's"):
         evaluate_run(run[0], load_config(DIGITS))
