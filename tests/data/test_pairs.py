@@ -380,7 +380,7 @@ def test_masks_that_are_no_masks():
 
 def test_colours_by_a_table(tmp_path):
     colours = np.array([[10, 20, 30], [0, 0, 0], [200, 0, 5]], np.uint8)
-    table = "name,r,g,b\nsky,10,20,30\nignored,0,0,0\ncar,200,0,5\n"
+    table = "name,r,g,b\nsky,10,20,30\nignored,0,0,0\ncar,200,0,5\nignored,1,1,1\n"
     which = np.random.default_rng(0).integers(0, 3, (3, *SIZE))
     spec = plain(tmp_path, mask=lambda mask: saved(colours[which[0]], "PNG"), **{"c.csv": table})
     source = open_source(f"{spec},colours=c.csv", "all")
