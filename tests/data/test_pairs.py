@@ -241,7 +241,9 @@ def test_folders_as_of_pascal_voc(tmp_path):
         mask = indexed(numbers(i, ignored=False), colours)
         written(tmp_path / "SegmentationClass" / f"00000{i}.png", mask)
     written(tmp_path / "ImageSets" / "Segmentation" / "default.txt", "000000\n000001\n")
+    written(tmp_path / "ImageSets" / "Segmentation" / "test.txt", "000009\n")  # without masks
     spec = f"pairs:{tmp_path}"
+    assert len(open_source(f"{spec},classes=2", "default")) == 2
     with pytest.raises(UserError, match=r"not its names and colours.*classes=FILE"):
         open_source(spec, "default")
     for kept in (names, None):
@@ -322,7 +324,12 @@ def test_cityscapes(tmp_path):
     own = f"pairs:{tmp_path}/own"  # of any classes
     with pytest.raises(UserError, match=r"not its file names \(such as 7_gtFine_.*classes=FILE"):
         open_source(own, "val")
+    assert len(open_source(f"{own},classes=2", "val")) == 1
     assert open_source(f"{own},classes=40", "val")[0]["label"].tolist() == ids[:, :3].tolist()
+    names = written(tmp_path / "n.txt", "\n".join(found["val"].label_names))
+    with pytest.raises(UserError, match=r"'road' is 0 in the list of names, and 7 in Cityscapes'"):
+        open_source(f"{own},classes={names}", "val")
+    assert open_source(f"{spec},classes={names}", "train").palette == found["train"].palette
     mask.unlink()
     with pytest.raises(
         UserError,
@@ -373,7 +380,7 @@ def test_masks_that_are_no_masks():
 
 def test_colours_by_a_table(tmp_path):
     colours = np.array([[10, 20, 30], [0, 0, 0], [200, 0, 5]], np.uint8)
-    table = "name,r,g,b\nsky,10,20,30\nignored,0,0,0\ncar,200,0,5\n"
+    table = "name,r,g,b\nsky,10,20,30\nignored,0,0,0\ncar,200,0,5\nignored,1,1,1\n"
     which = np.random.default_rng(0).integers(0, 3, (3, *SIZE))
     spec = plain(tmp_path, mask=lambda mask: saved(colours[which[0]], "PNG"), **{"c.csv": table})
     source = open_source(f"{spec},colours=c.csv", "all")

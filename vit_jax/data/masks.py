@@ -92,7 +92,10 @@ def _by_colour(pixels: UInt8[np.ndarray, "h w 3"], colours: Colours) -> Mask:
     at = np.searchsorted(known, packed).clip(max=len(known) - 1)
     if not (fits := known[at] == packed).all():
         colour = pixels[~fits][0].tolist()
-        raise UserError(f"it has the colour {colour}, which the table of colours does not name")
+        raise UserError(
+            f"it has the colour {colour}, which the table of colours does not name (what is of no "
+            "class is called ignored there)"
+        )
     return np.array([colours[key] for key in known.tolist()], np.uint8)[at]
 
 

@@ -137,14 +137,15 @@ def _of_cityscapes(where: str, said: Classes, masks: Sequence[str]) -> Classes:
 
     Of other data sets in its folders, which files of other names tell, what is said.
     """
-    if not all(_CITY_NAME.match(os.path.basename(path)) for path in masks):
-        if said.names:
-            return said
+    called, ids, colours = zip(*_CITYSCAPES, strict=True)
+    official = all(_CITY_NAME.match(os.path.basename(path)) for path in masks)
+    if not official and said.names and not {*called} <= {*said.names}:
+        return said
+    if not official and not said.names:
         raise UserError(
             f"{where} has the folders of Cityscapes, but not its file names (such as "
             f"{os.path.basename(masks[0])}): {_SAY}"
         )
-    called, ids, colours = zip(*_CITYSCAPES, strict=True)
     names, train = said.names or called, masks[0].endswith("TrainIds.png")
     kind, counts = ("labelTrainIds", (19,)) if train else ("labelIds", (19, _IDS))
     if len(names) not in counts:
@@ -152,7 +153,7 @@ def _of_cityscapes(where: str, said: Classes, masks: Sequence[str]) -> Classes:
             f"{where}: Cityscapes' {kind} have {' or '.join(map(str, counts))} classes, and "
             f"{len(names)} are named: leave out the list or classes="
         )
-    own = len(names) == _IDS
+    own = not train and (len(names) == _IDS or not official)  # all ids
     places = {name: ids[i] if own else i for i, name in enumerate(called)}
     odd = [name for i, name in enumerate(names) if places.get(name, i) != i]
     if odd:
@@ -208,7 +209,9 @@ def _voc(where: str, root: str) -> Layout:
         return pairs
 
     def masks(split: str) -> list[str]:
-        return [pair.mask for pair in read(split, PassedOver())]
+        theirs = files_in(where, root, "SegmentationClass", (".png",))
+        stems = (stem for _, stem in _lines(f"{root}/{_LISTS}/{split}.txt"))
+        return [theirs[stem][0] for stem in stems if stem in theirs]
 
     return Layout("voc", splits, read, masks)
 
@@ -244,6 +247,10 @@ def _cityscapes(where: str, root: str) -> Layout:
         return pairs
 
     def masks(split: str) -> list[str]:
-        return [pair.mask for pair in read(split, PassedOver())]
+        if not storage.is_folder(f"{root}/gtFine/{split}"):
+            return []
+        theirs = files_below(where, root, f"gtFine/{split}", PassedOver())
+        kinds = [[theirs[stem][0] for stem in theirs if stem.endswith(end)] for end in _CITY_MASKS]
+        return kinds[0] or kinds[1]
 
     return Layout("cityscapes", splits, read, masks)

@@ -203,7 +203,7 @@ def _by_colour(path: str) -> Classes:
     colours = [tuple(map(int, row[1:])) for row in rows]
     if max(map(max, colours)) > 255 or len(set(colours)) < len(rows):
         raise UserError(f"{path} has a colour twice, or above 255")
-    if twice := [name for name in called if called.count(name) > 1]:
+    if twice := [name for name in called if name != "ignored" and called.count(name) > 1]:
         raise UserError(f"{path} names the class {twice[0]!r} twice")
     classes = [i for i, name in enumerate(called) if name != "ignored"]
     known: Colours = {
