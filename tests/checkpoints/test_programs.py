@@ -14,7 +14,8 @@ from dialects import examples
 import vit_jax
 from vit_jax.__main__ import main
 from vit_jax.checkpoints import programs
-from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.card import ModelCard, Report
+from vit_jax.checkpoints.load import Loaded
 from vit_jax.checkpoints.opened import open_model
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
@@ -140,3 +141,14 @@ def test_what_cannot_be_a_program_is_said(tmp_path, capsys, monkeypatch):
 
 def card(vit):
     return ModelCard(vit.config, Preprocess((8, 8)), tuple("abcde"))
+
+
+def test_a_program_of_masks_says_how_they_come_from_its_logits(tmp_path):
+    vit = model("token", pool="none", num_classes=2)
+    how = dict(objective="segmentation", palette=((0, 0, 0), (255, 0, 0)))
+    loaded = Loaded(vit, vit.config, Preprocess((8, 8)), ("sky", "roof"), Report(()), None, **how)
+    vit_jax.save(loaded, tmp_path / "masks.stablehlo")
+    said = json.loads((tmp_path / "masks.stablehlo.json").read_text())
+    assert said["outputs"]["shape"] == ["b", 2, 2, 2]
+    assert "interpolate them bilinearly" in said["outputs"]["values"]
+    assert said["palette"] == [[0, 0, 0], [255, 0, 0]]

@@ -9,6 +9,7 @@ from conftest import DIGITS, TINY
 
 import vit_jax
 from vit_jax.errors import Stopped, UserError
+from vit_jax.launch.comparison import lower_is_better
 from vit_jax.training.config import read_config
 from vit_jax.training.config_file import load_config
 from vit_jax.training.evaluation.evaluation import Evaluation
@@ -31,6 +32,17 @@ def test_the_best_is_better_than_all_before(mode, expected):
     assert not history.add(22, {"test/x": 1.0})  # another evaluation
     again = History(history.metric).read({"step": s, "val/x": v} for s, v in CURVE.items())
     assert again == history
+
+
+def test_a_metric_of_a_class_may_have_slashes():
+    metric = Metric.parse("checkpoint.best", "val/iou/road/wet loss")
+    assert metric.higher and not lower_is_better(metric.name)
+    with pytest.raises(UserError, match=r"val has miou, iou/road$"):
+        Selection(metric.name, StopConfig(), {"val": ("miou", "iou/road")}, [])
+    chosen = Selection(metric.name, StopConfig(), {"val": None}, [])
+    assert chosen.add(1, {"val/miou": 0.5, metric.name: 0.5})
+    with pytest.raises(UserError, match=r"but measured are val/miou$"):
+        chosen.add(2, {"val/miou": 0.5})
 
 
 def test_patience_begins_after_the_probe():

@@ -21,7 +21,7 @@ from jax import export
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from vit_jax.checkpoints.card import Line, ModelCard, Report, family_of
+from vit_jax.checkpoints.card import OBJECTIVES, Line, ModelCard, Report, family_of
 from vit_jax.checkpoints.opened import facts
 from vit_jax.compiler import traced_for
 from vit_jax.errors import UserError
@@ -154,9 +154,17 @@ def _description(
         else "(pixel / 255 - mean) / std, of pixels of 0 to 255",
     }
     answer = f"logits ({card.objective})" if card.config.num_classes else "features"
+    colours = {}
+    if OBJECTIVES[card.objective].masks:
+        answer += (
+            " of each cell of a grid: interpolate them bilinearly between the cells' centres (not "
+            "their corners) to the image's height and width; the largest is a pixel's class"
+        )
+        colours = {"palette": card.palette}
     return {
         "images": {**dataclasses.asdict(card.preprocess), **said},
         "outputs": {"shape": _shape(outputs), "dtype": str(outputs.dtype), "values": answer},
         "labels": card.labels,
+        **colours,
         "model": {"family": family_of(card.config), **dataclasses.asdict(card.config)},
     }

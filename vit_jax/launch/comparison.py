@@ -54,7 +54,7 @@ class Run:
 
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is a loss."""
-    return "loss" in metric.rpartition("/")[2]
+    return "loss" in metric.partition("/")[2].partition("/")[0]
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:

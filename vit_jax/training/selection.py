@@ -10,7 +10,7 @@ from vit_jax.errors import UserError
 # Metrics of which more is better; of a loss, less is.
 _HIGHER = (
     *("accuracy", "top5", "mAP", "micro_f1", "macro_f1", "miou", "pixel_accuracy"),
-    *("foreground_iou", "mean"),
+    *("iou", "foreground_iou", "mean"),
 )
 
 
@@ -56,7 +56,7 @@ class Metric:
           UserError: it is no metric of an evaluation, or not clear whether more is better.
         """
         name, _, mode = text.partition(":")
-        split, _, last = name.rpartition("/")
+        split, _, last = name.partition("/")  # that of a class is iou/NAME
         if not split or not last or split in ("train", "test"):
             raise UserError(
                 f"{key} is {text!r}; expected a metric of data.val or of an evaluator, such as "
@@ -64,7 +64,7 @@ class Metric:
             )
         if mode not in ("", "min", "max"):
             raise UserError(f"{key} is {text!r}; expected {name}:min or {name}:max")
-        if not mode and last not in (*_HIGHER, "loss"):
+        if not mode and last.partition("/")[0] not in (*_HIGHER, "loss"):
             raise UserError(
                 f"{key} is {text!r}: say whether more is better, {name}:max, or less, {name}:min"
             )
@@ -136,7 +136,7 @@ class Selection:
 
     def _history(self, key: str, text: str, lines: list[Mapping[str, Any]], begins: int) -> History:
         metric = Metric.parse(key, text)
-        split, _, last = metric.name.rpartition("/")
+        split, _, last = metric.name.partition("/")
         if split not in self._metrics:
             there = ", ".join(self._metrics) or "nothing"
             raise UserError(
@@ -155,8 +155,8 @@ class Selection:
           UserError: the evaluation has no such metric.
         """
         for history in filter(None, (self.best, self._stop)):
-            name, split = history.metric.name, next(iter(values)).rpartition("/")[0]
-            if name.rpartition("/")[0] == split and name not in values:
+            name, split = history.metric.name, next(iter(values)).partition("/")[0]
+            if name.partition("/")[0] == split and name not in values:
                 raise UserError(
                     f"{history.metric.key} is {name}, but measured are {', '.join(values)}"
                 )
