@@ -93,45 +93,31 @@ def _of_all(answers):
 
 def _draw(found, pairs, sides):
     """A group of bars for each data set: a bar a start and resolution."""
-    drawn, axes = figure(7.5, 3.8)
+    drawn, axes = figure(8, 3.8)
+    axes.grid(False, axis="x")
     colours = {"scratch": "#9aa0a6", "fractals": "#1f77b4", "garments": "#d95f02"}
     at, ticks = 0.0, []
     for data in dict.fromkeys(data for data, _ in pairs):
+        left = at
         for start in (start for each, start in pairs if each == data):
             for number, side in enumerate(sides):
                 value = found[data, start, side]
-                bar = axes.bar(
-                    at,
-                    100 * value.mean,
-                    0.9,
-                    yerr=100 * value.std,
-                    capsize=3,
-                    color=colours[start],
-                    alpha=0.55 + 0.45 * number,
-                )
-                axes.bar_label(bar, [f"{value.mean:.1%}"], padding=2, fontsize=7)
-                axes.annotate(
-                    f"{side}px",
-                    (at, 0),
-                    (0, -2),
-                    textcoords="offset points",
-                    ha="center",
-                    va="top",
-                    fontsize=7,
-                )
+                fill = dict(color=colours[start], alpha=0.55 + 0.45 * number)
+                bar = axes.bar(at, 100 * value.mean, 0.9, yerr=100 * value.std, capsize=3, **fill)
+                axes.bar_label(bar, [f"{value.mean:.1%}"], padding=2, fontsize=8)
+                ticks.append((at, f"{side}px\n{STARTS[start] if number else ''}"))
                 at += 1
-            ticks.append((at - 1.5, STARTS[start]))
             at += 0.3
-        axes.annotate(
+        axes.text(
+            (left + at - 1.3) / 2,
+            1.03,
             f"1,200 {data}",
-            (at - 0.3 - 1, 1.02),
-            xycoords=("data", "axes fraction"),
-            ha="right",
-            fontsize=10,
+            transform=axes.get_xaxis_transform(),
+            ha="center",
         )
         at += 0.7
-    axes.set_xticks(*zip(*ticks, strict=True))
-    axes.tick_params(axis="x", length=0, pad=12)
+    axes.set_xticks(*zip(*ticks, strict=True), fontsize=8)
+    axes.tick_params(axis="x", length=0)
     lowest = min(100 * (each.mean - each.std) for each in found.values())
     axes.set_ylim(max(0, lowest - 8), None)
     axes.set_ylabel("test accuracy (%)")
