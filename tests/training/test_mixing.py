@@ -209,7 +209,7 @@ def test_settings_that_cannot_be_are_refused(fields, message):
 def test_labels_are_mixed_as_their_images_are(monkeypatch):
     """Each image is full in the channel of its label: mixed, its means are what it should be."""
     apart = functools.partial(lambda found, wanted, **_: jnp.abs(found - wanted).sum(-1))
-    monkeypatch.setitem(LOSSES, "apart", apart)
+    monkeypatch.setitem(LOSSES, "softmax", apart)
     monkeypatch.setattr(steps, "merged", lambda *_: lambda x, **_: x.mean(axis=(1, 2)))
     label = np.tile(np.arange(5, dtype=np.int32), 4)
     full = np.uint8(255) * np.eye(5, dtype=np.uint8)[label, None, None]
@@ -220,7 +220,7 @@ def test_labels_are_mixed_as_their_images_are(monkeypatch):
         lambda step: 1e-2,
         Preprocess(SIZE, in_channels=5, mean=0.0, std=1.0),
         num_classes=5,
-        objective="apart",
+        objective="softmax",
         augment=Augment(mixup=1.0, cutmix=1.0, per_image=True),
     )
     state = TrainState(jnp.int32(0), {"unused": jnp.zeros(2)}, (), None)
