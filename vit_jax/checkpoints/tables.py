@@ -238,7 +238,8 @@ TIMM = Dialect(
     leftover=(r"mask_token$", r"decoder_", INDEX),
     resnet_style="timm_v1",
 )
-TIMM_PARALLEL, TIMM_BESIDE = parallel(TIMM), beside(TIMM)
+TIMM_PARALLEL = parallel(TIMM)
+TIMM_BESIDE = beside(TIMM)
 
 
 def _hf_names(base: str, names: Sequence[str]) -> list[str]:
