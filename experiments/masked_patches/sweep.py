@@ -33,12 +33,13 @@ def sweep(scale="laptop"):
             yield {"name": f"{target}_imagenet", **tune}
         yield {"name": "scratch_imagenet", "config": "configs/pretrain.py:B/16,imagenet"}
         return
-    targets, seeds, before, after, wide = TARGETS, range(3), {}, {}, {}
+    targets, seeds, before, after, wide = TARGETS, range(6), {}, {}, {}
     if scale == "smoke":
         targets, seeds = {"small": TARGETS["small"]}, [0]
         before = after = {"total_examples": 64}
     elif scale == "gpu":
-        wide, before = WIDE, {"total_examples": 480_000, "optim.lr": 1e-3}
+        wide, seeds = WIDE, range(3)
+        before = {"total_examples": 480_000, "optim.lr": 1e-3}
     for seed in seeds:
         for target, objective in targets.items():
             name, family = f"{target}_{seed}", ",vit"

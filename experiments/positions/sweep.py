@@ -37,7 +37,7 @@ GPU = {
 }
 SCALES = {
     "smoke": (POSITIONS[-1:], [0], {"total_examples": 64}),
-    "laptop": (POSITIONS, [0, 1, 2], {"total_examples": 40_000, "optim.lr": 1e-3}),
+    "laptop": (POSITIONS, [0, 1, 2, 3, 4], {"total_examples": 40_000, "optim.lr": 1e-3}),
     "gpu": (POSITIONS, [0, 1, 2], GPU),
     "paper": (POSITIONS, [0], PAPER),
 }

@@ -21,7 +21,7 @@ GPU = {
 }
 SCALES = {
     "smoke": (RATES[1:2], [0], {"total_examples": 64}),
-    "laptop": (RATES, [0, 1, 2], {"total_examples": 24_000}),
+    "laptop": (RATES, [0, 1, 2, 3, 4, 5], {"total_examples": 24_000}),
     "gpu": (RATES, [0, 1, 2], GPU),
     "paper": ((3e-4, 8e-4), [0], PAPER),
 }
