@@ -33,8 +33,8 @@ def on_device(
 ) -> UInt8[Array, "b {size[0]} {size[1]}"]:
     """The classes of the pixels of images, each in the first rows and columns of `size` (h, w).
 
-    `size` is from `common_size`: what is beyond an image has no meaning. `of` are the (gh, gw) of each
-    image's logits, where they differ.
+    `size` is from `common_size`: what is beyond an image has no meaning. `of` are the (gh, gw) of
+    each image's logits, where they differ.
     """
     (h, w), b = size, len(logits)
     rows = down(logits.astype(jnp.float32), h, own, of)

@@ -106,6 +106,7 @@ def _orientation(data: bytes) -> int:
 
 
 def pillow_orientation(image: PIL.Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, of an image that Pillow has opened; 1 if it is unreadable."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except _BROKEN:

@@ -76,6 +76,7 @@ def read_numbers(path: str, colours: Colours | None = None) -> Mask:
 
 
 def numbers_of(where: str, data: bytes, colours: Colours | None) -> Mask:
+    """The numbers in a mask's bytes; raises as `decode_mask`, with `where` in front."""
     try:
         return decode_mask(data, colours)
     except BadImage as error:
@@ -85,6 +86,7 @@ def numbers_of(where: str, data: bytes, colours: Colours | None) -> Mask:
 
 
 def few_numbers(numbers: Sequence[int]) -> str:
+    """The first five, and how many more there are, for messages."""
     more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
     return ", ".join(map(str, numbers[:5])) + more
 
