@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.boxes import Boxes
 from vit_jax.data.forms.class_lists import read_pairs
 from vit_jax.data.labels import imagenet_labels, imagenet_synsets
 from vit_jax.data.masks import IGNORED, Palette, check_classes
@@ -269,6 +270,19 @@ class Relabelled:
         colours = dict(zip(self.matched.classes, given, strict=True))
         return tuple(colours[number] for number in range(len(colours)))
 
+    @property
+    def category_ids(self) -> tuple[int, ...] | None:
+        """The numbers of the model's classes in a COCO file, if the data has one for each."""
+        given = getattr(self.source, "category_ids", None)
+        if given is None or sorted(self.matched.classes) != list(range(len(self.matched.labels))):
+            return None
+        numbers = dict(zip(self.matched.classes, given, strict=True))
+        return tuple(numbers[number] for number in range(len(numbers)))
+
+    def boxes_of(self, index: int) -> Boxes:
+        """The boxes of an example, where the source has boxes."""
+        return self._boxes(self.source.boxes_of(index))
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -280,6 +294,8 @@ class Relabelled:
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.source[index]
         label = example["label"]
+        if isinstance(label, Boxes):
+            return {**example, "label": self._boxes(label)}
         if isinstance(label, np.ndarray):
             count = len(self.matched.classes)
             check_classes(example.get("name", f"example {index}"), label, count)
@@ -289,6 +305,10 @@ class Relabelled:
         if isinstance(label, tuple):
             return {**example, "label": tuple(dict.fromkeys(self._class(each) for each in label))}
         return {**example, "label": self._class(label)}
+
+    def _boxes(self, boxes: Boxes) -> Boxes:
+        classes = np.array([self._class(each) for each in boxes.classes.tolist()], np.int32)
+        return dataclasses.replace(boxes, classes=classes)
 
     def _class(self, label: int) -> int:
         # A label out of range stays invalid, and raises an error when it is read.

@@ -13,7 +13,7 @@ from vit_jax.errors import UserError, nearest
 ON_CORRUPT = ("stop", "skip")
 POLICIES = ("rand_augment", "trivial_augment", "three_augment")  # one of them
 COLOURS = (*POLICIES, "color_jitter")  # which know grey and RGB alone
-# Which move a mask with its image, and which leave all pixels where they are.
+# Which move a mask or boxes with their image, and which leave all pixels where they are.
 JOINT = ("inception_crop", "random_crop", "random_scale", "flip", "three_augment", "color_jitter")
 AUGMENTATIONS = (
     "inception_crop",
@@ -57,9 +57,9 @@ class Split:
         centre: aspect="keep" and crop=0.875 cut 224 out of a shorter side of 256.
       crop_padding: pixels by which random_crop extends the resized image on each side, reflected;
         with aspect="keep" and 4, it is the simple random crop of DeiT III.
-      random_scale: of images with masks, (low, high) of a uniform factor of the size to which they
-        are resized; the model's size is then cut out anywhere, and what is beyond the image is the
-        mean colour and of no class.
+      random_scale: of images with masks or boxes, (low, high) of a uniform factor of the size to
+        which they are resized; the model's size is then cut out anywhere, and what is beyond the
+        image is the mean colour and of no class.
       affine: a random affine map of every training image.
       flip: whether to mirror half of the training images.
       rand_augment: changes colours and geometry of training images further.
@@ -159,6 +159,8 @@ class DataConfig:
       cache: where what is read from buckets is kept, and how much of it, such as
         "/tmp/images,100GB": pieces of files with checksums, shared by processes and runs. None
         reads anew in each epoch.
+      max_boxes: how many boxes of an image are learned at most: of more, the largest; that there
+        are some is said once.
       same_images: whether what is measured may be what is trained on.
     """
 
@@ -170,8 +172,11 @@ class DataConfig:
     on_corrupt: str = "stop"
     same_images: bool = False
     cache: str | None = None
+    max_boxes: int = 100
 
     def __post_init__(self):
+        if self.max_boxes < 1:
+            raise UserError(f"data.max_boxes is {self.max_boxes}; it must be at least 1")
         if self.workers < 0 or (self.threads is not None and self.threads < 1):
             raise UserError(
                 f"data.workers is {self.workers} and data.threads {self.threads}; expected at "

@@ -1,4 +1,4 @@
-"""What happens to an image and its mask together, so that each pixel keeps its class."""
+"""What happens to an image and its mask or boxes together, so that each pixel keeps its class."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from vit_jax.data.boxes import Boxes
 from vit_jax.data.images import BadImage, Image
 from vit_jax.data.masks import IGNORED, Mask, check_classes
 from vit_jax.data.sources import Source
@@ -15,12 +16,12 @@ from vit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Joint:
-    """Brings an image and its mask to the model's size: the same boxes, masks by nearest pixels.
+    """Brings an image and its label to the model's size: a mask by nearest pixels, or boxes.
 
-    In this order, each if it is set: a random box (`inception_crop`), the size of `preprocess`
+    In this order, each if it is set: a random part (`inception_crop`), the size of `preprocess`
     times a random factor (`random_scale`), a random place (both that and `random_crop`), else the
     centre. Where the image does not fill the model's size it is padded with the mean of
-    `preprocess`, and the mask with 255.
+    `preprocess`, and a mask with 255. Boxes are cut to what is left of the image (`Boxes.cut`).
 
     Attributes:
       random_scale: (low, high) of the factor, which is uniform between them; None is 1.
@@ -32,21 +33,25 @@ class Joint:
     random_crop: bool = False
 
     def __call__(
-        self, image: Image, mask: Mask, random: np.random.Generator | None
-    ) -> tuple[Pixels, Mask]:
-        """Returns pixels [h w c] and a mask [h w] of the model's size."""
+        self, image: Image, label: Mask | Boxes, random: np.random.Generator | None
+    ) -> tuple[Pixels, Mask | Boxes]:
+        """Returns pixels [h w c] and a mask [h w] or boxes of the model's size."""
         how = self.preprocess
+        if isinstance(label, Boxes):  # which may reach beyond their image
+            label = label.clipped(*image.shape[:2])
         if self.inception_crop:
-            top, left, height, width = self.inception_crop.box(*mask.shape, random)
-            box = slice(top, top + height), slice(left, left + width)
-            image, mask = image[box], mask[box]
+            top, left, height, width = self.inception_crop.box(*image.shape[:2], random)
+            part = slice(top, top + height), slice(left, left + width)
+            image = image[part]
+            label = label.moved(-left, -top) if isinstance(label, Boxes) else label[part]
         factor = 1.0
         if self.random_scale:
             low, high = self.random_scale
             factor = low + random.random() * (high - low)
-        image = how.resized(image, factor)
-        mask = resize_mask(mask, image.shape[:2])
-        spare = [old - new for old, new in zip(mask.shape, how.image_size, strict=True)]
+        old, image = image.shape[:2], how.resized(image, factor)
+        new = image.shape[:2]
+        label = label.resized(old, new) if isinstance(label, Boxes) else resize_mask(label, new)
+        spare = [old - new for old, new in zip(new, how.image_size, strict=True)]
         if self.random_scale or self.random_crop:
             top, left = (
                 int(share * (abs(n) + 1)) * (1 if n > 0 else -1)
@@ -56,10 +61,10 @@ class Joint:
             top, left = centre(spare, how.aspect == "small")
         fill = np.broadcast_to(255 * np.asarray(how.mean), (how.in_channels,))
         fill = np.rint(fill) if image.dtype == np.uint8 else fill
-        return (
-            window(image, top, left, how.image_size, fill),
-            window(mask, top, left, how.image_size, IGNORED),
-        )
+        image = window(image, top, left, how.image_size, fill)
+        if isinstance(label, Boxes):
+            return image, label.moved(-left, -top).cut(*how.image_size)
+        return image, window(label, top, left, how.image_size, IGNORED)
 
 
 def window(

@@ -18,6 +18,7 @@ import numpy as np
 
 from vit_jax.data.ahead import Fetched, read_ahead, threads_of
 from vit_jax.data.augment import RandAugment, RandomErasing
+from vit_jax.data.boxes import Boxes, check_boxes, no_rows
 from vit_jax.data.config import AUGMENTATIONS, COLOURS, JOINT, Split
 from vit_jax.data.images import BadImage, Image, decode_box
 from vit_jax.data.joint import Joint, check_mask, common_size, mask_sizes
@@ -58,11 +59,14 @@ class BatchReader:
       windows: with `whole_masks`, whether images keep their shape, as well, for windows of the
         model's size: `none`, `scaled` to cover it, or of their `own` size (see
         `Preprocess.covering`).
+      whole_boxes: whether images with boxes are whole, for evaluation, so that batches have their
+        own `size`, and no boxes: these are asked of the source.
+      max_boxes: how many boxes of an image a batch has at most.
       balance: the order of training examples; None for all of them once an epoch.
       growth: the size of the images of each training step; None is that of `preprocess`.
       repeats: how often each training example comes in a batch (see `order.repeated`).
       cache: where what is read from buckets is kept (see `DataConfig`).
-      reported: the examples that were logged as skipped.
+      reported: the examples that were logged as skipped; -1 if those with too many boxes were.
     """
 
     source: Source
@@ -84,6 +88,8 @@ class BatchReader:
     crops: int = 1
     whole_masks: bool = False
     windows: str = "none"
+    whole_boxes: bool = False
+    max_boxes: int = 100
     balance: Balance | None = None
     repeats: int = 1
     growth: Growth | None = None
@@ -92,14 +98,14 @@ class BatchReader:
 
     def __post_init__(self):
         moved = [name for name in AUGMENTATIONS if getattr(self, name)]
-        if self._masks:
-            self._check_masks(moved)
-            upright = dataclasses.replace(self.preprocess, exif=True)  # as masks are drawn
+        if self._masks or self._boxes:
+            self._check_placed(moved)
+            upright = dataclasses.replace(self.preprocess, exif=True)  # as labels are drawn
             object.__setattr__(self, "preprocess", upright)
-        elif self.random_scale or self.whole_masks:
+        elif self.random_scale or self.whole_masks or self.whole_boxes:
             raise UserError(
-                "data: random_scale is for images with masks: leave it out, or take "
-                "inception_crop, which cuts a random box out"
+                "data: random_scale is for images with masks or boxes: leave it out, or take "
+                "inception_crop, which cuts a random part out"
             )
         colours = [name for name in moved if name in COLOURS]
         if colours and (channels := self.preprocess.in_channels) not in (1, 3):
@@ -116,22 +122,23 @@ class BatchReader:
             whole = dataclasses.replace(self.preprocess, aspect="squash", crop=1.0)
             object.__setattr__(self, "preprocess", whole)
 
-    def _check_masks(self, moved: Sequence[str]) -> None:
-        """Raises a UserError for what is not for images with masks."""
+    def _check_placed(self, moved: Sequence[str]) -> None:
+        """Raises a UserError for what is not for images with masks or boxes."""
+        kind = "masks" if self._masks else "boxes"
         if left := [name for name in moved if name not in JOINT]:
             raise UserError(
-                f"data: {left[0]} is not for labels that are masks, which would stay where they "
-                f"are: leave it out (masks move with {', '.join(JOINT[:4])})"
+                f"data: {left[0]} is not for labels that are {kind}, which would stay where they "
+                f"are: leave it out ({kind} move with {', '.join(JOINT[:4])})"
             )
         if self.preprocess.max_patches is not None:
             raise UserError(
-                "data: with model.max_patches images are taken in their own shapes, which masks "
+                f"data: with model.max_patches images are taken in their own shapes, which {kind} "
                 "are not for: take a model without it"
             )
-        if self.whole_masks and self.preprocess.cuts:
+        if (self.whole_masks or self.whole_boxes) and self.preprocess.cuts:
             how = self.preprocess
             raise UserError(
-                f"data: masks are evaluated whole, but aspect={how.aspect!r} and crop={how.crop} "
+                f"data: {kind} are evaluated whole, but aspect={how.aspect!r} and crop={how.crop} "
                 "cut parts of the image off: set aspect to 'squash' and crop to 1.0"
             )
 
@@ -190,10 +197,14 @@ class BatchReader:
           where there is no class. With `whole_masks` h and w fit the largest of the batch, and
           size: int32 [b 2] has those of each mask, at the top left. With `windows` so do those of
           images, and scaled: int32 [b 2].
+          If labels are boxes, it is float32 [b m 5], m = `max_boxes`: rows of (class, x0, y0, x1,
+          y1) in pixels of the image in the batch, of class -1 where there is no box; of crowds
+          there are none. With `whole_boxes` all m = 1 rows are so, and size: int32 [b 2] has the
+          (h, w) of each image as it was.
 
         Raises:
-          UserError: an image that cannot be read, a label without a class name, or a mask that is
-            not of its image's size.
+          UserError: an image that cannot be read, a label without a class name, or a mask or boxes
+            that are not of their image's size.
         """
         cv2.setNumThreads(1)  # parallel over images instead
         b = len(indices)
@@ -205,6 +216,8 @@ class BatchReader:
                 sizes = mask_sizes(self.source, indices if together is None else together)
                 size = common_size(sizes)
             label = np.full((b, *size), IGNORED, np.uint8)
+        elif self._boxes:
+            label = no_rows(b, 1 if self.whole_boxes else self.max_boxes)
         images = self.preprocess.empty(b)
         if self.crops > 1:
             size = (b, self.crops, *self.preprocess.shape)
@@ -216,7 +229,7 @@ class BatchReader:
             "index": np.array(indices),
             "corrupt": np.zeros(b, bool),
         }
-        if self.whole_masks:
+        if self.whole_masks or self.whole_boxes:
             batch["size"] = np.ones((b, 2), np.int32)
         if self.windows != "none":
             size = common_size([self._scaled(h, w) for h, w in sizes])
@@ -242,6 +255,10 @@ class BatchReader:
     def _masks(self) -> bool:
         return getattr(self.source, "masks", False)
 
+    @property
+    def _boxes(self) -> bool:
+        return getattr(self.source, "boxes", False)
+
     def _fill(
         self, batch: Batch, row: int, position: int, fetched: Callable[[int], Any] | None
     ) -> None:
@@ -253,9 +270,11 @@ class BatchReader:
             batch["image"][row] = 0
             return
         image = self.affine(image, random) if self.affine else image
-        if self.flip and self._masks and random.random() < 0.5:
-            image, label = mirrored(image), mirrored(label)
-        elif self.flip and not self._masks:
+        if self.flip and (self._masks or self._boxes):
+            if random.random() < 0.5:
+                image, width = mirrored(image), image.shape[1]
+                label = label.mirrored(width) if self._boxes else mirrored(label)
+        elif self.flip:
             image = flip(image, random)
         image = self.rand_augment(image, random) if self.rand_augment else image
         image = trivial_augment(image, random) if self.trivial_augment else image
@@ -273,6 +292,10 @@ class BatchReader:
             self.preprocess.fill(batch, row, image)
         if isinstance(label, tuple):
             batch["label"][row, list(label)] = 1
+        elif self.whole_boxes:
+            batch["size"][row] = label
+        elif self._boxes:
+            batch["label"][row] = label.rows(self.max_boxes)
         elif self.whole_masks:
             h, w = batch["size"][row] = label.shape
             batch["label"][row, :h, :w] = label
@@ -281,8 +304,12 @@ class BatchReader:
 
     def _read(
         self, batch: Batch, row: int, position: int, fetched: Callable[[int], Any] | None
-    ) -> tuple[Pixels | Pixels5 | None, int | tuple[int, ...] | Mask, np.random.Generator | None]:
-        """An example's image at the model's size (None: masked), label, and random generator."""
+    ) -> tuple[Pixels | Pixels5 | None, Any, np.random.Generator | None]:
+        """An example's image at the model's size (None: masked), label, and random generator.
+
+        The label is an int, a tuple of them, a mask or boxes; with `whole_boxes` the (h, w) of the
+        image as it was.
+        """
         for _ in range(_MOST_SKIPPED):
             index = int(batch["index"][row])
             name = f"example {index}"
@@ -296,6 +323,10 @@ class BatchReader:
                     image = self.preprocess.read(example["image"])
                     check_mask(name, image, label, len(self.source.label_names))
                     return *self._joint(image, label, random), random
+                if self._boxes:
+                    image, k = self.preprocess.read(example["image"]), len(self.source.label_names)
+                    check_boxes(name, image, label, k, example.get("size"))
+                    return *self._with_boxes(name, image, label, random), random
                 for each in label if isinstance(label, tuple) else (label,):
                     if not 0 <= each < len(self.source.label_names):
                         raise UserError(
@@ -328,6 +359,21 @@ class BatchReader:
             return self.preprocess.pixels(image), mask
         options = self.inception_crop, self.random_scale, self.random_crop
         return Joint(self.preprocess, *options)(image, mask, random)
+
+    def _with_boxes(
+        self, name: str, image: Image, boxes: Boxes, random: np.random.Generator | None
+    ) -> tuple[Pixels, Boxes | tuple[int, int]]:
+        if self.whole_boxes:
+            return self.preprocess.pixels(image), image.shape[:2]
+        options = self.inception_crop, self.random_scale, self.random_crop
+        image, boxes = Joint(self.preprocess, *options)(image, boxes[~boxes.crowd], random)
+        if len(boxes) > self.max_boxes and -1 not in self.reported:
+            self.reported.add(-1)
+            counts = getattr(self.source, "box_counts", None)
+            many = "" if counts is None else f" (as {np.sum(counts > self.max_boxes):,} images)"
+            text = "%s has %d boxes%s: of more than %d, the largest are learned (data.max_boxes)"
+            logger.warning(text, name, len(boxes), many, self.max_boxes)
+        return image, boxes
 
     def _scaled(self, h: int, w: int) -> tuple[int, int]:
         return self.preprocess.covering(h, w, own=self.windows == "own")

@@ -37,8 +37,11 @@ class Source(Protocol):
     Optional attributes: with `multi_label` True, images have any number of labels, and `label` is
     a tuple of ints. With `masks` True, there is a class for each pixel: `label` is uint8 [h w],
     255 for none; `mask_size(i)` is its (h, w) without decoding it, and `palette` may have the
-    colours (r, g, b) of classes. With `in_bucket` True, many examples are read at once, as
-    each takes its time. `passed_over` is a `files.PassedOver`: the files skipped.
+    colours (r, g, b) of classes. With `boxes` True, `label` is `boxes.Boxes`, which `boxes_of(i)`
+    is without reading the image; `box_counts` may have the number of each example's, but for
+    crowds, `category_ids` the numbers of classes in a COCO file, and `size` in an example the
+    (h, w) of the image that they were drawn on. With `in_bucket` True, many examples are read at
+    once, as each takes its time. `passed_over` is a `files.PassedOver`: the files skipped.
     """
 
     label_names: tuple[str, ...]

@@ -124,6 +124,7 @@ class Plan:
             repeats=config.data.train.repeats,
             growth=self.growth,
             cache=config.data.cache,
+            max_boxes=config.data.max_boxes,
         )
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.boxes import Boxes
 from vit_jax.data.forms.class_lists import sorted_names
 from vit_jax.errors import UserError, nearest
 
@@ -103,6 +104,13 @@ class EndlessCustomSource:
     @property
     def masks(self) -> bool:
         return getattr(self.inner, "masks", False)
+
+    @property
+    def boxes(self) -> bool:
+        return getattr(self.inner, "boxes", False)
+
+    def boxes_of(self, index: int) -> Boxes:
+        return self.inner.boxes_of(index)
 
 
 class CustomSource(EndlessCustomSource):
@@ -234,6 +242,10 @@ def _check_example(where: str, source: Any) -> None:
     if getattr(source, "masks", False):
         fits = isinstance(label, np.ndarray) and label.dtype == np.uint8 and label.ndim == 2
         expected = "uint8 [h w]"
+    elif getattr(source, "boxes", False):
+        fits, expected = isinstance(label, Boxes), "vit_jax.data.boxes.Boxes"
+        if not hasattr(source, "boxes_of"):
+            raise UserError(f"{where}: a source of boxes has boxes_of(i), the boxes of example i")
     else:
         many = getattr(source, "multi_label", False)
         fits = isinstance(label, tuple) == many and all(type(n) is int for n in _several(label))
@@ -241,7 +253,9 @@ def _check_example(where: str, source: Any) -> None:
     if not fits:
         raise UserError(f"{where}: label is {_short(label)}; expected {expected}")
     known = len(source.label_names)
-    if not isinstance(label, np.ndarray) and any(not 0 <= n < known for n in _several(label)):
+    if not isinstance(label, np.ndarray | Boxes) and any(
+        not 0 <= n < known for n in _several(label)
+    ):
         raise UserError(f"{where}: label is {label}, but there are {known} classes")
 
 
