@@ -290,10 +290,10 @@ class BatchReader:
             batch["image"][row, :h, :w] = image
         else:
             self.preprocess.fill(batch, row, image)
-        if isinstance(label, tuple):
-            batch["label"][row, list(label)] = 1
-        elif self.whole_boxes:
+        if self.whole_boxes:
             batch["size"][row] = label
+        elif isinstance(label, tuple):
+            batch["label"][row, list(label)] = 1
         elif self._boxes:
             batch["label"][row] = label.rows(self.max_boxes)
         elif self.whole_masks:
