@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models import pyramid
 from vit_jax.models.config import ModelConfig, ResNetConfig, ViTConfig
 from vit_jax.models.elementwise import kept_patches
 from vit_jax.training.config import Config
@@ -71,8 +72,11 @@ def _vit_macs(vit: ViTConfig, n: int) -> int:
     if vit.pyramid:
         c, heads, pooled = vit.pyramid, 16 * patches, vit.pyramid
         macs += patches * 6 * d * d  # three convolutions that double the map: 2, 2 and 2
-        levels = {16: d // 4, 4: d // 2, 1: d, 0.25: d}
-        macs += sum(int(patches * n) * (i * c + 9 * c * c) for n, i in levels.items())
+        maps = [h * w for h, w in pyramid.sizes(vit.grid)]
+        for n, inputs in zip(maps, (d // 4, d // 2, d, d), strict=True):
+            macs += n * (inputs * c + 9 * c * c)
+    if vit.pool == "locations":  # two towers, and outputs of 3x3 convolutions
+        return macs + sum(maps) * 9 * c * (2 * vit.towers * c + vit.num_classes + 5)
     macs += (pooled * hidden if hidden else 0) + heads * (hidden or pooled) * vit.num_classes
     if vit.patch_outputs:  # masked patch prediction: at the corrupted patches alone
         macs += num_corrupted(patches) * d * vit.patch_outputs

@@ -207,8 +207,8 @@ def _cannot(dialect: Dialect, config: ViTConfig) -> Iterator[tuple[str, Any]]:
         allowed |= {"pool": ("map", "token"), "num_classes": (0,), "qkv_bias": (True,)}
         allowed["mlp"] = ("gelu",)
     if dialect.name != "vit_jax":
-        if config.pool == "none":
-            yield "pool", "none"
+        if config.pool in ("none", "locations"):
+            yield "pool", config.pool
         allowed["position_at"] = ("input",)
         allowed["branches"] = (2 if dialect is TIMM_BESIDE else 1,)
         if dialect not in (TIMM_EVA, HF_DINOV3, HF_SAPIENS2):

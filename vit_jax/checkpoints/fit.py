@@ -77,10 +77,13 @@ def fitted(
     """
     old, expected = opened.card.config, shapes_of(new)
     replaced = (
-        ("head", "pre_logits/", "patch_head/") if head == "fresh" or _heads_differ(old, new) else ()
+        ("head", "pre_logits/", "patch_head/", "detector/")
+        if head == "fresh" or _heads_differ(old, new)
+        else ()
     )
-    if getattr(old, "pyramid", None) != getattr(new, "pyramid", None):
-        replaced += ("pyramid/",)
+    for part, sizes in {"pyramid/": ("pyramid",), "detector/": ("pyramid", "towers")}.items():
+        if any(getattr(old, name, None) != getattr(new, name, None) for name in sizes):
+            replaced += (part,)
     fresh = [n for n in expected if n not in opened.shapes or n.startswith(replaced)]
     made = _fresh(new, fresh, seed)
     for name, shape in expected.items():

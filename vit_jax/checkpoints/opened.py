@@ -152,6 +152,8 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     )
     if OBJECTIVES[opened.card.objective].masks:
         summary["outputs"] = "a class for each pixel (segmentation): masks of an image's own size"
+    elif getattr(opened.card.config, "pool", None) == "locations":
+        summary["outputs"] = "boxes, their classes and scores (detection), in an image's own pixels"
     summary["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
     return Report(tuple(lines), summary, opened.assumed)
 
@@ -203,6 +205,7 @@ def facts(origin: str, config: ModelConfig) -> dict[str, str]:
         + (f", then a pyramid of {config.pyramid} channels" if config.pyramid else ""),
         "GELU": f"{config.gelu}, {norm} eps {config.layernorm_eps:g}",
         "head": f"{config.num_classes} classes"
+        + (f", towers of {config.towers} convolutions" if config.pool == "locations" else "")
         + (f", hidden tanh of {config.representation_size}" if config.representation_size else ""),
     }
 

@@ -12,7 +12,7 @@ from vit_jax.models.relative import RelativeBias
 from vit_jax.models.rotary import Rotary
 
 CHOICES = {
-    "pool": ("token", "gap", "map", "token_gap", "none"),
+    "pool": ("token", "gap", "map", "token_gap", "none", "locations"),
     "distillation": ("none", "token", "head"),
     "position": (
         *("learned", "learned2d", "learned2d_added", "sincos2d", "relative", "relative_bias"),
@@ -60,11 +60,15 @@ class ViTConfig:
       num_heads: attention heads, which divide `width`.
       num_classes: outputs of the head; 0 is a model that outputs the pooled representation.
       pool: what the head reads: the class token, the mean of the patch tokens (`gap`), an attention
-        pooling head over them (`map`), the first two concatenated (`token_gap`, DINOv2's), or each
-        patch token by itself (`none`), for outputs [b gh gw num_classes], as in segmentation.
-      pyramid: with pool `none`, channels of a feature pyramid between patches and head, whose
-        outputs are then of a quarter of a patch (ViTDet, arXiv 2203.16527); None is a linear head
-        alone.
+        pooling head over them (`map`), the first two concatenated (`token_gap`, DINOv2's), each
+        patch token by itself (`none`), for outputs [b gh gw num_classes], as in segmentation, or
+        each location of the maps of a pyramid (`locations`), for outputs [b n num_classes + 5], as
+        in detection (see models/detector.py).
+      pyramid: channels of a feature pyramid between patches and head (ViTDet, arXiv 2203.16527):
+        with pool `none`, outputs are then of a quarter of a patch, and None is a linear head alone;
+        pool `locations` needs one, of 32, 64, 96, ... channels.
+      towers: with pool `locations`, 3x3 convolutions in each of the head's two towers, of classes
+        and of boxes (FCOS, arXiv 1904.01355).
       class_token: whether there is a class token; None is where `pool` reads it.
       distillation: DeiT's distillation token: `token`, or `head` with a head of its own, averaged
         with the other.
@@ -147,6 +151,7 @@ class ViTConfig:
     num_classes: int = 1000
     pool: str = "token"
     pyramid: int | None = None
+    towers: int = 4
     class_token: bool | None = None
     distillation: str = "none"
     registers: int = 0
@@ -198,7 +203,7 @@ class ViTConfig:
         if self.resnet is not None:
             _check_resnet(self)
         smallest = dict(in_channels=1, width=1, depth=1, mlp_dim=1, num_heads=1, num_classes=0)
-        smallest |= dict(registers=0, patch_outputs=0, branches=1)
+        smallest |= dict(registers=0, patch_outputs=0, branches=1, towers=1)
         for name in ("representation_size", "pool_heads", "pool_mlp_dim", "max_patches", "pyramid"):
             if getattr(self, name) is not None:
                 smallest[name] = 1
@@ -281,14 +286,9 @@ class ViTConfig:
                 "model.pool 'none' has a linear head on the patches, and no representation_size: "
                 "set model.representation_size to None"
             )
-        if self.pyramid and (self.pool != "none" or self.width % 4 or min(self.grid) < 2):
-            raise UserError(
-                "model.pyramid is for pool 'none', a width of 4, 8, 12, ... and at least 2x2 "
-                f"patches, found pool {self.pool!r}, width {self.width} and "
-                f"{self.grid[0]}x{self.grid[1]} patches: set model.pyramid to None"
-            )
+        _check_pyramid(self)
         whole = {
-            "pool": self.pool == "none",
+            "pool": self.pool in ("none", "locations"),
             "position": self.biases_logits,
             "position_at": self.position_at != "input",
         }
@@ -475,6 +475,30 @@ def _check_rotary(config: ViTConfig) -> None:
             f"model.rotary needs heads of 4, 8, 12, ... channels, not {config.head_dim}: change "
             "model.width or model.num_heads"
         )
+
+
+def _check_pyramid(config: ViTConfig) -> None:
+    """Raises a UserError for what a feature pyramid or a head of its locations has no place for."""
+    (gh, gw), reads = config.grid, config.pool in ("none", "locations")
+    if config.pyramid and (not reads or config.width % 4 or min(gh, gw) < 2):
+        raise UserError(
+            "model.pyramid is for pools 'none' and 'locations', a width of 4, 8, 12, ... and at "
+            f"least 2x2 patches, found pool {config.pool!r}, width {config.width} and {gh}x{gw} "
+            "patches: change these, or set model.pyramid to None"
+        )
+    fits = {
+        "pyramid": (config.pyramid and config.pyramid % 32 == 0, "32, 64, 96, ..., such as 256"),
+        "patch_size": (len(set(config.patch_pixels)) == 1, "as high as wide, in pixels"),
+        "num_classes": (config.num_classes, "at least 1"),
+        "representation_size": (not config.representation_size, "None"),
+        "head_bias": (config.head_bias == 0, "0, as its head begins with -log(99)"),
+    }
+    for name, (fit, wanted) in fits.items():
+        if config.pool == "locations" and not fit:
+            raise UserError(
+                f"model.pool 'locations' does not go with model.{name} {getattr(config, name)!r}: "
+                f"it must be {wanted}"
+            )
 
 
 def _check_differential(config: ViTConfig) -> None:

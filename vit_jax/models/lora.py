@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 from vit_jax.errors import UserError, nearest
 from vit_jax.models.linear import linear
 
-HEADS = ("head", "head_dist", "patch_head", "pyramid")
+HEADS = ("head", "head_dist", "patch_head", "pyramid", "detector")
 # Layers that take an adapter, and how many axes of their kernels are inputs.
 LAYERS = {"qkv": 1, "out": 2, "fc1": 1, "fc2": 1}
 

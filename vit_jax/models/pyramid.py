@@ -1,4 +1,4 @@
-"""Feature pyramid of a plain Vision Transformer (ViTDet, arXiv 2203.16527), merged to one map."""
+"""Feature pyramid of a plain Vision Transformer (ViTDet, arXiv 2203.16527): its maps, or one."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,12 @@ from jaxtyping import Array, Float
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.dense import stretched
 from vit_jax.models.norms import layer_norm
+
+
+def sizes(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """The (h, w) of the four maps on a grid of patches (gh, gw), the largest first."""
+    gh, gw = grid
+    return (4 * gh, 4 * gw), (2 * gh, 2 * gw), (gh, gw), (gh // 2, gw // 2)
 
 
 class Level(nnx.Module):
@@ -25,7 +31,7 @@ class Level(nnx.Module):
 
 
 class Pyramid(nnx.Module):
-    """Maps of 4, 2, 1 and 1/2 times the grid, all from the last one, added up at the largest."""
+    """Maps of 4, 2, 1 and 1/2 times the grid, from the last one, or their sum at the largest."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         d = config.width
@@ -39,12 +45,16 @@ class Pyramid(nnx.Module):
         self.level3 = Level(d, config, rngs=rngs)
         self.level4 = Level(d, config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b 4*h 4*w c"]:
-        """The sum of the maps, smaller ones interpolated bilinearly, behind a GELU."""
+    def levels(self, x: Float[Array, "b h w d"]) -> tuple[Float[Array, "b _ _ c"], ...]:
+        """The four maps, the largest first, of `sizes`."""
         up = jax.nn.gelu(self.norm_up1(self.conv_up1(x)), approximate=False)
         largest = self.level1(self.conv_up2(up))
         smallest = nnx.max_pool(x, (2, 2), (2, 2))  # of an odd side, without its last row
-        others = self.level2(self.conv_up(x)), self.level3(x), self.level4(smallest)
+        return largest, self.level2(self.conv_up(x)), self.level3(x), self.level4(smallest)
+
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b 4*h 4*w c"]:
+        """The sum of the maps, smaller ones interpolated bilinearly, behind a GELU."""
+        largest, *others = self.levels(x)
         size = largest.shape[1:3]
         total = largest + sum(stretched(each, size).astype(x.dtype) for each in others)
         return jax.nn.gelu(total, approximate=False)

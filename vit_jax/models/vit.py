@@ -13,6 +13,7 @@ from vit_jax.compiler import target
 from vit_jax.models import attention, elementwise, layers, native, positions, pyramid, resnet
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.corruption import Corruption
+from vit_jax.models.detector import Detector, rows
 from vit_jax.models.stack import Captures, Layout, run_block, scanned, split_key
 
 
@@ -53,7 +54,9 @@ class ViT(nnx.Module):
             self.pyramid, pooled = pyramid.Pyramid(config, rngs=rngs), config.pyramid
         if config.representation_size:
             self.pre_logits = nnx.Linear(pooled, config.representation_size, dtype=dtype, rngs=rngs)
-        if config.num_classes:
+        if config.pool == "locations":
+            self.detector = Detector(config, rngs=rngs)
+        elif config.num_classes:
             inputs = config.representation_size or pooled
             self.head = layers.zero_head(inputs, config, rngs)
             if config.distillation == "head":
@@ -75,7 +78,7 @@ class ViT(nnx.Module):
         layout: Layout | None = None,
         frozen: int = 0,
     ) -> Float[Array, "b *k"] | tuple[Float[Array, "b *k"], dict[str, Any]]:
-        """Classifies images or, with pool `none`, their patches, or predicts corrupted patches.
+        """Classifies images, their patches or locations, or predicts corrupted patches.
 
         Args:
           images: normalised as the model's preprocessing says, of exactly `config.image_size`;
@@ -87,7 +90,7 @@ class ViT(nnx.Module):
             `encoded` [b n d], `pooled` [b p], and `pre_logits` [b r], the head's input, which is
             `pooled` without a representation_size. With `branches`, blocks that run on the same
             tokens are one of the depth, and have the heads of all. With pool `none` both of the
-            last are [b gh gw d].
+            last are [b gh gw d], and with `locations` they are that and [b n pyramid].
           corruption: of the patch embeddings, for a model with `patch_outputs`.
           layout: the sharding on a mesh (see training/sharding.py).
           frozen: the number of first blocks of which no gradient is computed.
@@ -95,8 +98,9 @@ class ViT(nnx.Module):
         Returns:
           Logits [b num_classes] in float32 (the representation, where num_classes is 0), with pool
           `none` of each patch [b gh gw num_classes] (with a pyramid of each quarter, [b 4gh 4gw
-          num_classes]), or the predictions for corrupted patches [b m patch_outputs]; with
-          `capture`, also a dict of the named arrays.
+          num_classes]), with pool `locations` of each location [b n num_classes + 5] (see
+          `Detector`), or the predictions for corrupted patches [b m patch_outputs]; with `capture`,
+          also a dict of the named arrays.
 
         Raises:
           UserError: the images have another size or number of channels.
@@ -149,6 +153,10 @@ class ViT(nnx.Module):
             x = self.norm(x)
         captures("pooled", lambda: x)
 
+        if config.pool == "locations":
+            maps = self.pyramid.levels(x)
+            captures("pre_logits", lambda: rows(maps))
+            return self.detector(maps)
         if config.pyramid:
             x = self.pyramid(x)
         if config.representation_size:  # the hidden layer of the pre-training head
@@ -232,7 +240,7 @@ class ViT(nnx.Module):
         x_dist = x[:, 1] if config.distillation == "head" else None
         if config.pool == "token":
             return x[:, 0], x_dist
-        if config.pool == "none":  # each patch, at its place
+        if config.pool in ("none", "locations"):  # each patch, at its place
             x = x[:, config.num_prefix_tokens :]
             return x.reshape(x.shape[0], *config.grid, x.shape[-1]), None
         if config.pool == "map":

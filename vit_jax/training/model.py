@@ -89,7 +89,7 @@ def _check_pool(config: Config, model: ModelConfig) -> None:
 def same_head(model: ModelConfig, base: ModelConfig) -> bool:
     """Whether the heads of two models have the same shapes, and the same inputs."""
     names = ("num_classes", "representation_size", "pool", "norm_after_pool", "distillation")
-    names += ("pyramid",)
+    names += ("pyramid", "towers")
     return all(getattr(model, name, None) == getattr(base, name, None) for name in names)
 
 

@@ -56,6 +56,7 @@ PLACEMENT = (
     (r"mlp/fc2/lora_a$", ("tensor", None), (-2,)),
     (r"lora_a$", (None, None), (-2,)),
     (r"lora_b$", (None, None), (-1,)),
+    (r"detector/\w+/conv_out/kernel$", (None, None), (-2, -1)),
     (r"(patch_embed|conv\w+)/kernel$", (None, None), (-1,)),
     (r"(pre_logits|head|head_dist|patch_head)/kernel$", (None, None), (-2, -1)),
     (r"pos_embed(_\w+)?$", (None, None), (-1,)),

@@ -176,8 +176,9 @@ def features_of(
 
 def check_pools(config: ModelConfig, what: str) -> None:
     """Raises a UserError if a model has no features of whole images, which `what` is of."""
-    if getattr(config, "pool", None) == "none":
+    if getattr(config, "pool", None) in ("none", "locations"):
         raise UserError(
-            f"{what}: the model has no features of whole images, as its head reads each patch by "
-            "itself (model.pool 'none'): take dense ones, or an evaluator of type segmentation"
+            f"{what}: the model has no features of whole images, as its head reads each patch "
+            f"by itself (model.pool {config.pool!r}): take dense ones, or an evaluator of type "
+            "segmentation"
         )
