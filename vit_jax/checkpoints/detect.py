@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from vit_jax.models.config import ViTConfig
@@ -26,7 +27,9 @@ def decoded(
     return corners, jnp.sqrt(scores)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "candidates", "most"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "threshold", "candidates", "most", "iou", "spread")
+)
 def best(
     config: ViTConfig,
     outputs: Float[Array, "b n o"],
@@ -35,6 +38,7 @@ def best(
     candidates: int = 1000,
     most: int = 100,
     iou: float = 0.6,
+    spread: NamedSharding | None = None,
 ) -> dict[str, Array]:
     """The best boxes of each image, the best first, without those that overlap a better one.
 
@@ -45,12 +49,34 @@ def best(
       candidates: how many of an image's boxes and classes are kept for the suppression, by score.
       most: the boxes of an image.
       iou: over which a box is left out if a better one of its class is there (see `suppressed`).
+      spread: how the images are spread over devices, of which each then sees to its own; without
+        it XLA would gather them all to find the best.
 
     Returns:
       corners: float32 [b most 4], (x0, y0, x1, y1) in pixels of each image, inside of it.
       classes: int32 [b most], -1 where there is no further box.
       scores: float32 [b most], 0 there. Boxes of no area are none.
     """
+    limits = dict(threshold=threshold, candidates=candidates, most=most, iou=iou)
+    one = functools.partial(_best, config, **limits)
+    if spread is not None:
+        own = spread.spec
+        one = jax.shard_map(
+            one, mesh=spread.mesh, in_specs=(own, own), out_specs=own, check_vma=False
+        )
+    return one(outputs, size)
+
+
+def _best(
+    config: ViTConfig,
+    outputs: Float[Array, "b n o"],
+    size: Int[Array, "b 2"],
+    *,
+    threshold: float,
+    candidates: int,
+    most: int,
+    iou: float,
+) -> dict[str, Array]:
     corners, scores = decoded(config, outputs)
     b, n, k = scores.shape
     h, w = jnp.split(size.astype(jnp.float32), 2, axis=1)
@@ -61,16 +87,16 @@ def best(
     real = (corners[..., 2:] > corners[..., :2]).all(axis=-1)
     scores = jnp.where(real[..., None] & (scores > threshold), scores, 0)
 
-    # The best candidates are at the locations of the best classes, of which there are fewer.
-    where = _top(scores.max(axis=-1), min(candidates, n))[1]
+    # The best candidates are at the locations whose best class is best, and these are fewer.
+    where = jax.lax.top_k(scores.max(axis=-1), min(candidates, n))[1]
     where = jnp.sort(where, axis=1)  # equal scores are in the order of locations and classes
     scores = jnp.take_along_axis(scores, where[..., None], axis=1).reshape(b, -1)
-    scores, index = _top(scores, min(candidates, scores.shape[1]))
+    scores, index = jax.lax.top_k(scores, min(candidates, scores.shape[1]))
     where, classes = jnp.take_along_axis(where, index // k, axis=1), index % k
     corners = jnp.take_along_axis(corners, where[..., None], axis=1)
 
     keep = (scores > 0) & ~suppressed(corners, classes, scores > 0, iou)
-    scores, index = _top(jnp.where(keep, scores, 0), min(most, scores.shape[1]))
+    scores, index = jax.lax.top_k(jnp.where(keep, scores, 0), min(most, scores.shape[1]))
     there, missing = scores > 0, most - scores.shape[1]
     classes = jnp.where(there, jnp.take_along_axis(classes, index, axis=1), -1)
     corners = jnp.take_along_axis(corners, index[..., None], axis=1) * there[..., None]
@@ -85,7 +111,7 @@ def suppressed(
     corners: Float[Array, "b c 4"],
     classes: Int[Array, "b c"],
     valid: Bool[Array, "b c"],
-    iou: float | Float[Array, ""],
+    iou: float,
 ) -> Bool[Array, "b c"]:
     """Which boxes a better one suppresses: greedy non-maximum suppression, of each class.
 
@@ -117,10 +143,3 @@ def suppressed(
 
     none = jnp.zeros(valid.shape, bool)
     return jax.lax.while_loop(lambda state: state[1], step, (none, jnp.array(True)))[0]
-
-
-def _top(
-    scores: Float[Array, "b n"], most: int
-) -> tuple[Float[Array, "b {most}"], Int[Array, "b {most}"]]:
-    """The highest scores and their places; of equal ones the first."""
-    return jax.lax.top_k(scores, most)
