@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, UInt8
 
 from vit_jax.data.images import Image
 from vit_jax.errors import UserError
@@ -101,6 +101,21 @@ def no_rows(*shape: int) -> Float32[np.ndarray, "... 5"]:
     return rows
 
 
+def outlined(
+    image: Image, corners: Float32[np.ndarray, "n 4"], colours: UInt8[np.ndarray, "n 3"]
+) -> UInt8[np.ndarray, "_h _w 3"]:
+    """The image in RGB with the outlines of boxes, a hundredth of its shorter side wide."""
+    out = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image.copy()
+    h, w = out.shape[:2]
+    wide = max(1, round(min(h, w) / 100))
+    for (x0, y0, x1, y1), colour in zip(np.rint(corners).astype(int), colours, strict=True):
+        x0, y0 = max(x0, 0), max(y0, 0)
+        inside = out[y0:y1, x0:x1]
+        for edge in (inside[:wide], inside[-wide:], inside[:, :wide], inside[:, -wide:]):
+            edge[:] = colour
+    return out
+
+
 def check_boxes(
     name: str, image: Image, boxes: object, k: int, size: tuple[int, int] | None
 ) -> None:
@@ -120,14 +135,15 @@ def check_boxes(
 
 
 def other_size(found: tuple[int, ...], said: tuple[int, int]) -> str:
-    """That an image is of another (h, w) than the one its boxes were drawn on."""
+    """That an image is of another (h, w) than its boxes were drawn on, to follow its name."""
     text = (
         f"is of {found[0]} x {found[1]} pixels (h x w), and its boxes are of an image of "
         f"{said[0]} x {said[1]}: "
     )
-    if found == said[::-1]:
+    if tuple(found) == tuple(said[::-1]):
         return text + (
-            "it is a photograph that EXIF turns upright, and they were drawn on it as it is "
-            "stored. Take the turn out of the file (exiftool -Orientation= FILE), or draw them anew"
+            "EXIF turns the photograph upright, and the size is that of the picture as it is "
+            "stored. If the boxes are too, take the turn out of the file (exiftool -Orientation= "
+            "FILE); if they are upright, exchange height and width"
         )
-    return text + "was it resized after they were drawn? Take the images that they are of"
+    return text + "was it resized afterwards? Take the images on which the boxes were drawn"

@@ -13,6 +13,7 @@ from jaxtyping import Int64, UInt64
 
 from vit_jax.data.forms.archives import TarSource
 from vit_jax.data.forms.arrays import ArraySource
+from vit_jax.data.forms.box_files import BoxSource
 from vit_jax.data.forms.files import FolderSource, file_example
 from vit_jax.data.forms.fractals import FractalSource
 from vit_jax.data.forms.pairs import PairSource
@@ -56,7 +57,7 @@ def content(source: Source, *, threads: int | None = None, title: str | None = N
 
     def read(index: int) -> int:
         try:
-            if isinstance(source, PairSource):  # without its mask
+            if isinstance(source, PairSource | BoxSource):  # without its label
                 return image_hash(file_example(source.root, source.names[index], 0)["image"])
             return image_hash(source[index]["image"])
         except BadImage:
@@ -185,7 +186,7 @@ def check_splits(
 
 def _check_classes(train: Source) -> None:
     """Raises a UserError if there is only one class to learn."""
-    if getattr(train, "multi_label", False) or getattr(train, "masks", False):
+    if any(getattr(train, name, False) for name in ("multi_label", "masks", "boxes")):
         return
     names, labels = train.label_names, labels_of(train)
     alone = names[0] if len(names) == 1 else None
@@ -219,7 +220,7 @@ def _at_hand(source: Source) -> Hashes | None:
 def _places(source: Source) -> Hashes | None:
     """A hash of the path and offset of each example, for too many files to read; or None."""
     source = inner_source(source)
-    if isinstance(source, FolderSource | PairSource):
+    if isinstance(source, FolderSource | PairSource | BoxSource):
         root = os.path.realpath(source.root)
         texts = (os.fsencode(f"{root}/{name}") for name in source.names)
     elif isinstance(source, TarSource):

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int64
 
+from vit_jax.data.boxes import Boxes, other_size
 from vit_jax.data.classes import Matched
 from vit_jax.data.contents import (
     Hashes,
@@ -25,6 +26,7 @@ from vit_jax.data.contents import (
     read_each,
     shared,
 )
+from vit_jax.data.describe_boxes import BoxLook, box_facts, look_at
 from vit_jax.data.images import FORMATS, read_image, sniff
 from vit_jax.data.masks import IGNORED
 from vit_jax.data.sources import Source
@@ -56,6 +58,9 @@ def first_lines(named: Mapping[str, Source], specs: Mapping[str, str] | None = N
             text.append(f"{_range(counts)} each")
         text += ["several or none an image"] * getattr(source, "multi_label", False)
         text += ["one for each pixel"] * getattr(source, "masks", False)
+        if getattr(source, "boxes", False):
+            known = getattr(source, "box_counts", None)
+            text.append("in boxes" if known is None else f"in {known.sum():,} boxes")
         classes = "1 class" if len(names) == 1 else f"{len(names):,} classes"
         line = f"{name:<{width}}  {spec}{count} images of {classes} ({'; '.join(text)})"
         passed = getattr(inner_source(source), "passed_over", None)
@@ -77,6 +82,7 @@ class Example(NamedTuple):
     bytes: int = 0
     header: tuple[int, int, str, int] | None = None  # h, w, mode, EXIF orientation
     pixels: Int64[np.ndarray, "256"] | None = None  # of each class in its mask
+    boxes: BoxLook | None = None
     why: str = ""  # why it cannot be read
 
 
@@ -86,10 +92,11 @@ class Look:
 
     Attributes:
       indices: the examples read: all, unless they are made by a formula.
-      labels: an int for each example, or a tuple of its classes or those of its pixels.
+      labels: an int for each example, or a tuple of its classes, or of its pixels' or boxes'.
       headers: (h, w, mode, EXIF orientation) of the examples that were sampled.
       bad: example -> its name, and why it cannot be read.
       pixels: of masks, the number of pixels of each class.
+      boxes: what is kept of the boxes of each example that has some or may have.
       decoded, seconds: the number of examples decoded on one thread, and how long it took.
     """
 
@@ -106,6 +113,7 @@ class Look:
     pixels: Int64[np.ndarray, "256"] = dataclasses.field(
         default_factory=lambda: np.zeros(256, np.int64)
     )
+    boxes: list[BoxLook] = dataclasses.field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -113,7 +121,7 @@ class Look:
 
     @property
     def counts(self) -> Int64[np.ndarray, " k"]:
-        """The number of examples of each class; with masks, those with a pixel of it."""
+        """The number of examples of each class; with masks or boxes, those with one of it."""
         k = len(self.source.label_names)
         labels = np.fromiter(itertools.chain.from_iterable(map(_tuple, self.labels)), np.int64)
         return np.bincount(labels[(labels >= 0) & (labels < k)], minlength=k)
@@ -157,6 +165,8 @@ def look(source: Source, title: str | None = None) -> Look:
             seen.bytes += example.bytes
             if example.pixels is not None:
                 seen.pixels += example.pixels
+            if example.boxes is not None:
+                seen.boxes.append(example.boxes)
             if example.format:
                 seen.formats[example.format] += 1
             if example.header:
@@ -172,7 +182,11 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
     except UserError as error:
         return Example(why=str(error))
     image, label = example["image"], example["label"]
-    pixels = shape = None
+    pixels = shape = boxes = None
+    if isinstance(label, Boxes):
+        shape = example.get("size")
+        boxes = look_at(label, image.shape[:2] if isinstance(image, np.ndarray) else shape)
+        label = tuple(np.unique(label.classes).tolist())
     if isinstance(label, np.ndarray):
         shape, pixels = label.shape, np.bincount(label.ravel(), minlength=256)
         label = tuple(np.flatnonzero(pixels[:IGNORED]).tolist())
@@ -181,9 +195,9 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
         mode = {1: "grey", 3: "RGB"}.get(c, f"{c} channels")
         mode += "" if image.dtype == np.uint8 else f" {image.dtype}"
         header = h, w, mode, 1
-        return Example(image_hash(image), label, "pixels", image.nbytes, header, pixels)
+        return Example(image_hash(image), label, "pixels", image.nbytes, header, pixels, boxes)
     format_ = sniff(image[:32]) or "unknown"
-    found = Example(image_hash(image), label, format_, len(image), None, pixels)
+    found = Example(image_hash(image), label, format_, len(image), None, pixels, boxes)
     if not closely:
         return found
     try:
@@ -192,6 +206,8 @@ def _look_at(source: Source, index: int, closely: bool) -> Example:
         return found._replace(why=f"{type(error).__name__}: {error}".replace("\n", " "))
     h, w, _, orientation = found.header
     upright = (w, h) if orientation in _ON_SIDE else (h, w)
+    if boxes is not None and shape not in (None, upright):
+        return found._replace(why=other_size(upright, shape))
     if shape not in (None, upright):
         sizes = (f"{side[0]} x {side[1]}" for side in (upright, shape))
         return found._replace(why="{} pixels, and its mask has {}".format(*sizes))
@@ -242,6 +258,8 @@ def _facts(seen: Look) -> list[tuple[str, str]]:
     facts = [("examples", total if seen.whole else f"{total}; {n:,} were looked at")]
     facts += _classes(seen)
     facts += _pixels(seen)
+    if getattr(source, "boxes", False):
+        facts += box_facts(seen.boxes, source.label_names, getattr(inner_source(source), "how", ""))
     facts.append(("formats", _counted(seen.formats)))
     of = "" if len(heads) == n else f" (of {len(heads):,} sampled)"
     if heads:
@@ -282,7 +300,8 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
     source, counts = seen.source, seen.counts
     names = source.label_names
     masks, several = (getattr(source, name, False) for name in ("masks", "multi_label"))
-    kind = " for each pixel" * masks + ", several or none an image" * several
+    kind = " for each pixel" * masks + " of boxes" * getattr(source, "boxes", False)
+    kind += ", several or none an image" * several
     text = f"{len(names):,}{kind}: in {_range(counts)} images each, median {np.median(counts):,.0f}"
     text += "" if seen.whole else f" (of {len(seen.indices):,})"
     pairs = [f"{name}: {count:,}" for name, count in zip(names, counts.tolist(), strict=True)]
@@ -291,7 +310,7 @@ def _classes(seen: Look) -> list[tuple[str, str]]:
     if empty and seen.whole:
         more = ", ..." * (len(empty) > 10)
         facts.append(("", f"{len(empty):,} without an image: {', '.join(empty[:10])}{more}"))
-    if len(names) == 1 and not several:
+    if len(names) == 1 and not several and not getattr(source, "boxes", False):
         facts.append(("", "one class alone: nothing to tell apart"))
     odd = [
         (index, label)

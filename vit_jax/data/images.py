@@ -6,7 +6,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL.Image
@@ -111,6 +111,20 @@ def pillow_orientation(image: PIL.Image.Image) -> int:
         return image.getexif().get(_ORIENTATION, 1)
     except _BROKEN:
         return 1
+
+
+def upright_size(file: IO[bytes]) -> tuple[int, int]:
+    """The (h, w) of an image file, turned upright, from its header. BadImage: it has none."""
+    with damaged(file.read(512)):
+        file.seek(0)
+        with PIL.Image.open(file, formats=FORMATS) as opened:
+            w, h = opened.size
+            if opened.format == "TIFF":  # whose size may be that of the upright picture already
+                w, h = opened.tag_v2[256], opened.tag_v2[257]
+            # For a PNG without EXIF, Pillow would decode the image to look for it at the end.
+            turns = opened.format != "PNG" or "exif" in opened.info
+            orientation = pillow_orientation(opened) if turns else 1
+    return (w, h) if _TURNS.get(orientation, (0, False))[0] % 2 else (h, w)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from vit_jax.data import storage
 from vit_jax.data.forms.archives import TarSource, unlabelled
+from vit_jax.data.forms.box_files import BoxSource
 from vit_jax.data.forms.files import (
     WHOLE,
     FolderSource,
@@ -273,7 +274,7 @@ class _Finder:
 
 def _names(source: Source, where: str) -> Callable[[int], str]:
     """What to call the images of a source: paths where it has them, else WHERE/NUMBER."""
-    if isinstance(source, (FolderSource, PairSource, TableSource)):
+    if isinstance(source, (FolderSource, PairSource, BoxSource, TableSource)):
         return lambda i: os.path.join(source.root, source.names[i])
     if isinstance(source, TarSource):
         paths = source.files.paths
@@ -283,7 +284,7 @@ def _names(source: Source, where: str) -> Callable[[int], str]:
 
 def _below(source: Source) -> Callable[[int], str]:
     """The names of a source's files, or its numbers."""
-    files = isinstance(source, (FolderSource, PairSource, TableSource, TarSource))
+    files = isinstance(source, (FolderSource, PairSource, BoxSource, TableSource, TarSource))
     return source.names.__getitem__ if files else str
 
 

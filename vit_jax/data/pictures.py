@@ -12,6 +12,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from vit_jax.data.boxes import NONE, Boxes, outlined
 from vit_jax.data.config import Split
 from vit_jax.data.describe import said, spread
 from vit_jax.data.images import read_image
@@ -116,6 +117,8 @@ def stored(source: Source, indices: Sequence[int]) -> list[Tile]:
         label = example["label"]
         if isinstance(label, np.ndarray):
             label = tuple(np.unique(label[label != IGNORED]).tolist())
+        if isinstance(label, Boxes):
+            label = tuple(np.unique(label.classes).tolist())
         try:
             image = read_image(example["image"])
         except UserError:
@@ -141,8 +144,13 @@ def as_read(read: BatchReader, indices: Sequence[int], tiles: Sequence[Tile]) ->
 
 
 def _drawn(source: Source, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """The image of a batch, half covered by the colours of its mask, if it has one."""
+    """The image of a batch, half covered by the colours of its mask, or with its boxes."""
     image = batch["image"][0]
+    if getattr(source, "boxes", False):
+        rows = batch["label"][0]
+        rows = rows[rows[:, 0] != NONE]
+        colours = np.array(default_palette(len(source.label_names) + 1)[1:], np.uint8)
+        return outlined(image, rows[:, 1:], colours[rows[:, 0].astype(int)])
     if not getattr(source, "masks", False):
         return image
     palette = getattr(source, "palette", None) or default_palette(len(source.label_names))
@@ -152,7 +160,7 @@ def _drawn(source: Source, batch: dict[str, np.ndarray]) -> np.ndarray:
 def default_reader(source: Source) -> tuple[BatchReader, str]:
     """The reader to use without a config, as in configs/images.py; and its description."""
     split, how = Split("", "", exif=True), "224 x 224, upright"
-    if not getattr(source, "masks", False):
+    if not (getattr(source, "masks", False) or getattr(source, "boxes", False)):
         split = dataclasses.replace(
             split, inception_crop=InceptionCrop((0.05, 1.0), (0.75, 1.33)), flip=True, jpeg="fast"
         )

@@ -22,10 +22,12 @@ from vit_jax.data.contents import Hashes, content, image_hash, shared
 from vit_jax.data.destinations import Bucket, Disk, opened
 from vit_jax.data.forms.archives import TarSource, open_tar
 from vit_jax.data.forms.class_lists import read_classes
+from vit_jax.data.forms.coco import is_coco
 from vit_jax.data.forms.files import WHOLE, PassedOver
 from vit_jax.data.forms.open_files import is_compressed
 from vit_jax.data.forms.pair_layouts import is_layout
 from vit_jax.data.forms.records import records
+from vit_jax.data.forms.yolo import is_yolo
 from vit_jax.data.images import BadImage, decode, encode
 from vit_jax.data.sources import SOURCES, Source, open_source
 from vit_jax.data.transforms import resize
@@ -122,8 +124,9 @@ def prepare(
             raise UserError(f"{name} is {value}; it must be at least 1")
     dst = check(dst) if is_bucket(dst) else dst
     source, sequential = _open(src, part, split, labels)
-    if getattr(source, "masks", False):
-        raise _of_masks(src)
+    for what in ("masks", "boxes"):
+        if getattr(source, what, False):
+            raise _of_masks(src, what=what)
     total = len(source) if isinstance(source, Sized) else examples
     if total is None:
         raise UserError(f"{src} is endless: say how many --examples to take")
@@ -196,9 +199,9 @@ def _check_plan(
         )
 
 
-def _of_masks(src: str, or_else: str = "") -> UserError:
+def _of_masks(src: str, or_else: str = "", what: str = "masks") -> UserError:
     return UserError(
-        f"{src} has masks for labels, which records do not hold: train on it as it is{or_else}"
+        f"{src} has {what} for labels, which records do not hold: train on it as it is{or_else}"
     )
 
 
@@ -207,6 +210,8 @@ def _open(src: str, part: str | None, split: str, labels: str | None) -> tuple[S
     kind, _, argument = src.partition(":")
     if storage.is_folder(path := src.removesuffix(",label=folder")):
         here = storage.is_folder(os.path.join(path, split))
+        if not part and (is_coco(path) or is_yolo(path)):
+            raise _of_masks(src, what="boxes")
         if is_layout(os.path.join(src, part or split)):
             raise _of_masks(src)
         if not (part or here) and is_layout(src):

@@ -11,6 +11,7 @@ import numpy as np
 from vit_jax.data import storage
 from vit_jax.data.forms.archives import tar, tar_splits
 from vit_jax.data.forms.arrays import arrays, digits
+from vit_jax.data.forms.coco import coco, coco_splits, is_coco
 from vit_jax.data.forms.custom import python, python_splits
 from vit_jax.data.forms.files import WHOLE, folder, folder_splits
 from vit_jax.data.forms.fractals import open_fractals
@@ -24,6 +25,7 @@ from vit_jax.data.forms.scenes import scenes
 from vit_jax.data.forms.tfds import prepared, tfds
 from vit_jax.data.forms.vtab import SPLITS as VTAB_SPLITS
 from vit_jax.data.forms.vtab import vtab
+from vit_jax.data.forms.yolo import is_yolo, yolo, yolo_splits
 from vit_jax.errors import UserError, nearest
 
 
@@ -62,6 +64,8 @@ SOURCES: dict[str, Callable[[str, str], Source]] = {
     "arrays": arrays,
     "folder": folder,
     "pairs": pairs,
+    "coco": coco,
+    "yolo": yolo,
     "tar": tar,
     "zip": tar,
     "table": table,
@@ -99,7 +103,7 @@ def open_source(spec: str, split: str = "train") -> Source:
 
 # Sources with a path as argument, and those where it may be one.
 _PATHS, _MAYBE_PATHS = (
-    ("folder", "pairs", "tar", "zip", "arrays", "records", "table", "idx"),
+    ("folder", "pairs", "coco", "yolo", "tar", "zip", "arrays", "records", "table", "idx"),
     ("tfds", "hf-data"),
 )
 
@@ -146,6 +150,8 @@ SPLITS: dict[str, Callable[[str], Sequence[str]]] = {
     "tfds": _tfds_splits,
     "folder": folder_splits,
     "pairs": pairs_splits,
+    "coco": coco_splits,
+    "yolo": yolo_splits,
     "tar": tar_splits,
     "zip": tar_splits,
     "table": table_splits,
@@ -161,6 +167,8 @@ _ENDINGS = {
     "zip": (".zip",),
     "arrays": (".npz",),
     "table": (".csv", ".tsv", ".jsonl"),
+    "coco": (".json",),
+    "yolo": (".yaml", ".yml"),
 }
 
 
@@ -185,6 +193,10 @@ def understood(spec: str) -> str:
         return f"records:{spec}"
     if storage.is_file(f"{spec}/dataset_info.json"):
         return f"tfds:{spec}"
+    if is_coco(spec):
+        return f"coco:{spec}"
+    if is_yolo(spec):
+        return f"yolo:{spec}"
     return f"{'pairs' if is_layout(spec) else 'folder'}:{spec}"
 
 
