@@ -18,6 +18,7 @@ from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.models.create import init_params
 from vit_jax.training import loop
 from vit_jax.training.config import read_config, to_json
 from vit_jax.training.config_file import load_config
@@ -117,6 +118,28 @@ def test_finetuning_keeps_resizes_and_renews(tiny_run, tmp_path, caplog, untrain
         "^compiled in .* s$",
     ):
         assert any(re.search(sentence, r.getMessage()) for r in caplog.records)
+
+
+def test_parts_of_a_checkpoint_start_anew(tiny_run, tmp_path, untrained, caplog):
+    caplog.set_level("INFO", "vit_jax")
+    flags = [f"--config.init_from={tiny_run[0]}", "--config.total_steps=1", "--config.optim.lr=0"]
+    flags += ["--config.model.fresh=pos_embed,blocks/norm?/scale", "--config.optim.warmup=0"]
+    config = config_of(*flags)
+    train(config, tmp_path / "anew")
+    old, new = read_model(tiny_run[0]), read_model(tmp_path / "anew")
+    made = flatten_dict(init_params(new[0].config, config.seed), sep="/")
+    old, new = (flatten_dict(each[1], sep="/") for each in (old, new))
+    anew = {name for name in new if not np.array_equal(new[name], old[name])}
+    assert anew == {"pos_embed", "blocks/norm1/scale", "blocks/norm2/scale"}
+    for name in anew:
+        np.testing.assert_allclose(new[name], made[name], rtol=1e-6)
+    for name, sentence in (
+        ("pos_embd", "model.fresh='pos_embd' matches no parameter of the model; did you mean"),
+        ("head/*", "leave one out"),
+    ):
+        lora = ["--config.model.lora.rank=2"] if name == "head/*" else []
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            train(config_of(*flags[:2], f"--config.model.fresh={name}", *lora), tmp_path / "no")
 
 
 def test_a_run_of_the_same_classes_goes_on_with_the_head(tiny_run, tmp_path, untrained, caplog):

@@ -18,7 +18,7 @@ LEAVES = [leaf for section in reference.sections() for leaf in section.leaves]
 # Texts that may be anything; all others have a list of choices.
 FREE = ("source", "split", "classes", "cache", "init_from", "wandb_project", "variant")
 FREE += ("targets", "freeze", "match", "class_weights", "best", "metric", "teacher")
-FREE += ("only", "ignore")
+FREE += ("only", "ignore", "fresh")
 
 
 def test_every_key_is_explained_and_nothing_else():

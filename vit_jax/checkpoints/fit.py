@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from vit_jax.checkpoints.card import Line, ModelCard
 from vit_jax.checkpoints.convert import shapes_of
 from vit_jax.checkpoints.families import fitted_preprocess
 from vit_jax.checkpoints.opened import Opened, facts
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, check_fields
 from vit_jax.models.create import init_params, structure
@@ -30,6 +31,7 @@ def place(
     head: str = "keep",
     method: str = "zoom",
     seed: int = 0,
+    fresh: Sequence[str] = (),
     shardings: Callable[[Any], Any] | None = None,
 ) -> tuple[dict[str, Any], tuple[Line, ...]]:
     """Reads a model, adapts it to `config` (see `fitted`) and puts its arrays on their devices.
@@ -39,7 +41,7 @@ def place(
     """
     places = flatten_dict(shardings(structure(config)[1]), sep="/") if shardings else {}
     params, lines = {}, []
-    for value, line in fitted(opened, config, head=head, method=method, seed=seed):
+    for value, line in fitted(opened, config, head=head, method=method, seed=seed, fresh=fresh):
         lines.append(line)
         if line.name in places:
             params[line.name] = jax.make_array_from_callback(
@@ -61,7 +63,13 @@ def native_card(card: ModelCard, max_patches: int, method: str | None = None) ->
 
 
 def fitted(
-    opened: Opened, new: ModelConfig, *, head: str = "keep", method: str = "zoom", seed: int = 0
+    opened: Opened,
+    new: ModelConfig,
+    *,
+    head: str = "keep",
+    method: str = "zoom",
+    seed: int = 0,
+    fresh: Sequence[str] = (),
 ) -> Iterator[tuple[np.ndarray, Line]]:
     """Adapts parameters to another resolution, patch size, input channels or head, one by one.
 
@@ -71,9 +79,10 @@ def fitted(
         `patch_head`.
       method: how position embeddings are resized (see `posembed.resize`; paper, section 3.2).
       seed: for parameters that the old model does not have.
+      fresh: patterns of parameters to draw anew, in which * is any text, such as `pos_embed`.
 
     Raises:
-      UserError: any other parameter has a different shape.
+      UserError: any other parameter has a different shape, or a pattern matches none.
     """
     old, expected = opened.card.config, shapes_of(new)
     replaced = (
@@ -84,8 +93,9 @@ def fitted(
     for part, sizes in {"pyramid/": ("pyramid",), "detector/": ("pyramid", "towers")}.items():
         if any(getattr(old, name, None) != getattr(new, name, None) for name in sizes):
             replaced += (part,)
-    fresh = [n for n in expected if n not in opened.shapes or n.startswith(replaced)]
-    made = _fresh(new, fresh, seed)
+    anew = {name for pattern in fresh for name in _matching(pattern, expected)}
+    anew |= {n for n in expected if n not in opened.shapes or n.startswith(replaced)}
+    made = _fresh(new, sorted(anew), seed)
     for name, shape in expected.items():
         if name in made:
             yield made.pop(name), Line(name, shape, "fresh")
@@ -160,6 +170,15 @@ def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.nda
         return {name: params[name] for name in names}
 
     return jax.device_get(jax.jit(some)())
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        raise UserError(
+            f"model.fresh={pattern!r} matches no parameter of the model; {nearest(pattern, names)}"
+        )
+    return found
 
 
 def _heads_differ(old: ModelConfig, new: ModelConfig) -> bool:

@@ -43,7 +43,7 @@ def not_none(kind: Any) -> Any:
 # of `CHOSEN` are arguments of `load`.
 CHOSEN = ("only", "ignore")
 MODEL_KEYS: dict[str, Any] = {"variant": str, "head": str, "position_resize": str}
-MODEL_KEYS |= dict.fromkeys(CHOSEN, tuple[str, ...])
+MODEL_KEYS |= dict.fromkeys((*CHOSEN, "fresh"), tuple[str, ...])
 MODEL_KEYS |= {
     field.name: tuple
     if field.name in ("image_size", "patch_size", "resnet")
@@ -151,8 +151,8 @@ class Config:
     Attributes:
       batch_size: images in a batch, over all devices and micro-batches.
       model: the model: `variant`, any field of its ViTConfig or ResNetConfig, and for fine-tuning
-        `head`, `position_resize`, `only` and `ignore`. With `init_from`, fields missing here are
-        the checkpoint's.
+        `head`, `position_resize`, `only`, `ignore` and `fresh`. With `init_from`, fields missing
+        here are the checkpoint's.
       model.variant: name of its sizes, such as B/16, R50+B/16 or R50x1 (see models/variants.py).
       model.head: with init_from, a `fresh` head, or `keep` the checkpoint's if the classes agree.
         None keeps it if that is a run folder of ours with the same head, objective and classes.
@@ -161,6 +161,8 @@ class Config:
       model.only: with init_from, patterns of the keys to read of a file that holds more than one
         model, such as `model_ema.*`; * is any text.
       model.ignore: with init_from, patterns of keys to leave out, such as `text_model.*`.
+      model.fresh: with init_from, patterns of the model's parameters that are drawn anew, such as
+        `pos_embed` (big_vision's dont_load); `inspect` lists their names.
       seed: seed of initialisation, order and augmentation.
       total_steps: length of the run in steps.
       total_epochs: length of the run in passes over the training images.
@@ -218,13 +220,17 @@ class Config:
         for name in self.model:
             if name not in MODEL_KEYS:
                 raise UserError(f"unknown config key model.{name}; {nearest(name, MODEL_KEYS)}")
-        for name in self.init_keys:
+        for name in (*self.init_keys, *(["fresh"] if self.model.get("fresh") else [])):
             if self.init_from is None:
                 raise UserError(
                     f"model.{name} chooses keys of init_from, which is not set: set it, or leave "
                     f"model.{name} out"
                 )
 
+        if self.model.get("fresh") and self.model.get("lora"):
+            raise UserError(
+                "model.fresh draws parameters anew that model.lora would freeze: leave one out"
+            )
         if self.stop.patience and self.stop.metric is None and self.checkpoint.best is None:
             raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
         self.distill.check(self.objective, self.augment)

@@ -319,6 +319,7 @@ def _starting_params(plan: Plan, mesh: Mesh) -> Any | None:
         head="keep" if plan.keep_head else "fresh",
         method=plan.card.position_resize,
         seed=plan.config.seed,
+        fresh=plan.config.model.get("fresh") or (),
         shardings=functools.partial(placement, mesh=mesh),
     )
     changed = [line for line in lines if line.status != "kept"]

@@ -28,7 +28,7 @@ def model_config(
         ResNet that differs from the one in `base`, or is missing there, or adapters (LoRA) of a
         model that is not there or is a ResNet.
     """
-    fields = {name: value for name, value in config.model.items() if name not in CHOSEN}
+    fields = {name: value for name, value in config.model.items() if name not in (*CHOSEN, "fresh")}
     name = fields.pop("variant", None)
     method, head = fields.pop("position_resize", None), fields.pop("head", "fresh")
     for key, value, known in (

@@ -58,7 +58,7 @@ _DEFAULTS = dict.fromkeys(
     "the variant's",
 )
 _DEFAULTS |= {"num_classes": "the data's", "patch_outputs": "the objective's"}
-_NO_FIELDS = dict.fromkeys(("variant", "head", "position_resize", *CHOSEN), "None")
+_NO_FIELDS = dict.fromkeys(("variant", "head", "position_resize", *CHOSEN, "fresh"), "None")
 _TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text"}
 
 
