@@ -56,7 +56,7 @@ class Boxes:
         """(w, h) of each."""
         return self.corners[:, 2:] - self.corners[:, :2]
 
-    def moved(self, right: float, down: float) -> "Boxes":
+    def moved(self, right: int | float, down: int | float) -> "Boxes":
         """Shifted by as many pixels."""
         shift = np.array([right, down] * 2, np.float32)
         return dataclasses.replace(self, corners=self.corners + shift)

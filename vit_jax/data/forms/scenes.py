@@ -100,7 +100,7 @@ class SceneSource:
             image[here][lit] = picture[lit]
             mask[here][lit], whose[here][lit] = 1 + label, number
             classes.append(label)
-            counts.append(np.count_nonzero(lit))
+            counts.append(int(np.count_nonzero(lit)))
         name = f"scenes:{self.kind},size={self.size},seed={self.seed}/{self.split}/{index}"
         label = _visible(whose, classes, counts) if self.boxes else mask
         return {"image": image[..., None], "label": label, "name": name}
@@ -165,7 +165,7 @@ def scenes(argument: str, split: str) -> SceneSource:
 
 
 def _visible(
-    whose: Int16[np.ndarray, "s s"], classes: Sequence[int], counts: Sequence[int]
+    whose: Int16[np.ndarray, "h w"], classes: Sequence[int], counts: Sequence[int]
 ) -> Boxes:
     """The boxes of objects, by the number of the one that each pixel shows, and their pixels."""
     corners, kept, area = [], [], []
