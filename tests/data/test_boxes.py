@@ -221,7 +221,10 @@ def test_what_is_wrong_is_one_sentence():
     how, plain = Preprocess((6, 10), 1), Split("x", "y")
     refused(lambda k, v: BatchReader.of(Painted(**{k: v}), plain, how)(TWO, TWO), cases)
     cases = [
-        (dict(affine=RandomAffine()), "data: affine is not for labels that are boxes, .*boxes move with"),
+        (
+            dict(affine=RandomAffine()),
+            "data: affine is not for labels that are boxes, .*boxes move with",
+        ),
         (dict(erasing=0.5), "data: erasing is not for labels that are boxes"),
         (dict(random_crop=True, crop_padding=1), "crop_padding is not for labels that are boxes"),
     ]

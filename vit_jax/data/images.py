@@ -6,7 +6,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -113,7 +113,7 @@ def pillow_orientation(image: PIL.Image.Image) -> int:
         return 1
 
 
-def upright_size(file: IO[bytes]) -> tuple[int, int]:
+def upright_size(file: io.IOBase) -> tuple[int, int]:
     """The (h, w) of an image file, turned upright, from its header. BadImage: it has none."""
     with damaged(file.read(512)):
         file.seek(0)

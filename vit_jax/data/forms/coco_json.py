@@ -250,7 +250,7 @@ def _corners(
     return np.concatenate([found[:, :2], ends], axis=1)
 
 
-def _around(outline: Any) -> list[float] | None:
+def _around(outline: Any) -> list[int | float] | None:
     """The box of polygons, as COCO's; None if it is none."""
     if (
         not isinstance(outline, list)

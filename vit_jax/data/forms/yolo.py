@@ -124,10 +124,8 @@ def _source(
 
 def label_path(image: str) -> str:
     """The file of an image's boxes: its last folder `images` is `labels`."""
-    before, there, after = image.rpartition("/images/")
-    if not there:
-        before, there, after = "", image.startswith("images/"), image.removeprefix("images/")
-    path = f"{before}/labels/{after}".removeprefix("" if before else "/") if there else image
+    before, there, after = f"/{image}".rpartition("/images/")
+    path = f"{before}/labels/{after}"[1:] if there else image
     return f"{os.path.splitext(path)[0]}.txt"
 
 
