@@ -71,6 +71,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.0"],
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2025.5"],
+        "detection": ["pycocotools>=2.0.10"],
         "hub": ["huggingface_hub>=0.30"],
         "onnx": ["jax2onnx>=0.17"],
         "test": [
@@ -84,6 +85,7 @@ setup(
             "flask-cors>=6.0",
             "gcsfs>=2025.5",
             "moto[s3]>=5.1",
+            "pycocotools>=2.0.10",
             "s3fs>=2025.5",
         ],
         "docs": [

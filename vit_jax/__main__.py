@@ -73,7 +73,7 @@ def join(args: argparse.Namespace, *, preemptible: bool) -> None:
 
 
 def predict(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Predicts classes or masks, or writes features, of images, folders, archives and data sources.
+    """Predicts classes, masks or boxes, or writes features, of images, folders and data sources.
 
     Without --out one JSON object a line. Exit code 3 if anything named is no readable image.
     """
@@ -86,21 +86,34 @@ def predict(args: argparse.Namespace, overrides: list[str]) -> int:
 
     inputs = find_images(*args.images, split=args.split)
     from vit_jax.training.evaluation.predict import load_local
-    from vit_jax.training.evaluation.predict_masks import masks_to, segments
+    from vit_jax.training.evaluation.predict_boxes import boxes_to
+    from vit_jax.training.evaluation.predict_masks import answers, masks_to
     from vit_jax.training.evaluation.predict_output import predict_to
 
     how = dict(max_patches=args.max_patches, only=args.only, ignore=args.ignore)
     load = functools.partial(load_local, args.model, **how)
     options = dict(batch_size=args.batch_size, threads=args.threads)
-    if what == "classes" and segments(args.model, args.out, args.only, args.ignore):
-        if args.topk:
-            raise UserError(f"--topk={args.topk} names classes of images, and masks have all")
-        options |= dict(overlays=args.overlay, windows=args.windows or "none")
-        done = masks_to(args.out, inputs, load, **options)
-        return 0 if done else INCOMPLETE
-    if args.overlay or args.windows:
-        flag = "--overlay" if args.overlay else f"--windows={args.windows}"
+    if what == "classes":
+        what = answers(args.model, args.out, args.only, args.ignore)
+    if what in ("masks", "boxes") and args.topk:
+        raise UserError(f"--topk={args.topk} names classes of images, and {what} have all")
+    if args.windows and what != "masks":
+        flag = f"--windows={args.windows}"
         raise UserError(f"{flag} is for masks: of a model that segments, into --out=FOLDER")
+    if args.threshold is not None and what != "boxes":
+        flag = f"--threshold={args.threshold:g}"
+        raise UserError(f"{flag} is for boxes: of a model that detects, into --out=FOLDER")
+    if what == "masks":
+        options |= dict(overlays=args.overlay, windows=args.windows or "none")
+        return 0 if masks_to(args.out, inputs, load, **options) else INCOMPLETE
+    if what == "boxes":
+        options |= dict(overlays=args.overlay, threshold=args.threshold)
+        return 0 if boxes_to(args.out, inputs, load, **options) else INCOMPLETE
+    if args.overlay:
+        raise UserError(
+            "--overlay is for masks and boxes: of a model that segments or detects, into "
+            "--out=FOLDER"
+        )
     done = predict_to(args.out, inputs, load, what, topk=args.topk or 5, **options)
     return 0 if done else INCOMPLETE
 

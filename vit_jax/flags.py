@@ -206,7 +206,8 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
         (
             "out",
             path,
-            "FILE.jsonl, .csv or .parquet; of features .npy or .parquet; of masks a folder",
+            "FILE.jsonl, .csv or .parquet; of features .npy or .parquet; of masks or boxes a "
+            "folder",
         ),
         ("batch-size", number(1), "images at a time (default: what suits the devices)"),
         ("threads", number(1), "that decode images (default: one a core)"),
@@ -217,11 +218,16 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     for name, what in {"features": "the head's inputs", "dense": "features of patches"}.items():
         command.add_argument(f"--{name}", action="store_true", help=f"write {what}, not classes")
     command.add_argument(
-        "--overlay", action="store_true", help="also write images half covered by their masks"
+        "--overlay", action="store_true", help="also write images with their masks or boxes"
     )
     command.add_argument(
         "--windows",
         help="masks of large images by windows of the model's size: scaled or own (eval.windows)",
+    )
+    command.add_argument(
+        "--threshold",
+        type=float,
+        help="the lowest score of a box (default 0.05, and 0.3 of those that --overlay draws)",
     )
     command.set_defaults(function=functions["predict"], takes_overrides=False)
 

@@ -28,12 +28,12 @@ from vit_jax.writing import make_folder, replacing
 
 _COLOURS = "viridis"
 _LAYERS, _HEADS = 6, 8  # at most, in the picture of attention maps
-_SHARES = ("accuracy", "mAP", "pixel_accuracy", "miou")  # what `curves` shows beside the loss
+_SHARES = ("accuracy", "mAP", "pixel_accuracy", "miou", "map", "ap50")  # beside the loss
 _TILES = 16  # to a side of the picture of positions; of larger grids some are left out
 
 
 def curves(workdir: str | os.PathLike) -> Any:
-    """Plots a run's loss, and accuracy, mAP or mIoU, by step; returns a matplotlib Figure.
+    """Plots a run's loss, and accuracy, mAP, mIoU or AP, by step; returns a matplotlib Figure.
 
     Training metrics are those of single batches: faint, below their running mean.
 
@@ -53,7 +53,7 @@ def curves(workdir: str | os.PathLike) -> Any:
             if points:
                 _curve(axes, split, np.array(points, np.float64), colour)
         axes.set(xlabel=f"step ({config.batch_size:,} images each)", ylabel=name)
-        if name == "loss" and config.classifies:
+        if name == "loss" and config.classifies and not config.detects:
             axes.set_ylabel("loss (cross-entropy, nats)")
         elif name != "loss":
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")

@@ -310,7 +310,8 @@ def open_plan(config: Config) -> tuple[Plan, Source | None, str]:
                 "--config.model.num_classes=1000"
             ) from None
         names = tuple(str(i) for i in range(classes))
-        data = TrainingData(names, examples=10**9, masks=config.segments)
+        kinds = dict(masks=config.segments, boxes=config.detects)
+        data = TrainingData(names, examples=10**9, **kinds)
         return make_plan(config, data, init, teacher), None, str(error)
     return make_plan(config, TrainingData.of(source), init, teacher), source, ""
 

@@ -31,20 +31,24 @@ class Objective:
         model has no classes, as in masked patch prediction.
       multi_label: whether each class is a question of its own, so that an image may have several.
       masks: whether each pixel has a class, and each patch logits.
+      boxes: whether objects have boxes: each location of a pyramid has logits, distances to the
+        edges of a box and one logit of its centre (see `checkpoints/detect.py`).
     """
 
     probabilities: Callable[[np.ndarray], np.ndarray] | None = None
     multi_label: bool = False
     masks: bool = False
+    boxes: bool = False
 
 
-# By name. Their losses are in training/objectives.py, of masks in training/segmentation.py, and of
-# corrupted patches in training/masking.py.
+# By name. Losses are in training/objectives.py, those of masks in training/segmentation.py, of
+# boxes in training/detection.py, of corrupted patches in training/masking.py.
 OBJECTIVES = {
     "softmax": Objective(scipy.special.softmax),
     "sigmoid": Objective(scipy.special.expit, multi_label=True),
     "distill": Objective(scipy.special.softmax),
     "segmentation": Objective(functools.partial(scipy.special.softmax, axis=-1), masks=True),
+    "detection": Objective(scipy.special.expit, boxes=True),
     "masked_colour": Objective(),
     "masked_small": Objective(),
     "masked_pixels": Objective(),
@@ -127,6 +131,15 @@ def _palette(values: Any, k: int) -> Palette | None:
     return tuple(tuple(colour) for colour in values)
 
 
+def _category_ids(values: Any, k: int) -> tuple[int, ...] | None:
+    """Reads ids from JSON; raises a ValueError if they are not one of its own for each class."""
+    if values is None:
+        return None
+    if not all(type(value) is int for value in values) or not len({*values}) == len(values) == k:
+        raise ValueError("category_ids that are not one number for each class")
+    return tuple(values)
+
+
 class Line(NamedTuple):
     """How one array was treated; `name` is our parameter, or the file's key if it was dropped."""
 
@@ -187,7 +200,8 @@ class ModelCard:
 
     `position_resize` is how the family resizes position embeddings (see models/posembed.py).
     `multi_label` is whether it was trained on images with any number of labels. `palette` has the
-    colour (r, g, b) of each class of masks, if the data had some.
+    colour (r, g, b) of each class of masks, and `category_ids` COCO's id of each class of boxes, if
+    the data had some.
     """
 
     config: ModelConfig
@@ -198,6 +212,7 @@ class ModelCard:
     position_resize: str = "zoom"
     multi_label: bool = False
     palette: Palette | None = None
+    category_ids: tuple[int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Converts to plain values; adds grid and prefix tokens for other readers."""
@@ -234,8 +249,17 @@ class ModelCard:
         for name in ("crop", "mean", "std"):
             if name in fields:
                 fields[name] = numbers(fields[name])
-        fields, palette = Preprocess(**fields), _palette(card.get("palette"), len(labels))
-        return cls(config, fields, tuple(labels), fingerprint, objective, method, several, palette)
+        return cls(
+            config,
+            Preprocess(**fields),
+            tuple(labels),
+            fingerprint,
+            objective,
+            method,
+            several,
+            _palette(card.get("palette"), len(labels)),
+            _category_ids(card.get("category_ids"), len(labels)),
+        )
 
     def write(self, workdir: epath.PathLike) -> None:
         """Writes WORKDIR/model/model.json."""

@@ -18,11 +18,13 @@ from flax import nnx
 from vit_jax.checkpoints import families
 from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import OBJECTIVES, ModelCard, Report
+from vit_jax.checkpoints.detect import best
 from vit_jax.checkpoints.fit import native_card, place, with_adapter
 from vit_jax.checkpoints.keys import Patterns
 from vit_jax.checkpoints.opened import facts, open_model
 from vit_jax.checkpoints.segment import pixel_classes
 from vit_jax.compiler import compiler_options
+from vit_jax.data.detections import THRESHOLD, Detections, check_threshold
 from vit_jax.data.masks import Mask, Palette
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError, during, nearest
@@ -45,6 +47,7 @@ class Loaded:
       report: where the weights came from, and how each parameter was treated.
       step: of the checkpoint; None for a weight file.
       palette: the colour of each class, of a model that gives masks; None for default ones.
+      category_ids: COCO's id of each class, of a model that gives boxes, if its data had some.
       adapter: what is merged into the model's kernels, if it was trained with LoRA: `save` writes
         it with format="lora".
     """
@@ -60,6 +63,7 @@ class Loaded:
     multi_label: bool = False
     adapter: Adapter | None = None
     palette: Palette | None = None
+    category_ids: tuple[int, ...] | None = None
 
     @functools.cached_property
     def _forward(self) -> Callable[[Any, Any], jax.Array]:
@@ -119,8 +123,48 @@ class Loaded:
                 "objective segmentation"
             )
 
+    def detect(self, images: Any, threshold: float = THRESHOLD) -> Detections | list[Detections]:
+        """The boxes of the objects in an image, at most 100; a list of them for several images.
+
+        Corners are in pixels of an image of its own size; photographs are turned upright as their
+        EXIF orientation says. For many images `predict --out=FOLDER` is faster.
+
+        Args:
+          images: as for `predict`.
+          threshold: the lowest score of a box.
+
+        Raises:
+          UserError: the model gives no boxes, the threshold is not in [0, 1), or an image cannot be
+            read.
+        """
+        self.check_boxes()
+        check_threshold(threshold)
+        several, found = each_image(images), []
+        params = nnx.state(self.model)
+        for number, image in enumerate(several, 1):
+            with during(lambda number=number: f"detecting in image {number}"):
+                pixels = self.preprocess.read(image)
+                inputs = self.preprocess.normalise(self.preprocess.pixels(pixels))
+                outputs = self._forward(params, inputs[None])
+                size = np.array([pixels.shape[:2]], np.int32)
+                rows = best(self.config, outputs, size, threshold)
+                found.append(Detections.of(*(np.asarray(rows[n][0]) for n in Detections.ROWS)))
+        return found if several is images else found[0]
+
+    def check_boxes(self) -> None:
+        """Raises a UserError unless the model gives boxes."""
+        if not OBJECTIVES[self.objective].boxes:
+            raise UserError(
+                "the model gives no boxes: they are of models trained with objective detection"
+            )
+
     def checked_topk(self, topk: Any) -> int:
         """Returns `topk`. UserError: it is no number of classes, or the model names none."""
+        if OBJECTIVES[self.objective].boxes:
+            raise UserError(
+                "the model gives boxes, not a class for each image: take them (Loaded.detect; "
+                "predict --out=FOLDER)"
+            )
         if OBJECTIVES[self.objective].masks:
             raise UserError(
                 "the model gives a class for each pixel, not for each image: take its masks "
@@ -170,6 +214,7 @@ class Loaded:
             position_resize=self.position_resize,
             multi_label=self.multi_label,
             palette=self.palette,
+            category_ids=self.category_ids,
         )
 
 
@@ -271,7 +316,9 @@ def load(
         # The objective of a model without classes does not apply to a new head.
         objective = card.objective if card.labels else "softmax"
         names = tuple(str(i) for i in range(num_classes))
-        card = dataclasses.replace(card, labels=names, objective=objective, palette=None)
+        card = dataclasses.replace(
+            card, labels=names, objective=objective, palette=None, category_ids=None
+        )
     preprocess = families.fitted_preprocess(card.preprocess, config)
 
     head = "keep" if num_classes is None else "fresh"
@@ -292,4 +339,5 @@ def load(
         card.multi_label,
         opened.adapter if num_classes is None and config == opened.card.config else None,
         card.palette,
+        card.category_ids,
     )

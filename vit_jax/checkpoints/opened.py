@@ -152,7 +152,7 @@ def inspect(path: epath.PathLike, **known: Any) -> Report:
     )
     if OBJECTIVES[opened.card.objective].masks:
         summary["outputs"] = "a class for each pixel (segmentation): masks of an image's own size"
-    elif getattr(opened.card.config, "pool", None) == "locations":
+    elif OBJECTIVES[opened.card.objective].boxes:
         summary["outputs"] = "boxes, their classes and scores (detection), in an image's own pixels"
     summary["labels"] = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
     return Report(tuple(lines), summary, opened.assumed)

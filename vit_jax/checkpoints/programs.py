@@ -161,6 +161,14 @@ def _description(
             "their corners) to the image's height and width; the largest is a pixel's class"
         )
         colours = {"palette": card.palette}
+    if OBJECTIVES[card.objective].boxes:
+        answer = (
+            "of each location of the maps of 4, 2, 1 and 1/2 times the patch grid, row by row: the "
+            "logits of the classes, the distances from its centre to the left, top, right and "
+            "bottom edge of a box, in strides of its map, and a logit of centerness; a score is "
+            "the root of the product of both logits' sigmoids"
+        )
+        colours = {"category_ids": card.category_ids}
     return {
         "images": {**dataclasses.asdict(card.preprocess), **said},
         "outputs": {"shape": _shape(outputs), "dtype": str(outputs.dtype), "values": answer},

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import unicodedata
 from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from vit_jax.data.boxed import drawable
 from vit_jax.data.boxes import NONE, Boxes, outlined
 from vit_jax.data.config import Split
 from vit_jax.data.describe import said, spread
@@ -86,17 +86,6 @@ def shortened(text: str, font: Any) -> str:
         kept -= 1
         short = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
     return short
-
-
-def drawable(character: str, font: Any) -> str:
-    """A character that the font has: itself, without accents, or "?"."""
-    if character.isascii():
-        return character if character.isprintable() else " "
-    missing = bytes(font.getmask("\uffff"))
-    for each in (character, unicodedata.normalize("NFKD", character)[0]):
-        if each.isascii() or bytes(font.getmask(each)) != missing:
-            return each
-    return "" if unicodedata.combining(character) else "?"
 
 
 def chosen(source: Source, most: int = 48) -> list[int]:

@@ -14,6 +14,8 @@ from vit_jax.launch.jobs import Change
 SHOWN = (
     "test/mAP",
     "val/mAP",
+    "test/map",
+    "val/map",
     "test/accuracy",
     "val/accuracy",
     "train/accuracy",

@@ -83,14 +83,15 @@ def title(folders: Sequence[str]) -> str:
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:
-    """The metric to compare runs by: val/mAP, val/accuracy or val/miou, else another of val, else
-    one of an evaluator, else train/loss."""
+    """The metric to compare runs by: val/mAP, val/accuracy, val/miou or val/map, else another of
+    val, else one of an evaluator, else train/loss."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     names = [name for name in names if not name.endswith("_std")]
     val = [name for name in names if name.startswith("val/")]
     others = [name for name in names if name.split("/")[0] not in ("train", "val", "test")]
     accuracies = [name for name in val if not lower_is_better(name)]
-    ordered = ["val/mAP", "val/accuracy", "val/miou", *accuracies, *val, *others, "train/loss"]
+    first = ["val/mAP", "val/accuracy", "val/miou", "val/map"]
+    ordered = [*first, *accuracies, *val, *others, "train/loss"]
     return next((name for name in ordered if name in names), None)
 
 

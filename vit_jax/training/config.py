@@ -170,7 +170,8 @@ class Config:
       init_from: weights to start from: anything that `vit_jax.load` reads, such as a run folder.
       objective: the loss: `softmax`, `sigmoid` for images with several labels, `distill` to learn
         from another model (section `distill`), `segmentation` for masks, the class of each pixel,
-        or masked patch prediction of the mean colour, of 4x4 pixels or of all pixels of a patch.
+        `detection` for boxes around objects, or masked patch prediction of the mean colour, of 4x4
+        pixels or of all pixels of a patch.
       precision: dtype of the computation; parameters are always float32.
     """
 
@@ -234,14 +235,16 @@ class Config:
         if self.stop.patience and self.stop.metric is None and self.checkpoint.best is None:
             raise UserError("stop.patience needs a metric: set stop.metric, such as val/accuracy")
         self.distill.check(self.objective, self.augment)
-        if self.segments:
-            self._check_segmentation()
-        elif self.eval.windows != "none":
+        if self.segments or self.detects:
+            self._check_places()
+        if self.detects:
+            self._check_detection()
+        if not self.segments and self.eval.windows != "none":
             raise UserError(
                 f"eval.windows is {self.eval.windows}, and objective {self.objective} is of whole "
-                "images: leave it out"
+                "images (windows are for segmentation): leave it out"
             )
-        elif self.augment.dice:
+        if not self.segments and self.augment.dice:
             raise UserError(
                 f"augment.dice is for masks, which objective {self.objective} does not learn: set "
                 "--config.objective=segmentation, or leave it out"
@@ -273,18 +276,28 @@ class Config:
                 "mix an image with itself"
             )
 
-    def _check_segmentation(self) -> None:
+    def _check_places(self) -> None:
+        """What is for whole images, and not for masks or boxes."""
+        have, tells = ("masks", "the class of each pixel") if self.segments else ("boxes",) * 2
         for name in ("mixup", "cutmix"):
             if getattr(self.augment, name):
                 raise UserError(
-                    f"augment.{name} mixes the labels of whole images, and objective segmentation "
-                    "has masks: set it to 0"
+                    f"augment.{name} mixes the labels of whole images, and objective "
+                    f"{self.objective} has {have}: set it to 0"
                 )
         if name := self.eval.views:
             raise UserError(
                 f"eval.{name} averages what a model says of whole images, and objective "
-                "segmentation tells the class of each pixel: leave it out"
+                f"{self.objective} tells {tells}: leave it out"
             )
+
+    def _check_detection(self) -> None:
+        for name in ("label_smoothing", "class_weights", "focal"):
+            if getattr(self.augment, name):
+                raise UserError(
+                    f"augment.{name} is not for objective detection, whose loss is FCOS's (focal, "
+                    "with gamma 2): leave it out"
+                )
 
     def _check_masked(self) -> None:
         for name in ("mixup", "cutmix", "label_smoothing", "class_weights", "focal"):
@@ -319,6 +332,11 @@ class Config:
     def segments(self) -> bool:
         """Whether the objective is about the class of each pixel."""
         return OBJECTIVES[self.objective].masks
+
+    @property
+    def detects(self) -> bool:
+        """Whether the objective is about boxes."""
+        return OBJECTIVES[self.objective].boxes
 
     def check_trains(self) -> None:
         """Raises a UserError for a config that can only evaluate."""

@@ -37,7 +37,8 @@ SHOWN = {
     **{"train/loss": "loss", "train/accuracy": "acc", "train/pixel_accuracy": "acc"},
     "images_per_second": "img/s",
 }
-_CLASSES = 12  # at most, of which the intersection over union is shown
+_OF_CLASSES = ("iou", "ap")  # metrics of each class
+_CLASSES = 12  # at most, of which they are shown
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
@@ -274,17 +275,19 @@ def shown() -> Iterator[None]:
 def measured(values: Mapping[str, int | float]) -> list[str]:
     """A line for each split or evaluator: "val accuracy 0.9721, top5 0.9989, loss 0.1021".
 
-    Of the metrics of each class, val/iou/NAME, there is one as well, with the lowest ones.
+    Of the metrics of each class, val/iou/NAME or val/ap/NAME, there is one as well, with the lowest
+    ones.
     """
     lines: dict[str, dict[str, int | float]] = {}
     for name, value in values.items():
         split, _, metric = name.partition("/")
-        if metric.startswith("iou/"):
-            split, metric = f"{split} iou", metric.removeprefix("iou/")
+        kind, _, of_class = metric.partition("/")
+        if kind in _OF_CLASSES:
+            split, metric = f"{split} {kind}", of_class
         if metric and split != "train":
             lines.setdefault(split, {})[metric] = value
     for split, found in lines.items():
-        if split.endswith(" iou") and len(found) > _CLASSES:
+        if split.endswith(tuple(f" {kind}" for kind in _OF_CLASSES)) and len(found) > _CLASSES:
             lowest = sorted(found, key=found.__getitem__)[:_CLASSES]
             lines[split] = {name: found[name] for name in lowest}
             lines[split][f"... of {len(found)} classes, the highest"] = max(found.values())
@@ -314,7 +317,7 @@ def finished(
     next_ = [["vit-jax", "evaluate", f"--workdir={workdir}"]] if len(lines) > 2 else []
     commands = [shlex.join(command) for command in next_]
     if config.classifies:
-        out = ["--out=masks"] if config.segments else []
+        out = ["--out=masks"] if config.segments else ["--out=boxes"] if config.detects else []
         commands.append(f"{shlex.join(['vit-jax', 'predict', f'--model={workdir}', *out])} IMAGE")
     return [*lines, "next:", *(f"  {command}" for command in commands)]
 

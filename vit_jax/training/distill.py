@@ -133,10 +133,12 @@ class Teacher:
         name, card = f"distill.teacher {settings.teacher}", opened.card
         if not card.labels:
             raise UserError(f"{name} has no classes: name a model that was trained to classify")
-        if OBJECTIVES[card.objective].masks:
+        how = OBJECTIVES[card.objective]
+        if how.masks or how.boxes:
             raise UserError(
-                f"{name} is of objective {card.objective}, which tells classes of pixels: name a "
-                "model that was trained to classify"
+                f"{name} is of objective {card.objective}, which tells "
+                f"{'classes of pixels' if how.masks else 'boxes'}: name a model that was trained "
+                "to classify"
             )
         if OBJECTIVES[card.objective].multi_label:
             raise UserError(

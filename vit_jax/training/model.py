@@ -48,9 +48,9 @@ def model_config(
         )
     if base is None and name is None:
         raise UserError("model.variant is not set: name one such as B/16, or an init_from")
-    if config.segments:
+    if config.segments or config.detects:
         kind = type(base) if base else variant_kind(variant_fields(name))
-        fields = {**_of_masks(kind, base), **fields}
+        fields = {**_of_places(config, kind, base), **fields}
     if base is None:
         model = variant(name, **fields)
     else:
@@ -60,30 +60,41 @@ def model_config(
     return _with_patch_outputs(config, model)
 
 
-def _of_masks(kind: type[ModelConfig], base: ModelConfig | None) -> dict[str, Any]:
-    """Fields of a model that tells the class of each patch; its class token, if any, stays."""
+# By objective: how its head reads a model, and what that is.
+_POOLS = {"segmentation": ("none", "on each patch"), "detection": ("locations", "on a pyramid")}
+_PYRAMID = 256  # channels, as ViTDet has them
+
+
+def _of_places(config: Config, kind: type[ModelConfig], base: ModelConfig | None) -> dict[str, Any]:
+    """Fields of a model that tells what is where; its class token, if any, stays."""
+    pool, where = _POOLS[config.objective]
     if kind is not ViTConfig:
         raise UserError(
-            "objective segmentation has a head on each patch of a Vision Transformer, and the "
+            f"objective {config.objective} has a head {where} of a Vision Transformer, and the "
             "model is a ResNet: take a ViT or a hybrid, such as R50+B/16"
         )
-    return {"pool": "none"} | ({} if base is None else {"class_token": base.has_class_token})
+    fields = {"pool": pool} | ({} if base is None else {"class_token": base.has_class_token})
+    if config.detects and getattr(base, "pyramid", None) is None:
+        fields["pyramid"] = _PYRAMID
+    return fields
 
 
 def _check_pool(config: Config, model: ModelConfig) -> None:
     """Raises a UserError if the head reads each patch, and the objective is another; or not."""
     pool = getattr(model, "pool", None)
-    if config.segments and pool != "none":
+    wanted, where = _POOLS.get(config.objective, (None, ""))
+    if wanted is not None and pool != wanted:
         raise UserError(
-            f"model.pool is {pool!r}, but objective segmentation has a head on each patch: leave "
+            f"model.pool is {pool!r}, but objective {config.objective} has a head {where}: leave "
             "model.pool out"
         )
-    if pool == "none" and config.classifies and not config.segments:
-        raise UserError(
-            f"model.pool is 'none', a head on each patch, but objective {config.objective} is of "
-            "whole images: set --config.model.pool=gap (or token, where there is a class token), "
-            "or --config.objective=segmentation"
-        )
+    for objective, (name, where) in _POOLS.items():
+        if pool == name != wanted and config.classifies:
+            raise UserError(
+                f"model.pool is {pool!r}, a head {where}, but objective {config.objective} is of "
+                "whole images: set --config.model.pool=gap (or token, where there is a class "
+                f"token), or --config.objective={objective}"
+            )
 
 
 def same_head(model: ModelConfig, base: ModelConfig) -> bool:

@@ -42,8 +42,9 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """The properties of the training data that a plan depends on.
 
-    `examples` is None for endless data. `multi_label`, `masks` and `palette` are as in `Source`.
-    `counts` has the images of each label, if that is known without reading them.
+    `examples` is None for endless data. `multi_label`, `masks`, `palette`, `boxes` and
+    `category_ids` are as in `Source`. `counts` has the images of each label, if that is known
+    without reading them.
     """
 
     labels: tuple[str, ...]
@@ -52,6 +53,8 @@ class TrainingData:
     multi_label: bool = False
     masks: bool = False
     palette: Palette | None = None
+    boxes: bool = False
+    category_ids: tuple[int, ...] | None = None
     counts: tuple[int, ...] | None = None
 
     @classmethod
@@ -65,6 +68,8 @@ class TrainingData:
             getattr(source, "multi_label", False),
             getattr(source, "masks", False),
             getattr(source, "palette", None),
+            getattr(source, "boxes", False),
+            getattr(source, "category_ids", None),
             None
             if labels is None
             else tuple(np.bincount(labels[labels >= 0], minlength=k).tolist()),
@@ -266,6 +271,7 @@ def make_plan(
         method,
         multi_label=data.multi_label and bool(labels),
         palette=_palette(config, data, labels),
+        category_ids=_category_ids(config, data, labels),
     )
     if keep_head and "head" not in config.model:
         logger.info(
@@ -295,6 +301,18 @@ def _palette(config: Config, data: TrainingData, labels: tuple[str, ...]) -> Pal
     return tuple(colours)
 
 
+def _category_ids(
+    config: Config, data: TrainingData, labels: tuple[str, ...]
+) -> tuple[int, ...] | None:
+    """COCO's ids of the model's classes, if the data has one for each."""
+    if not config.detects or data.category_ids is None:
+        return None
+    matched = classes.match(data.labels, labels, config.data.train.classes).classes
+    if sorted(matched) != list(range(len(labels))):
+        return None
+    return tuple(data.category_ids[matched.index(label)] for label in range(len(labels)))
+
+
 def _counts(config: Config, data: TrainingData, labels: tuple[str, ...]) -> tuple[int, ...] | None:
     """The images of each of the model's classes, if augment.class_weights needs them."""
     if config.augment.class_weights is None or data.counts is None or not labels:
@@ -316,6 +334,14 @@ def _check_labels(config: Config, data: TrainingData) -> None:
             if data.masks
             else f"{name} has no masks, which objective segmentation learns: name a source with "
             "masks, such as scenes:digits, or leave the objective out"
+        )
+    if data.boxes != config.detects:
+        raise UserError(
+            f"{name} has boxes for labels, which objective {config.objective} does not learn: set "
+            "--config.objective=detection"
+            if data.boxes
+            else f"{name} has no boxes, which objective detection learns: name a source with "
+            "boxes, such as coco:FILE.json or scenes:digits,labels=boxes"
         )
     if data.masks and len(data.labels) > MOST:
         raise UserError(
@@ -370,11 +396,11 @@ def _labels(
 def _preprocess(config: Config, base: ModelCard | None, model: ModelConfig) -> Preprocess:
     """The model's preprocessing; the same in evaluation and in `predict`.
 
-    For segmentation the whole image is seen, upright as masks are drawn.
+    For segmentation and detection the whole image is seen, upright as masks and boxes are drawn.
     """
     preprocess = base.preprocess if base else Preprocess(model.image_size, model.in_channels)
     preprocess = fitted_preprocess(preprocess, model)
-    if config.segments:
+    if config.segments or config.detects:
         preprocess = dataclasses.replace(preprocess, aspect="squash", crop=1.0, exif=True)
     evaluated = config.data.val or config.data.test or config.data.train
     return evaluated.preprocess(preprocess)

@@ -78,6 +78,8 @@ def make_program(plan: Plan, mesh: Mesh, phase: Phase | None = None) -> Program:
     }
     if config.segments:
         batch["label"] = ((b, *card.preprocess.image_size), jnp.uint8)
+    if config.detects:
+        batch["label"] = ((b, config.data.max_boxes, 5), jnp.float32)
     if card.preprocess.max_patches is not None:
         batch["grid"] = ((b, 2), jnp.int32)
     mixed_steps = config.augment.mixed_steps(plan.total_steps)

@@ -10,7 +10,8 @@ from vit_jax.errors import UserError
 # Metrics of which more is better; of a loss, less is.
 _HIGHER = (
     *("accuracy", "top5", "mAP", "micro_f1", "macro_f1", "miou", "pixel_accuracy"),
-    *("iou", "foreground_iou", "mean"),
+    *("iou", "foreground_iou", "mean", "map", "ap", "ap50", "ap75"),
+    *("ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100"),
 )
 
 

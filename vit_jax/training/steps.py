@@ -12,12 +12,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer, Key, Shaped
 
 from vit_jax.checkpoints.card import OBJECTIVES
+from vit_jax.data.boxes import NONE
 from vit_jax.data.masks import IGNORED
 from vit_jax.data.transforms import Preprocess
+from vit_jax.models.config import ModelConfig
 from vit_jax.models.create import Model, merged
 from vit_jax.models.native import Patches
 from vit_jax.models.stack import Layout
-from vit_jax.training import masking, objectives, segmentation
+from vit_jax.training import detection, masking, objectives, segmentation
 from vit_jax.training.distill import Teacher
 from vit_jax.training.optim import norm
 from vit_jax.training.state import TrainState
@@ -137,10 +139,38 @@ def masks(batch: Batch) -> Integer[Array, "b h w"]:
     return jnp.where(batch["mask"][:, None, None], batch["label"], IGNORED)
 
 
-def weight_of(batch: Batch, objective: str) -> Float[Array, ""]:
-    """What the sums of a loss are divided by: the number of examples or, of masks, of pixels."""
+def box_loss(
+    graphdef: nnx.GraphDef, preprocess: Preprocess, layout: Layout | None, frozen: int = 0
+) -> Loss:
+    """Returns the loss of boxes, with its parts; `weight` counts locations (`weight_of`)."""
+
+    def loss_fn(params, batch, key, weight):
+        model = merged(graphdef, params, layout)
+        inputs = images(batch, preprocess)
+        outputs = model(inputs, key=key, layout=layout, frozen=frozen)
+        with jax.named_scope("head"):
+            found = detection.sums(model.config, outputs, boxes(batch))
+            found = {name: jnp.sum(each * batch["mask"]) for name, each in found.items()}
+        return found.pop("loss") / weight, found
+
+    return loss_fn
+
+
+def boxes(batch: Batch) -> Float[Array, "b m 5"]:
+    """The boxes of a batch, without those of padding."""
+    return jnp.where(batch["mask"][:, None, None], batch["label"], NONE)
+
+
+def weight_of(batch: Batch, objective: str, config: ModelConfig | None = None) -> Float[Array, ""]:
+    """What the sums of a loss are divided by, at least 1.
+
+    The number of examples or, of masks, of pixels that count or, of boxes, of the locations of a
+    model of `config` that learn one.
+    """
     if OBJECTIVES[objective].masks:
         counted = segmentation.counted(masks(batch)).sum()
+    elif OBJECTIVES[objective].boxes:
+        counted = detection.positives(config, boxes(batch)).sum()
     else:
         counted = batch["mask"].sum()
     return jnp.maximum(counted, 1).astype(jnp.float32)
@@ -222,15 +252,19 @@ def make_train_step(
     the state, where images are smaller (see growth.py).
 
     The metrics are scalars for this batch alone: loss, accuracy (top-1, or of predicted patches;
-    none for pixels; for several labels see `class_loss`; of masks, pixel_accuracy), grad_norm (of
-    what learns, before clipping), param_norm (of all, after the update) and lr.
+    none for pixels; for several labels see `class_loss`; of masks, pixel_accuracy; of boxes, the
+    parts of the loss), grad_norm (of what learns, before clipping), param_norm (of all, after the
+    update) and lr.
     """
     learning = trainable or Trainable()
+    counts_locations = OBJECTIVES[objective].boxes
     options = dict(layout=layout, frozen=learning.blocks)
     if objective in masking.TARGETS:
         loss_fn = patch_loss(graphdef, preprocess, objective, **options)
     elif OBJECTIVES[objective].masks:
         loss_fn = mask_loss(graphdef, preprocess, augment, weights=class_weights, **options)
+    elif counts_locations:
+        loss_fn = box_loss(graphdef, preprocess, **options)
     else:
         smoothing = augment.label_smoothing
         options |= dict(weights=class_weights, focal=augment.focal, teacher=teacher)
@@ -254,7 +288,8 @@ def make_train_step(
                 if mixed_steps is not None:
                     mixing = objectives.mix_before(mixed_steps, mixing, state.step)
             batch = {**batch, "partner": partner, "mixing": mixing}
-        weight = weight_of(batch, objective)
+        config = nnx.merge(graphdef, state.params).config if counts_locations else None
+        weight = weight_of(batch, objective, config)
         learned = learning.select(state.params)
         grad_fn = jax.value_and_grad(
             lambda learned, *inputs: loss_of(learned, state.params, *inputs, *teacher_params),

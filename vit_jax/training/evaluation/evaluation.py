@@ -20,7 +20,7 @@ from vit_jax.models.create import structure
 from vit_jax.training import native
 from vit_jax.training.config import Config
 from vit_jax.training.datasets import DataSets
-from vit_jax.training.evaluation import masks, multilabel
+from vit_jax.training.evaluation import boxes, masks, multilabel
 from vit_jax.training.evaluation.evaluators import Classification, Evaluator
 from vit_jax.training.evaluation.masks import make_mask_eval_step
 from vit_jax.training.evaluation.predictions import Gathered, Predictions
@@ -34,7 +34,14 @@ from vit_jax.training.evaluation.steps import (
     make_masked_eval_step,
 )
 from vit_jax.training.metrics import due
-from vit_jax.training.sharding import batch_shards, local_rows, make_layout, to_devices, total
+from vit_jax.training.sharding import (
+    BATCH,
+    batch_shards,
+    local_rows,
+    make_layout,
+    to_devices,
+    total,
+)
 
 
 class Evaluation:
@@ -81,12 +88,16 @@ class Evaluation:
                 f"set objective to {card.objective}"
             )
         ours = any(isinstance(each, Classification) for each in self._evaluators.values())
-        if ours and config.segments != OBJECTIVES[card.objective].masks:
+        theirs = OBJECTIVES[card.objective]
+        if ours and (config.segments, config.detects) != (theirs.masks, theirs.boxes):
+            what = "pixels" if config.segments else "boxes" if config.detects else "whole images"
             raise UserError(
-                f"objective {config.objective} is of the classes of "
-                f"{'pixels' if config.segments else 'whole images'}, and this model's objective is "
-                f"{card.objective}: name another model, or set objective to {card.objective}"
+                f"objective {config.objective} is of the classes of {what}, and this model's "
+                f"objective is {card.objective}: name another model, or set objective to "
+                f"{card.objective}"
             )
+        if ours and config.detects:
+            boxes.check_installed()
         # By evaluator and split: the classes of a split depend on the evaluator.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
         self._several: dict[str, str | None] = {}
@@ -106,8 +117,9 @@ class Evaluation:
                 labels = card.labels if ours else None
                 names = split_names(where, evaluator, splits)
                 for named, split in zip(names, splits, strict=True):
-                    reads_masks = evaluator.reads_masks or (ours and config.segments)
-                    source = open_split(data, named, split, reads_masks)
+                    masked_labels = evaluator.reads_masks or (ours and config.segments)
+                    reads = "boxes" if ours and config.detects else "labels"
+                    source = open_split(data, named, split, "masks" if masked_labels else reads)
                     if labels is None:
                         labels = data.labels(named, split)
                     if matched:
@@ -120,6 +132,8 @@ class Evaluation:
                     )
                     if ours and config.segments:
                         options |= dict(whole_masks=True, windows=config.eval.windows)
+                    if ours and config.detects:
+                        options |= dict(whole_boxes=True)
                     read = BatchReader.of(source, split, card.preprocess, **options)
                     if crops > 1 and not read.preprocess.cuts:
                         key = named if named.startswith("data.") else f"{named}.test"
@@ -129,7 +143,7 @@ class Evaluation:
                             f"--config.{key}.crop, such as 0.875 (for a run, with --model and "
                             "--config, as its own stays)"
                         )
-                    key = split, source.label_names, crops, read.whole_masks
+                    key = split, source.label_names, crops, read.whole_masks, read.whole_boxes
                     self._reads[name, split] = known.setdefault(key, read)
                 if len(names) > 1:
                     data.check(names, config)
@@ -142,6 +156,10 @@ class Evaluation:
             stride = None if config.eval.windows == "none" else config.eval.stride
             step = make_mask_eval_step(graphdef, card.preprocess, stride=stride, layout=layout)
             self._mask_step = jax.jit(step, out_shardings=whole, compiler_options=asked)
+        elif config.detects:
+            how = dict(layout=layout, spread=NamedSharding(mesh, BATCH))
+            step = boxes.make_box_eval_step(graphdef, card.config, card.preprocess, **how)
+            self._box_step = jax.jit(step, out_shardings=whole, compiler_options=asked)
         elif masked:
             step = make_masked_eval_step(graphdef, card.preprocess, seed=config.seed, **options)
             self._eval_step = jax.jit(step, compiler_options=asked)
@@ -177,7 +195,8 @@ class Evaluation:
     def classifies(self) -> bool:
         """Whether any of them tells classes of whole images."""
         ours = (isinstance(each, Classification) for each in self._evaluators.values())
-        return self._config.classifies and not self._config.segments and any(ours)
+        whole = not (self._config.segments or self._config.detects)
+        return self._config.classifies and whole and any(ours)
 
     def during(self) -> dict[str, tuple[str, ...] | None]:
         """What is measured during the run, not only at its end: name -> its metrics.
@@ -189,7 +208,8 @@ class Evaluation:
             every = self._config.eval.every if evaluator.every is None else evaluator.every
             if every:
                 known = ("accuracy", "top5", "loss") if self._config.classifies else None
-                known = None if self._config.segments else known  # as classes have their own
+                if self._config.segments or self._config.detects:
+                    known = None  # as classes have their own
                 if self._several.get(name) == "each":
                     known = (*known, "mAP", "micro_f1", "macro_f1")
                 found[name] = known if isinstance(evaluator, Classification) else None
@@ -221,7 +241,8 @@ class Evaluation:
         For masked patch prediction, returns its loss and accuracy, with the same corruption of each
         example at every evaluation.
 
-        For segmentation, returns what `masks.metrics` does, in which each pixel counts once.
+        For segmentation, returns what `masks.metrics` does, in which each pixel counts once; for
+        detection what `boxes.metrics` does.
 
         Padding is masked; the sums of all batches are added on the host, and divided last. Images
         that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
@@ -229,6 +250,8 @@ class Evaluation:
         read, corrupt = self._reads[name, split], 0
         if self._config.segments:
             return self._segment(params, read, split)
+        if self._config.detects:
+            return self._detect(params, read, split)
         several = self._several.get(name)
         each = several == "each"
         rows = each or (self._kept is not None and self.classifies)
@@ -292,6 +315,24 @@ class Evaluation:
         if not confusion.any():
             raise UserError(f"{split.source} {split.split}: no pixel has a class to compare")
         means = masks.metrics(confusion, loss, read.source.label_names)
+        return {**means, "corrupt": int(corrupt)} if skips else means
+
+    def _detect(self, params: Any, read: BatchReader, split: Split) -> dict[str, float]:
+        skips, corrupt, found = read.on_corrupt == "skip", 0, boxes.Gathered()
+
+        def results(batches):
+            nonlocal corrupt
+            for batch in batches:
+                if skips:
+                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
+                yield self._box_step(params, self._to_devices(batch))
+
+        with self._batches(read) as batches:
+            for number, values in enumerate(fetched(results(batches))):
+                found.add(number * self._batch_size, values)
+        means = boxes.metrics(*found.beside(read.source), read.source.label_names)
+        if not means:
+            raise UserError(f"{split.source} {split.split}: no image has a box to compare with")
         return {**means, "corrupt": int(corrupt)} if skips else means
 
     def features(self, params: Any, name: str, split: Split) -> Features:

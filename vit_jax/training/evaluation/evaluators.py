@@ -85,7 +85,8 @@ class Classification(Evaluator):
     - None: "each" for a model that was trained on several labels an image, as its card says,
       "any" for others. This is also how data.val and data.test are evaluated.
 
-    For objective segmentation, it is of the class of each pixel (see `masks.metrics`).
+    For objective segmentation, it is of the class of each pixel (see `masks.metrics`), and for
+    objective detection of boxes (see `boxes.metrics`).
 
     Attributes:
       test: the split to evaluate.

@@ -1,4 +1,4 @@
-"""Prediction of many images, on all devices of a process: classes, masks, features or dense ones.
+"""Prediction of many images, on all devices of a process: classes, masks, boxes or features.
 
 Threads decode ahead, and results are fetched late, so that no device waits for the host. There is
 one program for all images: the last batch is padded.
@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32, Int
 
 from vit_jax.checkpoints.card import OBJECTIVES
+from vit_jax.checkpoints.detect import best as best_boxes
 from vit_jax.checkpoints.load import Loaded, each_image, load
 from vit_jax.checkpoints.segment import on_device
 from vit_jax.compiler import compiler_options
 from vit_jax.data.ahead import threads_of
+from vit_jax.data.detections import THRESHOLD, Detections, check_threshold
 from vit_jax.data.images import Image
 from vit_jax.data.inputs import Inputs, Read
 from vit_jax.data.joint import common_size
@@ -37,10 +39,17 @@ from vit_jax.training.config import EvalConfig
 from vit_jax.training.evaluation.evaluation import fetched
 from vit_jax.training.evaluation.steps import features_of
 from vit_jax.training.evaluation.windows import averaged
-from vit_jax.training.sharding import MeshConfig, batch_shards, make_mesh, placement, to_devices
+from vit_jax.training.sharding import (
+    BATCH,
+    MeshConfig,
+    batch_shards,
+    make_mesh,
+    placement,
+    to_devices,
+)
 from vit_jax.training.steps import images, merged
 
-WHAT = ("classes", "masks", "features", "dense")
+WHAT = ("classes", "masks", "boxes", "features", "dense")
 
 
 class Segmented(NamedTuple):
@@ -50,9 +59,17 @@ class Segmented(NamedTuple):
     pixels: Image | None
 
 
-# Of an image: [(name, probability), ...], features [d], dense features [gh gw d], a mask, or why it
-# cannot be read.
-Answer = list[tuple[str, float]] | Float32[np.ndarray, "..."] | Segmented | UserError
+class Detected(NamedTuple):
+    """The boxes in an image, its (h, w), and its pixels, if they are kept."""
+
+    boxes: Detections
+    size: tuple[int, int]
+    pixels: Image | None
+
+
+# Of an image: [(name, probability), ...], features [d], dense features [gh gw d], a mask, boxes, or
+# why it cannot be read.
+Answer = list[tuple[str, float]] | Float32[np.ndarray, "..."] | Segmented | Detected | UserError
 _AHEAD = 2  # batches that are decoded while devices compute
 
 
@@ -97,18 +114,20 @@ class Predictor:
 
     Args:
       loaded: the model; its parameters are copied to the devices that do not have them.
-      what: "classes", "masks" (a class for each pixel, as `Loaded.segment`), "features" (the head's
-        input [d]) or "dense" (features of patches [gh gw d]); features are float32.
+      what: "classes", "masks" (a class for each pixel, as `Loaded.segment`), "boxes" (as
+        `Loaded.detect`), "features" (the head's input [d]) or "dense" (features of patches [gh gw
+        d]); features are float32.
       topk: how many classes to name.
-      keep_pixels: whether masks come with the pixels of their images.
+      threshold: the lowest score of a box.
+      keep_pixels: whether masks and boxes come with the pixels of their images.
       windows, stride: for masks, as of `EvalConfig`: how large images are seen.
       batch_size: images at a time on all devices, rounded up to their number; None for a size that
         suits them.
       threads: that decode images; None for one a core.
 
     Raises:
-      UserError: an invalid argument, classes of a model that has no head, or masks of one that
-        gives none.
+      UserError: an invalid argument, classes of a model that has no head, or masks or boxes of one
+        that gives none.
     """
 
     def __init__(
@@ -120,6 +139,7 @@ class Predictor:
         batch_size: int | None = None,
         threads: int | None = None,
         keep_pixels: bool = False,
+        threshold: float = THRESHOLD,
         windows: str = "none",
         stride: float = EvalConfig.stride,
     ):
@@ -132,6 +152,9 @@ class Predictor:
         self.what, self.k, self._keep, self._windows = what, 0, keep_pixels, windows
         if what == "masks":
             loaded.check_masks()
+        if what == "boxes":
+            loaded.check_boxes()
+            check_threshold(threshold)
         if what == "classes":
             self.k = min(loaded.checked_topk(topk), len(loaded.labels))
         self.mesh, self.labels, self.preprocess = local_mesh(), loaded.labels, loaded.preprocess
@@ -149,7 +172,7 @@ class Predictor:
         self._params = jax.device_put(params, placement(params, self.mesh))
         multi_label = OBJECTIVES[loaded.objective].multi_label
         stride = None if windows == "none" else stride
-        options = what, self.k, multi_label, stride
+        options = what, self.k, multi_label, stride, float(threshold)
         self._step = _program(graphdef, self.preprocess, self.mesh, *options)
 
     @property
@@ -171,9 +194,11 @@ class Predictor:
     def forward(self, batch: dict[str, Array]) -> dict[str, Array]:
         """The program: {image: [b h w c] of 0 to 255}, as `preprocess.fill` has it, on the mesh.
 
+        For boxes, the batch has `size`, int32 [b 2], the (h, w) of the images themselves.
+
         Returns:
           {index: int32 [b k], probability: float32 [b k]}, most likely first, or {x: features, or
-          for masks logits [b gh gw k]}.
+          for masks logits [b gh gw k]}, or the boxes of `checkpoints.detect.best`.
         """
         return self._step(self._params, batch)
 
@@ -199,6 +224,8 @@ class Predictor:
 
     def _run(self, batch: _Batch) -> dict[str, Array]:
         images, size = dict(batch.images), len(batch.sizes)
+        if self.what == "boxes":
+            return self.forward(to_devices({**images, "size": batch.sizes}, size, self.mesh))
         if self.what != "masks":
             return self.forward(to_devices(images, size, self.mesh))
         if self._windows != "none":
@@ -211,6 +238,10 @@ class Predictor:
         if "mask" in values:
             h, w = batch.sizes[row]
             return Segmented(values["mask"][row, :h, :w], batch.pixels[row])
+        if "corners" in values:
+            rows = (values[name][row] for name in Detections.ROWS)
+            size = tuple(batch.sizes[row].tolist())
+            return Detected(Detections.of(*rows), size, batch.pixels[row])
         if "x" in values:
             return values["x"][row]
         found = zip(values["index"][row], values["probability"][row], strict=True)
@@ -295,6 +326,7 @@ def _program(
     k: int,
     multi_label: bool,
     stride: float | None,
+    threshold: float,
 ) -> Callable[[Any, dict[str, Array]], dict[str, Array]]:
     """The compiled step; the same one for the same model, so that it is compiled once."""
 
@@ -310,6 +342,9 @@ def _program(
         inputs = images(batch, preprocess)
         if what == "masks":
             return {"x": model(inputs)}
+        if what == "boxes":
+            spread = NamedSharding(mesh, BATCH)
+            return best_boxes(model.config, model(inputs), batch["size"], threshold, spread=spread)
         if what != "classes":
             return {"x": features_of(model, inputs, dense=what == "dense")}
         index, probability = best(model(inputs), k, multi_label)

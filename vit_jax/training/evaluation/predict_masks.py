@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tqdm
 
@@ -22,16 +22,15 @@ from vit_jax.writing import write_atomically
 logger = logging.getLogger(__name__)
 
 CLASSES = "classes.txt"  # their names, in order, as `pairs:` reads them
-_OVERLAY = ".overlay.png"
+OVERLAY = ".overlay.png"
 
 
-def segments(model: str, out: str | None, only: Patterns = (), ignore: Patterns = ()) -> bool:
-    """Whether the answers are masks: `out` is no file for classes, and the model gives masks."""
-    if out is not None and out.lower().endswith(ENDINGS["classes"]):
-        return False  # of a model that gives masks, an error once it is loaded
-    if out is None:
-        return False
-    return OBJECTIVES[open_model(model, only=only, ignore=ignore).card.objective].masks
+def answers(model: str, out: str | None, only: Patterns = (), ignore: Patterns = ()) -> str:
+    """What `predict` writes: "masks" or "boxes" into a folder, if the model gives such."""
+    if out is None or out.lower().endswith(ENDINGS["classes"]):
+        return "classes"  # of a model that gives others, an error once it is loaded
+    found = OBJECTIVES[open_model(model, only=only, ignore=ignore).card.objective]
+    return "masks" if found.masks else "boxes" if found.boxes else "classes"
 
 
 def masks_to(
@@ -61,8 +60,9 @@ def masks_to(
     Raises:
       UserError: a file is there already, two images would have one mask, or the model gives none.
     """
-    paths = list(_paths(folder, inputs.below, overlays))
-    _check(folder, paths, inputs.names)
+    endings = (".png", OVERLAY) if overlays else (".png",)
+    paths = list(paths_of(folder, inputs.below, endings))
+    check_free(paths, inputs.names, {os.path.join(folder, CLASSES): "the list of classes"})
     vit = load()
     options = dict(batch_size=batch_size, threads=threads, keep_pixels=overlays, windows=windows)
     predictor = Predictor(vit, "masks", **options)
@@ -84,19 +84,26 @@ def masks_to(
     return tell(failed, len(inputs), inputs.passed_over)
 
 
-def _paths(folder: str, below: Sequence[str], overlays: bool) -> Iterator[tuple[str, ...]]:
-    """The files of each image."""
+def paths_of(
+    folder: str, below: Sequence[str], endings: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """The files of each image, by its path below what was named."""
     for name in below:
         inside = os.path.normpath(name)
         if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
-            raise UserError(f"{name!r} is a path out of its archive: its mask has no place")
+            raise UserError(f"{name!r} is a path out of its archive: what is written has no place")
         stem = os.path.join(folder, os.path.splitext(inside)[0])
-        yield (f"{stem}.png", f"{stem}{_OVERLAY}") if overlays else (f"{stem}.png",)
+        yield tuple(f"{stem}{ending}" for ending in endings)
 
 
-def _check(folder: str, paths: Sequence[tuple[str, ...]], names: Sequence[str]) -> None:
-    """Raises a UserError if a file is there already, or is that of two images."""
-    seen: dict[str, str] = {os.path.join(folder, CLASSES): "the list of classes"}
+def check_free(
+    paths: Sequence[tuple[str, ...]], names: Sequence[str], others: Mapping[str, str]
+) -> None:
+    """Raises a UserError if a file is there already, or is that of two images.
+
+    `others` are files beside those of the images, and what they are.
+    """
+    seen = dict(others)
     for name, files in zip(names, paths, strict=True):
         for path in files:
             if path in seen:

@@ -19,6 +19,17 @@ _COUNTED = {
 }
 
 
+# Labels of another kind than classes of images: who reads them, who needs them, who has some.
+_READ_BY = {
+    "masks": "objective segmentation and an evaluator of type segmentation read",
+    "boxes": "objective detection reads",
+}
+_NEEDS = {
+    "masks": ("segmentation", "scenes:digits"),
+    "boxes": ("detection", "scenes:digits,labels=boxes"),
+}
+
+
 def how_several(
     where: str,
     source: Source,
@@ -64,21 +75,22 @@ def split_names(where: str, evaluator: Evaluator, splits: tuple[Split, ...]) -> 
     return tuple(f"{where} {split.source} {split.split}" for split in splits)
 
 
-def open_split(data: DataSets, where: str, split: Split, masks: bool) -> Source:
-    """Opens a split for an evaluator that reads masks, or one that reads labels.
+def open_split(data: DataSets, where: str, split: Split, reads: str) -> Source:
+    """Opens a split for an evaluator that reads "labels", "masks" or "boxes".
 
     Raises:
-      UserError: it is endless, or has the other.
+      UserError: it is endless, or has others.
     """
     source = data.open(where, split)
     if not isinstance(source, Sized):
         raise UserError(f"{where}.source {split.source} is endless: name a finite split")
-    if masks != getattr(source, "masks", False):
-        said = "has no masks, which segmentation needs: name a source such as scenes:digits"
-        if not masks:
-            said = (
-                "has masks for labels, which objective segmentation and an evaluator of type "
-                "segmentation read"
-            )
-        raise UserError(f"{where}: {split.source} {said}")
-    return source
+    has = next((kind for kind in _READ_BY if getattr(source, kind, False)), "labels")
+    if has == reads:
+        return source
+    if reads == "labels":
+        raise UserError(f"{where}: {split.source} has {has} for labels, which {_READ_BY[has]}")
+    needs, example = _NEEDS[reads]
+    raise UserError(
+        f"{where}: {split.source} has no {reads}, which {needs} needs: name a source such as "
+        f"{example}"
+    )
