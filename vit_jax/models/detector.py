@@ -58,7 +58,8 @@ class Detector(nnx.Module):
 
 def rows(maps: list[Float[Array, "b _ _ c"]] | tuple[Float[Array, "b _ _ c"], ...]) -> Array:
     """The locations of all maps [b n c], in the order of the maps, row by row."""
-    return jnp.concatenate([each.reshape(len(each), -1, each.shape[-1]) for each in maps], axis=1)
+    flat = [each.reshape(each.shape[0], -1, each.shape[-1]) for each in maps]
+    return jnp.concatenate(flat, axis=1)
 
 
 def locations(

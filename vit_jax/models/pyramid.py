@@ -49,7 +49,7 @@ class Pyramid(nnx.Module):
         """The four maps, the largest first, of `sizes`."""
         up = jax.nn.gelu(self.norm_up1(self.conv_up1(x)), approximate=False)
         largest = self.level1(self.conv_up2(up))
-        smallest = nnx.max_pool(x, (2, 2), (2, 2))  # of an odd side, without its last row
+        smallest = nnx.max_pool(x, window_shape=(2, 2), strides=(2, 2))  # odd: without the last row
         return largest, self.level2(self.conv_up(x)), self.level3(x), self.level4(smallest)
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b 4*h 4*w c"]:
