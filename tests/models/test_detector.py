@@ -14,12 +14,14 @@ from tiny_models import as_float32, random_params, relative_error, run
 
 import vit_jax
 from vit_jax.analysis.cost import flops_per_image
+from vit_jax.checkpoints import fit
+from vit_jax.checkpoints.convert import shapes_of
 from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import inspect, open_model
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.create import structure
-from vit_jax.models.detector import locations
+from vit_jax.models.detector import Detector, locations
 from vit_jax.models.lora import learns
 from vit_jax.training.sharding import MeshConfig, make_mesh, placement
 from vit_jax.training.trainable import trainable
@@ -88,7 +90,7 @@ def test_outputs_are_those_of_towers_written_out(params):
 
 
 def test_a_new_model_finds_little_everywhere():
-    params = vit_jax.create(CONFIG).detector
+    params = Detector(CONFIG, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(params.classes.conv_out.bias, -np.log(99), rtol=1e-6)
     for each in (params.classes, params.boxes):
         for layer in (each.conv1, each.conv2, each.conv_out):
@@ -110,9 +112,16 @@ def test_locations_are_the_centres_of_cells():
     np.testing.assert_array_equal(locations(hybrid)[0], centres)
 
 
-def test_it_is_saved_fitted_and_learnt_as_a_head(tmp_path, capsys):
+def drawn(config, names, seed):
+    """Stands for new parameters, of which no program need be compiled."""
+    shapes = shapes_of(config)
+    return {name: np.full(shapes[name], 2, np.float32) for name in names}
+
+
+def test_it_is_saved_fitted_and_learnt_as_a_head(tmp_path, params, monkeypatch):
     path = tmp_path / "model.safetensors"
-    model = vit_jax.create(CONFIG, seed=1)
+    model = nnx.merge(structure(CONFIG)[0], params)
+    monkeypatch.setattr(fit, "_fresh", drawn)
     vit_jax.save(model, path)
     again = vit_jax.load(path)
     assert again.config == CONFIG
@@ -144,7 +153,7 @@ def test_it_is_saved_fitted_and_learnt_as_a_head(tmp_path, capsys):
         assert found == [{each} for each in wanted], fields
     # Of a model that tells the class of each patch, all but the head is kept.
     masks = dataclasses.replace(CONFIG, pool="none")
-    vit_jax.save(vit_jax.create(masks), path)
+    vit_jax.save(nnx.merge(structure(masks)[0], as_float32(random_params(masks))), path)
     lines = place(open_model(path), CONFIG)[1]
     assert {line.name.split("/")[0] for line in lines if line.status == "fresh"} == {"detector"}
     assert {line.name for line in lines if line.status == "dropped"} == {"head/kernel", "head/bias"}
