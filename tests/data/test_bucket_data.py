@@ -1,5 +1,6 @@
 """Data in buckets: on servers of this machine that speak Google's and Amazon's protocols."""
 
+import json
 import os
 import platform
 import shutil
@@ -65,6 +66,17 @@ def data(tmp_path_factory):
         mask = saved(np.full((8, 8, 1), i % 2, np.uint8), "PNG")
         written(root / "pairs" / "masks" / split / f"{i}.png", mask)
     written(root / "pairs" / "names.txt", "cat\ndog\n")
+    for i in range(5):
+        split = "train" if i < 3 else "val"
+        written(root / "yolo" / "images" / split / f"{i}.jpg", jpeg(i))
+        written(root / "yolo" / "labels" / split / f"{i}.txt", f"{i % 2} .5 .5 .5 .{i + 1}\n")
+    yaml = "path: .\ntrain: images/train\nval: images/val\ntest: some.txt\nnames: [cat, dog]\n"
+    written(root / "yolo" / "data.yaml", yaml)
+    written(root / "yolo" / "some.txt", "".join(f"images/train/{i}.jpg\n" for i in range(3)))
+    images = [dict(id=i, file_name=f"train/{i}.jpg", height=8, width=8) for i in range(3)]
+    boxes = [dict(id=i, image_id=i, category_id=4, bbox=[1, i, 4, 3]) for i in range(3)]
+    found = dict(images=images, annotations=boxes, categories=[dict(id=4, name="cat")])
+    written(root / "yolo" / "annotations" / "instances_train.json", json.dumps(found))
     np.savez(root / "small.npz", train_images=np.zeros((4, 8, 8), np.uint8), train_labels=range(4))
     return root
 
@@ -104,7 +116,14 @@ FORMS = {
     "arrays:ROOT/small.npz": ("train",),
     "pairs:ROOT/pairs": ("train", "all"),
     "pairs:ROOT/pairs,classes=names.txt": ("train",),
+    "yolo:ROOT/yolo": ("train", "test"),
+    "coco:ROOT/yolo": ("train",),
+    "coco:ROOT/yolo/annotations/instances_train.json,images=../images": ("all",),
 }
+
+
+def rows(boxes):
+    return np.column_stack([boxes.corners, boxes.classes, boxes.area])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -115,7 +134,11 @@ def test_a_source_in_a_bucket_is_that_on_a_disk(form, bucket, data):
         assert ours.fingerprint == theirs.fingerprint
         assert ours.label_names == theirs.label_names and len(ours) == len(theirs) > 2
         for i in range(len(theirs)):
-            np.testing.assert_array_equal(ours[i]["label"], theirs[i]["label"])
+            labels = ours[i]["label"], theirs[i]["label"]
+            if hasattr(theirs, "boxes_of"):
+                labels = [rows(label) for label in labels]
+                np.testing.assert_array_equal(rows(ours.boxes_of(i)), labels[1])
+            np.testing.assert_array_equal(*labels)
             np.testing.assert_array_equal(ours[i]["image"], theirs[i]["image"])
     assert splits_of(form.replace("ROOT", bucket)) == splits_of(form.replace("ROOT", str(data)))
 
