@@ -17,7 +17,7 @@ from vit_jax.training.sharding import BATCH, MeshConfig, make_mesh
 
 K = 3
 CONFIG = ViTConfig(
-    image_size=(32, 48),
+    image_size=(24, 32),
     patch_size=8,
     width=16,
     depth=1,
@@ -27,8 +27,8 @@ CONFIG = ViTConfig(
     pool="locations",
     pyramid=32,
 )
-N = 384 + 96 + 24 + 6
-SIZES = np.array([(64, 48), (32, 48), (100, 333), (7, 5)] * 2, np.int32)
+N = 192 + 48 + 12 + 2
+SIZES = np.array([(48, 32), (24, 32), (100, 333), (7, 5)] * 2, np.int32)
 
 
 def outputs_of(seed, b=8, shift=-1.0):
@@ -124,7 +124,7 @@ def wanted_of(outputs, sizes, threshold=0.05, candidates=1000, most=100, iou=0.6
     corners, scores = map(np.asarray, decoded(CONFIG, jnp.asarray(outputs)))
     for image, (h, w) in enumerate(sizes):
         own = np.array([w, h, w, h], np.float32)
-        boxes = corners[image] * np.array([1 / 48, 1 / 32] * 2, np.float32) * own
+        boxes = corners[image] * np.array([1 / 32, 1 / 24] * 2, np.float32) * own
         boxes = np.clip(boxes, 0, own)
         flat = scores[image].reshape(-1)
         order = np.argsort(-flat, kind="stable")
@@ -137,7 +137,7 @@ def wanted_of(outputs, sizes, threshold=0.05, candidates=1000, most=100, iou=0.6
 CASES = {
     "all": ({}, 0, -1.0),
     "few candidates": (dict(candidates=50, most=20, iou=0.3), 1, -1.0),
-    "more than there are": (dict(candidates=5000, most=1600), 2, -1.0),
+    "more than there are": (dict(candidates=5000, most=800), 2, -1.0),
     "none": (dict(threshold=0.9), 3, -3.0),
     "equal scores": (dict(candidates=200), 4, -1.0),
 }
@@ -168,8 +168,8 @@ def test_opencv_finds_the_same():
     outputs = outputs_of(5)[:1]
     found = best(CONFIG, jnp.asarray(outputs), jnp.asarray(SIZES[:1]), candidates=N * K, most=N * K)
     corners, scores = (np.asarray(each)[0] for each in decoded(CONFIG, jnp.asarray(outputs)))
-    own = np.array([48, 64, 48, 64], np.float32)
-    corners = np.clip(corners * np.array([1 / 48, 1 / 32] * 2, np.float32) * own, 0, own)
+    own = np.array([32, 48, 32, 48], np.float32)
+    corners = np.clip(corners * np.array([1 / 32, 1 / 24] * 2, np.float32) * own, 0, own)
     real = (corners[:, 2:] > corners[:, :2]).all(axis=1)
     place = np.repeat(np.flatnonzero(real), K)
     classes, scores = np.tile(np.arange(K), real.sum()), scores[real].reshape(-1)

@@ -131,6 +131,8 @@ def test_it_is_saved_fitted_and_learnt_as_a_head(tmp_path, params, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(UserError, match=r"timm has no models with model\.pool='locations'"):
         vit_jax.save(model, tmp_path / "other.safetensors", format="timm")
+    labelled = dict(objective="detection", labels=("cat", "dog", "cow"))
+    vit_jax.save(dataclasses.replace(again, **labelled), path)
     text = str(inspect(path))
     assert "boxes, their classes and scores (detection)" in text
     assert "3 classes, towers of 2 convolutions" in text
