@@ -55,6 +55,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "Pillow>=11.3",
         "pyarrow>=18.0",
+        "PyYAML>=6.0",
         "safetensors>=0.5",
         "scipy>=1.14",
         "simplejpeg>=1.8",
