@@ -29,6 +29,8 @@ CASES = {
     "bias of an MLP, norms last": ViTConfig(
         **SIZES, relative_bias=RelativeBias("mlp", shared=True), norm_after_branch=True
     ),
+    "a pyramid's sum": ViTConfig(**SIZES, pool="none", pyramid=8),
+    "a pyramid's locations": ViTConfig(**SIZES, pool="locations", pyramid=64, towers=1),
     "hybrid": ViTConfig(**HYBRID),
     "resnet": ResNetConfig(32, resnet=(1, 1, 1, 1), resnet_width=32, num_classes=5),
 }

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.detector import locations
 from vit_jax.training import detection
+from vit_jax.training.sharding import BATCH, MeshConfig, make_mesh
 
 CONFIG = ViTConfig(
     image_size=(128, 48),
@@ -156,6 +158,20 @@ def test_gradients_are_finite_and_of_what_learns():
     assert not gradient[..., 3:][~learns].any()
     np.testing.assert_array_equal(gradient[..., 7] != 0, learns)
     assert (np.abs(gradient[..., :3]).sum(axis=-1) > 0).mean() > 0.99
+
+
+def test_devices_do_not_need_one_anothers_images():
+    placed = NamedSharding(make_mesh(MeshConfig(data=2, fsdp=4)), BATCH)
+    shapes = [(8, N, 8), LABEL[[0] * 8].shape]
+    outputs, label = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=placed) for s in shapes)
+
+    def step(outputs, label):
+        learn = jax.grad(lambda x: sums(CONFIG, x, label)["loss"].sum())(outputs)
+        return learn, detection.positives(CONFIG, label)
+
+    text = jax.jit(step).lower(outputs, label).compile().as_text()
+    for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert kind not in text
 
 
 def test_a_perfect_box_loses_nothing_and_a_distant_one_two_at_most():
