@@ -210,10 +210,12 @@ def test_images_are_evaluated_whole():
 
 def test_what_is_wrong_is_one_sentence():
     boxes = Boxes.of([[0, 0, 2, 2]], [3])
+    back = Boxes.of([[5, 0, 2, 2]], [0])
     nan = Boxes.of([[0, 0, np.nan, 2]], [0])
     cases = [
         ("label", boxes, "painted 2 has a box of class 3, but there are 3, 0 to 2"),
         ("label", nan, "painted 2 has a box with corners that are no numbers"),
+        ("label", back, "painted 2 has a box whose corners are not x0, y0, x1, y1, the smaller"),
         ("label", 5, r"painted 2 has the label 5; expected vit_jax\.data\.boxes\.Boxes"),
         ("size", (90, 30), r"painted 2 is of 30 x 90 pixels .* of 90 x 30: EXIF turns the photogr"),
         ("size", (60, 180), "of 60 x 180: was it resized afterwards"),

@@ -130,6 +130,8 @@ def check_boxes(
         raise UserError(f"{name} has a box of class {odd[0]}, but there are {k}, 0 to {k - 1}")
     if not np.isfinite(boxes.corners).all():
         raise UserError(f"{name} has a box with corners that are no numbers")
+    if (boxes.sides < 0).any():
+        raise UserError(f"{name} has a box whose corners are not x0, y0, x1, y1, the smaller first")
     if size is not None and image.shape[:2] != tuple(size):
         raise UserError(f"{name} {other_size(image.shape[:2], size)}")
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from vit_jax.data.forms.cells import read_text
 from vit_jax.data.forms.layout import few
 from vit_jax.errors import UserError
 
+_MOST = 1e9  # pixels; what is beyond is no place in an image
 START = "instances_"  # of the names of COCO's files that have boxes
 
 
@@ -72,6 +72,8 @@ def _annotations(path: str, version: str, bbox: str | None, crowds: bool) -> Ann
     sizes = [(_side(image, "height"), _side(image, "width")) for image in images]
     whose = np.array([ids[each["image_id"]] for each in entries], np.int64)
     corners = _corners(path, entries, bbox, np.array(sizes, float).reshape(-1, 2)[whose], notes)
+    kept = _kept(entries, corners, sizes, whose, notes)
+    corners[~kept] = 0
     crowd = np.array([bool(each.get("iscrowd")) for each in entries], bool)
     if crowd.any() and not crowds:
         if crowd.all():
@@ -86,7 +88,7 @@ def _annotations(path: str, version: str, bbox: str | None, crowds: bool) -> Ann
         crowd & (not crowds),
         _areas(entries, corners),
     )
-    order, kept = np.argsort(whose, kind="stable"), _kept(entries, corners, sizes, whose, notes)
+    order = np.argsort(whose, kind="stable")
     order = order[kept[order]]
     parts = np.split(order, np.searchsorted(whose[order], np.arange(1, len(images))))
     return Annotations(
@@ -200,7 +202,7 @@ def _areas(entries: list, corners: Float64[np.ndarray, "m 4"]) -> Float64[np.nda
     """COCO's `area` where it is a positive number, else the box's."""
     own = np.prod(corners[:, 2:] - corners[:, :2], axis=1)
     given = [each.get("area") for each in entries]
-    good = [isinstance(a, int | float) and math.isfinite(a) and a > 0 for a in given]
+    good = [isinstance(a, int | float) and 0 < a < _MOST**2 for a in given]
     return np.array([a if ok else b for a, ok, b in zip(given, good, own, strict=True)], float)
 
 
@@ -277,7 +279,7 @@ def _kept(
     """Which boxes are not ignored: those that are finite, have an area, and touch their image."""
     h, w = np.array(sizes, float).reshape(-1, 2)[whose].T
     with np.errstate(invalid="ignore"):
-        finite = np.isfinite(corners).all(axis=1)
+        finite = (np.abs(corners) < _MOST).all(axis=1)
         empty = finite & (corners[:, 2:] <= corners[:, :2]).any(axis=1)
         beside = (corners[:, 2:] <= 0).any(axis=1)
         beside |= ((corners[:, 0] >= w) & (w > 0)) | ((corners[:, 1] >= h) & (h > 0))

@@ -245,9 +245,10 @@ def _of_yaml(where: str, path: str) -> Layout:
     shape = found.get("kpt_shape")
     points = None
     if shape is not None:
-        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+        if not whole or len(shape) != 2:
             raise UserError(f"{path}: kpt_shape is {shape!r}; expected two whole numbers")
-        points = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        points = shape[0] * shape[1]
         notes.append("of keypoints, the boxes alone are read")
     return Layout(root, placed, names, points, tuple(dict.fromkeys(notes)))
 
