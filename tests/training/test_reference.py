@@ -31,7 +31,8 @@ def test_every_key_is_explained_and_nothing_else():
     for kind in {*sections(Config), ViTConfig, *EVALUATORS.values()}:
         names = {field.name for field in dataclasses.fields(kind)}
         names |= {
-            f"model.{name}" for name in ("variant", "head", "position_resize", "only", "ignore")
+            f"model.{name}"
+            for name in ("variant", "head", "position_resize", "only", "ignore", "fresh")
         }
         assert set(reference.meanings(kind)) <= names, kind
 
