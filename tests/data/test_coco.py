@@ -86,6 +86,8 @@ def test_the_folders_of_coco(tmp_path, caplog):
     assert "boxes         3 in 2 images, up to 2 in one; images without any: 1" in lines
     assert "cat: 2, dog: 1" in lines and "read as       images without boxes: 1" in lines
     assert "3 of the 3 images of val2017 are in train2017 too" in lines
+    written(tmp_path / "photos" / "annotations" / "notes.json", "{}")
+    assert understood(str(tmp_path / "photos")).startswith("folder:")
     cases = [
         ("all", "has no split 'all'; known: train2017, val2017"),
         ("trian2017", "did you mean 'train2017'"),

@@ -67,6 +67,8 @@ def test_the_folders_of_ultralytics(tmp_path, caplog):
     other = open_source(spec, "train")
     assert other.fingerprint != source.fingerprint and other.box_counts.tolist() == [0, 2, 1]
     assert "file of boxes" not in other.how and "images without boxes: 1" in other.how
+    written(tmp_path / "photos" / "data.yaml", "cameras: [left, right]")
+    assert understood(str(tmp_path / "photos")).startswith("folder:")
     cases = [("test", "has no split 'test'; known: train, val"), ("all", "has no split 'all'")]
     refused(lambda split: open_source(spec, split), cases)
     with pytest.raises(UserError, match="has boxes for labels, which records do not hold"):

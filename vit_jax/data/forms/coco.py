@@ -70,7 +70,8 @@ def coco_splits(argument: str) -> tuple[str, ...]:
 
 def is_coco(root: str) -> bool:
     """Whether a folder has the files of COCO or of Roboflow's exports of it."""
-    return any(split != WHOLE for split in _files(root))
+    files = map(os.path.basename, _files(root).values())
+    return any(name.startswith(START) or name == _ROBOFLOW for name in files)
 
 
 def _options(argument: str) -> tuple[str, dict[str, str]]:

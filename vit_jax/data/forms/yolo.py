@@ -27,6 +27,7 @@ from vit_jax.errors import UserError, check_refused, nearest
 
 _SPLITS = ("train", "val", "test", "minival")
 _YAML = (".yaml", ".yml")
+_KNOWN = ("data.yaml", "dataset.yaml")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,12 @@ def yolo_splits(argument: str) -> tuple[str, ...]:
 
 def is_yolo(root: str) -> bool:
     """Whether a folder has a data.yaml as of Ultralytics."""
-    return any(storage.is_file(f"{root}/{name}") for name in ("data.yaml", "dataset.yaml"))
+    path = next((f"{root}/{name}" for name in _KNOWN if storage.is_file(f"{root}/{name}")), None)
+    try:
+        found = yaml.safe_load(read_text(path, "YAML file") or "") if path else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and any(found.get(key) for key in _SPLITS)
 
 
 def _source(
@@ -185,7 +191,7 @@ def _layout(where: str, argument: str) -> Layout:
     if not storage.is_folder(path):
         raise UserError(f"{where}: there is no file or folder {path}")
     found = [name for name in storage.files(path) if name.lower().endswith(_YAML)]
-    known = [name for name in ("data.yaml", "dataset.yaml") if name in found]
+    known = [name for name in _KNOWN if name in found]
     found = known[:1] or found
     if len(found) > 1:
         raise UserError(f"{where} has {few(found)}: name one, yolo:{path}/{found[0]}")
