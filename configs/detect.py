@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def get_config(arg="scenes:digits,size=64,labels=boxes"):
+def get_config(arg="scenes:digits,size=48,objects=2,labels=boxes"):
     """[VARIANT,]SOURCE[,TRAIN,VAL]
 
     A source with boxes, which may itself have commas.
@@ -28,7 +28,7 @@ def get_config(arg="scenes:digits,size=64,labels=boxes"):
     config.model = ConfigDict(dict(variant=own.variant) if own.variant else {})
     if small:
         config.model.update(variant="mu/8", width=64, depth=4, mlp_dim=128, num_heads=4)
-        config.model.update(in_channels=1, image_size=(64, 64), pyramid=32, towers=1)
+        config.model.update(in_channels=1, image_size=(48, 48), pyramid=32, towers=1)
     else:
         config.model.image_size = (512, 512)
 
@@ -43,7 +43,7 @@ def get_config(arg="scenes:digits,size=64,labels=boxes"):
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"
-    config.optim.lr = 2e-3 if small else 1e-4
+    config.optim.lr = 3e-3 if small else 1e-4
     config.optim.schedule = "cosine" if small else "linear"
     config.optim.warmup = 0.1
     config.optim.weight_decay = 0.1 if small else 0.05

@@ -76,7 +76,7 @@ class TracedEvaluation(Evaluation):
     """What learned nothing is measured in name only: the step is traced for the first batch."""
 
     def classify(self, params, name, split):
-        if self._config.segments:  # of small images, which are measured as they are
+        if self._config.segments or self._config.detects:  # of small images
             return super().classify(params, name, split)
         with self._batches(self._reads[name, split]) as batches:
             batch = self._to_devices(next(iter(batches)))
@@ -148,6 +148,7 @@ MADE = {
     "pretrain": ["runs/digits/curves.png", "runs/digits_16/metrics.jsonl"],
     "look_inside": ["pictures/positions.png", "pictures/attention_digit.png"],
     "segment": ["pictures/val_model.png", "masks/19.png", "masks/19.overlay.png"],
+    "detect": ["pictures/val_model.png", "boxes/boxes.json", "boxes/19.overlay.png"],
     "checkpoints": ["digits.npz", "digits.json"],
 }
 

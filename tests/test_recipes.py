@@ -938,6 +938,11 @@ FORMS = {
         "B/16,scenes:fractals,size=64",
         "scenes:digits,size=96,train[:90%],train[90%:]",
     ],
+    "detect": [
+        "",
+        "B/16,scenes:fractals,size=64,labels=boxes",
+        "scenes:digits,size=96,labels=boxes,train[:90%],train[90%:]",
+    ],
     "images": ["S/16,folder:/data/pets", "Ti/16,folder:/data/pets,all[:90%],all[90%:]"],
 }
 

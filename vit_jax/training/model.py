@@ -51,6 +51,8 @@ def model_config(
     if config.segments or config.detects:
         kind = type(base) if base else variant_kind(variant_fields(name))
         fields = {**_of_places(config, kind, base), **fields}
+    elif getattr(base, "pyramid", None) and fields.get("pool") not in (None, *_READ_PYRAMIDS):
+        fields = {"pyramid": None, **fields}  # which another pool has no place for
     if base is None:
         model = variant(name, **fields)
     else:
@@ -62,6 +64,7 @@ def model_config(
 
 # By objective: how its head reads a model, and what that is.
 _POOLS = {"segmentation": ("none", "on each patch"), "detection": ("locations", "on a pyramid")}
+_READ_PYRAMIDS = [pool for pool, _ in _POOLS.values()]
 _PYRAMID = 256  # channels, as ViTDet has them
 
 
@@ -73,6 +76,11 @@ def _of_places(config: Config, kind: type[ModelConfig], base: ModelConfig | None
             f"objective {config.objective} has a head {where} of a Vision Transformer, and the "
             "model is a ResNet: take a ViT or a hybrid, such as R50+B/16"
         )
+    if (given := config.model.get("pool")) not in (None, pool):
+        raise UserError(
+            f"model.pool is {given!r}, but objective {config.objective} has a head {where}: leave "
+            "model.pool out"
+        )
     fields = {"pool": pool} | ({} if base is None else {"class_token": base.has_class_token})
     if config.detects and getattr(base, "pyramid", None) is None:
         fields["pyramid"] = _PYRAMID
@@ -80,16 +88,10 @@ def _of_places(config: Config, kind: type[ModelConfig], base: ModelConfig | None
 
 
 def _check_pool(config: Config, model: ModelConfig) -> None:
-    """Raises a UserError if the head reads each patch, and the objective is another; or not."""
+    """Raises a UserError if the head tells what is where, and the objective is another."""
     pool = getattr(model, "pool", None)
-    wanted, where = _POOLS.get(config.objective, (None, ""))
-    if wanted is not None and pool != wanted:
-        raise UserError(
-            f"model.pool is {pool!r}, but objective {config.objective} has a head {where}: leave "
-            "model.pool out"
-        )
     for objective, (name, where) in _POOLS.items():
-        if pool == name != wanted and config.classifies:
+        if pool == name and config.classifies and objective != config.objective:
             raise UserError(
                 f"model.pool is {pool!r}, a head {where}, but objective {config.objective} is of "
                 "whole images: set --config.model.pool=gap (or token, where there is a class "

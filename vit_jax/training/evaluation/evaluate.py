@@ -88,10 +88,11 @@ def evaluate_run(
     )
     if not evaluation.names:
         raise UserError("the config has nothing to evaluate: no data.val, data.test, evaluators")
-    if needed_by and config.segments:
+    if needed_by and (config.segments or config.detects):
+        tells, what = ("the class of each pixel", "masks") if config.segments else ("boxes",) * 2
         raise UserError(
-            f"{needed_by} is of images that are classified, and objective segmentation tells the "
-            "class of each pixel: `vit-jax predict --out=FOLDER` writes masks"
+            f"{needed_by} is of images that are classified, and objective {config.objective} tells "
+            f"{tells}: `vit-jax predict --out=FOLDER` writes {what}"
         )
     if needed_by and not evaluation.classifies:
         raise UserError(
