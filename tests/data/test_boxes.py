@@ -1,12 +1,13 @@
 """Boxes move with their images: what is painted in a box is found under the moved one."""
 
 import dataclasses
+import json
 import logging
 import pickle
 
 import numpy as np
 import pytest
-from made import refused, saved, turned
+from made import refused, saved, turned, written
 
 from vit_jax.data.boxes import Boxes, outlined
 from vit_jax.data.classes import Matched, Relabelled, with_labels
@@ -304,6 +305,37 @@ def test_the_boxes_of_scenes_are_around_their_masks():
         expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert one[i]["label"].corners.tolist() == [expected]
         assert one[i]["label"].classes.tolist() == [alone[i]["label"].max() - 1]
+
+
+def test_the_same_boxes_in_other_forms_are_the_same_batches(tmp_path):
+    """Scenes, and their images in files with the same boxes as COCO and as YOLO have them."""
+    source, entries = open_source("scenes:digits,size=32,labels=boxes,examples=6", "train"), []
+    for i, example in enumerate(source):
+        written(tmp_path / "images" / "train" / f"{i}.png", saved(example["image"], "PNG"))
+        lines, boxes = "", example["label"]
+        for label, (x0, y0, x1, y1) in zip(boxes.classes.tolist(), boxes.corners, strict=True):
+            x, y, w, h = (float(each) for each in (x0, y0, x1 - x0, y1 - y0))
+            lines += f"{label} {(x + w / 2) / 32} {(y + h / 2) / 32} {w / 32} {h / 32}\n"
+            entries.append(dict(id=len(entries), image_id=i, category_id=90 - label))
+            entries[-1]["bbox"] = [x, y, w, h]
+        written(tmp_path / "labels" / "train" / f"{i}.txt", lines)
+    images = [dict(id=i, file_name=f"{i}.png", height=32, width=32) for i in range(6)]
+    categories = [dict(id=90 - label, name=str(label)) for label in range(10)]
+    found = json.dumps(dict(images=images, annotations=entries, categories=categories))
+    written(tmp_path / "annotations" / "instances_train.json", found)
+    written(tmp_path / "data.yaml", f"train: images/train\nnames: {list(source.label_names)}")
+    theirs = [open_source(f"{kind}:{tmp_path}", "train") for kind in ("coco", "yolo")]
+    assert theirs[0].label_names == source.label_names[::-1]  # by their ids
+    split, many = Split("x", "y", random_scale=(0.5, 2.0), flip=True), np.arange(12)
+    ours, *batches = (
+        BatchReader.of(with_labels(each, source.label_names), split, Preprocess((24, 24), 1))(
+            many, many % 6
+        )
+        for each in (source, *theirs)
+    )
+    for batch in batches:
+        np.testing.assert_array_equal(batch["image"], ours["image"])
+        np.testing.assert_allclose(batch["label"], ours["label"], atol=1e-4)
 
 
 def test_an_object_hidden_to_below_a_quarter_has_no_box():
