@@ -160,7 +160,8 @@ def test_the_largest_are_kept_and_that_is_said_once(caplog):
     assert batch["label"].shape == (2, 4, 5)
     widths = batch["label"][0, :, 3] - batch["label"][0, :, 1]
     assert widths.tolist() == [32, 24, 28, 20]  # in the order of the source
-    assert caplog.text.count("painted 1 has 8 boxes (as 3 images): of more than 4") == 1
+    assert caplog.text.count("painted 1 has 8 boxes: of an image the 4 largest are") == 1
+    assert "(data.max_boxes); 3 have more" in caplog.text
     with pytest.raises(UserError, match=r"data\.max_boxes is 0; it must be at least 1"):
         DataConfig(max_boxes=0)
 

@@ -370,9 +370,9 @@ class BatchReader:
         if len(boxes) > self.max_boxes and -1 not in self.reported:
             self.reported.add(-1)
             counts = getattr(self.source, "box_counts", None)
-            many = "" if counts is None else f" (as {np.sum(counts > self.max_boxes):,} images)"
-            text = "%s has %d boxes%s: of more than %d, the largest are learned (data.max_boxes)"
-            logger.warning(text, name, len(boxes), many, self.max_boxes)
+            more = "" if counts is None else f"; {np.sum(counts > self.max_boxes):,} have more"
+            text = "%s has %d boxes: of an image the %d largest are learned (data.max_boxes)%s"
+            logger.warning(text, name, len(boxes), self.max_boxes, more)
         return image, boxes
 
     def _scaled(self, h: int, w: int) -> tuple[int, int]:
