@@ -227,7 +227,7 @@ def make_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argume
     command.add_argument(
         "--threshold",
         type=float,
-        help="the lowest score of a box (default 0.05, and 0.3 of those that --overlay draws)",
+        help="the lowest score of a box (default 0.05, and 0.5 of those that --overlay draws)",
     )
     command.set_defaults(function=functions["predict"], takes_overrides=False)
 

@@ -479,7 +479,7 @@ def test_a_coco_file_and_overlays(run, tmp_path, monkeypatch, caplog, capsys):
     command = ["predict", f"--model={run[0]}", "--batch-size=8", "pets"]
     assert main([*command, "--out=out", "--overlay"]) == 3  # one cannot be read
     told = re.search(r"out/boxes.json: (\d+) boxes with a score of at least 0.05", caplog.text)
-    assert told and "those of 0.3 and above are drawn" in caplog.text
+    assert told and "those of 0.5 and above are drawn" in caplog.text
     out = tmp_path / "out"
     assert sorted(str(each.relative_to(out)) for each in out.rglob("*.*")) == [
         *("0.overlay.png", "1.overlay.png", "boxes.json", "dogs/2.overlay.png"),

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 _FEW = 6  # settings that differ: up to so many have a column each
 _CURVES = 9  # pictures, at most
 _NO_CURVE = ("_std", "/lr", "/grad_norm", "/param_norm")
+_OF_CLASS = ("/iou/", "/ap/")  # metrics of each class, val/iou/NAME
 _DASH = "–"  # noqa: RUF001  (what is not known)
 
 
@@ -265,7 +266,8 @@ def curve_names(report: Report) -> list[str]:
         for name, points in run.curves.items()
         if len({value for _, value in points}) > 1
     )
-    names = [name for name in names if not name.endswith(_NO_CURVE) and "/iou/" not in name]
+    names = [name for name in names if not name.endswith(_NO_CURVE)]
+    names = [name for name in names if not any(part in name for part in _OF_CLASS)]
     order = ["val", "", "train"]  # evaluators have names of their own
 
     def place(name: str) -> tuple[bool, int, bool]:

@@ -20,7 +20,7 @@ from vit_jax.writing import write_atomically
 logger = logging.getLogger(__name__)
 
 BOXES = "boxes.json"
-DRAWN = 0.3  # the lowest score of a box that is drawn, if no threshold is given
+DRAWN = 0.5  # the lowest score of a box that is drawn, if no threshold is given
 
 
 def boxes_to(
