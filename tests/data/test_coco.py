@@ -10,7 +10,7 @@ import pytest
 from made import noise, refused, saved, turned, written
 
 from vit_jax.data.config import Split
-from vit_jax.data.contents import content, image_hash
+from vit_jax.data.contents import check_splits, content, image_hash
 from vit_jax.data.describe import report
 from vit_jax.data.inputs import find_images
 from vit_jax.data.pipeline import BatchReader
@@ -221,6 +221,7 @@ def test_what_is_ignored_is_said(tmp_path, caplog):
     # Where sizes are not known, nothing is outside.
     for image in found["images"]:
         image.pop("width"), image.update(height=-1)
+    found["images"][0].update(height=H - 1)  # of one side alone neither is known
     source = open_source(made(tmp_path, found), "val2017")
     assert [len(source.boxes_of(i)) for i in range(3)] == [3, 1, 2]
     assert "size" not in source[0] and source.image_size_of(0) == (H, W)
@@ -232,6 +233,8 @@ def test_no_box_at_all(tmp_path):
     assert source.box_counts.tolist() == [0, 0, 0] and len(source[1]["label"]) == 0
     label = BatchReader.of(source, Split("x", "y"), Preprocess((8, 8)))(np.arange(2), np.arange(2))
     assert (label["label"][..., 0] == -1).all()
+    with pytest.raises(UserError, match=r"data\.train has no box to learn in its 3 images"):
+        check_splits({"data.train": source})
 
 
 def test_categories(tmp_path, caplog):

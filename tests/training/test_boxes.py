@@ -444,8 +444,14 @@ def test_other_models_and_labels_are_refused(run, tiny_run, tmp_path, monkeypatc
     plain = config_of("--config.data.val.source=digits")
     with pytest.raises(UserError, match="has no boxes, which detection needs: name a source"):
         evaluate_run(run[0], plain)
+    file, image = tmp_path / "none.json", np.zeros((16, 16, 1), np.uint8)
+    (tmp_path / "1.png").write_bytes(encode(image))
+    found = dict(images=[dict(id=1, file_name="1.png")], annotations=[])
+    file.write_text(json.dumps({**found, "categories": [dict(id=1, name="fractal0")]}))
+    flags = f"--config.data.val.source=coco:{file}", "--config.data.val.split=all"
+    with pytest.raises(UserError, match=r"data\.val: coco:.* all: no image has a box to compare"):
+        evaluate_run(run[0], config_of(*flags))
     vit = vit_jax.load(run[0])
-    image = np.zeros((16, 16, 1), np.uint8)
     other = dataclasses.replace(vit, objective="softmax")
     for ask in (lambda: other.detect(image), lambda: Predictor(other, "boxes")):
         with pytest.raises(UserError, match="boxes: they are of models trained with objective det"):

@@ -130,14 +130,14 @@ def check_splits(
       most: the largest number of images to read to compare two splits; those in memory, or in
         shards with hashes, do not count.
       allow: whether splits may share most images, which is then a line instead of an error.
-      classes: whether to check that data.train has more than one class.
+      classes: whether to check that data.train has more than one class, or boxes.
 
     Returns:
       Lines to print: the images that splits share, and the splits that were not compared.
 
     Raises:
       UserError: two splits share more than half of the smaller one's images, or data.train has only
-        one class.
+        one class, or no box.
     """
     if classes and "data.train" in named:
         _check_classes(named["data.train"])
@@ -185,7 +185,12 @@ def check_splits(
 
 
 def _check_classes(train: Source) -> None:
-    """Raises a UserError if there is only one class to learn."""
+    """Raises a UserError if there is only one class to learn, or no box."""
+    if (boxes := getattr(train, "box_counts", None)) is not None and not boxes.any():
+        raise UserError(
+            f"data.train has no box to learn in its {len(boxes):,} images: was the file meant that "
+            "has them? (`vit-jax data SPEC` says what is seen)"
+        )
     if any(getattr(train, name, False) for name in ("multi_label", "masks", "boxes")):
         return
     names, labels = train.label_names, labels_of(train)

@@ -70,6 +70,7 @@ def _annotations(path: str, version: str, bbox: str | None, crowds: bool) -> Ann
         what = f"boxes are of categories that are not listed ({_few_ids(numbers)} are)"
         raise UserError(f"{path}: {some(len(unknown), what, _called(unknown[0], 'category_id'))}")
     sizes = [(_side(image, "height"), _side(image, "width")) for image in images]
+    sizes = [size if all(size) else (0, 0) for size in sizes]
     whose = np.array([ids[each["image_id"]] for each in entries], np.int64)
     corners = _corners(path, entries, bbox, np.array(sizes, float).reshape(-1, 2)[whose], notes)
     kept = _kept(entries, corners, sizes, whose, notes)

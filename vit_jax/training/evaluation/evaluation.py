@@ -26,7 +26,7 @@ from vit_jax.training.evaluation.masks import make_mask_eval_step
 from vit_jax.training.evaluation.predictions import Gathered, Predictions
 from vit_jax.training.evaluation.probes import Features
 from vit_jax.training.evaluation.segmentation import Dense
-from vit_jax.training.evaluation.splits import how_several, open_split, split_names
+from vit_jax.training.evaluation.splits import NO_BOX, how_several, open_split, split_names
 from vit_jax.training.evaluation.steps import (
     check_pools,
     make_eval_step,
@@ -332,7 +332,7 @@ class Evaluation:
                 found.add(number * self._batch_size, values)
         means = boxes.metrics(*found.beside(read.source), read.source.label_names)
         if not means:
-            raise UserError(f"{split.source} {split.split}: no image has a box to compare with")
+            raise UserError(f"{split.source} {split.split}: {NO_BOX}")
         return {**means, "corrupt": int(corrupt)} if skips else means
 
     def features(self, params: Any, name: str, split: Split) -> Features:

@@ -29,6 +29,8 @@ _NEEDS = {
     "boxes": ("detection", "scenes:digits,labels=boxes"),
 }
 
+NO_BOX = "no image has a box to compare with"
+
 
 def how_several(
     where: str,
@@ -79,12 +81,15 @@ def open_split(data: DataSets, where: str, split: Split, reads: str) -> Source:
     """Opens a split for an evaluator that reads "labels", "masks" or "boxes".
 
     Raises:
-      UserError: it is endless, or has others.
+      UserError: it is endless, has others, or no box at all.
     """
     source = data.open(where, split)
     if not isinstance(source, Sized):
         raise UserError(f"{where}.source {split.source} is endless: name a finite split")
     has = next((kind for kind in _READ_BY if getattr(source, kind, False)), "labels")
+    boxes = getattr(source, "box_counts", None)
+    if reads == "boxes" and boxes is not None and not boxes.any():
+        raise UserError(f"{where}: {split.source} {split.split}: {NO_BOX}")
     if has == reads:
         return source
     if reads == "labels":
