@@ -160,6 +160,10 @@ def test_where_images_are_is_said_or_asked(tmp_path):
     for folder in ("elsewhere/here", tmp_path / "elsewhere" / "here"):
         assert open_source(f"{spec},images={folder}", "val2017")[0]["image"] == photo(0)
     made(tmp_path, images="images")
+    found = plain()
+    for i, image in enumerate(found["images"]):  # from two folders on, the same file
+        image["file_name"] = rf"..\images\{i}.jpg"
+    assert open_source(made(tmp_path, found, images="images"), "val2017")[0]["image"] == photo(0)
     made(tmp_path, images="val2017")
     with pytest.raises(UserError, match=r"0\.jpg is in .*val2017 and in .*images: say which"):
         open_source(spec, "val2017")

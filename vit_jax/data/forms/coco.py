@@ -139,9 +139,9 @@ def _images(where: str, path: str, file: str, given: str | None, names: Sequence
     folders = (f"{base}/{split}", f"{base}/images/{split}", f"{base}/images", f"{base}/data", base)
     folders = dict.fromkeys(each.rstrip("/") for each in (*folders, here))
     folders = [each for each in folders if storage.is_folder(each)]
-    some_names = names[:: max(1, len(names) // _LOOKED_AT)]
+    some_names = [n.replace("\\", "/") for n in names[:: max(1, len(names) // _LOOKED_AT)]]
     there = {
-        folder: sum(storage.is_file(os.path.join(folder, n.replace("\\", "/"))) for n in some_names)
+        folder: sum(storage.is_file(os.path.join(folder, n)) for n in some_names)
         for folder in folders
     }
     best = [folder for folder in folders if there[folder] == max(there.values()) > 0]
@@ -150,7 +150,7 @@ def _images(where: str, path: str, file: str, given: str | None, names: Sequence
             f"{where}: the images of {file}, such as {names[0]}, are not below "
             f"{', '.join(folders)}: say where, coco:{path},images=FOLDER"
         )
-    if len(best) > 1 and not os.path.isabs(names[0]):
+    if len({os.path.normpath(os.path.join(folder, some_names[0])) for folder in best}) > 1:
         raise UserError(
             f"{where}: {names[0]} is in {' and in '.join(best[:2])}: say which are meant by "
             "images=FOLDER"

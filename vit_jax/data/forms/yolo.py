@@ -110,7 +110,7 @@ def _source(
         first = next(iter(images))
         raise UserError(
             f"{where}: none of its {len(images):,} images has a file of boxes: that of {first} "
-            f"would be {label_path(first)}"
+            f"would be {label_path(os.path.join(layout.root, first))}"
         )
     counts, k = Counts(), len(layout.names)
     boxes = dict.fromkeys(images, Boxes.of([], []))
