@@ -5,21 +5,24 @@
         --config.init_from=B_16.npz
     vit-jax evaluate --workdir=runs/coco
 
-Without an argument, a small ViT learns scenes of two digits that may hide each other, which are made
-on the spot, in minutes on a laptop: after 2,000 steps it has an AP of 0.589 and an AP50 of 0.865 on
-scenes of other digits (seed 0). The argument is [VARIANT,]SOURCE[,TRAIN,VAL], a source with boxes:
-images of 512x512 pixels, from `init_from`, whose model it is without a VARIANT. Images and boxes are
-scaled by 0.5 to 2, cut out anywhere and mirrored. The pyramid has 256 channels and each tower of the
-head four convolutions, as ViTDet's and FCOS's. Evaluation is COCO's, by pycocotools (the extra
-`detection`), in pixels of each image's own size: map, ap50, ap75, by size, and ap/NAME of each class.
+Without an argument, a small ViT learns scenes of two digits that may hide each other, which are
+made on the spot, in minutes on a laptop: after 2,000 steps it has an AP of 0.589 and an AP50 of
+0.865 on scenes of other digits (seed 0). The argument is [VARIANT,]SOURCE[,TRAIN,VAL], a source
+with boxes: images of 512x512 pixels, from `init_from`, whose model it is without a VARIANT.
+Images and boxes are scaled by 0.5 to 2, cut out anywhere and mirrored. The pyramid has 256
+channels and each tower of the head four convolutions, as ViTDet's and FCOS's. Evaluation is
+COCO's, by pycocotools (the extra `detection`), in pixels of each image's own size: map, ap50,
+ap75, by size, and ap/NAME of each class.
 """
 
 import presets
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+SCENES = "scenes:digits,size=48,objects=2,labels=boxes"
 
-def get_config(arg="scenes:digits,size=48,objects=2,labels=boxes"):
+
+def get_config(arg=SCENES):
     """[VARIANT,]SOURCE[,TRAIN,VAL]
 
     A source with boxes, which may itself have commas.
@@ -45,9 +48,10 @@ def get_config(arg="scenes:digits,size=48,objects=2,labels=boxes"):
 
     config.data = ConfigDict(dict(max_boxes=100))
     config.data.train = ConfigDict(dict(source=own.source, split=own.train))
+    if own.source == SCENES:
+        config.data.max_boxes = 8
     if small and "examples=" not in own.source:
         config.data.train.source += ",examples=64000"
-        config.data.max_boxes = 8
     if not small:
         config.data.train.update(random_scale=(0.5, 2.0), flip=True)
     config.data.val = ConfigDict(dict(source=own.source, split=own.val))
