@@ -19,10 +19,8 @@ import presets
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-SCENES = "scenes:digits,size=48,objects=2,labels=boxes"
 
-
-def get_config(arg=SCENES):
+def get_config(arg="scenes:digits,size=48,objects=2,labels=boxes"):
     """[VARIANT,]SOURCE[,TRAIN,VAL]
 
     A source with boxes, which may itself have commas.
@@ -48,7 +46,7 @@ def get_config(arg=SCENES):
 
     config.data = ConfigDict(dict(max_boxes=100))
     config.data.train = ConfigDict(dict(source=own.source, split=own.train))
-    if own.source == SCENES:
+    if small and "objects=2," in own.source:
         config.data.max_boxes = 8
     if small and "examples=" not in own.source:
         config.data.train.source += ",examples=64000"
