@@ -46,7 +46,8 @@ class BoxSource:
     Attributes:
       names: of the images, relative to root.
       every: the boxes of all images; those of image i end before ends[i].
-      sizes: the (h, w) of the images that boxes were drawn on, 0 where they are not known.
+      sizes: the (h, w) of the images that boxes were drawn on, 0 where they are not known; those of
+        `shares` once they are read.
       shares: whether corners are in shares of the image's width and height, not in pixels.
       how: how they are read, for the user.
       category_ids: the number of each class in the COCO file, if they are whole numbers.
@@ -105,10 +106,12 @@ class BoxSource:
             ) from None
 
     def _size(self, index: int, file: Any) -> tuple[int, int]:
+        """Reads it from a header, and keeps it: of a bucket, each time is a request."""
         try:
-            return upright_size(file)
+            self.sizes[index] = upright_size(file)
         except BadImage as error:
             raise BadImage(f"{self.names[index]}: {error}") from None
+        return tuple(self.sizes[index].tolist())
 
     def _boxes(self, index: int, size: tuple[int, int] | None) -> Boxes:
         found = self.every[slice(self.ends[index - 1] if index else 0, self.ends[index])]
