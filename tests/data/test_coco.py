@@ -163,7 +163,11 @@ def test_where_images_are_is_said_or_asked(tmp_path):
     found = plain()
     for i, image in enumerate(found["images"]):  # from two folders on, the same file
         image["file_name"] = rf"..\images\{i}.jpg"
-    assert open_source(made(tmp_path, found, images="images"), "val2017")[0]["image"] == photo(0)
+    found["images"][2]["file_name"] = "../images/2.jpg"
+    found["images"][1]["file_name"] = str(tmp_path / "images" / "1.jpg")
+    source = open_source(made(tmp_path, found, images="images"), "val2017")
+    assert source[0]["image"] == photo(0) and list(source.names) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert "beside" not in source.how
     made(tmp_path, images="val2017")
     with pytest.raises(UserError, match=r"0\.jpg is in .*val2017 and in .*images: say which"):
         open_source(spec, "val2017")

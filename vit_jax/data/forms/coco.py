@@ -41,7 +41,9 @@ def coco(argument: str, split: str) -> BoxSource:
     root = _images(where, path, file, given.get("images"), [each[0] for each in found.images])
     folders, passed, listed, missing = Folders(root), PassedOver(), [], []
     for (image, h, w), boxes in zip(found.images, found.boxes, strict=True):
-        path = image if folders[image] is not None else image.replace("\\", "/")
+        path = _inside(root, image)
+        if folders[path] is None:
+            path = _inside(root, image.replace("\\", "/"))
         if (size := folders[path]) is None:
             missing.append(path)
         else:
@@ -121,6 +123,14 @@ def _file(where: str, path: str, split: str) -> str:
         hint = f"has the splits {few(fits)}: name one" if fits else nearest(split, known)
         raise UserError(f"{where} has no split {split!r}; {hint}")
     return known[fits[0]]
+
+
+def _inside(root: str, path: str) -> str:
+    """The path from the root on, of an image below it that is named by the way around."""
+    if not (os.path.isabs(path) or "./" in path):
+        return path
+    found = os.path.relpath(os.path.join(root, path), root)
+    return path if found.startswith("..") else found
 
 
 def _images(where: str, path: str, file: str, given: str | None, names: Sequence[str]) -> str:
