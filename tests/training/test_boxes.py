@@ -424,6 +424,18 @@ def test_what_does_not_go_together_is_refused(flags, data, message):
         make_plan(config_of(*flags), data)
 
 
+def test_other_objectives_start_from_a_detector(run):
+    """Its pyramid and its head are left behind."""
+    card = ModelCard.read(run[0])
+    config = dataclasses.replace(config_of(), objective="masked_colour", model={})
+    with pytest.raises(UserError, match=r"masked_colour has no place for: set .*pool=gap"):
+        model_config(config, card.config, 0)
+    for objective, classes in (("masked_colour", 0), ("softmax", 3)):
+        other = dataclasses.replace(config, objective=objective, model={"pool": "gap"})
+        found = model_config(other, card.config, classes)
+        assert (found.pool, found.pyramid, found.num_classes) == ("gap", None, classes)
+
+
 def test_other_models_and_labels_are_refused(run, tiny_run, tmp_path, monkeypatch):
     config = dataclasses.replace(config_of(), model={"variant": "R50x1"})
     with pytest.raises(UserError, match=r"a head on a pyramid .*the model is a ResNet: take a ViT"):
@@ -519,6 +531,9 @@ def test_a_coco_file_and_overlays(run, tmp_path, monkeypatch, caplog, capsys):
     refused("out/boxes.json is there already, and nothing is overwritten", *command, "--out=out")
     refused("--topk=2 names classes of images, and boxes", *command, "--topk=2", "--out=new")
     refused("--windows=own is for masks", *command, "--windows=own", "--out=new")
+    (tmp_path / "more").mkdir()
+    shutil.copy("pets/0.png", "more/0.png")
+    refused("more/0.png and pets/0.png would both be 0.png", *command, "more", "--out=new")
     refused("threshold is 1; expected a score", *command, "--threshold=1", "--out=new")
     refused("gives boxes, not a class for each image", *command)
     refused("gives boxes, not a class for each image", *command, "--out=new.csv")

@@ -53,6 +53,13 @@ def model_config(
         fields = {**_of_places(config, kind, base), **fields}
     elif getattr(base, "pyramid", None) and fields.get("pool") not in (None, *_READ_PYRAMIDS):
         fields = {"pyramid": None, **fields}  # which another pool has no place for
+        base = dataclasses.replace(base, pool=fields["pool"], pyramid=fields["pyramid"])
+    elif getattr(base, "pool", None) == "locations" and not config.classifies:
+        raise UserError(
+            "the checkpoint of init_from has a head on a pyramid (model.pool 'locations'), which "
+            f"objective {config.objective} has no place for: set --config.model.pool=gap (or "
+            "token, where there is a class token)"
+        )
     if base is None:
         model = variant(name, **fields)
     else:

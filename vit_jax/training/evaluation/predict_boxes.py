@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tqdm
 
@@ -12,6 +12,7 @@ from vit_jax.data.boxed import boxed
 from vit_jax.data.detections import THRESHOLD, Detections, check_threshold, coco
 from vit_jax.data.images import Image, encode
 from vit_jax.data.inputs import Inputs
+from vit_jax.errors import UserError
 from vit_jax.training.evaluation.predict import Detected, Predictor
 from vit_jax.training.evaluation.predict_masks import OVERLAY, check_free, paths_of
 from vit_jax.training.evaluation.predict_output import tell
@@ -47,25 +48,25 @@ def boxes_to(
       Whether every image could be read, and no file but hidden ones was passed over.
 
     Raises:
-      UserError: a file is there already, two images would have one overlay, or the model gives no
-        boxes.
+      UserError: a file is there already, two images would have one file_name or overlay, or the
+        model gives no boxes.
     """
     least, drawn = (THRESHOLD, DRAWN) if threshold is None else (threshold, threshold)
     check_threshold(least)
     paths = list(paths_of(folder, inputs.below, (OVERLAY,) if overlays else ()))
     file = os.path.join(folder, BOXES)
     check_free(paths, inputs.names, {file: "the file of boxes"})
+    below = [os.path.normpath(each).replace(os.sep, "/") for each in inputs.below]
+    _check_names(below, inputs.names)
     vit = load()
     options = dict(batch_size=batch_size, threads=threads, keep_pixels=overlays, threshold=least)
     predictor = Predictor(vit, "boxes", **options)
     began, failed = time.monotonic(), list[str]()
     known = list[tuple[str, tuple[int, int], Detections]]()
     names = tqdm.tqdm(inputs.names, unit=" images", disable=None)
-    for name, below, where, answer in zip(
-        names, inputs.below, paths, predictor(inputs), strict=True
-    ):
+    for name, inside, where, answer in zip(names, below, paths, predictor(inputs), strict=True):
         if isinstance(answer, Detected):
-            known.append((os.path.normpath(below).replace(os.sep, "/"), answer.size, answer.boxes))
+            known.append((inside, answer.size, answer.boxes))
             for path in where:
                 write_atomically(path, encode(_drawn(answer, vit, drawn)))
         else:
@@ -80,6 +81,18 @@ def boxes_to(
         *(file, f"{count:,}", least, f"{len(known):,}", seconds, told),
     )
     return tell(failed, len(inputs), inputs.passed_over)
+
+
+def _check_names(below: Sequence[str], names: Sequence[str]) -> None:
+    """Raises a UserError if two images would have the same file_name."""
+    seen: dict[str, str] = {}
+    for inside, name in zip(below, names, strict=True):
+        if inside in seen:
+            raise UserError(
+                f"{name} and {seen[inside]} would both be {inside} in {BOXES}: predict them one by "
+                "one, into folders of their own"
+            )
+        seen[inside] = name
 
 
 def _drawn(answer: Detected, vit: Loaded, least: float) -> Image:
