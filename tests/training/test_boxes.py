@@ -424,6 +424,12 @@ def test_what_does_not_go_together_is_refused(flags, data, message):
         make_plan(config_of(*flags), data)
 
 
+def test_a_metric_that_boxes_do_not_have_is_refused_at_the_beginning(tmp_path):
+    for metric in ("val/loss", "val/accuracy", "val/ap/cat"):
+        with pytest.raises(UserError, match=rf"{metric}, but val has map, .*fractal1\nwhile read"):
+            train(config_of(f"--config.checkpoint.best={metric}"), tmp_path / "run")
+
+
 def test_other_objectives_start_from_a_detector(run):
     """Its pyramid and its head are left behind."""
     card = ModelCard.read(run[0])

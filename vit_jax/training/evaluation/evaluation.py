@@ -101,6 +101,7 @@ class Evaluation:
         # By evaluator and split: the classes of a split depend on the evaluator.
         self._reads: dict[tuple[str, Split], BatchReader] = {}
         self._several: dict[str, str | None] = {}
+        self._labels = card.labels
         known: dict[tuple[Any, ...], BatchReader] = {}
         for name, evaluator in self._evaluators.items():
             ours = isinstance(evaluator, Classification)
@@ -208,8 +209,10 @@ class Evaluation:
             every = self._config.eval.every if evaluator.every is None else evaluator.every
             if every:
                 known = ("accuracy", "top5", "loss") if self._config.classifies else None
-                if self._config.segments or self._config.detects:
+                if self._config.segments:
                     known = None  # as classes have their own
+                if self._config.detects:
+                    known = (*boxes.METRICS, *(f"ap/{label}" for label in self._labels))
                 if self._several.get(name) == "each":
                     known = (*known, "mAP", "micro_f1", "macro_f1")
                 found[name] = known if isinstance(evaluator, Classification) else None
