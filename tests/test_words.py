@@ -349,7 +349,7 @@ def test_a_wrong_value_is_one_sentence(line, capsys, model, tmp_path, monkeypatc
             argv = argv.replace(name, str(value))
         told, changed = argv.split("\n")
         err = fails(capsys, *told.split(), changed)
-        assert len(err) < 720 and "<class" not in err and "literal" not in err, err
+        assert len(err) < 760 and "<class" not in err and "literal" not in err, err
         assert not list(tmp_path.iterdir()) or list(tmp_path.iterdir()) == [tmp_path / "r"], flag
 
 
