@@ -1,5 +1,6 @@
 """The benchmarks beside timm: what is counted, what names mean, and that both scripts run."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -89,6 +90,8 @@ def test_names_of_contestants():
         ("train", ["--steps=many"], "--steps"),
         ("train", ["--batch-sizes=8,-1"], "positive whole numbers"),
         ("infer", ["--resolutions=64,"], "positive whole numbers"),
+        ("infer", ["--masks"], "no flag --masks"),
+        ("train", ["--masks", "--variants=R26x1"], "pool"),
         ("train", ["--variants=B/15"], "patches of 15x15"),
         ("train", ["--json=no/such/folder/out.json"], "no folder"),
         ("infer", ["--read=no_such.json"], "no such file"),
@@ -173,6 +176,12 @@ def test_best_of_and_geometric_mean_of_records_made_by_hand():
     lines = tables.sentences(_two_models())
     assert "B/16 at 224x224: ours / best timm (timm-compile:max-autotune) 1.25." in lines
     assert lines[-1] == "ours / best timm, geometric mean over 2: 1.00."
+    busy = {"ours": [0.2, 0.1], "timm": [0.3, 0.2]}
+    busy = {name: {"seconds_per_step": s, "cpu_seconds_per_step": s} for name, s in busy.items()}
+    record = _record([_case("B/16", 8, busy)], backend="cpu")
+    line = "B/16 at 224x224, batch 8: ours / timm by processor time 1.75 (1.50-2.00)."
+    assert line in tables.sentences(record)
+    assert line not in tables.sentences(record | {"backend": "gpu"})
 
 
 def test_the_row_of_a_contestant():
@@ -295,6 +304,32 @@ def test_contestants_of_different_models_are_not_compared(monkeypatch):
     monkeypatch.setattr(workers, "Workers", type("Fake", (FakeWorkers,), {}))
     with pytest.raises(AssertionError, match=r"not the same model: \[7, 8\]"):
         engine.measure("train", MU, 2, _args(["ours", "ours+loop"]), Path("caches"), False)
+
+
+def test_losses_of_the_same_weights_are_compared_but_for_rounding():
+    engine.check_losses([5.0, 5.0004], MU)
+    for losses in ([5.0, 5.001], [5.0, math.nan]):
+        with pytest.raises(AssertionError, match="not the same loss"):
+            engine.check_losses(losses, MU)
+    engine.check_losses([5.0, 5.001], dataclasses.replace(MU, dtype="bfloat16"))
+
+
+def test_ours_learns_masks_and_the_loss_is_of_the_pixels_that_count():
+    config = variant("mu/16", image_size=(32, 32), **contestants.MASKS)
+    ours = contestants.Ours("train", names.read_name("ours", "train"), config, 2)
+    batch = contestants.random_batch(config, 2)
+    model = nnx.merge(structure(config)[0], contestants.shared_weights(config))
+    logits = np.float64(jax.jit(model)(np.float32(batch["image"] / 127.5 - 1)))
+    # Pixels 8 to 23 of a side are between the centres of the two patches, at odd 32nds.
+    weights = np.clip((np.arange(32) - 7.5) / 16, 0, 1)
+    weights = np.stack([1 - weights, weights], axis=1)
+    pixels = np.einsum("hg,wf,bgfk->bhwk", weights, weights, logits)
+    pixels -= np.log(np.exp(pixels).sum(-1, keepdims=True))
+    counts = batch["label"] != 255
+    wanted = -np.take_along_axis(pixels, np.where(counts, batch["label"], 0)[..., None], -1)
+    ours.compile()
+    assert 0.05 < 1 - counts.mean() < 0.15
+    assert ours.run(1) == pytest.approx(wanted[..., 0][counts].mean(), rel=1e-5)
 
 
 def test_the_largest_batch_is_run_on_an_accelerator(monkeypatch):

@@ -187,7 +187,7 @@ def test_the_plan(timm, tmp_path, monkeypatch):
     first = "train: B/16 at 224, 256 images: ours"
     assert plan[3] == (f"{first}, timm-compile" if timm else first)
     assert (f"{first}, timm-compile:max-autotune+cudnn" in plan) == timm
-    assert kinds.count("train") == (5 if timm else 4)  # without timm two are the same
+    assert kinds.count("train") == (6 if timm else 5)  # without timm two are the same
     assert [name.rpartition(" ")[2] for name in plan if name.startswith("options")] == [
         "ours+scan",
         "ours+xla:xla_a=true",

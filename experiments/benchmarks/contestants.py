@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from names import ATTENTION, Contestant
 
 from vit_jax.checkpoints.card import ModelCard
+from vit_jax.checkpoints.export import to_names
 from vit_jax.compiler import compiler_options
+from vit_jax.data.masks import IGNORED
 from vit_jax.data.transforms import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.config import ModelConfig, ResNetConfig
@@ -29,17 +32,48 @@ from vit_jax.training.state import make_state
 from vit_jax.training.steps import images, merged
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
+# A linear head of as many classes as ADE20K has, on each patch: fields of a segmenting ViT.
+MASKS = {"pool": "none", "class_token": True, "num_classes": 150}
+
+
+def segments(config: ModelConfig) -> bool:
+    """Whether a model's classes are those of pixels."""
+    return getattr(config, "pool", None) == "none"
 
 
 def random_batch(config: ModelConfig, batch_size: int) -> dict[str, np.ndarray]:
-    """Images uint8 [b h w c], labels int32 [b] and a mask [b], the same for all contestants."""
+    """Images uint8 [b h w c], labels int32 [b] and a mask [b], the same for all contestants.
+
+    Where the model segments, labels are uint8 [b h w], of which a tenth does not count.
+    """
     random = np.random.default_rng(0)
     shape = (batch_size, *config.image_size, config.in_channels)
-    return {
+    batch = {
         "image": random.integers(0, 256, shape, np.uint8),
         "label": random.integers(0, config.num_classes, batch_size, np.int32),
         "mask": np.ones(batch_size, bool),
     }
+    if segments(config):
+        batch["label"] = random.integers(0, config.num_classes, shape[:3], np.uint8)
+        batch["label"][random.random(shape[:3]) < 0.1] = IGNORED
+    return batch
+
+
+def shared_weights(config: ModelConfig) -> Any | None:
+    """What all contestants of a segmenting model begin with, so that their losses can be compared.
+
+    Noise in the head, too: a fresh one gives the same loss whatever comes before it. None for other
+    models, which each contestant initialises.
+    """
+    if not segments(config):
+        return None
+    random = np.random.default_rng(0)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = 0.05 * random.standard_normal(leaf.shape, np.float32)
+        return noise + np.float32(path[-1].key == "scale")
+
+    return jax.tree.map_with_path(draw, structure(config)[1])
 
 
 def our_program(
@@ -58,13 +92,22 @@ def our_program(
     mesh = make_mesh(where, devices or jax.devices()[:1])
     optim = OptimConfig(lr=LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY)
     run = Config(
-        batch_size=batch_size, total_steps=1, optim=optim, precision=config.dtype, mesh=where
+        batch_size=batch_size,
+        total_steps=1,
+        objective="segmentation" if segments(config) else "softmax",
+        optim=optim,
+        precision=config.dtype,
+        mesh=where,
     )
     preprocess = Preprocess(config.image_size, config.in_channels)
     program = make_program(Plan(run, ModelCard(config, preprocess, ())), mesh)
     if task == "train":
-        make = functools.partial(make_state, program.state, config, program.optimizer, seed=0)
-        return mesh, (program.state, program.batch), program.step, make
+        what = (program.state, config, program.optimizer)
+
+        def start() -> Any:
+            return make_state(*what, seed=0, params=shared_weights(config))
+
+        return mesh, (program.state, program.batch), program.step, start
     graphdef, _ = structure(config)
     params = program.state.params
     forward = jax.jit(
@@ -160,9 +203,25 @@ class Timm:
         def loss_of(images, labels):
             return torch.nn.functional.cross_entropy(logits_of(images), labels)
 
+        def loss_of_masks(images, masks):
+            with torch.autocast(device, dtype, enabled=half):
+                tokens = model.forward_features((images.float() / 255 - 0.5) / 0.5)
+                logits = model.head(tokens[:, model.num_prefix_tokens :])
+            maps = logits.float().transpose(1, 2).unflatten(2, config.grid)
+            maps = maps.contiguous()  # twice as fast from here on, on a CPU
+            pixels = torch.nn.functional.interpolate(maps, config.image_size, mode="bilinear")
+            return torch.nn.functional.cross_entropy(pixels, masks.long(), ignore_index=IGNORED)
+
         self.function = loss_of if self.trains else logits_of
+        if segments(config):
+            self.function = loss_of_masks
+            shared = flatten_dict(shared_weights(config), sep="/")
+            alike = dataclasses.replace(config, pool="token")  # whose parameters have these names
+            arrays, *_ = to_names(shared, alike, "timm")
+            model.load_state_dict({name: torch.from_numpy(x) for name, x in arrays.items()})
         if self.trains:
-            self.batch += (torch.from_numpy(batch["label"]).long().to(device),)
+            labels = torch.from_numpy(batch["label"])
+            self.batch += ((labels if segments(config) else labels.long()).to(device),)
             skipped = getattr(model, "no_weight_decay", set)()
             groups = import_timm().optim.param_groups_weight_decay(
                 model, WEIGHT_DECAY, no_weight_decay_list=skipped

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import flags
 import tables
 import workers
+from contestants import segments
 from names import read_name
 
 from vit_jax.analysis.cost import flops_per_image
@@ -65,8 +67,10 @@ def measure(
                 for name in together[first:] + together[:first]:
                     if "error" not in results[name]:
                         once = pool.noted(families[name], workers.turn, name, args.steps)
-                        if "seconds" in once:
-                            results[name]["seconds_per_step"].append(once.pop("seconds"))
+                        for kind in ("seconds", "cpu_seconds"):
+                            if kind in once:
+                                per_step = results[name].setdefault(f"{kind}_per_step", [])
+                                per_step.append(once.pop(kind))
                         results[name] |= once
                 ceilings.append(pool.noted("ours", workers.ceiling, config.dtype))
 
@@ -78,11 +82,20 @@ def measure(
     counts = {x["parameters"] for x in results.values() if "parameters" in x}
     if len(counts) > 1:
         raise AssertionError(f"not the same model: {sorted(counts)} parameters")
+    if segments(config):  # whose contestants begin with the same weights
+        check_losses([x["first_value"] for x in results.values() if "first_value" in x], config)
     return {
         "results": results,
         "ceiling_size": next((once["size"] for once in ceilings if "size" in once), None),
         "ceiling_flops": [once["flops"] for once in ceilings if "flops" in once],
     }
+
+
+def check_losses(losses: list[float], config: ModelConfig) -> None:
+    """Raises unless the losses of the same weights are the same, but for rounding."""
+    tolerance = 1e-4 if config.dtype == "float32" else 1e-2
+    if not all(math.isclose(loss, losses[0], rel_tol=tolerance) for loss in losses):
+        raise AssertionError(f"not the same loss of the same weights: {losses}")
 
 
 def folder_of(caches: Path, name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import workers
+from contestants import MASKS
 from names import MODES, read_name
 
 from vit_jax.errors import UserError, nearest
@@ -50,7 +51,11 @@ def parse(task: str, doc: str, argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=doc.split("\n")[0], allow_abbrev=False)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--variants", help="such as B/16,L/14,R50x1 (default: B/16; on CPU Ti/16)")
-    add("--image-size", type=int, default=224)
+    add("--image-size", type=int, help="default: 224; with --masks 512")
+    parser.set_defaults(masks=False)
+    if task == "train":
+        told = f"learn masks: a head of {MASKS['num_classes']} classes on each patch of a ViT"
+        add("--masks", action="store_true", help=told)
     add("--resolutions", help="several image sizes; also looks for the largest batch that fits")
     add("--batch-sizes", help="such as 64,128 (default: 128,256,512; on CPU 4)")
     add("--dtype", choices=CHOICES["dtype"], help="default: bfloat16; on CPU float32")
@@ -121,12 +126,14 @@ def _complete(task: str, args: argparse.Namespace) -> None:
     args.repeats = args.repeats or (3 if cpu else 7)
     args.compile = not cpu if args.compile is None else args.compile
     args.batch_sizes = _numbers("batch-sizes", args.batch_sizes or ("4" if cpu else "128,256,512"))
-    sizes = [args.image_size]
+    sizes = [args.image_size or (512 if args.masks else 224)]
     if args.resolutions:
         sizes = _numbers("resolutions", args.resolutions)
     variants = args.variants or ("Ti/16" if cpu else "B/16")
     args.configs = [
-        (name, _config(name, size, args)) for name in variants.split(",") for size in sizes
+        (name + ", masks" * args.masks, _config(name, size, args))
+        for name in variants.split(",")
+        for size in sizes
     ]
     args.notes = []
     for name in names:
@@ -151,6 +158,7 @@ def _numbers(flag: str, text: str) -> list[int]:
 
 def _config(name: str, size: int, args: argparse.Namespace) -> ModelConfig:
     fields = dict(image_size=size, dtype=args.dtype, scan=args.scan)
+    fields |= MASKS if args.masks else {}
     config = variant(name, **fields)
     if isinstance(config, ResNetConfig):  # which has no GELU
         return config

@@ -41,7 +41,7 @@ import kernels
 import numpy as np
 import one_gpu_tables
 import workers
-from contestants import Ours, random_batch
+from contestants import MASKS, Ours, random_batch
 from flax import nnx
 from names import read_name
 
@@ -72,14 +72,16 @@ LEAST, MARGIN = 20, 2  # seconds in all, and those kept for the end
 
 
 class Model(NamedTuple):
-    """What is measured: a variant, the side of its images, and how many a step has."""
+    """What is measured: a variant, the side and the number of its images, and if it has masks."""
 
     variant: str
     side: int
     batch_size: int
+    masks: bool = False
 
     def __str__(self) -> str:
-        return f"{self.variant} at {self.side}, {self.batch_size} images"
+        what = "images with masks" if self.masks else "images"
+        return f"{self.variant} at {self.side}, {self.batch_size} {what}"
 
     def row(self, table: str) -> dict[str, Any]:
         named = {"variant": self.variant, "image": [self.side] * 2, "batch_size": self.batch_size}
@@ -87,7 +89,7 @@ class Model(NamedTuple):
 
 
 B16, L16, S16 = Model("B/16", 224, 256), Model("L/16", 224, 128), Model("S/16", 224, 256)
-LARGE_IMAGES = Model("B/16", 384, 64)
+LARGE_IMAGES, WITH_MASKS = Model("B/16", 384, 64), Model("B/16", 512, 16, masks=True)
 TINY = Model("mu/16", 32, 2)
 
 
@@ -106,7 +108,8 @@ class Day:
         return {"steps": 1, "repeats": 2} if self.tiny else {"steps": 10, "repeats": 5}
 
     def config(self, model: Model) -> ModelConfig:
-        return variant(model.variant, image_size=model.side, dtype=self.record["dtype"])
+        fields = dict(image_size=model.side, dtype=self.record["dtype"])
+        return variant(model.variant, **fields, **(MASKS if model.masks else {}))
 
 
 def jobs_of(day: Day, kinds: list[str]) -> list[budget.Job]:
@@ -122,6 +125,7 @@ def jobs_of(day: Day, kinds: list[str]) -> list[budget.Job]:
         (200, "train", train, L16, "ours", "timm-compile"),
         (110, "train", train, S16, "ours", "timm-compile"),
         (130, "train", train, LARGE_IMAGES, "ours", "timm-compile"),
+        (150, "train", train, WITH_MASKS, "ours", "timm-compile"),
         (60, "options", train, B16, "ours", "ours+scan"),
         *((70, "options", train, B16, "ours", flip) for flip in flips),
         (70, "options", train, B16, "ours", "ours+deterministic"),
@@ -134,7 +138,7 @@ def jobs_of(day: Day, kinds: list[str]) -> list[budget.Job]:
     jobs: dict[tuple, budget.Job] = {}
     for seconds, kind, function, what, *names in rows:
         if isinstance(what, Model):
-            what = TINY if day.tiny else what
+            what = TINY._replace(masks=what.masks) if day.tiny else what
         names = [name for name in names if not left_out(day, name)]
         said = f"{kind}: {what}" if isinstance(what, Model) else f"{kind}: {len(what)} files"
         said += f": {', '.join(names)}" if names else ""
@@ -259,7 +263,8 @@ def compare(task: str, day: Day, model: Model, *names: str) -> Iterator[dict[str
     config = day.config(model)
     args = Namespace(names=list(names), machine=day.record, **day.rounds)
     found = engine.measure(task, config, model.batch_size, args, day.caches, compiling=False)
-    case = engine.new_case(model.variant, config, model.batch_size) | found
+    name = model.variant + ", masks" * model.masks
+    case = engine.new_case(name, config, model.batch_size) | found
     yield {"table": task, "case": case}
 
 

@@ -167,6 +167,15 @@ def sentences(record: dict[str, Any]) -> list[str]:
         of = f", {statistics.median(flops) * 1e12 / peak:.0%} of the data sheet's" if peak else ""
         told_flops = spread(flops, "{:.3g}".format)
         lines += [f"Ceiling: {told_flops} TFLOP/s{of}, {size}^3 product in {record['dtype']}."]
+    for case in record["cases"] if record.get("backend") == "cpu" else ():
+        ours = case["results"].get("ours", {}).get("cpu_seconds_per_step", [])
+        for name, result in case["results"].items():
+            theirs = result.get("cpu_seconds_per_step", []) if name != "ours" else []
+            ratios = [them / us for us, them in zip(ours, theirs, strict=False)]
+            if ratios:
+                what = f"{case['variant']} at {size_name(case)}, batch {case['batch_size']}"
+                told_ratios = spread(ratios, "{:.2f}".format)
+                lines += [f"{what}: ours / {name} by processor time {told_ratios}."]
     for model, each in told["models"].items():
         parts = [
             f"{name} {rate(top['images_per_second'])} images/s at batch {top['batch_size']}"

@@ -89,7 +89,7 @@ def start(
             running = Timm(task, contestant, config, batch_size, backend)
         began = time.perf_counter()
         running.compile()
-        running.run(1)
+        result["first_value"] = running.run(1)
         result["first_step_seconds"] = time.perf_counter() - began
         running.run(1)
         result |= {"parameters": running.parameters, **running.memory()}
@@ -101,13 +101,14 @@ def start(
 
 
 def turn(name: str, steps: int) -> dict[str, Any]:
-    """Lets a contestant take steps; returns seconds a step, or the error."""
+    """Lets a contestant take steps; returns seconds a step, the processor's too, or the error."""
     result: dict[str, Any] = {}
     with noting(result):
         _running[name].run(1)  # caches and clocks as it has them, not as the one before
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         result["value"] = _running[name].run(steps)
         result["seconds"] = (time.perf_counter() - began) / steps
+        result["cpu_seconds"] = (time.process_time() - busy) / steps
     if "error" in result:
         _running.pop(name, None)
         release()
@@ -214,7 +215,7 @@ def describe(options: dict[str, dict[str, str | bool]]) -> dict[str, Any]:
     if backend == "cpu":
         with contextlib.suppress(OSError, TypeError):
             device = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-        device += f", {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
+        device += f", {len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.1f}"
     found = {package.name: package.version for package in importlib.metadata.distributions()}
     refused = {}
     for name, asked in options.items():

@@ -1,4 +1,4 @@
-"""The benchmarks' timm: as large as ours, and it trains where it should."""
+"""The benchmarks' timm: as large as ours, trains where it should, and learns masks as ours does."""
 
 import importlib
 import math
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
@@ -30,3 +31,15 @@ def test_timms_models_are_as_large_as_ours(name, task):
 def test_hybrids_are_not_compared():
     with pytest.raises(UserError, match="hybrids"):
         contestants.timm_model(variant("R50+B/16"))
+
+
+def test_losses_of_masks_are_the_same_step_after_step():
+    config = variant("mu/16", image_size=(32, 48), **contestants.MASKS)
+    plain = names.read_name("timm", "train")
+    timms = contestants.Timm("train", plain, config, 2, "cpu")
+    ours = contestants.Ours("train", names.read_name("ours", "train"), config, 2)
+    ours.compile()
+    assert timms.parameters == ours.parameters
+    wanted = [timms.run(1) for _ in range(3)]
+    assert wanted[0] - wanted[2] > 0.01 and abs(wanted[0] - math.log(150)) > 0.01
+    np.testing.assert_allclose([ours.run(1) for _ in range(3)], wanted, rtol=1e-5)
