@@ -62,6 +62,9 @@ def measure(
         with workers.Workers() as pool:
             for name in together:
                 results[name] = {**started(pool, name), **compiled[name], "seconds_per_step": []}
+            if segments(config):  # where all begin with the same weights
+                starts = [results[name] for name in together]
+                check_losses([x["first_value"] for x in starts if "first_value" in x], config)
             for number in range(args.repeats):
                 first = number % len(together)
                 for name in together[first:] + together[:first]:
@@ -82,8 +85,6 @@ def measure(
     counts = {x["parameters"] for x in results.values() if "parameters" in x}
     if len(counts) > 1:
         raise AssertionError(f"not the same model: {sorted(counts)} parameters")
-    if segments(config):  # whose contestants begin with the same weights
-        check_losses([x["first_value"] for x in results.values() if "first_value" in x], config)
     return {
         "results": results,
         "ceiling_size": next((once["size"] for once in ceilings if "size" in once), None),
