@@ -6,13 +6,13 @@
     vit-jax evaluate --workdir=runs/coco
 
 Without an argument, a small ViT learns scenes of two digits that may hide each other, which are
-made on the spot, in minutes on a laptop: after 2,000 steps it has an AP of 0.589 and an AP50 of
-0.865 on scenes of other digits, and of 0.688 and 0.973 on those with one digit (seed 0). The
-argument is [VARIANT,]SOURCE[,TRAIN,VAL], a source with boxes: images of 512x512 pixels, from
-`init_from`, whose model it is without a VARIANT. Images and boxes are scaled by 0.5 to 2, cut out
-anywhere and mirrored. The pyramid has 256 channels and each tower of the head four convolutions,
-as ViTDet's and FCOS's. Evaluation is COCO's, by pycocotools (the extra `detection`), in pixels of
-each image's own size: map, ap50, ap75, by size, and ap/NAME of each class.
+made on the spot, in 20 minutes of one core: after 3,000 steps it has an AP of 0.670 and an AP50 of
+0.922 on scenes of other digits (seed 0). The argument is [VARIANT,]SOURCE[,TRAIN,VAL], a source
+with boxes: images of 512x512 pixels, from `init_from`, whose model it is without a VARIANT. Images
+and boxes are scaled by 0.5 to 2, cut out anywhere and mirrored. The pyramid has 256 channels and
+each tower of the head four convolutions, as ViTDet's and FCOS's. Evaluation is COCO's, by
+pycocotools (the extra `detection`), in pixels of each image's own size: map, ap50, ap75, by size,
+and ap/NAME of each class.
 """
 
 import presets
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def get_config(arg="scenes:digits,size=48,objects=2,labels=boxes"):
+def get_config(arg="scenes:digits,size=64,objects=2,labels=boxes"):
     """[VARIANT,]SOURCE[,TRAIN,VAL]
 
     A source with boxes, which may itself have commas.
@@ -32,7 +32,7 @@ def get_config(arg="scenes:digits,size=48,objects=2,labels=boxes"):
     config.seed = 0
     config.objective = "detection"
     config.batch_size = 32 if small else 16
-    config.total_steps = 2000 if small else 20_000
+    config.total_steps = 3000 if small else 20_000
     config.total_epochs = placeholder(float)
     config.total_examples = placeholder(int)
     config.init_from = placeholder(str)
@@ -40,7 +40,7 @@ def get_config(arg="scenes:digits,size=48,objects=2,labels=boxes"):
     config.model = ConfigDict(dict(variant=own.variant) if own.variant else {})
     if small:
         config.model.update(variant="mu/8", width=64, depth=4, mlp_dim=128, num_heads=4)
-        config.model.update(in_channels=1, image_size=(48, 48), pyramid=32, towers=1)
+        config.model.update(in_channels=1, image_size=(64, 64), pyramid=32, towers=1)
     else:
         config.model.image_size = (512, 512)
 
