@@ -147,8 +147,18 @@ MADE = {
     "fine_tune": ["shards/pets/vit_jax_train.json", "runs/pets/checkpoints/best.json", "pets.csv"],
     "pretrain": ["runs/digits/curves.png", "runs/digits_16/metrics.jsonl"],
     "look_inside": ["pictures/positions.png", "pictures/attention_digit.png"],
-    "segment": ["pictures/val_model.png", "masks/19.png", "masks/19.overlay.png"],
-    "detect": ["pictures/val_model.png", "boxes/boxes.json", "boxes/19.overlay.png"],
+    "segment": [
+        "runs/shapes/pictures.png",
+        "pictures/val_model.png",
+        "masks/19.png",
+        "masks/19.overlay.png",
+    ],
+    "detect": [
+        "runs/shapes/pictures.png",
+        "pictures/val_model.png",
+        "boxes/boxes.json",
+        "boxes/19.overlay.png",
+    ],
     "checkpoints": ["digits.npz", "digits.json"],
 }
 

@@ -67,13 +67,20 @@ def run_training(
     """Trains as `train` does; also returns the lines that sum up the run, for process 0."""
     with buckets.working(workdir) as folder:
         results = loop.train(config, folder, extend=extend)
+        found = None
+        if config.segments or config.detects:
+            from vit_jax.analysis.found import write_found
+
+            # The others wait: they would end, and take the run's connection with them.
+            found = distributed.first("pictures", lambda: write_found(folder))
         if not distributed.is_lead():
             return results, []
         from vit_jax.analysis.plots import write_curves
 
         picture, name = write_curves(folder), buckets.shown(folder)
         picture = picture and f"{name}/{picture.name}"
-        return results, console.finished(config, name, results, picture)
+        found = found and f"{name}/{found}"
+        return results, console.finished(config, name, results, picture, found)
 
 
 def evaluate(

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import DIGITS, ROOT, TINY, fails
 from jax import jit
@@ -21,6 +22,8 @@ from tiny_models import run as run_model
 
 import vit_jax
 from vit_jax.__main__ import main
+from vit_jax.analysis import found as found_module
+from vit_jax.analysis.found import write_found
 from vit_jax.analysis.preflight import open_plan
 from vit_jax.checkpoints.card import ModelCard
 from vit_jax.checkpoints.opened import open_model, read_model
@@ -394,9 +397,29 @@ def test_the_batch_of_a_preflight_has_boxes():
     assert (label.shape, label.dtype) == ((16, 3, 5), jnp.float32)
 
 
-def test_a_report_and_the_screen_have_these_metrics(run, tmp_path, capsys):
-    write_report([str(run[0])], str(tmp_path / "report.html"))
-    assert "val/map" in (tmp_path / "report.html").read_text()
+def test_a_report_and_the_screen_have_these_metrics(run, tmp_path, monkeypatch):
+    shutil.copytree(run[0], tmp_path / "run")
+    monkeypatch.setattr(found_module, "DRAWN", 0.1)  # of a model that is never surer
+    assert write_found(tmp_path / "run") == "pictures.png"
+    page = np.asarray(PIL.Image.open(tmp_path / "run" / "pictures.png"))
+    source, vit, some = open_source(SCENES, "val"), vit_jax.load(run[0]), 0
+    for place, number in enumerate(np.linspace(0, len(source) - 1, 6).round().astype(int)):
+        each = source[int(number)]
+        boxes_of = each["label"], vit.detect(each["image"], threshold=0.1)
+        assert boxes_of[0].corners.size
+        for column, known in enumerate(boxes_of):
+            names = [vit.labels[label] for label in known.classes]
+            if column:
+                names = [f"{n} {s:.2f}" for n, s in zip(names, known.scores, strict=True)]
+                some += len(names)
+            drawn = boxed(each["image"], known.corners, known.classes, names, least=384)
+            y, x = 60 + place // 2 * 396, 12 + place % 2 * (2 * 396 + 12) + column * 396
+            # A box at the edge of a pixel may be drawn on either side of it.
+            assert (page[y : y + 384, x : x + 384] == drawn).mean() > 0.99
+    assert some
+    write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
+    report = (tmp_path / "report.html").read_text()
+    assert "val/map" in report and 'src="data:image/jpeg;base64,' in report
     lines = "\n".join(vit_jax.training.console.measured(run[1]))
     assert re.search(r"^val map 0\.\d+, ap50 0\.\d+, ", lines, re.M)
     assert re.search(r"^val ap fractal0 0\.\d+, fractal1 0\.\d+$", lines, re.M)

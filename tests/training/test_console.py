@@ -119,6 +119,8 @@ def test_the_results_and_what_comes_next():
         "  vit-jax predict '--model=my runs/a' IMAGE",
     ]
     assert not any("evaluate" in line for line in console.finished(config, "a", TRAIN, None))
+    said = console.finished(config, "a", TRAIN, None, "a/pictures.png")
+    assert any(line.endswith("; what the model finds in a/pictures.png") for line in said)
 
 
 @pytest.mark.parametrize("processes, asked", [(1, 180), (2, 24)])

@@ -1,13 +1,17 @@
 """Objective segmentation: losses and metrics of pixels against loops, and a run from end to end."""
 
+import base64
 import dataclasses
 import functools
+import io
 import itertools
+import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import DIGITS, ROOT, TINY
 from jax import jit
@@ -16,10 +20,13 @@ from tiny_models import as_float32, random_params
 from tiny_models import run as run_model
 
 import vit_jax
+from vit_jax.analysis.found import write_found
 from vit_jax.analysis.preflight import open_plan
 from vit_jax.checkpoints.fit import place
 from vit_jax.checkpoints.opened import open_model, read_model
 from vit_jax.data.config import Split
+from vit_jax.data.images import BadImage
+from vit_jax.data.masks import default_palette
 from vit_jax.data.pipeline import BatchReader, eval_batches
 from vit_jax.data.sources import open_source
 from vit_jax.data.transforms import Preprocess
@@ -389,9 +396,49 @@ def test_the_batch_of_a_preflight_has_masks():
     assert (label.shape, label.dtype) == ((32, 16, 16), jnp.uint8)
 
 
-def test_a_report_has_these_metrics(run, tmp_path):
-    write_report([str(run[0])], str(tmp_path / "report.html"))
-    assert "miou" in (tmp_path / "report.html").read_text()
+def test_a_report_has_these_metrics_and_what_is_found(run, tmp_path, monkeypatch, caplog):
+    shutil.copytree(run[0], tmp_path / "run")
+    assert write_found(tmp_path / "run") == "pictures.png"
+    source, vit = open_source(SCENES, "val"), vit_jax.load(run[0])
+    page = np.asarray(PIL.Image.open(tmp_path / "run" / "pictures.png"))
+    palette = np.array(vit.palette or default_palette(11), np.uint8)
+    numbers = np.linspace(0, len(source) - 1, 6).round().astype(int).tolist()
+    shown = [source[i] for i in numbers]
+    for at, each in enumerate(shown):
+        masks = palette[each["label"]], palette[vit.segment(each["image"])]
+        panels = np.broadcast_to(each["image"], (16, 16, 3)), *masks
+        for column, panel in enumerate(panels):  # 24 times as large, two images in a row
+            y, x = 60 + at // 2 * 396, 12 + at % 2 * (3 * 396 + 12) + column * 396
+            np.testing.assert_array_equal(page[y : y + 384, x : x + 384][12::24, ::24], panel)
+    told = write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
+    report = (tmp_path / "report.html").read_text()
+    assert "miou" in report and "; img-src data:" in report
+    assert f"- run: {tmp_path}/run/pictures.png" in told.replace("\\", "")
+    jpeg = base64.b64decode(re.search(r'src="data:image/jpeg;base64,([^"]+)"', report)[1])
+    small = np.asarray(PIL.Image.open(io.BytesIO(jpeg)).resize(page.shape[1::-1]), int)
+    assert small.shape == page.shape and np.abs(small - page).mean() < 8
+
+    # What cannot be read is passed over; and where nothing can be drawn, that is all that is said.
+    def damaged(self, index):
+        if index == numbers[0]:
+            raise BadImage("it is cut off")
+        return shown[numbers.index(index)] | ({"image": b""} if index == numbers[2] else {})
+
+    monkeypatch.setattr(type(source), "__getitem__", damaged)
+    write_found(tmp_path / "run")
+    less = np.asarray(PIL.Image.open(tmp_path / "run" / "pictures.png"))
+    np.testing.assert_array_equal(less[60:444, 12:1188], page[60:444, 1212:2388])
+    np.testing.assert_array_equal(less[60:444, 1212:2388], page[456:840, 1212:2388])
+    assert less.shape[1] == page.shape[1] and not caplog.messages
+    (tmp_path / "run" / "data.json").write_text("{")
+    assert write_found(tmp_path / "run") is None and len(caplog.messages) == 1
+    assert re.search(
+        "pictures.png is not drawn: .*data.json is damaged", caplog.text.split("  ")[-1]
+    )
+    (tmp_path / "run" / "pictures.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
+    assert "pictures.png is not on the page" in caplog.text
+    assert "data:" not in (tmp_path / "report.html").read_text()
 
 
 MASKS = TrainingData(("0", "1"), masks=True)

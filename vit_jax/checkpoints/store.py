@@ -38,6 +38,7 @@ RUN_FILES = (
     *("checkpoints", "model", "config.json", "data.json", "teacher.json", "metrics.jsonl"),
     *("starts.jsonl", "corrupt.jsonl", "curves.png", "tensorboard", "wandb", "wandb_id"),
     *("evaluation", "report.html", "report.md", "*.log", "*.out", "*.err", "lost+found"),
+    "pictures.png",
 )
 # Errors that tensorstore reports as text.
 _REFUSALS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE)

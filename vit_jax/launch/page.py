@@ -15,6 +15,7 @@ from etils import epath
 
 from vit_jax.errors import UserError
 from vit_jax.launch.comparison import Run, read_runs
+from vit_jax.launch.found_page import found_markdown, found_section
 from vit_jax.launch.parts import COLOURS, html_table, safe, swatch, ticks
 from vit_jax.launch.quality import Evaluated, markdown_of, read_all
 from vit_jax.launch.quality_page import sections
@@ -58,7 +59,7 @@ def write_report(folders: Sequence[str], out: str | None = None) -> str:
         raise UserError(f"--out is {out}; expected FILE.html, beside which FILE.md is written")
     report = compare(read_runs(folders), title(folders))
     evaluated, notes = read_all(report.runs)
-    table = markdown(report) + markdown_of(evaluated, notes)
+    table = markdown(report) + markdown_of(evaluated, notes) + found_markdown(report)
     beside = path.with_suffix(".md")
     if beside.exists() and not path.exists():  # such as README.md
         raise UserError(
@@ -79,13 +80,15 @@ def html_page(
     here = resources.files("vit_jax.launch")
     style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    found = found_section(report, keys)
+    images = "; img-src data:" if found else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'sha256-{policy}'">
+script-src 'sha256-{policy}'{images}">
 <title>{safe(report.title)}</title>
 <style>{style}</style>
 </head>
@@ -102,6 +105,7 @@ script-src 'sha256-{policy}'">
 <h2>Runs</h2>
 {_runs(report, keys)}
 </section>
+{found}
 {sections(evaluated, notes, keys)}
 {_footer(report)}
 </main>

@@ -304,14 +304,19 @@ def evaluated(model: epath.PathLike, results: Mapping[str, int | float]) -> list
 
 
 def finished(
-    config: Config, workdir: epath.PathLike, results: Mapping[str, int | float], picture: Any
+    config: Config,
+    workdir: epath.PathLike,
+    results: Mapping[str, int | float],
+    picture: Any,
+    found: Any = None,
 ) -> list[str]:
     """The last lines of a run: what was measured, where all is, and the commands that come next."""
     seconds = results.get("seconds")
     took = f" in {tqdm.tqdm.format_interval(seconds)}" if seconds is not None else ""
     lines = [f"finished {results.get('step', 0):,} steps{took}", *measured(results)]
     kept = f"{workdir} has the model, its checkpoints and metrics.jsonl"
-    lines.append(kept + (f"; curves in {picture}" if picture else ""))
+    kept += f"; curves in {picture}" if picture else ""
+    lines.append(kept + (f"; what the model finds in {found}" if found else ""))
     if config.checkpoint.best:
         workdir = f"{workdir}/checkpoints/best"
     next_ = [["vit-jax", "evaluate", f"--workdir={workdir}"]] if len(lines) > 2 else []

@@ -22,6 +22,7 @@ from vit_jax.training.evaluation.quality import Classes, Confusion
 from vit_jax.writing import write_atomically
 
 FOLDER = "evaluation"  # of a run folder
+PICTURES = "pictures.png"  # of a run that learns masks or boxes: what its model finds
 _BINNED = ("confidence", "accuracy")  # of a reliability diagram
 
 
