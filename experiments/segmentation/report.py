@@ -12,7 +12,8 @@ head is linear, on each patch, or it reads a feature pyramid of 32 channels (ViT
 2203.16527), which has 4 x 4 times as many places. Three seeds.
 
 The learning rate of each start is the best of three for the linear head on held-out scenes, with a
-seed of its own (`sweep.py:pilot`): PILOT
+seed of its own (`sweep.py:pilot`): at 0.001, 0.002 and 0.004 from scratch 16.7, 17.7 and 18.3%,
+from masked patches 16.9, 19.2 and 19.3%, from labels 17.0, 18.7 and 18.5%.
 
 What counts was written before the runs, by mIoU on the test scenes, seed by seed, with 95%
 intervals of Student's t:

@@ -26,7 +26,7 @@ AFTER = {
     "eval.every": 0,
     "checkpoint.every": 500,
 }
-RATES = {"scratch": 2e-3, "labels": 2e-3, "masked": 2e-3}
+RATES = {"scratch": 4e-3, "labels": 2e-3, "masked": 4e-3}
 TRIED = (1e-3, 2e-3, 4e-3)
 SCALES = ("smoke", "pilot", "laptop", "paper")
 
