@@ -54,6 +54,8 @@ def sweep(scale="laptop"):
             yield {**BEFORE, **own, **OBJECTIVES[start], **before}
         for point in product({"start": starts, "head": heads}):
             start, head = point.values()
+            if head == "pyramid" and start != "labels":
+                continue
             own = {} if start == "scratch" else {"init_from": f"@{start}_{seed}"}
             for ending, rate in rates[start].items():
                 name = f"{start}_{head}_{seed}{ending}"
