@@ -51,6 +51,8 @@ def get_config(arg="scenes:digits,size=48"):
     if not small:
         config.data.train.update(random_scale=(0.5, 2.0), flip=True)
     config.data.val = ConfigDict(dict(source=own.source, split=own.val))
+    if small:
+        config.data.test = ConfigDict(dict(source=own.source, split="test"))
 
     config.augment = ConfigDict(dict(dice=0.0))
 

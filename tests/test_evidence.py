@@ -74,12 +74,6 @@ def test_an_experiment_runs_from_its_points_to_its_page(
         module = evidence.report(name)
         monkeypatch.setattr(module, "measure", functools.partial(module.measure, side=48))
         monkeypatch.setattr(evidence, "report", lambda name: module)
-    if name == "segmentation":
-        module = evidence.report(name)
-        monkeypatch.setattr(module, "SIZES", (24,))
-        monkeypatch.setattr(module, "SCENES", "scenes:digits,size=24,examples=8")
-        monkeypatch.setattr(module, "STEPS", 2)
-        monkeypatch.setattr(evidence, "report", lambda name: module)
     evidence.collect(name, runs, points, tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert [each["name"] for each in found["points"]] == [point.name for point in points]
@@ -390,17 +384,31 @@ def test_a_difference_has_the_interval_of_students_t_and_decides_by_it():
     assert less({0: 0.5, 1: 0.7, 2: 0.9}, {2: 0.4, 1: 0.6}).values == (0.7 - 0.6, 0.9 - 0.4)
 
 
-@pytest.mark.parametrize("random, agrees", [(0.2, "are better"), (0.5, "no gain")])
-def test_segmentation_agrees_if_training_helps(random, agrees):
-    miou = {"random": random, "masked": 0.4, "labels": 0.5}
-    measured = [
-        {"name": name, "size": size, "seed": seed, "miou": x + seed / 1000, "accuracy": 0.9}
-        for name, x in miou.items()
-        for size in (24, 48)
-        for seed in (0, 1)
+@pytest.mark.parametrize("scratch, masked", [(0.2, "yes"), (0.4, "no"), (0.385, "undecided")])
+def test_segmentation_asks_whether_training_helps(scratch, masked):
+    """Masked patches have 0.4, labels 0.5, a pyramid 0.1 more, the other seeds a little more."""
+    points = [
+        Point(
+            f"{start}_{head}_{seed}",
+            {"seed": seed},
+            {
+                "test/miou": miou + 0.1 * (head == "pyramid") + apart * seed,
+                "test/pixel_accuracy": 0.9,
+            },
+        )
+        for start, miou, apart in (
+            ("scratch", scratch, 0.01),
+            ("masked", 0.4, 0.013),
+            ("labels", 0.5, 0.01),
+        )
+        for head in ("linear", "pyramid")
+        for seed in (0, 1, 2)
     ]
-    found = told("segmentation", {}, measured=measured)
-    assert agrees in found.agrees and "trained by labels" in found.verdict
+    points.append(Point("labels_0", {"seed": 0}, {}))
+    found = evidence.report("segmentation").tell(points, [])
+    assert f"masked patches help: {masked}" in found.verdict
+    assert "the pyramid helps by +10.0% (+10.0% to +10.0%)" in found.verdict
+    assert (found.agrees == "yes") == (masked == "yes")
 
 
 def test_inspection_counts_the_statements_that_are_seen():
