@@ -17,8 +17,9 @@ mirrored images averaged (val 92.6, 93.0 and 93.7%). The list in Fashion-MNIST's
 small CNNs at 91 to 93%, and 96.7% as the best.
 
 What is known to matter: a unit of convolutions below the ViT (of 38,000 images, each once, 85.8%
-of val with it at a rate of 1e-3, 83.0% without at 2e-3, at 40 x 40 pixels). At the end training and held-out images are
-told equally well, so that more passes, or a higher resolution from the start, should help.
+of val with it at a rate of 1e-3, 83.0% without at 2e-3, at 40 x 40 pixels). At the end training
+and held-out images are told equally well, so that more passes, or a higher resolution from the
+start, should help.
 """
 
 from ml_collections import ConfigDict
