@@ -489,10 +489,13 @@ def test_a_preflight_needs_neither_data_nor_classes():
     assert (model.num_classes, model.patch_outputs) == (0, 16 * 512)
 
 
+DENSE = ("segmentation", "detection")  # whose losses are in files of their own
+
+
 def test_a_record_may_name_every_objective_there_is():
-    assert set(card.OBJECTIVES) == {*objectives.LOSSES, *masking.TARGETS, "segmentation"}
+    assert set(card.OBJECTIVES) == {*objectives.LOSSES, *masking.TARGETS, *DENSE}
     classifying = {name for name, kind in card.OBJECTIVES.items() if kind.probabilities}
-    assert classifying == {*objectives.LOSSES, "segmentation"}
+    assert classifying == {*objectives.LOSSES, *DENSE}
 
 
 # What is set, and what is said of it before a run begins.
