@@ -7,12 +7,13 @@
 
 Without an argument, a small ViT learns scenes of two digits that may hide each other, which are
 made on the spot, in 20 minutes of one core: after 3,000 steps it has an AP of 0.670 and an AP50 of
-0.922 on scenes of other digits (seed 0). The argument is [VARIANT,]SOURCE[,TRAIN,VAL], a source
-with boxes: images of 512x512 pixels, from `init_from`, whose model it is without a VARIANT. Images
-and boxes are scaled by 0.5 to 2, cut out anywhere and mirrored. The pyramid has 256 channels and
-each tower of the head four convolutions, as ViTDet's and FCOS's. Evaluation is COCO's, by
-pycocotools (the extra `detection`), in pixels of each image's own size: map, ap50, ap75, by size,
-and ap/NAME of each class.
+0.922 on scenes of other digits (seed 0). Of one digit, at 48 pixels, 2,000 steps (5 minutes) give
+an AP of 0.824, 0.820 and 0.819, and an AP50 of 0.989, 0.986 and 0.992 (seeds 0, 1 and 2). The
+argument is [VARIANT,]SOURCE[,TRAIN,VAL], a source with boxes: images of 512x512 pixels, from
+`init_from`, whose model it is without a VARIANT. Images and boxes are scaled by 0.5 to 2, cut out
+anywhere and mirrored. The pyramid has 256 channels and each tower of the head four convolutions, as
+ViTDet's and FCOS's. Evaluation is COCO's, by pycocotools (the extra `detection`), in pixels of each
+image's own size: map, ap50, ap75, by size, and ap/NAME of each class.
 """
 
 import presets
