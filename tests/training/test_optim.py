@@ -352,6 +352,11 @@ def test_factored_moments_are_split_as_their_parameter_and_saved_by_its_name(siz
     kernel = [tree["blocks"]["attention"]["qkv"]["kernel"] for tree in factored[1:]]
     assert [leaf.shape for leaf in kernel] == [(2, 64, 3, 2, 1), (2, 1, 3, 2, 32)]
     assert "fsdp" in kernel[0].sharding.spec
+    muon = make_optimizer(OptimConfig(LR, "muon"), lambda step: LR)
+    momenta = to_saved(abstract_state(vit, muon, ema=False, mesh=mesh))["opt_state"]
+    name = "0/inner_states/muon/inner_state/0/mu/blocks/attention/qkv/kernel"
+    assert axes(momenta[name]) == axes(params["blocks"]["attention"]["qkv"]["kernel"])
+    assert not any("others" in key and "qkv/kernel" in key for key in momenta)
 
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     saved = to_saved(state)
@@ -443,3 +448,67 @@ def test_clipping_is_optaxs():
         found, _ = clip_by_norm(bound).update(grads, optax.EmptyState())
         wanted, _ = optax.clip_by_global_norm(bound).update(grads, optax.EmptyState())
         jax.tree.map(np.testing.assert_allclose, found, wanted)
+
+
+def convolutions():
+    """Parameters of Muon beyond `stacked`: of a hybrid's root, and of two stacked units."""
+    return {
+        "resnet/conv_root/kernel": (3, 3, 2, 8),
+        "resnet/stage1/rest/conv2/kernel": (2, 3, 3, 4, 6),
+    }
+
+
+def muon_matrices(name, array):
+    """Views of the matrices that Muon makes orthogonal; none of what it leaves to Adam."""
+    if name in convolutions():
+        stacked = array.reshape(-1, *array.shape[-4:])
+        return [each.reshape(-1, each.shape[-1]) for each in stacked]
+    if name == "pre_logits/kernel":
+        return [array]
+    return matrices(name, array) if name.startswith("blocks/") and name in FACTORED else []
+
+
+def orthogonal(x):
+    """Five steps of the iteration of Muon's authors, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("fields, momentum", [({}, 0.95), (dict(momentum=0.8), 0.8)])
+def test_three_steps_of_muon(fields, momentum):
+    """Matrices by Nesterov's momentum made orthogonal, everything else as by AdamW."""
+    random = np.random.default_rng(5)
+    more = {name: random.normal(size=shape) for name, shape in convolutions().items()}
+    params = stacked(0) | more
+    config = OptimConfig(LR, "muon", weight_decay=0.3, grad_clip=CLIP, b1=0.8, b2=0.95, **fields)
+    optimizer = make_optimizer(config, lambda step: jnp.array(LRS)[step])
+    found = nested(params)
+    state = optimizer.init(found)
+    m, v = ({key: np.zeros_like(p) for key, p in params.items()} for _ in range(2))
+    for t, lr in enumerate(LRS, 1):
+        grads = {k: random.normal(size=p.shape) / (20 * t) for k, p in params.items()}
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        assert norm > CLIP
+        for key, grad in grads.items():
+            grad = grad * CLIP / norm
+            update = np.zeros_like(grad)
+            views = muon_matrices(key, update)
+            if views:
+                m[key] = momentum * m[key] + (1 - momentum) * grad
+                ahead = momentum * m[key] / (1 - momentum ** (t + 1))
+                ahead = ahead + (1 - momentum) * grad / (1 - momentum**t)
+                for view, g in zip(views, muon_matrices(key, ahead), strict=True):
+                    view[...] = 0.2 * math.sqrt(max(g.shape)) * orthogonal(g)
+            else:
+                m[key] = 0.8 * m[key] + 0.2 * grad
+                v[key] = 0.95 * v[key] + 0.05 * grad**2
+                update = m[key] / (1 - 0.8**t) / (np.sqrt(v[key] / (1 - 0.95**t)) + 1e-8)
+            decay = 0.3 * params[key] if key.endswith("kernel") else 0.0
+            params[key] = params[key] - lr * (update + decay)
+        updates, state = jax.jit(optimizer.update)(nested(grads), state, found)
+        found = optax.apply_updates(found, updates)
+        assert_close(found, nested(params), rtol=1e-3, atol=2e-4)

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 
 from vit_jax.compiler import target
 from vit_jax.errors import UserError, nearest
+from vit_jax.models.lora import HEADS
 from vit_jax.training.sharding import path_name
 
-NAMES = ("adamw", "adam", "adafactor", "sgd")
+NAMES = ("adamw", "adam", "adafactor", "sgd", "muon")
 SCHEDULES = ("cosine", "linear", "rsqrt", "staircase", "constant")
 DECAYED = ("kernels", "all")
 MU_DTYPES = ("float32", "bfloat16")
@@ -31,7 +32,12 @@ MATRICES = (
     (r"(kernel|pos_embed(_\w+)?)$", (-2, -1)),
 )
 _LEAST_SIDE = 32
+# Muon's matrices are those of kernels, and of convolutions [h w in out] one of [h w in, out]. What
+# embeds patches, and the heads, are left to Adam, like all other parameters.
+_CONVOLUTIONS = r"conv\w*/kernel$"
+_EMBEDDING = ("patch_embed", *HEADS)
 _DECAYED_KERNELS = ("kernel", "lora_a", "lora_b")  # the matrices of all layers
+_MOMENTUM = {"sgd": 0.9, "muon": 0.95}
 _SMALL, _PARTS = 2**16, 2**12  # of a norm: elements of a leaf that is small; sums of another
 
 
@@ -84,9 +90,9 @@ class OptimConfig:
     """The `optim` section: optimiser, learning rate schedule, gradient clipping and averaging.
 
     Attributes:
-      name: the optimiser: `adamw`, `adam`, `sgd`, or the `adafactor` of "Scaling Vision
+      name: the optimiser: `adamw`, `adam`, `sgd`, the `adafactor` of "Scaling Vision
         Transformers" (section 3.4): Adam with half of its state, and with a bfloat16 momentum a
-        quarter.
+        quarter, or `muon` (see `scale_by_muon`), for which AdamW's rates and decays are a start.
       lr: the peak learning rate, reached at the end of the warm-up.
       schedule: the decay after the warm-up: to `end_lr` by `cosine` or `linear`, `constant`,
         `rsqrt`, lr / sqrt(1 + (step - warmup) / timescale) ("Scaling Vision Transformers", section
@@ -112,7 +118,7 @@ class OptimConfig:
       b1: decay of the first moment of Adam and of Adafactor, which keeps none if it is 0.
       b2: decay of the second moment; for Adafactor, the upper bound of its decay 1 - step^-0.8.
       eps: added to the root of Adam's second moment; Adafactor's is 1e-30, in the squares.
-      momentum: decay of the momentum of sgd.
+      momentum: decay of the momentum; None is 0.9 for sgd and 0.95 for muon, the others have none.
       freeze: what does not learn: `backbone` (all but the head, its hidden layer and the attention
         pooling), `all_but_head`, `blocks[:N]`, the first N blocks, or patterns of parameters'
         names in which * is any text, such as patch_embed/*. No gradient is computed for it, and no
@@ -141,7 +147,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    momentum: float = 0.9
+    momentum: float | None = None
     freeze: tuple[str, ...] = ()
     layer_decay: float | None = None
     groups: dict[str, Group] = dataclasses.field(default_factory=dict, hash=False)
@@ -187,8 +193,9 @@ class OptimConfig:
         if not 0 < self.drop_factor < 1:
             raise UserError(f"optim.drop_factor is {self.drop_factor}; it must be in (0, 1)")
         for field in ("b1", "b2", "momentum"):
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(f"optim.{field} is {getattr(self, field)}; it must be in [0, 1)")
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"optim.{field} is {value}; it must be in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"optim.ema is {self.ema}; it must be in [0, 1), such as 0.9999")
         if self.ema_warmup and self.ema is None:
@@ -266,18 +273,20 @@ def make_optimizer(
       rates: factors of the learning rate and weight decays of the parameters that learn (see
         `trainable.rates`); None for the same everywhere.
     """
+    momentum = _MOMENTUM.get(config.name) if config.momentum is None else config.momentum
     if config.name == "sgd":
-        steps = [optax.trace(decay=config.momentum, accumulator_dtype=config.mu_dtype)]
+        steps = [optax.trace(decay=momentum, accumulator_dtype=config.mu_dtype)]
     elif config.name == "adafactor":
         steps = [scale_by_factored_moment(config.b2)]
         if config.b1:
             steps.append(optax.ema(config.b1, debias=False, accumulator_dtype=config.mu_dtype))
     else:
-        steps = [
-            optax.scale_by_adam(
-                b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype
-            )
-        ]
+        adam = optax.scale_by_adam(
+            b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype
+        )
+        steps = [adam]
+        if config.name == "muon":
+            steps = [scale_by_muon(momentum, config.mu_dtype, adam)]
     if config.grad_clip is not None:
         steps.insert(0, clip_by_norm(config.grad_clip, whole=whole))
     if rates is not None:
@@ -393,6 +402,53 @@ def scale_by_factored_moment(b2: float) -> optax.GradientTransformation:
         return updates, FactoredState(state.count + 1, row, col)
 
     return optax.GradientTransformation(init, update)
+
+
+def scale_by_muon(
+    momentum: float, mu_dtype: str, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Muon, for matrices in the hidden layers: their momentum made orthogonal, by optax.contrib.
+
+    Nesterov's momentum, five Newton-Schulz steps, and a factor of 0.2 sqrt(max(rows, columns)),
+    which gives updates about the size of AdamW's ("Muon is Scalable for LLM Training", arXiv
+    2502.16982, section 2.2). Every layer, Q, K, V and head has its own matrix (see `MATRICES`).
+
+    Args:
+      others: what scales the updates of all other parameters.
+    """
+
+    def axes(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(_muon_axes, params)
+
+    def sized(update: Any, of: optax.contrib.MuonDimensionNumbers) -> Any:
+        sides = [math.prod(update.shape[axis] for axis in each) for each in of]
+        return update * (0.2 * math.sqrt(max(sides)))
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=momentum, mu_dtype=mu_dtype, weight_dimension_numbers=axes
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(sized, updates, axes(updates))),
+    )
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: "muon" if _muon_axes(path, leaf) else "others", params
+        )
+
+    return optax.partition({"muon": muon, "others": others}, labels)
+
+
+def _muon_axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    name = path_name(path)
+    if not name.endswith("kernel") or name.split("/")[0] in _EMBEDDING:
+        return None
+    if re.search(_CONVOLUTIONS, name):
+        rows, column = (-4, -3, -2), -1
+    else:
+        (row, column), *_ = (axes for pattern, axes in MATRICES if re.search(pattern, name))
+        rows = (row,)
+    return optax.contrib.MuonDimensionNumbers(rows, (column,))
 
 
 def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> tuple[int, int] | None:
