@@ -134,7 +134,10 @@ def test_parts_of_a_checkpoint_start_anew(tiny_run, tmp_path, untrained, caplog)
     for name in anew:
         np.testing.assert_allclose(new[name], made[name], rtol=1e-6)
     for name, sentence in (
-        ("pos_embd", "model.fresh='pos_embd' matches no parameter of the model; did you mean"),
+        (
+            "pos_embd",
+            "model.fresh has 'pos_embd', which matches no parameter; did you mean 'pos_embed",
+        ),
         ("head/*", "leave one out"),
     ):
         lora = ["--config.model.lora.rank=2"] if name == "head/*" else []

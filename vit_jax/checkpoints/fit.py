@@ -4,8 +4,7 @@
 """
 
 import dataclasses
-import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +15,9 @@ from vit_jax.checkpoints.adapter import Adapter
 from vit_jax.checkpoints.card import Line, ModelCard
 from vit_jax.checkpoints.convert import shapes_of
 from vit_jax.checkpoints.families import fitted_preprocess
+from vit_jax.checkpoints.keys import parameters
 from vit_jax.checkpoints.opened import Opened, facts
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError
 from vit_jax.models import posembed, positions
 from vit_jax.models.config import ModelConfig, check_fields
 from vit_jax.models.create import init_params, structure
@@ -93,7 +93,7 @@ def fitted(
     for part, sizes in {"pyramid/": ("pyramid",), "detector/": ("pyramid", "towers")}.items():
         if any(getattr(old, name, None) != getattr(new, name, None) for name in sizes):
             replaced += (part,)
-    anew = {name for pattern in fresh for name in _matching(pattern, expected)}
+    anew = {name for pattern in fresh for name in parameters("model.fresh", pattern, expected)}
     anew |= {n for n in expected if n not in opened.shapes or n.startswith(replaced)}
     made = _fresh(new, sorted(anew), seed)
     for name, shape in expected.items():
@@ -170,15 +170,6 @@ def _fresh(config: ModelConfig, names: list[str], seed: int) -> dict[str, np.nda
         return {name: params[name] for name in names}
 
     return jax.device_get(jax.jit(some)())
-
-
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    found = fnmatch.filter(names, pattern)
-    if not found:
-        raise UserError(
-            f"model.fresh={pattern!r} matches no parameter of the model; {nearest(pattern, names)}"
-        )
-    return found
 
 
 def _heads_differ(old: ModelConfig, new: ModelConfig) -> bool:

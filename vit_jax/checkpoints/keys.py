@@ -65,6 +65,27 @@ def _matching(weights: Weights, name: str, pattern: str) -> list[str]:
     return found
 
 
+def parameters(key: str, pattern: str, names: Iterable[str], also: Iterable[str] = ()) -> list[str]:
+    """The model's parameters that a pattern of the config key matches, in which * is any text.
+
+    Args:
+      also: other words that the key takes, to suggest.
+
+    Raises:
+      UserError: none.
+    """
+    names = [*names]
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        modules = {name.rpartition("/")[0] for name in names} - {""}
+        known = [*names, *(f"{module}/*" for module in modules), *also]
+        raise UserError(
+            f"{key} has {pattern!r}, which matches no parameter; {nearest(pattern, known)} "
+            "(`vit-jax inspect` lists the names)"
+        )
+    return found
+
+
 def _first(key: str) -> int:
     """The length of a name's first part with its separator, 0 if it has one part."""
     return min((key.find(mark) + 1 for mark in _SEPARATORS if mark in key), default=0)

@@ -1,7 +1,6 @@
 """Which parameters learn, and how fast: frozen ones, layer-wise decay of the rate, groups."""
 
 import dataclasses
-import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.errors import UserError, nearest
+from vit_jax.checkpoints.keys import parameters
+from vit_jax.errors import UserError
 from vit_jax.models.lora import HEADS, is_adapter, learns
 from vit_jax.training.optim import OptimConfig, is_decayed
 
@@ -108,7 +108,7 @@ def check_learns(config: OptimConfig, params: Any) -> None:
             "two out"
         )
     for key, group in config.groups.items():
-        if fixed.issuperset(matching(f"optim.groups.{key}.match", group.match, leaves)):
+        if fixed.issuperset(parameters(f"optim.groups.{key}.match", group.match, leaves)):
             raise UserError(
                 f"optim.groups.{key}.match is {group.match!r}, of which nothing learns with "
                 f"{'model.lora' if adapters else 'optim.freeze'}: leave the group out"
@@ -131,25 +131,7 @@ def _matched(entry: str, leaves: Mapping[str, Any]) -> Iterator[tuple[str, int |
         rows = int(found[1])
         yield from ((name, None if rows == depth else rows) for name in stacked)
         return
-    yield from ((name, None) for name in matching("optim.freeze", entry, leaves))
-
-
-def matching(key: str, pattern: str, names: Mapping[str, Any]) -> list[str]:
-    """The names that a pattern matches, in which * is any text.
-
-    Raises:
-      UserError: none.
-    """
-    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    if not found:
-        modules = {name.rpartition("/")[0] for name in names} - {""}
-        known = [*names, *(f"{module}/*" for module in modules)]
-        known += [*BUT] if key == "optim.freeze" else []
-        raise UserError(
-            f"{key} has {pattern!r}, which matches no parameter; {nearest(pattern, known)} "
-            "(`vit-jax inspect` lists the names)"
-        )
-    return found
+    yield from ((name, None) for name in parameters("optim.freeze", entry, leaves, also=BUT))
 
 
 def rates(config: OptimConfig, params: Any, branches: int = 1) -> tuple[Any, Any] | None:
@@ -178,7 +160,7 @@ def rates(config: OptimConfig, params: Any, branches: int = 1) -> tuple[Any, Any
     decays = {name: config.weight_decay * is_decayed(config, name) for name in leaves}
     owner: dict[str, str] = {}
     for key, group in config.groups.items():
-        for name in matching(f"optim.groups.{key}.match", group.match, leaves):
+        for name in parameters(f"optim.groups.{key}.match", group.match, leaves):
             if name in owner:
                 raise UserError(f"optim.groups: {owner[name]} and {key} both match {name}")
             owner[name] = key

@@ -250,36 +250,37 @@ class Evaluation:
         Padding is masked; the sums of all batches are added on the host, and divided last. Images
         that cannot be read are masked as well, if they are to be skipped, and counted in `corrupt`.
         """
-        read, corrupt = self._reads[name, split], 0
-        if self._config.segments:
-            return self._segment(params, read, split)
-        if self._config.detects:
-            return self._detect(params, read, split)
-        several = self._several.get(name)
+        read, skipped = self._reads[name, split], []
+        skips, config = read.on_corrupt == "skip", self._config
+        whole = self._detect if config.detects else self._classify
+        measure = self._segment if config.segments else whole
+
+        def on_devices(batches):
+            for batch in batches:
+                if skips:
+                    skipped.append(total(batch["corrupt"], self._batch_size, self._mesh))
+                yield self._to_devices(batch)
+
+        with self._batches(read) as batches:
+            means = measure(params, name, split, on_devices(batches))
+        return {**means, "corrupt": int(sum(skipped))} if skips else means
+
+    def _classify(self, params: Any, name: str, split: Split, batches: Any) -> dict[str, float]:
+        read, several = self._reads[name, split], self._several.get(name)
         each = several == "each"
         rows = each or (self._kept is not None and self.classifies)
-
-        def results(batches):
-            nonlocal corrupt
-            for number, batch in enumerate(batches):
-                if read.on_corrupt == "skip":
-                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
-                on_device = self._to_devices(batch)
-                if rows:
-                    yield self._row_steps[each](params, on_device)
-                else:
-                    yield self._eval_step(params, on_device, number * self._batch_size)
-
         gathered = Gathered(len(read.source), several, self._config.objective)
-        with self._batches(read) as batches:
-            if rows:
-                sums = []
-                for number, values in enumerate(fetched(results(batches))):
-                    known = [values.pop(column) for column in ("logits", "label", "mask")]
-                    gathered.add(number * self._batch_size, *known)
-                    sums.append(values)
-            else:
-                sums = jax.device_get(list(results(batches)))
+        size, eval_step = self._batch_size, self._eval_step
+        if rows:
+            sums = []
+            results = (self._row_steps[each](params, batch) for batch in batches)
+            for number, values in enumerate(fetched(results)):
+                known = [values.pop(column) for column in ("logits", "label", "mask")]
+                gathered.add(number * size, *known)
+                sums.append(values)
+        else:
+            results = [eval_step(params, batch, i * size) for i, batch in enumerate(batches)]
+            sums = jax.device_get(results)
         totals = {
             name: np.sum([values[name] for values in sums], axis=0, dtype=np.float64)
             for name in sums[0]
@@ -301,42 +302,24 @@ class Evaluation:
                 means |= multilabel.scores(found.logits, found.label)
             if self._kept is not None:
                 self._kept[name] = found
-        return {**means, "corrupt": int(corrupt)} if read.on_corrupt == "skip" else means
+        return means
 
-    def _segment(self, params: Any, read: BatchReader, split: Split) -> dict[str, float]:
-        skips, corrupt = read.on_corrupt == "skip", 0
-
-        def results(batches):
-            nonlocal corrupt
-            for batch in batches:
-                if skips:
-                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
-                yield self._mask_step(params, self._to_devices(batch))
-
-        with self._batches(read) as batches:
-            confusion, loss = masks.added(fetched(results(batches)))
+    def _segment(self, params: Any, name: str, split: Split, batches: Any) -> dict[str, float]:
+        results = (self._mask_step(params, batch) for batch in batches)
+        confusion, loss = masks.added(fetched(results))
         if not confusion.any():
             raise UserError(f"{split.source} {split.split}: no pixel has a class to compare")
-        means = masks.metrics(confusion, loss, read.source.label_names)
-        return {**means, "corrupt": int(corrupt)} if skips else means
+        return masks.metrics(confusion, loss, self.label_names(name, split))
 
-    def _detect(self, params: Any, read: BatchReader, split: Split) -> dict[str, float]:
-        skips, corrupt, found = read.on_corrupt == "skip", 0, boxes.Gathered()
-
-        def results(batches):
-            nonlocal corrupt
-            for batch in batches:
-                if skips:
-                    corrupt += total(batch["corrupt"], self._batch_size, self._mesh)
-                yield self._box_step(params, self._to_devices(batch))
-
-        with self._batches(read) as batches:
-            for number, values in enumerate(fetched(results(batches))):
-                found.add(number * self._batch_size, values)
-        means = boxes.metrics(*found.beside(read.source), read.source.label_names)
+    def _detect(self, params: Any, name: str, split: Split, batches: Any) -> dict[str, float]:
+        found, source = boxes.Gathered(), self._reads[name, split].source
+        results = (self._box_step(params, batch) for batch in batches)
+        for number, values in enumerate(fetched(results)):
+            found.add(number * self._batch_size, values)
+        means = boxes.metrics(*found.beside(source), source.label_names)
         if not means:
             raise UserError(f"{split.source} {split.split}: {NO_BOX}")
-        return {**means, "corrupt": int(corrupt)} if skips else means
+        return means
 
     def features(self, params: Any, name: str, split: Split) -> Features:
         """Returns the head's inputs for all examples, in order, on the host of every process.
