@@ -162,7 +162,8 @@ def machine() -> dict[str, str]:
 
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = f"{cores} CPU cores" if device.platform == "cpu" else device.device_kind
+    cpu = f"{cores} CPU core{'s' * (cores > 1)}"
+    kind = cpu if device.platform == "cpu" else device.device_kind
     return {
         "device": f"{kind} ({platform.machine()})",
         "python": platform.python_version(),

@@ -81,7 +81,10 @@ def test_a_config_is_shown_with_where_its_values_are_from(capsys):
 def test_keys_are_explained(capsys):
     out = told(capsys, "digits", "optim.", "--config.optim.ema=0.5")
     assert out.startswith("optim.lr=0.003 (file)\n    number; required\n    the peak learning rate")
-    assert "optim.ema=0.5 (flag)\n" in out and "    adamw | adam | adafactor | sgd | muon; default" in out
+    assert (
+        "optim.ema=0.5 (flag)\n" in out
+        and "    adamw | adam | adafactor | sgd | muon; default" in out
+    )
     both = told(capsys, "optim.lr") + told(capsys, "optim.probe.lr")
     assert told(capsys, "lr") == both
     assert told(capsys, "mesh").count("\n    ") == told(capsys, "mesh.").count("\n    ") >= 8
