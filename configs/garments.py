@@ -11,9 +11,16 @@ layers of width 128 on the root and one unit of a ResNet, at 64 x 64 pixels with
 images are trained on, 3,000 are `val` and 10,000 `test`. `fractals` pre-trains the same model on
 fractals of 100 classes.
 
-Hardware and hours: RESULTS
+Hardware and hours: one core of an x86 processor, an hour and 37 minutes for 15 passes (148 images a
+second). Measured once (seed 0, one core, November 2026): test 93.66%, 93.95% with mirrored images
+averaged (val 94.0 and 94.4%). The list in Fashion-MNIST's repository has small CNNs at 91 to 93%,
+and 96.7% as the best.
 
-What is known to matter: PILOTS
+What is known to matter (seed 0, each image seen once or twice): the optimiser and the resolution.
+Of 100,000 images at 32 x 32 pixels, 16 patches as well, AdamW at 1e-3 in batches of 32 learns 86.1%
+of val, Muon at 3e-3 in batches of 64 88.7% (at 6e-3 88.1%). At 64 x 64 Muon learns 89.3% of half as
+many images, in the same time. A second unit of convolutions is worse (AdamW 84.0%), and so is none
+(at 40 x 40 pixels 83.0 beside 85.8%).
 """
 
 from ml_collections import ConfigDict
