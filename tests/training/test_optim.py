@@ -12,6 +12,7 @@ from conftest import fake_mesh
 from vit_jax import compiler
 from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
+from vit_jax.training.matrices import scale_by_factored_moment
 from vit_jax.training.optim import (
     OptimConfig,
     clip_by_norm,
@@ -19,7 +20,6 @@ from vit_jax.training.optim import (
     make_optimizer,
     make_schedule,
     norm,
-    scale_by_factored_moment,
 )
 from vit_jax.training.sharding import MeshConfig, make_mesh
 from vit_jax.training.state import abstract_state, from_saved, to_saved
