@@ -388,7 +388,7 @@ def test_kernels_are_the_matrices_of_layers():
     "fields, message",
     [
         (dict(name="sdg"), r"optim.name is 'sdg'; did you mean 'sgd'\?"),
-        (dict(name="lion"), "optim.name is 'lion'; known: adafactor, adam, adamw, muon, sgd"),
+        (dict(name="rmsprop"), "optim.name is 'rmsprop'; known: adafactor, adam, adamw, muon, sgd"),
         (dict(schedule="cosin"), "optim.schedule is 'cosin'; did you mean 'cosine'"),
         (dict(decayed="kernel"), "optim.decayed is 'kernel'; did you mean 'kernels'"),
         (dict(name="adam", weight_decay=0.1), "adam has no weight decay; adamw does"),
