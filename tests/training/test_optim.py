@@ -426,6 +426,11 @@ def test_values_that_cannot_be_are_refused(fields, message):
         OptimConfig(**({"lr": LR} | fields))
 
 
+def test_a_config_says_its_momentum_as_those_before_muon_did():
+    found = [OptimConfig(LR, name).momentum for name in ("sgd", "adamw", "muon")]
+    assert found == [0.9, 0.9, 0.95]
+
+
 def test_values_at_the_edge_are_accepted():
     config = OptimConfig(0.0, ema=0.0, weight_decay=0.0, grad_clip=None, warmup=0.0)
     assert float(make_schedule(config, 10)(3)) == 0.0

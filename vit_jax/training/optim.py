@@ -22,7 +22,7 @@ DECAYED = ("kernels", "all")
 MU_DTYPES = ("float32", "bfloat16")
 
 _DECAYED_KERNELS = ("kernel", "lora_a", "lora_b")  # the matrices of all layers
-_MOMENTUM = {"sgd": 0.9, "muon": 0.95}
+_MOMENTUM = {"muon": 0.95}  # where it is not 0.9
 _SMALL, _PARTS = 2**16, 2**12  # of a norm: elements of a leaf that is small; sums of another
 
 
@@ -177,10 +177,11 @@ class OptimConfig:
             raise UserError(f"optim.drops is {self.drops}; expected ascending numbers above 0")
         if not 0 < self.drop_factor < 1:
             raise UserError(f"optim.drop_factor is {self.drop_factor}; it must be in (0, 1)")
+        if self.momentum is None:  # saved as a number, as runs before muon have it
+            object.__setattr__(self, "momentum", _MOMENTUM.get(self.name, 0.9))
         for field in ("b1", "b2", "momentum"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < 1:
-                raise UserError(f"optim.{field} is {value}; it must be in [0, 1)")
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"optim.{field} is {getattr(self, field)}; it must be in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"optim.ema is {self.ema}; it must be in [0, 1), such as 0.9999")
         if self.ema_warmup and self.ema is None:
@@ -258,9 +259,8 @@ def make_optimizer(
       rates: factors of the learning rate and weight decays of the parameters that learn (see
         `trainable.rates`); None for the same everywhere.
     """
-    momentum = _MOMENTUM.get(config.name) if config.momentum is None else config.momentum
     if config.name == "sgd":
-        steps = [optax.trace(decay=momentum, accumulator_dtype=config.mu_dtype)]
+        steps = [optax.trace(decay=config.momentum, accumulator_dtype=config.mu_dtype)]
     elif config.name == "adafactor":
         steps = [scale_by_factored_moment(config.b2)]
         if config.b1:
@@ -271,7 +271,7 @@ def make_optimizer(
         )
         steps = [adam]
         if config.name == "muon":
-            steps = [scale_by_muon(momentum, config.mu_dtype, adam)]
+            steps = [scale_by_muon(config.momentum, config.mu_dtype, adam)]
     if config.grad_clip is not None:
         steps.insert(0, clip_by_norm(config.grad_clip, whole=whole))
     if rates is not None:
