@@ -12,10 +12,10 @@ import optax
 from vit_jax.models.lora import HEADS
 from vit_jax.training.sharding import path_name
 
-# Parameter -> its two axes that form the matrices with a factored second moment in Adafactor, one
+# Parameter -> the two axes that form its matrices, in Adafactor's factored moment and in Muon, one
 # matrix for each index of the other axes. Every layer, Q, K, V and head has its own [d head_dim] or
-# [head_dim d], as in big_vision, where these are a layer kernel's two largest axes. Matrices with a
-# side below _LEAST_SIDE, and all other parameters, keep the moment of each entry.
+# [head_dim d], as in big_vision, where these are a layer kernel's two largest axes. In Adafactor,
+# matrices with a side below _LEAST_SIDE, and all other parameters, keep the moment of each entry.
 MATRICES = (
     (r"attention/qkv/kernel$", (-4, -1)),
     (r"attention/rel_embed$", (-3, -1)),
@@ -123,16 +123,18 @@ def _muon_axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionN
     if re.search(_CONVOLUTIONS, name):
         rows, column = (-4, -3, -2), -1
     else:
-        (row, column), *_ = (axes for pattern, axes in MATRICES if re.search(pattern, name))
+        row, column = _axes(name)
         rows = (row,)
     return optax.contrib.MuonDimensionNumbers(rows, (column,))
 
 
 def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> tuple[int, int] | None:
-    for pattern, axes in MATRICES:
-        if re.search(pattern, path_name(path)):
-            return axes if min(leaf.shape[axis] for axis in axes) >= _LEAST_SIDE else None
-    return None
+    axes = _axes(path_name(path))
+    return axes if axes and min(leaf.shape[axis] for axis in axes) >= _LEAST_SIDE else None
+
+
+def _axes(name: str) -> tuple[int, int] | None:
+    return next((axes for pattern, axes in MATRICES if re.search(pattern, name)), None)
 
 
 def _map_leaves(function: Callable[..., tuple[Any, ...]], tree: Any, *rest: Any) -> list[Any]:
