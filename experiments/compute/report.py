@@ -10,8 +10,9 @@ model, never a longer training as in some of the paper's points; a longer one wo
 better (the middle one has 84.5% of 60,000 images, for 879 GFLOP: [How much
 data](../data_size/README.md)). Learning rates are those of that page, but for the widest ViT and
 hybrid, where half was better on held-out garments with another seed (`sweep.py:pilot`): ViT 84.0%
-and 81.9%, hybrid 87.4% and 86.1%. The minutes below are of a crowded machine: alone, a run takes
-half a minute to a minute of a core.
+and 81.9%, hybrid 87.4% and 86.1%. There are six seeds: three at first, which left the second
+question undecided. The minutes below are of a crowded machine: alone, a run takes half a minute to
+a minute of a core.
 
 What counts was written before the runs, seed by seed, with 95% intervals of Student's t. Between
 points, accuracy is taken to be straight in the logarithm of the compute.

@@ -46,7 +46,7 @@ def sweep(scale="laptop"):
             yield {"name": f"{name}_imagenet", "config": tune, "init_from": f"@{name}"}
         return
     sizes = WIDER if scale == "gpu" else SIZES
-    axes = {"seed": range(3), "family": sizes, "size": range(3)}
+    axes = {"seed": range(3 if scale == "gpu" else 6), "family": sizes, "size": range(3)}
     more = {"total_examples": 40_000}  # fewer than there are: each once
     if scale == "smoke":
         axes |= {"seed": [0], "family": ["hybrid"], "size": [0]}

@@ -28,19 +28,31 @@ COMMON = {
     "optim.ema": None,  # of 100 steps, an average would still hold the first
     "data.train.inception_crop.area": (0.7, 1.0),
 }
-# 326 cells to train on, 523 to test; of garments 622, and 1,011.
-CELLS = {
-    f"data.{name}.{key}": value
-    for name, split in (("train", "all[:12%]"), ("val", "all[70%:80%]"), ("test", "all[80%:]"))
-    for key, value in (("source", "folder:data/elpv"), ("split", split))
-}
+
+
+def _of_folders(few, before, test):
+    """Trained on the first few of a folder; val is from there, the test from the last fifth."""
+    splits = {"train": (before, few), "val": (before, "all[70%:80%]"), "test": (test, "all[80%:]")}
+    return {
+        f"data.{name}.{key}": value
+        for name, (folder, split) in splits.items()
+        for key, value in (("source", f"folder:data/{folder}"), ("split", split))
+    }
+
+
+# Images to train on, and to test: 622 and 1,011 garments, 326 and 523 cells, 375 and 399 emoji, as
+# both vendors' folders have the same names.
 SETS = {
     "garments": {
         "model.image_size": 56,
         "data.test.source": "idx:data/fashion_mnist",
         "data.test.split": "test[:10%]",
     },
-    "cells": {"model.image_size": 70, **CELLS},
+    "cells": {"model.image_size": 70, **_of_folders("all[:12%]", "elpv", "elpv")},
+    "emoji": {
+        "model.image_size": 70,
+        **_of_folders("all[:20%]", "emoji_google", "emoji_twitter"),
+    },
 }
 SCALES = ("smoke", "laptop")
 

@@ -39,7 +39,7 @@ def sweep(scale="laptop"):
             scenes = "configs/segment.py:B/16,pairs:ADEChallengeData2016"
             yield {"name": f"{start}_linear_0", "config": scenes, **own}
         return
-    seeds, starts, heads, before, after = range(3), STARTS, HEADS, {}, {}
+    seeds, starts, heads, before, after = range(8), STARTS, HEADS, {}, {}
     rates = {start: {"": rate} for start, rate in RATES.items()}
     if scale == "smoke":
         starts, seeds, heads = ("labels",), [0], ("linear",)

@@ -51,7 +51,7 @@ PAPER = {
 LAPTOP = doubled_and_halved(4, 64, 128, 8)
 SCALES = {
     "smoke": ({"patch": LAPTOP["model.patch_size"][:1]}, [0], {"total_examples": 64}),
-    "laptop": (LAPTOP, [0, 1, 2], {"total_examples": 24_000, "optim.lr": 2e-3}),
+    "laptop": (LAPTOP, range(7), {"total_examples": 24_000, "optim.lr": 2e-3}),
     "gpu": (doubled_and_halved(6, 192, 384, 8), [0, 1, 2], GPU),
     "paper": (of_the_paper(), [0], PAPER),
 }
