@@ -4,9 +4,9 @@ rate: with 3e-4 in place of 8e-4 the mean of the patches does as well. It is a p
 numbers.
 
 Here both read a ViT of 4 layers, trained on 24,000 photographs of Fashion-MNIST, each once (750
-steps; `configs/evidence.py`), with four learning rates and six seeds, and with ten more seeds at the
-rate that was the best of both, as six (and three before) left it undecided: their spread asked for
-sixteen. Each has its best rate by the mean accuracy on held-out training images (val); what is
+steps; `configs/evidence.py`), with four learning rates and six seeds, and with ten more seeds at
+the rate that was the best of both, as six (and three before) left it undecided: their spread asked
+for sixteen. Each has its best rate by the mean accuracy on held-out training images (val); what is
 compared is the accuracy on the 10,000 of the test split.
 
 The rule, written before the runs. Differences are paired by seed, and have 95% intervals by
