@@ -44,12 +44,12 @@ FRACTALS = "fractals:size=24,color=false,classes=100"
 # What a page says of how to repeat it; a report.py may have its own COMMANDS.
 COMMANDS = """```
 python experiments/evidence.py NAME
-python -m vit_jax sweep experiments/NAME/sweep.py --workdir=runs/evidence/NAME --jobs=2
+python -m vit_jax sweep experiments/NAME/sweep.py:gpu --workdir=runs/gpu/NAME --jobs=3
 python -m vit_jax sweep experiments/NAME/sweep.py:paper --workdir=runs/paper/NAME
 ```
-The first does it all on a laptop and writes this page; the second runs the same points alone, once
-`python experiments/evidence.py --data` has made the images; the third is the paper's scale, for
-which no hardware was at hand."""
+The first fetches the images, does it all on a laptop and writes this page. The second is a larger
+one for 8 minutes of one H100, a guess, and the third the paper's scale: for neither was hardware at
+hand."""
 
 
 def make_data(folder: Path = RUNS, shrink: int = 1) -> None:

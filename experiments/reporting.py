@@ -7,15 +7,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 FEW = "others/5shot"  # what most of them measure by; see configs/evidence.py
-# What a page on garments says of how to repeat it.
-ON_GARMENTS = """```
-python experiments/evidence.py NAME
-python -m vit_jax sweep experiments/NAME/sweep.py:gpu --workdir=runs/gpu/NAME --jobs=3
-python -m vit_jax sweep experiments/NAME/sweep.py:paper --workdir=runs/paper/NAME
-```
-The first fetches the images, does it all on a laptop and writes this page. The second is a larger
-one for 8 minutes of one H100, a guess, and the third the paper's scale: for neither was hardware at
-hand."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,14 +31,13 @@ Each is "yes" where the mean is at least that and the interval above a ratio of 
 import math
 
 import numpy as np
-from reporting import ON_GARMENTS, Difference, Mean, Told, by_seed, curves, figure, means, table
+from reporting import Difference, Mean, Told, by_seed, curves, figure, means, table
 
 TITLE = "Accuracy for compute"
 CLAIM = (
     "Figure 5: a ViT is 2 to 4 times cheaper than a ResNet of the same accuracy; hybrids win when "
     "small"
 )
-COMMANDS = ON_GARMENTS
 DATA = ("fashion_mnist", "mnist")  # of experiments/packages.py
 FAMILIES = {"vit": "ViT", "resnet": "ResNet", "hybrid": "hybrid"}
 CHEAPER, BETTER = 1.2, 0.005  # the smallest mean that agrees

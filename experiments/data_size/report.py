@@ -25,11 +25,10 @@ Each is "yes" where the mean is at least that and the interval above zero, "no" 
 is below it, else undecided.
 """
 
-from reporting import ON_GARMENTS, Told, by_seed, curves, figure, less, means, table
+from reporting import Told, by_seed, curves, figure, less, means, table
 
 TITLE = "How much data"
 CLAIM = "Figures 3, 4: ResNets are better with little training data, ViTs with much"
-COMMANDS = ON_GARMENTS
 DATA = ("fashion_mnist", "mnist")  # of experiments/packages.py
 FAMILIES = {"vit": "ViT", "resnet": "ResNet", "hybrid": "hybrid"}
 # The smallest mean that agrees.

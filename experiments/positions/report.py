@@ -17,11 +17,11 @@ rotary positions (as they are, and rescaled in training as DINOv3's, arXiv 2508.
 beside them.
 """
 
-from reporting import ON_GARMENTS, Told, by_seed, every, figure, less, means, table
+from reporting import Told, by_seed, every, figure, less, means, table
 
 TITLE = "Position embeddings"
 CLAIM = "Table 8: any position embedding is better than none; which one hardly matters"
-DATA, COMMANDS = ("fashion_mnist", "mnist"), ON_GARMENTS  # DATA is of experiments/packages.py
+DATA = ("fashion_mnist", "mnist")  # of experiments/packages.py
 LEAST = 0.01
 NONE, DEFAULT = ("none", "input"), ("learned", "input")
 PAPER = {

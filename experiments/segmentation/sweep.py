@@ -1,6 +1,8 @@
 """Masks by ViTs that were pre-trained or not, with a linear head and with a feature pyramid.
 
-`pilot` is where RATES are from: the linear head, with a seed of its own, the best of val.
+`pilot` is where RATES are from: the linear head, with a seed of its own, the best of val. `gpu` is
+a wider model that is trained eight times as long, then four times: a guess of what 8 minutes of one
+H100 are enough for, not measured.
 """
 
 from vit_jax.launch.sweep import product
@@ -28,7 +30,8 @@ AFTER = {
 }
 RATES = {"scratch": 4e-3, "labels": 2e-3, "masked": 4e-3}
 TRIED = (1e-3, 2e-3, 4e-3)
-SCALES = ("smoke", "pilot", "laptop", "paper")
+WIDE = {"model.width": 256, "model.depth": 6, "model.mlp_dim": 512}
+SCALES = ("smoke", "pilot", "laptop", "gpu", "paper")
 
 
 def sweep(scale="laptop"):
@@ -39,7 +42,7 @@ def sweep(scale="laptop"):
             scenes = "configs/segment.py:B/16,pairs:ADEChallengeData2016"
             yield {"name": f"{start}_linear_0", "config": scenes, **own}
         return
-    seeds, starts, heads, before, after = range(8), STARTS, HEADS, {}, {}
+    seeds, starts, heads, before, after, wide = range(8), STARTS, HEADS, {}, {}, {}
     rates = {start: {"": rate} for start, rate in RATES.items()}
     if scale == "smoke":
         starts, seeds, heads = ("labels",), [0], ("linear",)
@@ -48,16 +51,19 @@ def sweep(scale="laptop"):
     elif scale == "pilot":
         seeds, heads = [100], ("linear",)
         rates = {start: {f"_{rate:g}": rate for rate in TRIED} for start in STARTS}
+    elif scale == "gpu":
+        seeds, wide, after = range(3), WIDE, {"total_steps": 2000}
+        before = {"total_examples": 480_000, "optim.lr": 1e-3}
     for seed in seeds:
         for start in (each for each in starts if each in OBJECTIVES):
             own = {"name": f"{start}_{seed}", "seed": seed}
-            yield {**BEFORE, **own, **OBJECTIVES[start], **before}
+            yield {**BEFORE, **own, **OBJECTIVES[start], **wide, **before}
         for point in product({"start": starts, "head": heads}):
             start, head = point.values()
             if head == "pyramid" and start != "labels":
                 continue
-            own = {} if start == "scratch" else {"init_from": f"@{start}_{seed}"}
+            origin = wide if start == "scratch" else {"init_from": f"@{start}_{seed}"}
             for ending, rate in rates[start].items():
                 name = f"{start}_{head}_{seed}{ending}"
-                own |= {"name": name, "seed": seed, "optim.lr": rate, **HEADS[head]}
-                yield {**AFTER, **own, **after}
+                own = {"name": name, "seed": seed, "optim.lr": rate, **HEADS[head]}
+                yield {**AFTER, **origin, **own, **after}

@@ -20,11 +20,11 @@ than of 8; all together help if they gain.
 
 import statistics
 
-from reporting import ON_GARMENTS, Difference, Told, by_seed, every, figure, less, means, table
+from reporting import Difference, Told, by_seed, every, figure, less, means, table
 
 TITLE = "Depth, width, MLP, patches"
 CLAIM = "Figure 8: depth helps most and width least; smaller patches help without more parameters"
-DATA, COMMANDS = ("fashion_mnist", "mnist"), ON_GARMENTS  # DATA is of experiments/packages.py
+DATA = ("fashion_mnist", "mnist")  # of experiments/packages.py
 LEAST = 0.005
 NAMES = {"depth": "depth", "width": "width", "mlp": "MLP", "patch": "patch size", "all": "all"}
 SIDES = ("depth", "width", "mlp", "patch")

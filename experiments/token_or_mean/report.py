@@ -16,11 +16,11 @@ worse by 0.5% or more, and the interval above 0, at the class token's best rate 
 is not if the interval is below 0.5%, or both have the same best rate. Anything else is undecided.
 """
 
-from reporting import ON_GARMENTS, Difference, Told, by_seed, figure, less, means, table
+from reporting import Difference, Told, by_seed, figure, less, means, table
 
 TITLE = "Class token or global average pooling"
 CLAIM = "Figure 9: both are as good, each with its own learning rate"
-DATA, COMMANDS = ("fashion_mnist", "mnist"), ON_GARMENTS  # DATA is of experiments/packages.py
+DATA = ("fashion_mnist", "mnist")  # of experiments/packages.py
 LEAST = 0.005
 NAMES = {"token": "class token", "gap": "mean of patches"}
 COLOURS = {"token": "#1f4e79", "gap": "#c55a11"}
