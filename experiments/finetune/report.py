@@ -1,10 +1,10 @@
 """The paper (sections 4.2 and 4.3, Figure 4) finds that a ViT does well on few images where it was
 pre-trained on many others, and badly from scratch. Here that is seen on real images, from real
 weights: the DINOv2 S/14 (arXiv 2304.07193) out of a package, on 622 garments of Fashion-MNIST (56
-pixels, tested on 1,011), on 326 solar cells (70 pixels, tested on 523), and on 375 of Google's emoji
-in nine groups (70 pixels, tested on 399 others, as Twitter draws them), in five ways: the head
-alone, LoRA of rank 8 (arXiv 2106.09685), all weights with layer decay (`configs/finetune_own.py`),
-all at one rate, and the same model from random weights.
+pixels, tested on 1,011), on 326 solar cells (70 pixels, tested on 523), and on 375 of Google's
+emoji in nine groups (70 pixels, tested on 399 others, as Twitter draws them), in five ways: the
+head alone, LoRA of rank 8 (arXiv 2106.09685), all weights with layer decay
+(`configs/finetune_own.py`), all at one rate, and the same model from random weights.
 
 Each is 100 steps of 32 images. The learning rate of the head alone is the best of three, on
 garments that are neither trained nor tested on; the others are usual ones (`sweep.py`).
@@ -17,13 +17,7 @@ from reporting import Told, dots, means, table
 
 TITLE = "Fine-tuning on few real images"
 CLAIM = "Sections 4.2 and 4.3: pre-trained ViTs do well on few images; from scratch they do not"
-DATA = (
-    "dinov2",
-    "elpv",
-    "emoji_google",
-    "emoji_twitter",
-    "fashion_mnist",
-)  # of experiments/packages.py
+DATA = ("dinov2", "elpv", "emoji_google", "emoji_twitter", "fashion_mnist")  # of packages.py
 COMMANDS = """```
 python experiments/packages.py
 python experiments/evidence.py NAME --jobs=1
