@@ -235,18 +235,20 @@ def wrapped(text: str) -> str:
 
 
 def front_page() -> None:
-    """Writes experiments/README.md: a row for each experiment that has results."""
-    rows = []
+    """Writes experiments/README.md: a row for each experiment that has results, and their hours."""
+    rows, hours = [], 0.0
     for name in EXPERIMENTS:
         if not (HERE / name / "results.json").exists():
             continue
         module, told = report(name), tell(name)
+        points = json.loads((HERE / name / "results.json").read_text())["points"]
+        hours += sum(each["metrics"].get("seconds", 0) for each in points) / 3600
         picture = f'<img src="{name}/picture.png" width="220">'
         row = (f"[{module.TITLE}]({name}/README.md)", module.CLAIM, told.short, told.agrees)
         rows.append("| " + " | ".join((*row, picture if told.short else "")) + " |")
     header = "| | the paper | here | agrees | |\n|---|---|---|---|---|\n"
-    text = (HERE / "front_page.md").read_text()
-    (HERE / "README.md").write_text(text.replace("ROWS", header + "\n".join(rows)))
+    text = (HERE / "front_page.md").read_text().replace("ROWS", header + "\n".join(rows))
+    (HERE / "README.md").write_text(text.replace("HOURS", f"{hours:.0f} hours"))
 
 
 def main() -> None:
