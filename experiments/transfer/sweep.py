@@ -27,7 +27,7 @@ def sweep(scale="laptop"):
                 tune = {"config": f"configs/finetune.py:L/16,{data},{side}"}
                 yield {"name": f"{data}_{side}", "init_from": "@imagenet21k", **tune}
         return
-    starts, sides, seeds, before, after, wide = STARTS, SIDES, range(4), {}, {}, {}
+    starts, sides, seeds, before, after, wide = STARTS, SIDES, range(7), {}, {}, {}
     rates = {start: {"": rate} for start, rate in RATES.items()}
     if scale == "smoke":
         starts, sides, seeds = {"digits": ("garments",)}, SIDES[1:], [0]
