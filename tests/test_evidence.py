@@ -408,7 +408,7 @@ def test_segmentation_asks_whether_training_helps(scratch, masked):
     ]
     points.append(Point("labels_0", {"seed": 0}, {}))
     found = evidence.report("segmentation").tell(points, [])
-    assert f"masked patches help: {masked}" in found.verdict
+    assert f"masked patches help by 2%: {masked}" in found.verdict
     assert "the pyramid helps by +10.0% (+10.0% to +10.0%)" in found.verdict
     assert (found.agrees == "yes") == (masked == "yes")
 

@@ -110,7 +110,7 @@ def tell(points, measured):
         "the pyramid helps": less(seeds["labels", "pyramid"], seeds["labels", "linear"]),
     }
     told = {what: each.decides(LEAST) for what, each in differences.items()}
-    said = "; ".join(f"{what}: {answer}" for what, answer in told.items())
+    said = "; ".join(f"{what} by {LEAST:.0%}: {answer}" for what, answer in told.items())
     verdict = f"{said[0].upper()}{said[1:]}. In mIoU: "
     verdict += ", ".join(f"{what} by {each}" for what, each in differences.items())
     verdict += f". The first scenes of the test, with the runs of seed 0:\n\n{picture}"
