@@ -1,4 +1,4 @@
-"""Frozen, LoRA, layer decay, full, from scratch: a DINOv2 S/14 on real images, three seeds.
+"""Frozen, LoRA, layer decay, full, from scratch: a DINOv2 S/14 on real images, with a few seeds.
 
     python experiments/packages.py
     vit-jax sweep experiments/finetune/sweep.py --workdir=runs/finetune
@@ -54,6 +54,7 @@ SETS = {
         **_of_folders("all[:20%]", "emoji_google", "emoji_twitter"),
     },
 }
+SEEDS = {"garments": 3, "cells": 3, "emoji": 2}
 SCALES = ("smoke", "laptop")
 
 
@@ -61,7 +62,7 @@ def sweep(scale="laptop"):
     """Yields each way, on each set of images, with each seed."""
     few = {"total_steps": 2} if scale == "smoke" else {}
     for seed in (0,) if few else (0, 1, 2):
-        for name in SETS:
+        for name in (each for each in SETS if seed < SEEDS[each]):
             for way in WAYS:
                 point = {**COMMON, **SETS[name], **WAYS[way], "optim.lr": RATES[way], "seed": seed}
                 yield {"name": f"{name}_{way}_{seed}", **point, **few}
