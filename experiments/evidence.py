@@ -48,8 +48,8 @@ python -m vit_jax sweep experiments/NAME/sweep.py:gpu --workdir=runs/gpu/NAME --
 python -m vit_jax sweep experiments/NAME/sweep.py:paper --workdir=runs/paper/NAME
 ```
 The first fetches the images, does it all on a laptop and writes this page. The second is a larger
-one for 8 minutes of one H100, a guess, and the third the paper's scale: for neither was hardware at
-hand."""
+sweep, meant to take one H100 8 minutes, and the third has the paper's scale: for neither was
+hardware at hand."""
 
 
 def make_data(folder: Path = RUNS, shrink: int = 1) -> None:

@@ -273,7 +273,8 @@ def test_compute_says_of_each_claim_whether_it_is_seen(resnet, apart, cheaper, b
     found = module.tell(points)
     both = f"a ViT is cheaper: {cheaper}; hybrids are better when small: yes"
     assert found.agrees == ("yes" if cheaper == "yes" else both)
-    assert f"over ResNets {beaten}, " in found.verdict
+    assert f"than ResNets: {beaten}, " in found.verdict
+    assert "With 1,000 GFLOP" in found.verdict and "a hybrid has -2.0% (-2.0%" in found.verdict
     if cheaper == "yes":  # of seed 1, whose ResNet is a little better: 10 ** 0.478
         assert "a ResNet takes 3.00 (" in found.verdict
         assert "at 10 GFLOP" in found.short and "hybrid 15.0% ± 0.0%" in found.short
@@ -409,7 +410,7 @@ def test_segmentation_asks_whether_training_helps(scratch, masked):
     points.append(Point("labels_0", {"seed": 0}, {}))
     found = evidence.report("segmentation").tell(points, [])
     assert f"masked patches help by 2%: {masked}" in found.verdict
-    assert "the pyramid helps by +10.0% (+10.0% to +10.0%)" in found.verdict
+    assert "the pyramid helps: +10.0% (+10.0% to +10.0%)" in found.verdict
     assert (found.agrees == "yes") == (masked == "yes")
 
 

@@ -6,8 +6,10 @@ helps. It is a plot without numbers.
 Here the base is 4 layers, width 64, MLP 128 and patches of 8 pixels (`configs/evidence.py`), each
 side is halved and doubled, and all are trained on 24,000 photographs of Fashion-MNIST, each once
 (750 steps), with one learning rate, 0.002, the best of the base in `token_or_mean`, and with seven
-seeds: three at first, whose spread asked for four more. They are measured by their accuracy on the
-10,000 of the test split.
+seeds: three at first, whose spread asked for four more. The rate was not tuned for the other
+shapes, and wide ViTs want a lower one ([Accuracy for compute](../compute/README.md)): what is lost
+at an expensive end is in part the rate's. They are measured by their accuracy on the 10,000 of the
+test split.
 
 The rule, written before the runs. What an axis gains is the accuracy at its expensive end, with
 double the base (of all sides together, 1.5 times), less that at its cheap one, with half. Gains and

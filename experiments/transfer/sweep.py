@@ -1,16 +1,16 @@
 """Sections 3.2 and 4: a ViT pre-trained, then fine-tuned on few images at two resolutions.
 
-Each seed has 600 images of its own, 1% of the set. What is pre-trained is fine-tuned at the higher
-resolution twice: with its positions interpolated, and, as `fresh`, with new ones in their place.
-`pilot` is where RATES are from: digits at 32 pixels, with a seed of its own, the best of val. `gpu`
-is a wider model that sees four times as many images: a guess of what 8 minutes of one H100 are
-enough for, not measured.
+Each seed has about 600 images of its own, 1% of the set. What is pre-trained is fine-tuned at the
+higher resolution twice: with its positions interpolated, and, as `fresh`, with new ones in their
+place. `pilot` is where RATES are from: digits at 32 pixels, with a seed of its own, the best of
+val. `gpu` is a wider model that is pre-trained on 480,000 examples: a guess of what 8 minutes of
+one H100 are enough for, not measured.
 """
 
 config = "configs/evidence.py"
 # What is learnt from few images, and what from before. These digits are MNIST's.
 STARTS = {"digits": ("scratch", "fractals", "garments"), "garments": ("scratch", "fractals")}
-FEW = 12_000  # examples: 20 passes of 600 images
+FEW = 12_000  # examples: about 20 passes of 600 images
 SIDES = (32, 48)  # pixels: 4 x 4 and 6 x 6 patches
 WIDE = {"model.width": 256, "model.depth": 6, "model.mlp_dim": 512}
 RATES = {"scratch": 2e-3, "fractals": 4e-3, "garments": 4e-3}
@@ -36,7 +36,8 @@ def sweep(scale="laptop"):
         starts, sides, seeds = {"digits": STARTS["digits"]}, SIDES[:1], [100]
         rates = {start: {f"_{rate:g}": rate for rate in TRIED} for start in RATES}
     elif scale == "gpu":
-        wide, before = WIDE, {"total_examples": 480_000, "optim.lr": 1e-3}
+        wide, seeds = WIDE, range(3)
+        before = {"total_examples": 480_000, "optim.lr": 1e-3}
     for seed in seeds:
         for start in ("fractals", "garments"):
             if any(start in each for each in starts.values()):
