@@ -6,8 +6,9 @@ emoji in nine groups (70 pixels, tested on 399 others, as Twitter draws them), i
 head alone, LoRA of rank 8 (arXiv 2106.09685), all weights with layer decay
 (`configs/finetune_own.py`), all at one rate, and the same model from random weights.
 
-Each is 100 steps of 32 images, with three seeds, or two for emoji. The learning rate of the head alone is the best of three, on
-garments that are neither trained nor tested on; the others are usual ones (`sweep.py`).
+Each is 100 steps of 32 images, with three seeds, or two for emoji. The learning rate of the head
+alone is the best of three, on garments that are neither trained nor tested on; the others are usual
+ones (`sweep.py`), also from scratch, for which 100 steps are few.
 """
 
 import time
