@@ -28,7 +28,7 @@ Why it is as it is:
 
 To choose first: the learning rate, of 1e-4, 3e-4 and 1e-3. With fewer than a thousand images LoRA
 is worth a try, `--config.model.lora.rank=8 --config.optim.layer_decay=None --config.optim.lr=1e-3`:
-in experiments/finetune, on garments and on solar cells, it was the best of five ways.
+in experiments/finetune no other of five ways was better on garments, solar cells or emoji.
 """
 
 import presets
