@@ -11,6 +11,7 @@ README.md, and for all of them together to experiments/README.md.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -223,7 +224,7 @@ def tell(name: str, folder: Path | None = None) -> Any:
 {wrapped(ran)}
 """
     )
-    return told
+    return dataclasses.replace(told, minutes=minutes)
 
 
 def wrapped(text: str) -> str:
@@ -241,8 +242,7 @@ def front_page() -> None:
         if not (HERE / name / "results.json").exists():
             continue
         module, told = report(name), tell(name)
-        points = json.loads((HERE / name / "results.json").read_text())["points"]
-        hours += sum(each["metrics"].get("seconds", 0) for each in points) / 3600
+        hours += told.minutes / 60
         picture = f'<img src="{name}/picture.png" width="220">'
         row = (f"[{module.TITLE}]({name}/README.md)", module.CLAIM, told.short, told.agrees)
         rows.append("| " + " | ".join((*row, picture if told.short else "")) + " |")

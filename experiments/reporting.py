@@ -27,6 +27,7 @@ class Told:
       short, agrees: what was measured, and whether it is what the paper saw, for the front page.
       figure: the picture, or None where `measure` has drawn it.
       spread: what the numbers' spread is over.
+      minutes: of training, of all points; filled in by `evidence.tell`.
     """
 
     table: str
@@ -35,6 +36,7 @@ class Told:
     agrees: str
     figure: Any = None
     spread: str = "Means and standard deviations are over seeds."
+    minutes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

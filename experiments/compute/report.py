@@ -33,7 +33,7 @@ which is undecided; they were told apart after them, as the paper's statement is
 import math
 
 import numpy as np
-from reporting import Difference, Mean, Told, by_seed, curves, figure, means, table
+from reporting import Difference, Mean, Told, by_seed, curves, figure, less, means, table
 
 TITLE = "Accuracy for compute"
 CLAIM = (
@@ -85,22 +85,16 @@ def tell(points):
     ratios = Difference(tuple(math.log(ratio) for ratio, _ in of_seeds)) if known else None
     cheap = ratios.decides(math.log(CHEAPER)) if known else "undecided"
     budget = max(min(line) for each in lines.values() for line in each.values())
-    small = {
-        family: {seed: accuracy_at(line, budget) for seed, line in each.items()}
-        for family, each in lines.items()
-    }
-    over = {
-        family: Difference(tuple(small["hybrid"][s] - small[family][s] for s in small["hybrid"]))
-        for family in ("vit", "resnet")
-    }
-    wins = {family: difference.decides(BETTER) for family, difference in over.items()}
     dear = min(max(line) for name in ("vit", "hybrid") for line in lines[name].values())
-    still = Difference(
-        tuple(
-            accuracy_at(line, dear) - accuracy_at(lines["vit"][s], dear)
-            for s, line in lines["hybrid"].items()
-        )
+    small, large = (
+        {
+            family: {s: accuracy_at(line, spent) for s, line in lines[family].items()}
+            for family in of
+        }
+        for spent, of in ((budget, FAMILIES), (dear, ("vit", "hybrid")))
     )
+    over = {family: less(small["hybrid"], small[family]) for family in ("vit", "resnet")}
+    wins = {family: difference.decides(BETTER) for family, difference in over.items()}
 
     at = [accuracy for _, accuracy in of_seeds]
     where = "at equal accuracy" if None in at else f"at equal accuracy ({np.mean(at):.1%})"
@@ -119,7 +113,7 @@ def tell(points):
         f"A ViT is cheaper: {cheap}; {takes}. At {budget:,.0f} GFLOP, {told}. Small hybrids are "
         f"better than ViTs: {wins['vit']}, {over['vit']}; than ResNets: {wins['resnet']}, "
         f"{over['resnet']}. With {dear:,.0f} GFLOP, where the paper's hybrids and ViTs are alike, "
-        f"a hybrid has {still} over a ViT."
+        f"a hybrid has {less(large['hybrid'], large['vit'])} over a ViT."
     )
     agrees = f"a ViT is cheaper: {cheap}; hybrids are better when small: {wins['vit']}"
     agrees = "yes" if cheap == wins["vit"] == "yes" else agrees
